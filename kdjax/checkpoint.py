@@ -1,0 +1,119 @@
+"""Checkpoints of a TrainState. The only file that imports orbax."""
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from kdjax.sharding import path_name
+from kdjax.state import TrainState
+
+
+class Checkpoints:
+    """The checkpoints of one run: written in the background, pruned, restored exactly.
+
+    Args:
+      folder: made when missing.
+      keep_last: most recent checkpoints kept.
+      keep_best: also keep the one with the lowest held-out NLL.
+      config_json: the run's configuration, stored with each checkpoint.
+    """
+
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        *,
+        keep_last: int = 2,
+        keep_best: bool = True,
+        config_json: str = "{}",
+    ) -> None:
+        policies = ocp.training.preservation_policies
+        keep: list[Any] = [policies.LatestN(keep_last)]
+        if keep_best:
+            keep.append(
+                policies.BestN(
+                    get_metric_fn=lambda metrics: -metrics["nll"],
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
+        self._config = json.loads(config_json)
+        self._checkpointer = ocp.training.Checkpointer(
+            pathlib.Path(folder).absolute(),
+            preservation_policy=policies.AnyPreservationPolicy(keep),
+            # What a killed run left half-written is not a checkpoint.
+            cleanup_tmp_directories=True,
+        )
+
+    def latest_step(self) -> int | None:
+        """The newest complete checkpoint's step, or None."""
+        latest = self._checkpointer.latest
+        return None if latest is None else latest.step
+
+    def save(self, step: int, state: TrainState, *, nll: float | None = None) -> None:
+        """Starts writing a checkpoint; the state may be donated right after.
+
+        Args:
+          step: optimizer steps done.
+          state: what is saved.
+          nll: held-out NLL, nats a token, by which the best one is kept.
+        """
+        if self.latest_step() == step:
+            return
+        self._checkpointer.save_async(
+            step,
+            state,
+            force=True,
+            metrics=None if nll is None else {"nll": float(nll)},
+            custom_metadata={"config": self._config},
+        )
+
+    def restore(self, abstract: TrainState, *, step: int | None = None) -> TrainState:
+        """Reads a checkpoint onto the devices that `abstract` names.
+
+        Args:
+          abstract: shapes, dtypes and shardings wanted.
+          step: which one; None = the newest.
+
+        Raises:
+          ValueError: there is none, or it does not fit: each path that differs is
+            listed with the shape wanted and the shape found.
+        """
+        step = self.latest_step() if step is None else step
+        if step is None:
+            raise ValueError(
+                f"{self._checkpointer.directory} has no checkpoint: train first"
+            )
+        self._check(abstract, step)
+        return self._checkpointer.load(step, abstract)
+
+    def _check(self, abstract: TrainState, step: int) -> None:
+        found = _shapes(self._checkpointer.metadata(step).metadata)
+        wanted = _shapes(abstract)
+        lines = [
+            f"  {path}: wanted {wanted.get(path, 'nothing')}, "
+            f"found {found.get(path, 'nothing')}"
+            for path in sorted(wanted.keys() | found.keys())
+            if wanted.get(path) != found.get(path)
+        ]
+        if lines:
+            raise ValueError(
+                f"checkpoint {step} in {self._checkpointer.directory} does not fit this "
+                f"config: {len(lines)} arrays differ (use the run's own config.json, or "
+                "another --workdir)\n" + "\n".join(lines[:20])
+            )
+
+    def close(self) -> None:
+        """Waits for what is being written."""
+        self._checkpointer.close()
+
+
+def _shapes(tree: Any) -> dict[str, str]:
+    """Path -> "dtype[shape]" of every array of a tree."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {
+        path_name(path): f"{x.dtype}[{','.join(map(str, x.shape))}]"
+        for path, x in leaves
+    }

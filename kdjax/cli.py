@@ -1,0 +1,122 @@
+"""What all verbs share: flags, errors of one line, and the working directory."""
+
+import os
+import pathlib
+import sys
+from collections.abc import Callable
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from kdjax import config as config_lib
+from kdjax import distributed, validation
+from kdjax.config import Config
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config",
+    None,
+    "Experiment: FILE.py or FILE.py:argument; --config.part.field=value overrides it.",
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where the run writes; runs/<name of the config> by default."
+)
+
+
+def run(main: Callable[[Config, pathlib.Path], None]) -> None:
+    """Parses the flags, validates the config and calls `main(config, workdir)`.
+
+    What the user can mend (ValueError, a missing file) becomes one line on stderr and
+    exit code 2; a bug keeps its traceback.
+    """
+
+    def parse(argv: list[str]) -> list[str]:
+        try:
+            return app.parse_flags_with_usage(argv)
+        except (KeyError, TypeError, ValueError, OSError, AttributeError) as error:
+            raise SystemExit(_line(_flag_error(error, argv))) from None
+
+    def guarded(argv: list[str]) -> None:
+        logging.set_verbosity(logging.WARNING)
+        try:
+            if len(argv) > 1:
+                raise ValueError(
+                    f"arguments {argv[1:]} are not flags: use --name=value"
+                )
+            config = _given()
+            validation.validate(config)
+            distributed.start()
+            main(config, workdir(config))
+        except (ValueError, FileNotFoundError) as error:
+            if os.environ.get("KDJAX_TRACEBACK"):
+                raise
+            raise SystemExit(_line(str(error))) from None
+
+    app.run(guarded, flags_parser=parse)
+
+
+def _given() -> Config:
+    """The config of --config, else the one that --workdir ran with."""
+    config = _CONFIG.value
+    if config is None:
+        file = pathlib.Path(_WORKDIR.value or "") / "config.json"
+        if not _WORKDIR.value or not file.is_file():
+            raise ValueError(
+                "--config is missing: give --config=configs/NAME.py, or the --workdir "
+                "of a run"
+            )
+        config = config_lib.from_json(file.read_text())
+    if not isinstance(config, Config):
+        raise ValueError(
+            "get_config of --config must return a kdjax.config.Config, not "
+            f"{type(config).__name__}"
+        )
+    return config
+
+
+def workdir(config: Config) -> pathlib.Path:
+    """--workdir, or runs/<name>."""
+    return pathlib.Path(_WORKDIR.value or pathlib.Path("runs") / config.name)
+
+
+def claim(folder: pathlib.Path, config: Config) -> None:
+    """Makes a working directory this config's own, or checks that it is.
+
+    Raises:
+      ValueError: another config has run there; the fields that differ are named.
+    """
+    file = folder / "config.json"
+    if file.exists():
+        changed = config_lib.differences(config_lib.from_json(file.read_text()), config)
+        if changed:
+            raise ValueError(
+                f"workdir={str(folder)!r} holds a run of another config "
+                f"({'; '.join(changed)}): use another --workdir, or remove it"
+            )
+    distributed.barrier("claim")
+    if distributed.is_main():
+        write_atomically(file, config_lib.to_json(config))
+
+
+def write_atomically(file: pathlib.Path, text: str) -> None:
+    """The file has its old content or the new one, never a part."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    scratch = file.with_name(f".{file.name}.{os.getpid()}")
+    scratch.write_text(text)
+    os.replace(scratch, file)
+
+
+def _flag_error(error: Exception, argv: list[str]) -> str:
+    """What is wrong with the --config flags, in words."""
+    file = next((a.split("=", 1)[1] for a in argv if a.startswith("--config=")), None)
+    if file is not None and not pathlib.Path(file.split(":")[0]).is_file():
+        return f"--config={file}: no such file; give the path of a config"
+    if isinstance(error, KeyError):
+        return (
+            f"{error.args[0]}: see kdjax/config.py for the fields that --config.* takes"
+        )
+    return f"{type(error).__name__}: {error}"
+
+
+def _line(text: str) -> str:
+    program = pathlib.Path(sys.argv[0]).stem
+    return f"{program}: error: {text}"

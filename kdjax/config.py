@@ -1,0 +1,278 @@
+"""The whole experiment as plain dataclasses: one comment with unit and meaning a field.
+
+A config file is a Python file with `get_config(argument: str = "") -> Config`. Any
+field is overridden from the command line by `--config.part.field=value`.
+"""
+
+import dataclasses
+import json
+import typing
+from dataclasses import dataclass, field
+from typing import Any
+
+SOURCES = ("kinship", "jsonl", "datasets", "tfds", "text")
+LAYOUTS = ("plain", "commonsense_qa", "gsm8k")
+VIEWS = ("label", "rationale", "rationale_then_label", "text")
+LONG_POLICIES = ("error", "truncate", "drop")
+CACHE_KINDS = ("top_k", "dense")
+TAILS = ("bucket", "renormalize_teacher", "renormalize_both", "drop")
+OPTIMIZERS = ("adamw", "adafactor")
+SCHEDULES = ("constant", "linear", "cosine")
+DTYPES = ("float32", "bfloat16")
+REMATS = ("none", "dots", "full")
+STUDENT_INITS = ("random", "folder", "teacher_layers")
+NON_FINITE = ("stop", "skip")
+
+
+@dataclass(kw_only=True, slots=True)
+class KinshipConfig:
+    """The built-in task: who is X to Y, over stated family relations."""
+
+    seed: int = 0  # which examples are generated (not the order of training)
+    min_hops: int = 2  # fewest stated relations that a question needs
+    max_hops: int = 3  # most stated relations that a question needs
+    num_distractors: int = 2  # stated relations that a question does not need
+    num_choices: int = 5  # answer choices, the correct one included
+    label_noise: float = 0.0  # share of training answers replaced by a wrong choice
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """Where examples come from and how they become tokens."""
+
+    source: str = "kinship"  # one of SOURCES
+    layout: str = "plain"  # how a row of jsonl/datasets/tfds is read: one of LAYOUTS
+    path: str = ""  # file or folder or hub name of the training rows
+    eval_path: str = ""  # the same for held-out rows; "" takes eval_split of `path`
+    train_split: str = "train"  # split name for datasets and tfds
+    eval_split: str = "test"  # split name for datasets and tfds
+    rationales: str = ""  # jsonl of {id, text} with one rationale per training row
+    eval_rationales: str = ""  # the same for held-out rows
+    num_train: int = 0  # training examples to use; 0 = all (kinship: must be > 0)
+    num_eval: int = 0  # held-out examples to use; 0 = all (kinship: must be > 0)
+    tokenizer: str = ""  # Hugging Face folder or hub name; "" = the teacher's own
+    chat_template: bool = False  # wrap prompts in the tokenizer's chat template
+    max_prompt: int = 256  # longest prompt, tokens
+    max_target: int = 256  # longest target, tokens, end of sequence included
+    on_long: str = "error"  # a longer example: one of LONG_POLICIES (counted, logged)
+    kinship: KinshipConfig = field(default_factory=KinshipConfig)
+
+
+@dataclass(kw_only=True, slots=True)
+class DecoderConfig:
+    """Shape of a decoder-only transformer of the Llama family."""
+
+    vocab_size: int = 0  # rows of the embedding; 0 = the tokenizer's size
+    width: int = 64  # D, residual stream
+    num_layers: int = 2  # L
+    num_heads: int = 4  # H, query heads
+    num_kv_heads: int = 4  # key/value heads; divides num_heads
+    head_dim: int = 16  # per head
+    mlp_width: int = 192  # inner width of the SwiGLU block
+    rope_theta: float = 10000.0  # base of the rotary frequencies
+    norm_eps: float = 1e-5  # RMSNorm epsilon
+    tie_embeddings: bool = True  # the output head is the embedding
+    max_length: int = 2048  # longest position the model is used at, tokens
+    init_std: float = 0.02  # standard deviation of random weights
+
+
+@dataclass(kw_only=True, slots=True)
+class TeacherConfig:
+    """The model that writes the soft labels."""
+
+    path: str = ""  # Hugging Face folder or hub name; "" trains `decoder` first
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)  # when path is ""
+    num_train: int = 20000  # examples the trained teacher sees (kinship)
+    label_noise: float = 0.0  # share of wrong answers among those (kinship)
+    steps: int = 1000  # optimizer steps of the trained teacher
+    learning_rate: float = 3e-3  # peak learning rate of the trained teacher
+
+
+@dataclass(kw_only=True, slots=True)
+class CacheConfig:
+    """The teacher's stored outputs."""
+
+    path: str = ""  # folder; "" = <workdir>/cache
+    kind: str = "top_k"  # one of CACHE_KINDS
+    k: int = 64  # pairs stored per target token (top_k)
+    temperatures: tuple[float, ...] = (1.0, 2.0)  # declared: exact log Z for each
+    shard_size: int = 512  # records (example, view) per shard
+    batch_size: int = 8  # packed rows per teacher forward
+    row_length: int = 512  # tokens per packed row while labelling
+    chunk_size: int = 0  # tokens per head chunk; 0 = from memory_mib
+    memory_mib: int = 64  # memory for one chunk of logits, MiB
+
+
+@dataclass(kw_only=True, slots=True)
+class StudentConfig:
+    """How the student starts."""
+
+    init: str = "random"  # one of STUDENT_INITS
+    path: str = ""  # Hugging Face folder or hub name (init="folder")
+    keep_layers: tuple[int, ...] = ()  # teacher layers kept (init="teacher_layers")
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)  # init="random"
+
+
+@dataclass(kw_only=True, slots=True)
+class MethodConfig:
+    """Which views are trained, with which terms."""
+
+    name: str = "multitask"  # key of kdjax.methods.METHODS
+    label_weight: float = 0.5  # a: label view a, rationale view 1 - a (multitask)
+    hard_weight: float = 0.5  # weight of cross-entropy with the data
+    soft_weight: float = 0.5  # weight of KL to the teacher; 0 needs no cache
+    temperature: float = 1.0  # T of the soft term; must be declared in the cache
+    scale_by_t2: bool = True  # multiply the soft term by T^2
+    tail: str = "bucket"  # what stands for ids outside the top k: one of TAILS
+
+
+@dataclass(kw_only=True, slots=True)
+class OptimConfig:
+    """Optimizer and learning-rate schedule."""
+
+    name: str = "adamw"  # one of OPTIMIZERS
+    learning_rate: float = 3e-4  # peak
+    schedule: str = "cosine"  # after warm-up: one of SCHEDULES
+    warmup_steps: int = 0  # linear from 0 to the peak
+    final_fraction: float = 0.0  # learning rate at the last step / peak
+    weight_decay: float = 0.0  # decoupled; not applied to norms
+    b1: float = 0.9  # adamw
+    b2: float = 0.95  # adamw
+    eps: float = 1e-8  # adamw
+    clip_norm: float = 1.0  # global gradient norm limit; 0 = off
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainConfig:
+    """The loop."""
+
+    steps: int = 1000  # optimizer steps
+    batch_size: int = 16  # packed rows per step over all hosts
+    row_length: int = 256  # tokens per packed row
+    num_microbatches: int = 1  # gradient accumulation; divides batch_size
+    dtype: str = "float32"  # compute; parameters and reductions stay float32
+    remat: str = "none"  # what the backward pass recomputes: one of REMATS
+    chunk_size: int = 0  # tokens per chunk of the fused head; 0 = from memory_mib
+    memory_mib: int = 16  # memory for one chunk of logits, MiB
+    log_every: int = 10  # steps between lines of metrics.jsonl
+    eval_every: int = 0  # steps between evaluations; 0 = only at the end
+    save_every: int = 500  # steps between checkpoints; 0 = only at the end
+    keep_last: int = 2  # recent checkpoints kept
+    keep_best: bool = True  # also keep the one with the lowest held-out NLL
+    non_finite: str = "stop"  # a non-finite loss: one of NON_FINITE
+    num_threads: int = 2  # loader threads
+    prefetch: int = 8  # batches made ahead
+
+
+@dataclass(kw_only=True, slots=True)
+class MeshConfig:
+    """Devices along each axis; exactly one may be -1, meaning "the rest"."""
+
+    data: int = -1  # batch split, parameters repeated
+    fsdp: int = 1  # batch and parameters split
+    tensor: int = 1  # heads and inner widths split
+
+
+@dataclass(kw_only=True, slots=True)
+class EvalConfig:
+    """What is measured on held-out examples."""
+
+    batch_size: int = 16  # packed rows per forward
+    row_length: int = 0  # tokens per packed row; 0 = train.row_length
+    num_generations: int = 64  # examples answered by greedy decoding; 0 = none
+    max_new_tokens: int = 32  # per generated answer
+    num_bins: int = 10  # bins of the expected calibration error
+
+
+@dataclass(kw_only=True, slots=True)
+class Config:
+    """One experiment."""
+
+    name: str = "kdjax"  # names the run; the default workdir is runs/<name>
+    seed: int = 0  # data order, student initialisation, sampling
+    teacher_seed: int = 0  # initialisation and data order of a trained teacher
+    data: DataConfig = field(default_factory=DataConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    evaluation: EvalConfig = field(default_factory=EvalConfig)
+
+
+def to_json(config: Config) -> str:
+    """The config as indented JSON, which `from_json` reads back."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def from_json(text: str) -> Config:
+    """A config from its JSON; unknown fields and wrong types are refused.
+
+    Raises:
+      ValueError: an unknown field, with the known ones.
+    """
+    return _build(Config, json.loads(text), "config")
+
+
+def _build(cls: Any, values: dict[str, Any], path: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    unknown = sorted(values.keys() - hints.keys())
+    if unknown:
+        raise ValueError(f"{path} has no field {unknown}: known are {sorted(hints)}")
+    return cls(
+        **{
+            name: _build(hints[name], value, f"{path}.{name}")
+            if dataclasses.is_dataclass(hints[name])
+            else tuple(value)
+            if typing.get_origin(hints[name]) is tuple
+            else value
+            for name, value in values.items()
+        }
+    )
+
+
+# Fields that change neither the numbers of a run nor what a checkpoint holds.
+_FREE = (
+    "mesh.",
+    "evaluation.",
+    "cache.path",
+    "cache.shard_size",
+    "cache.batch_size",
+    "cache.row_length",
+    "cache.chunk_size",
+    "cache.memory_mib",
+    "train.num_microbatches",
+    "train.chunk_size",
+    "train.memory_mib",
+    "train.log_every",
+    "train.eval_every",
+    "train.save_every",
+    "train.keep_last",
+    "train.keep_best",
+    "train.non_finite",
+    "train.num_threads",
+    "train.prefetch",
+)
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """The fields that a resumed run may not change, as "field: old -> new"."""
+    before, after = _flat(old), _flat(new)
+    return [
+        f"{name}: {before[name]!r} -> {after[name]!r}"
+        for name in before
+        if before[name] != after[name] and not name.startswith(_FREE)
+    ]
+
+
+def _flat(part: Any, prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for f in dataclasses.fields(part):
+        value = getattr(part, f.name)
+        if dataclasses.is_dataclass(value):
+            found |= _flat(value, f"{prefix}{f.name}.")
+        else:
+            found[prefix + f.name] = value
+    return found

@@ -1,0 +1,1 @@
+"""Examples, views, tokens, packed rows and batches."""

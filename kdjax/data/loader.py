@@ -1,0 +1,330 @@
+"""Batches as a pure function of (segments, seed, step), and reading them ahead.
+
+Which segments make up step s is computed, never remembered: the packing plan of an
+epoch follows from the lengths and (seed, epoch). Resuming needs one integer and works
+on another number of hosts.
+
+Shapes: M microbatches, R rows of a microbatch (those of one host), T row length,
+K stored pairs, t target tokens of a segment.
+"""
+
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+
+from kdjax.data.packing import pack
+from kdjax.data.views import Segment
+
+Batch = dict[str, np.ndarray]
+
+
+class BatchPlan:
+    """Which segments lie in which row of which step.
+
+    Epoch e packs the segments in an order drawn from (seed, e); its rows, in order,
+    are cut into batches. The last batch of an epoch is filled up with empty rows.
+    Plans are made when first asked for. Safe to use from several threads.
+    """
+
+    def __init__(
+        self,
+        segments: Sequence[Segment],
+        *,
+        batch_size: int,
+        row_length: int,
+        num_microbatches: int = 1,
+        seed: int = 0,
+        shuffle: bool = True,
+    ) -> None:
+        """See the class.
+
+        Args:
+          segments: at least one, none longer than a row.
+          batch_size: packed rows per step over all hosts and microbatches.
+          row_length: input positions per row.
+          num_microbatches: divides `batch_size`.
+          seed: of the order.
+          shuffle: False keeps the given order (evaluation, labelling).
+
+        Raises:
+          ValueError: nothing to plan, a segment too long, or sizes that do not divide.
+        """
+        if not segments:
+            raise ValueError("segments is empty: there is nothing to make batches of")
+        if batch_size < 1 or num_microbatches < 1 or batch_size % num_microbatches:
+            raise ValueError(
+                f"batch_size={batch_size} does not divide into num_microbatches="
+                f"{num_microbatches}: use a multiple of it"
+            )
+        self.segments = segments
+        self.batch_size = batch_size
+        self.row_length = row_length
+        self.num_microbatches = num_microbatches
+        self.seed = seed
+        self.shuffle = shuffle
+        self.lengths = np.asarray([s.length for s in segments], np.int64)
+        self.views = np.asarray([s.view for s in segments], np.int64)
+        self.target_lengths = np.asarray([len(s.target_ids) for s in segments])
+        longest = int(self.lengths.argmax())
+        if self.lengths[longest] > row_length:
+            raise ValueError(
+                f"example {segments[longest].example_id!r} takes "
+                f"{self.lengths[longest]} positions, row_length={row_length}: use "
+                f"row_length >= {self.lengths[longest]}, or a smaller max_prompt or "
+                "max_target with on_long='truncate' or 'drop'"
+            )
+        self._lock = threading.Lock()
+        self._rows: dict[int, list[np.ndarray]] = {}  # of the last few epochs used
+        self._ends: list[int] = []  # steps up to the end of each epoch
+
+    def steps_per_epoch(self, epoch: int) -> int:
+        """Batches in an epoch; it may differ by one or so between epochs."""
+        with self._lock:
+            return self._steps(epoch)
+
+    def locate(self, step: int) -> tuple[int, int]:
+        """The epoch of a step, and the batch's index in it."""
+        with self._lock:
+            return self._locate(step)
+
+    def batch(self, step: int) -> list[np.ndarray]:
+        """The rows of a step: for each of `batch_size` rows, its segments' indices."""
+        with self._lock:
+            epoch, index = self._locate(step)
+            rows = self._epoch(epoch)
+        rows = rows[index * self.batch_size : (index + 1) * self.batch_size]
+        empty = np.zeros(0, np.int64)
+        return rows + [empty] * (self.batch_size - len(rows))
+
+    def _locate(self, step: int) -> tuple[int, int]:
+        if step < 0:
+            raise ValueError(f"step={step}: steps count from 0")
+        if not self.shuffle:
+            return divmod(step, self._steps(0))
+        while not self._ends or self._ends[-1] <= step:
+            done = self._ends[-1] if self._ends else 0
+            self._ends.append(done + self._steps(len(self._ends)))
+        epoch = int(np.searchsorted(self._ends, step, side="right"))
+        return epoch, step - (self._ends[epoch - 1] if epoch else 0)
+
+    def _steps(self, epoch: int) -> int:
+        return -(-len(self._epoch(epoch)) // self.batch_size)
+
+    def _epoch(self, epoch: int) -> list[np.ndarray]:
+        if not self.shuffle:
+            epoch = 0
+        if epoch not in self._rows:
+            order = np.arange(len(self.segments))
+            if self.shuffle:
+                order = np.random.default_rng([self.seed, epoch]).permutation(order)
+            if len(self._rows) >= 3:
+                del self._rows[min(self._rows)]
+            self._rows[epoch] = pack(self.lengths, order, self.row_length)
+        return self._rows[epoch]
+
+
+class Placement(NamedTuple):
+    """Where a segment lies in its row."""
+
+    item: int  # index into the plan's segments
+    segment: Segment
+    whole: slice  # its input positions
+    target: slice  # those that predict its target tokens, from the prompt's last on
+
+
+def placements(plan: BatchPlan, items: Iterable[int]) -> Iterator[Placement]:
+    """Lays out one row of `BatchPlan.batch`: its segments follow one another."""
+    start = 0
+    for item in items:
+        segment = plan.segments[item]
+        stop = start + segment.length
+        first = start + len(segment.prompt_ids) - 1
+        yield Placement(int(item), segment, slice(start, stop), slice(first, stop))
+        start = stop
+
+
+def make_batch(
+    plan: BatchPlan,
+    step: int,
+    *,
+    terms: Sequence[Any],
+    cache: Any = None,
+    temperature: float = 1.0,
+    rows: slice = slice(None),
+) -> Batch:
+    """The arrays of one step.
+
+    A token's weight is the sum over the terms of its view and kind of
+    `term.weight / count`, count being the target tokens of that view in the whole
+    global batch: known from the lengths, so that the loss is one plain sum however the
+    batch is cut.
+
+    Args:
+      plan: the batches.
+      step: which one.
+      terms: with fields view, kind ("hard" or "soft") and weight.
+      cache: the teacher's records, for the views with a soft term.
+      temperature: of the soft terms; one that the cache declares.
+      rows: the rows of each microbatch to make (this host's).
+
+    Returns:
+      Arrays [M, R, T]. int32: tokens, targets (the next token), positions and segments
+      (0 in padding, then 1..), view (-1 where the target is not trained on). float32:
+      hard_weights, soft_weights. With a cache also teacher_log_probs [M, R, T, K] and
+      teacher_log_z at `temperature`, and, unless the cache is dense, teacher_ids int32
+      [M, R, T, K]; without a record ids are -1, log-probs -inf, log z 0.
+
+    Raises:
+      ValueError: a soft term without a cache, an undeclared temperature, a missing
+        record, or one that does not fit its segment.
+    """
+    contents = plan.batch(step)
+    weights = _weights(plan, contents, terms)
+    shape = (plan.num_microbatches, plan.batch_size // plan.num_microbatches)
+    local = np.arange(plan.batch_size).reshape(shape)[:, rows]
+    lead = (local.size, plan.row_length)
+    integers = ("tokens", "targets", "positions", "segments")
+    batch: Batch = {name: np.zeros(lead, np.int32) for name in integers}
+    batch["view"] = np.full(lead, -1, np.int32)
+    batch |= {f"{kind}_weights": np.zeros(lead, np.float32) for kind in weights}
+    soft_views = _soft_views(terms)
+    if soft_views and cache is None:
+        raise ValueError(
+            "soft terms need a teacher cache: label the data first, or use "
+            "method.soft_weight=0"
+        )
+    if cache is not None:
+        declared = _declared(cache, temperature)
+        batch |= _empty_teacher(cache, lead)
+    for row, index in enumerate(local.ravel()):
+        for number, at in enumerate(placements(plan, contents[index]), 1):
+            _write(batch, row, number, at, weights)
+            if at.segment.view in soft_views:
+                _write_teacher(batch, row, at, cache, declared)
+    return {
+        name: array.reshape(*local.shape, *array.shape[1:])
+        for name, array in batch.items()
+    }
+
+
+def _soft_views(terms: Sequence[Any]) -> set[int]:
+    return {term.view for term in terms if term.kind == "soft" and term.weight}
+
+
+def _weights(
+    plan: BatchPlan, contents: list[np.ndarray], terms: Sequence[Any]
+) -> dict[str, dict[int, float]]:
+    """Weight of one target token, by kind, then view."""
+    items = np.concatenate(contents)
+    weights: dict[str, dict[int, float]] = {"hard": {}, "soft": {}}
+    for term in terms:
+        count = int(plan.target_lengths[items[plan.views[items] == term.view]].sum())
+        if count:
+            of_view = weights[term.kind]
+            of_view[term.view] = of_view.get(term.view, 0.0) + term.weight / count
+    return weights
+
+
+def _write(
+    batch: Batch,
+    row: int,
+    number: int,
+    at: Placement,
+    weights: dict[str, dict[int, float]],
+) -> None:
+    segment = at.segment
+    ids = np.concatenate([segment.prompt_ids, segment.target_ids])
+    batch["tokens"][row, at.whole] = ids[:-1]
+    batch["targets"][row, at.whole] = ids[1:]
+    batch["positions"][row, at.whole] = np.arange(segment.length)
+    batch["segments"][row, at.whole] = number
+    batch["view"][row, at.target] = segment.view
+    for kind, of_view in weights.items():
+        batch[f"{kind}_weights"][row, at.target] = of_view.get(segment.view, 0.0)
+
+
+def _declared(cache: Any, temperature: float) -> int:
+    if temperature not in cache.temperatures:
+        raise ValueError(
+            f"temperature={temperature} was not declared when labelling: the cache has "
+            f"{tuple(cache.temperatures)}; use one of them or label again"
+        )
+    return tuple(cache.temperatures).index(temperature)
+
+
+def _empty_teacher(cache: Any, lead: tuple[int, int]) -> Batch:
+    teacher: Batch = {
+        "teacher_log_probs": np.full((*lead, cache.k), -np.inf, np.float32),
+        "teacher_log_z": np.zeros(lead, np.float32),
+    }
+    if cache.kind != "dense":
+        teacher["teacher_ids"] = np.full((*lead, cache.k), -1, np.int32)
+    return teacher
+
+
+def _write_teacher(
+    batch: Batch, row: int, at: Placement, cache: Any, declared: int
+) -> None:
+    """Row i of the record goes to the position that predicts target token i."""
+    segment, target = at.segment, at.target
+    if not cache.has(segment.key):
+        raise _missing(segment, 1)
+    record = cache.read(segment.key)
+    if len(record.log_z) != len(segment.target_ids):
+        raise ValueError(
+            f"example {segment.example_id!r}: its record has {len(record.log_z)} rows "
+            f"for {len(segment.target_ids)} target tokens: verify the cache"
+        )
+    stored = slice(0, record.log_probs.shape[-1])
+    batch["teacher_log_probs"][row, target, stored] = record.log_probs
+    batch["teacher_log_z"][row, target] = record.log_z[:, declared]
+    if record.ids is not None:
+        batch["teacher_ids"][row, target, stored] = record.ids
+
+
+def check_cache(
+    segments: Sequence[Segment], cache: Any, views: Collection[int]
+) -> None:
+    """Checks that the cache has a record for every segment of the given views.
+
+    Raises:
+      ValueError: naming the first example without one.
+    """
+    missing = [s for s in segments if s.view in views and not cache.has(s.key)]
+    if missing:
+        raise _missing(missing[0], len(missing))
+
+
+def _missing(segment: Segment, count: int) -> ValueError:
+    return ValueError(
+        f"example {segment.example_id!r}, view {segment.view}: the teacher cache has "
+        f"no record of it ({count} such in all): label the same data with the same "
+        "tokenizer and length limits, or name the cache that belongs to them"
+    )
+
+
+def iterate(
+    make: Callable[[int], Batch],
+    start: int,
+    stop: int,
+    *,
+    num_threads: int = 2,
+    prefetch: int = 8,
+) -> Iterator[tuple[int, Batch]]:
+    """Yields (step, make(step)) for start <= step < stop, made ahead by threads.
+
+    Args:
+      make: a pure function of the step, safe to call from several threads.
+      start: first step; the step to resume at.
+      stop: one past the last step.
+      num_threads: how many make batches; the order does not depend on it.
+      prefetch: batches made ahead of the one in use.
+    """
+    if start >= stop:
+        return
+    steps = grain.MapDataset.range(start, stop).map(lambda s: (int(s), make(int(s))))
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
+    yield from steps.to_iter_dataset(options)

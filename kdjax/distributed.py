@@ -1,0 +1,81 @@
+"""Starting several processes as one run, and stopping them together."""
+
+import logging
+import os
+import signal
+from types import FrameType
+
+import jax
+from jax.experimental import multihost_utils
+
+_SCHEDULERS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")  # number of processes
+
+
+def start() -> None:
+    """Joins the other processes of this run, if there are any.
+
+    The processes are found from KDJAX_COORDINATOR (host:port), KDJAX_NUM_PROCESSES and
+    KDJAX_PROCESS_ID where those are set (launch/local.sh sets them), else from the
+    scheduler (Slurm, Open MPI, TPU pods, Kubernetes) where KDJAX_DISTRIBUTED=1.
+
+    Raises:
+      ValueError: some of the three variables are missing.
+    """
+    names = ("KDJAX_COORDINATOR", "KDJAX_NUM_PROCESSES", "KDJAX_PROCESS_ID")
+    values = [os.environ.get(name) for name in names]
+    if all(values):
+        coordinator, num_processes, process_id = values
+        jax.distributed.initialize(
+            coordinator_address=coordinator,
+            num_processes=int(num_processes or 0),
+            process_id=int(process_id or 0),
+        )
+    elif any(values):
+        missing = [n for n, v in zip(names, values, strict=True) if not v]
+        raise ValueError(f"{missing} not set: set all of {names}, or none of them")
+    elif os.environ.get("KDJAX_DISTRIBUTED") == "1":
+        jax.distributed.initialize()
+    elif any(int(os.environ.get(name, 1)) > 1 for name in _SCHEDULERS):
+        logging.warning(
+            "a scheduler started this process but KDJAX_DISTRIBUTED is not 1: "
+            "running as one process"
+        )
+
+
+def is_main() -> bool:
+    """Whether this process writes what is written once."""
+    return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Waits for all processes."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+class Preemption:
+    """Notes SIGTERM, so that the loop can save and stop at a step's end.
+
+    Several processes leave the signal to JAX's own service, which makes all of them
+    stop after the same step.
+    """
+
+    def __init__(self) -> None:
+        self._received = False
+        if jax.process_count() == 1:
+            self._previous = signal.signal(signal.SIGTERM, self._note)
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        del signum, frame
+        self._received = True
+
+    def requested(self, step: int) -> bool:
+        """Whether to stop after `step`; the same answer on every process."""
+        if jax.process_count() > 1:
+            return bool(multihost_utils.reached_preemption_sync_point(step))
+        return self._received
+
+    def close(self) -> None:
+        """Gives the signal back to whoever handled it before."""
+        if jax.process_count() == 1:
+            signal.signal(signal.SIGTERM, self._previous)

@@ -1,0 +1,151 @@
+"""Floating-point work of a decoder, and the rate of the device that does it.
+
+Only matrix products are counted, a multiply-add as two operations; norms, rotary
+positions, softmax and the optimizer are left out, as is usual for model FLOPs
+utilisation (MFU). Recomputation (remat) is not useful work and is not counted.
+"""
+
+import time
+
+import jax
+import jax.numpy as jnp
+
+from kdjax.config import DecoderConfig
+
+# Dense peak, FLOP/s of one jax device, from the makers' data sheets (no sparsity).
+# Keys are looked for in `device.device_kind`, lower case, first hit. TPU v4 and v5p
+# chips are one device each. float32 is the rate of XLA's default float32 matmul
+# (TF32 on NVIDIA GPUs, one bfloat16 pass on TPU).
+_PEAK_FLOPS = {
+    "tpu v6": {"bfloat16": 918e12, "float32": 918e12},
+    "tpu v5p": {"bfloat16": 459e12, "float32": 459e12},
+    "tpu v5 lite": {"bfloat16": 197e12, "float32": 197e12},
+    "tpu v5e": {"bfloat16": 197e12, "float32": 197e12},
+    "tpu v5": {"bfloat16": 459e12, "float32": 459e12},
+    "tpu v4 lite": {"bfloat16": 138e12, "float32": 138e12},
+    "tpu v4": {"bfloat16": 275e12, "float32": 275e12},
+    "b200": {"bfloat16": 2250e12, "float32": 1125e12},
+    "h200": {"bfloat16": 989e12, "float32": 494e12},
+    "h100 pcie": {"bfloat16": 756e12, "float32": 378e12},
+    "h100": {"bfloat16": 989e12, "float32": 494e12},
+    "a100": {"bfloat16": 312e12, "float32": 156e12},
+    "l40s": {"bfloat16": 362e12, "float32": 183e12},
+    "l40": {"bfloat16": 181e12, "float32": 90e12},
+    "l4": {"bfloat16": 121e12, "float32": 60e12},
+    "v100": {"float32": 15.7e12},
+    "t4": {"float32": 8.1e12},
+}
+
+
+def matmul_params(config: DecoderConfig) -> int:
+    """Number of weights that multiply every token: all but norms and the look-up.
+
+    L (2 D H Dh + 2 D Hkv Dh + 3 D F) + V D: query and output, key and value, the
+    three SwiGLU products, and the head (tied or not, it is multiplied once).
+    """
+    attention = config.num_heads + config.num_kv_heads
+    per_layer = (
+        2 * config.width * attention * config.head_dim
+        + 3 * config.width * config.mlp_width
+    )
+    return config.num_layers * per_layer + config.vocab_size * config.width
+
+
+def params_count(config: DecoderConfig) -> int:
+    """Number of parameters: matmul weights, (2 L + 1) D norm scales, the look-up.
+
+    A tied look-up is the head, which is counted already.
+    """
+    norms = (2 * config.num_layers + 1) * config.width
+    lookup = 0 if config.tie_embeddings else config.vocab_size * config.width
+    return matmul_params(config) + norms + lookup
+
+
+def forward_flops(
+    config: DecoderConfig, *, num_tokens: int, row_length: int, num_head_tokens: int
+) -> int:
+    """FLOPs of one forward pass over rows of `row_length` tokens.
+
+    2 (P - V D) num_tokens + 2 V D num_head_tokens + 4 L H Dh row_length num_tokens:
+    P matmul weights; scores and weighted values each cost 2 H Dh per pair of
+    positions. All row_length^2 pairs are counted: a causal or packed mask does not
+    spare a dense attention its products.
+
+    Args:
+        config: the model.
+        num_tokens: positions in the batch, padding included.
+        row_length: positions of one row.
+        num_head_tokens: positions that the head is applied to.
+    """
+    head = config.vocab_size * config.width
+    attention = 4 * config.num_layers * config.num_heads * config.head_dim * row_length
+    body = 2 * (matmul_params(config) - head) + attention
+    return body * num_tokens + 2 * head * num_head_tokens
+
+
+def train_flops(
+    config: DecoderConfig, *, num_tokens: int, row_length: int, num_head_tokens: int
+) -> int:
+    """FLOPs of a training step: three times the forward pass.
+
+    Each product of the forward pass has two in the backward pass, one for the
+    gradient of each operand. Arguments as in `forward_flops`.
+    """
+    return 3 * forward_flops(
+        config,
+        num_tokens=num_tokens,
+        row_length=row_length,
+        num_head_tokens=num_head_tokens,
+    )
+
+
+def peak_flops(device: jax.Device, dtype: str = "bfloat16") -> float | None:
+    """Peak FLOP/s of one device: the data sheet's, or measured on a CPU.
+
+    Args:
+        device: of `jax.devices()`.
+        dtype: of the operands, "float32" or "bfloat16".
+
+    Returns:
+        FLOP/s, or None for a device or dtype that is not in the table. On a CPU the
+        float32 rate of all cores over the number of its (virtual) devices.
+    """
+    if device.platform == "cpu":
+        return measured_cpu_flops() / jax.local_device_count("cpu")
+    kind = device.device_kind.lower()
+    for name, peaks in _PEAK_FLOPS.items():
+        if name in kind:
+            return peaks.get(dtype)
+    return None
+
+
+def measured_cpu_flops(*, size: int = 2048, num_trials: int = 3) -> float:
+    """Best FLOP/s of a float32 matrix product on the CPU, over `num_trials`."""
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        matrix = jnp.ones((size, size), jnp.float32)
+        product = jax.jit(jnp.matmul).lower(matrix, matrix).compile()
+        product(matrix, matrix).block_until_ready()
+        seconds = []
+        for _ in range(num_trials):
+            start = time.perf_counter()
+            product(matrix, matrix).block_until_ready()
+            seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds)
+
+
+def mfu(
+    flops_per_step: float,
+    *,
+    seconds_per_step: float,
+    num_devices: int,
+    peak: float | None,
+) -> float | None:
+    """Model FLOPs utilisation: useful FLOP/s over the peak of all devices.
+
+    flops_per_step / (seconds_per_step num_devices peak); None without a peak.
+
+    Source: Chowdhery et al., 2022, arXiv 2204.02311, appendix B.
+    """
+    if peak is None:
+        return None
+    return flops_per_step / (seconds_per_step * num_devices * peak)

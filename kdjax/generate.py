@@ -1,0 +1,238 @@
+"""Batched decoding with a key/value cache: greedy or sampled.
+
+Shapes: B rows, P prompt time (right padded), N new tokens, V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from kdjax.config import DecoderConfig
+from kdjax.models import decoder
+
+MIN_PROMPT_SHAPE = 16  # prompts are padded to this times a power of two
+
+
+def make_generate(
+    config: DecoderConfig,
+    graphdef: nnx.GraphDef,
+    *,
+    max_prompt: int,
+    max_new_tokens: int,
+    eos_id: int,
+    pad_id: int,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> Callable[..., Int[Array, "B N"]]:
+    """Compile-once generation: one pass over the prompts, then one token at a time.
+
+    The loop ends when every row has produced `eos_id` or `max_new_tokens` tokens.
+
+    Args:
+      config: shape of the model.
+      graphdef: from `decoder.create`; its compute dtype is also the cache's.
+      max_prompt: P, columns of the prompt array.
+      max_new_tokens: N, most tokens generated for a row.
+      eos_id: token that ends a row; -1 = none does.
+      pad_id: fills a row after its end.
+      top_k: sample among the k most probable tokens; 0 = all.
+      top_p: sample among the fewest most probable tokens whose probabilities (at the
+        sampling temperature) sum to at least p; 1 = all.
+
+    Returns:
+      Jitted `generate(params, prompts_BP, lengths_B, key, temperature) -> tokens_BN`,
+      int32. Prompts are right padded (with any id); a row of length 0 stays empty: all
+      `pad_id`. Temperature 0 takes the most probable token; the end token is included.
+
+    Raises:
+      ValueError: more tokens than the model's max_length, or a top_k or top_p out of
+        range.
+
+    Source: Holtzman et al., 2020, arXiv 1904.09751, section 3.1 (top_p).
+    """
+    _check(config, max_prompt, max_new_tokens, top_k, top_p)
+
+    def choose(logits_BV, key, temperature):
+        def sample(_):
+            scaled_BV = filter_logits(logits_BV / temperature, top_k=top_k, top_p=top_p)
+            return jax.random.categorical(key, scaled_BV).astype(jnp.int32)
+
+        def greedy(_):
+            return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+
+        return jax.lax.cond(temperature > 0, sample, greedy, None)
+
+    @jax.jit
+    def generate(params, prompts_BP, lengths_B, key, temperature):
+        prompts_BP, lengths_B = (
+            prompts_BP.astype(jnp.int32),
+            lengths_B.astype(jnp.int32),
+        )
+        temperature = jnp.asarray(temperature, jnp.float32)
+        num_rows = prompts_BP.shape[0]
+        dtype = nnx.merge(graphdef, params).dtype
+        cache = decoder.init_cache(config, num_rows, max_prompt + max_new_tokens, dtype)
+        time_P = jnp.arange(max_prompt, dtype=jnp.int32)
+        positions_BP = jnp.broadcast_to(time_P[None, :], prompts_BP.shape)
+        hidden_BPD, cache = decoder.decode(
+            graphdef, params, prompts_BP, positions_BP, cache
+        )
+        last_B11 = jnp.maximum(lengths_B - 1, 0)[:, None, None]
+        hidden_BD = jnp.take_along_axis(hidden_BPD, last_B11, axis=1)[:, 0]
+        tokens_BN = jnp.full((num_rows, max_new_tokens), pad_id, jnp.int32)
+
+        def unfinished(carry):
+            step, _, done_B, _, _ = carry
+            return (step < max_new_tokens) & ~jnp.all(done_B)
+
+        def extend(carry):
+            step, hidden_BD, done_B, tokens_BN, cache = carry
+            logits_BV = decoder.logits(params, hidden_BD)
+            token_B = choose(logits_BV, jax.random.fold_in(key, step), temperature)
+            token_B = jnp.where(done_B, jnp.int32(pad_id), token_B)
+            tokens_BN = jax.lax.dynamic_update_index_in_dim(tokens_BN, token_B, step, 1)
+            done_B = done_B | (token_B == eos_id)
+            positions_B1 = (lengths_B + step)[:, None]
+            hidden_B1D, cache = decoder.decode(
+                graphdef, params, token_B[:, None], positions_B1, cache
+            )
+            return step + 1, hidden_B1D[:, 0], done_B, tokens_BN, cache
+
+        start = (jnp.int32(0), hidden_BD, lengths_B == 0, tokens_BN, cache)
+        return jax.lax.while_loop(unfinished, extend, start)[3]
+
+    return generate
+
+
+def filter_logits(
+    logits_BV: Float[Array, "B V"], *, top_k: int = 0, top_p: float = 1.0
+) -> Float[Array, "B V"]:
+    """Set to -inf what top_k or top_p excludes; ties with the last kept one stay."""
+    if top_k:
+        kth_B1 = jax.lax.top_k(logits_BV, min(top_k, logits_BV.shape[-1]))[0][:, -1:]
+        logits_BV = jnp.where(logits_BV < kth_B1, -jnp.inf, logits_BV)
+    if top_p < 1:
+        sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
+        probs_BV = jax.nn.softmax(sorted_BV, axis=-1)
+        before_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV
+        kept_BV = jnp.where(before_BV < top_p, sorted_BV, jnp.inf)
+        threshold_B1 = jnp.min(kept_BV, axis=-1, keepdims=True)
+        logits_BV = jnp.where(logits_BV < threshold_B1, -jnp.inf, logits_BV)
+    return logits_BV
+
+
+def generate_texts(
+    config: DecoderConfig,
+    graphdef: nnx.GraphDef,
+    params: decoder.Params,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    eos_id: int,
+    pad_id: int,
+    batch_size: int = 16,
+    key: Array | None = None,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    compiled: dict[int, Callable] | None = None,
+    on_batch: Callable[[int], None] = lambda num_prompts: None,
+) -> list[list[int]]:
+    """Continue tokenised prompts, batched by length and padded to few shapes.
+
+    Args:
+      config: shape of the model.
+      graphdef: from `decoder.create`.
+      params: its parameters.
+      prompts: token ids, each at least one.
+      max_new_tokens: most tokens generated for a prompt.
+      eos_id: token that ends a continuation; -1 = none does.
+      pad_id: fills up rows.
+      batch_size: prompts decoded together.
+      key: random key; needed when temperature > 0.
+      temperature: 0 = most probable token, else sampling.
+      top_k: see `make_generate`.
+      top_p: see `make_generate`.
+      compiled: filled with one compiled function a prompt shape; pass the same dict
+        with the same arguments again (other params, prompts) to compile nothing.
+      on_batch: called with the number of prompts done since the last call.
+
+    Returns:
+      The continuation of each prompt, in order, without the end token.
+
+    Raises:
+      ValueError: an empty prompt, sampling without a key, or a prompt too long for the
+        model.
+    """
+    if temperature > 0 and key is None:
+        raise ValueError(f"temperature={temperature} samples: pass a random key")
+    for index, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise ValueError(f"prompts[{index}] is empty: give it at least one token")
+    key = jax.random.key(0) if key is None else key
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    compiled = {} if compiled is None else compiled
+    results: list[list[int]] = [[] for _ in prompts]
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        longest = len(prompts[chosen[-1]])
+        width = _prompt_shape(longest, config.max_length - max_new_tokens)
+        if width not in compiled:
+            compiled[width] = make_generate(
+                config,
+                graphdef,
+                max_prompt=width,
+                max_new_tokens=max_new_tokens,
+                eos_id=eos_id,
+                pad_id=pad_id,
+                top_k=top_k,
+                top_p=top_p,
+            )
+        prompts_BP = np.full((batch_size, width), pad_id, np.int32)
+        lengths_B = np.zeros(batch_size, np.int32)
+        for row, index in enumerate(chosen):
+            lengths_B[row] = len(prompts[index])
+            prompts_BP[row, : lengths_B[row]] = prompts[index]
+        batch_key = jax.random.fold_in(key, start)
+        tokens_BN = np.asarray(
+            compiled[width](params, prompts_BP, lengths_B, batch_key, temperature)
+        )
+        for row, index in enumerate(chosen):
+            (ends,) = np.nonzero(tokens_BN[row] == eos_id)
+            stop = ends[0] if len(ends) else max_new_tokens
+            results[index] = tokens_BN[row, :stop].tolist()
+        on_batch(len(chosen))
+    return results
+
+
+def _prompt_shape(longest: int, limit: int) -> int:
+    """The smallest allowed padded length; `limit` itself is the last one."""
+    if longest > limit:
+        raise ValueError(
+            f"a prompt of {longest} tokens leaves no room: at most {limit} fit with "
+            "max_new_tokens under the model's max_length; shorten one of them"
+        )
+    width = MIN_PROMPT_SHAPE
+    while width < longest:
+        width *= 2
+    return min(width, limit)
+
+
+def _check(config, max_prompt, max_new_tokens, top_k, top_p) -> None:
+    if max_prompt < 1 or max_new_tokens < 1:
+        raise ValueError(
+            f"max_prompt={max_prompt}, max_new_tokens={max_new_tokens}: use at least 1"
+        )
+    if max_prompt + max_new_tokens > config.max_length:
+        raise ValueError(
+            f"max_prompt={max_prompt} + max_new_tokens={max_new_tokens} exceeds the "
+            f"model's max_length={config.max_length}: shorten one of them"
+        )
+    if top_k < 0 or not 0 < top_p <= 1:
+        raise ValueError(
+            f"top_k={top_k}, top_p={top_p}: use top_k >= 0 and 0 < top_p <= 1"
+        )

@@ -1,0 +1,35 @@
+"""Fills the teacher caches of a config: python -m kdjax.label --config=FILE.py.
+
+Every target token of the training and held-out examples is scored by the teacher and
+stored; `python -m kdjax.train` does the same when a cache is missing. Killed anywhere
+and started again it continues with the next shard.
+"""
+
+import pathlib
+
+from kdjax import cli, distributed, experiment
+from kdjax.config import Config
+from kdjax.teacher import building
+from kdjax.writer import print_table
+
+
+def run(config: Config, workdir: pathlib.Path) -> None:
+    """Labels what is missing and prints what the caches hold."""
+    teacher_path = experiment.teacher_folder(config, workdir)
+    if not (config.teacher.path or pathlib.Path(teacher_path).is_dir()):
+        raise ValueError(
+            f"teacher.path='' and {teacher_path} does not exist: give "
+            "--config.teacher.path, or run kdjax.train, which trains a teacher first"
+        )
+    data = experiment.load_data(config)
+    building.check(config, data, workdir)
+    caches = building.ensure(config, data, workdir, teacher_path)
+    if distributed.is_main():
+        print_table(
+            f"{config.name}: teacher caches",
+            [building.describe(config, workdir, name) for name in caches],
+        )
+
+
+if __name__ == "__main__":
+    cli.run(run)

@@ -1,0 +1,351 @@
+"""The fused head: from hidden states to losses and gradients, chunk by chunk.
+
+The logits of a chunk of tokens live only while the chunk is worked on, and gradients
+are made in the same pass, so nothing of size [tokens, vocabulary] outlives a chunk and
+each of the three matmuls (logits, d_hidden, d_weight) runs once.
+
+On a mesh each device gathers the head once, scans over its own tokens without
+communication, and the gradient of the head is reduced once at the end. (Left to
+automatic partitioning, the loop holds an all-reduce of logits.)
+
+Shapes: N tokens, C tokens of a chunk, V vocabulary, D width, K stored pairs,
+S temperatures.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from kdjax.losses.chunk import Teacher, Tokens, chunk_label, chunk_loss
+from kdjax.losses.scan import Placement, scan_tokens
+from kdjax.losses.sparse import check_tail
+
+__all__ = [
+    "Placement",
+    "Teacher",
+    "chunk_size",
+    "fused_loss",
+    "label",
+    "score",
+    "sharded_fused_loss",
+    "sharded_label",
+    "sharded_score",
+]
+
+
+@dataclass(frozen=True)
+class _Options:
+    """Everything about the loss that is fixed when it is compiled."""
+
+    temperature: float
+    scale_by_t2: bool
+    tail: str
+    chunk_size: int
+    num_valid: int | None
+    placement: Placement | None
+
+    @property
+    def soft_scale(self) -> float:
+        return self.temperature**2 if self.scale_by_t2 else 1.0
+
+
+def chunk_size(memory_mib: float, vocab_size: int) -> int:
+    """Return the tokens per chunk whose float32 logits fit in `memory_mib`.
+
+    The largest power of two that fits, at most 1024; 8 where even 8 do not fit. While
+    gradients are made, two arrays of this size are alive.
+    """
+    fitting = memory_mib * 2**20 / (4 * vocab_size)
+    return min(1024, max(8, 2 ** math.floor(math.log2(max(fitting, 1)))))
+
+
+def fused_loss(
+    hidden_ND: Float[Array, "N D"],
+    weight_VD: Float[Array, "V D"],
+    targets_N: Int[Array, "N"],
+    hard_weights_N: Float[Array, "N"],
+    soft_weights_N: Float[Array, "N"],
+    teacher: Teacher | None,
+    *,
+    temperature: float = 1.0,
+    scale_by_t2: bool = True,
+    tail: str = "bucket",
+    chunk_size: int,
+    num_valid: int | None = None,
+    placement: Placement | None = None,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, "N"]]]:
+    """Return the weighted sum of cross-entropy and distillation loss over tokens.
+
+      loss  = sum_n hard_n * nll_n + soft_n * kl_n * (T^2 if scale_by_t2 else 1)
+      nll_n = -log softmax(hidden_n W^T)[target_n]
+      kl_n  = KL(teacher_n at T || softmax(hidden_n W^T / T)); `sparse` has the tails
+
+    Differentiable once, in `hidden_ND` and `weight_VD`; everything else is constant.
+    Gradients are made in the forward pass, and only when asked for.
+
+    Args:
+      hidden_ND: hidden states after the final norm, float32 or bfloat16.
+      weight_VD: output head (or tied embedding). Used in the dtype of `hidden_ND`.
+      targets_N: int32 ids in [0, V).
+      hard_weights_N: float32 weight of each token's nll.
+      soft_weights_N: float32 weight of each token's kl. Tokens with both weights 0
+        (padding) add exactly 0 to the loss and to every gradient.
+      teacher: stored outputs, or None for cross-entropy alone.
+      temperature: T of the soft term, > 0; `teacher.log_z_N` must be for this T.
+      scale_by_t2: keep the size of the soft gradient independent of T.
+      tail: what stands for ids that are not stored, one of `sparse.TAILS`.
+      chunk_size: most tokens whose logits are alive at once, per device.
+      num_valid: rows of `weight_VD` from here on are padding of the vocabulary and
+        have probability 0; None = all rows are real.
+      placement: split the tokens over a mesh; None = leave the arrays where they are.
+
+    Returns:
+      The loss (float32) and {"nll", "kl"}: float32 [N] in nats, neither weighted nor
+      scaled by T^2, without gradient; kl is 0 where the soft weight is 0.
+
+    Raises:
+      ValueError: an option out of range, or arrays whose shapes do not belong together.
+
+    Source: gradient in the forward pass: Hsu et al., 2024, Liger Kernel, arXiv
+    2410.10989, section 3.2; T^2: Hinton et al., 2015, arXiv 1503.02531, section 2.
+    """
+    options = _Options(temperature, scale_by_t2, tail, chunk_size, num_valid, placement)
+    if teacher is None:
+        soft_weights_N = jnp.zeros_like(soft_weights_N)
+    tokens = Tokens(
+        targets_N, hard_weights_N, soft_weights_N, _stored(teacher, targets_N)
+    )
+    _check(options, hidden_ND, weight_VD, tokens)
+    return _weighted_loss(options, hidden_ND, weight_VD, tokens)
+
+
+def score(
+    hidden_ND: Float[Array, "N D"],
+    weight_VD: Float[Array, "V D"],
+    targets_N: Int[Array, "N"],
+    teacher: Teacher | None,
+    *,
+    temperature: float = 1.0,
+    tail: str = "bucket",
+    chunk_size: int,
+    num_valid: int | None = None,
+    placement: Placement | None = None,
+) -> dict[str, jax.Array]:
+    """Return per-token measures of a model on held-out tokens, without gradient.
+
+    Args and Raises as `fused_loss`.
+
+    Returns:
+      {"nll": float32 [N], nats, "kl": float32 [N], nats at T, unscaled, 0 without a
+      teacher, "top1_ids": int32 [N], the most probable id}.
+    """
+    options = _Options(temperature, False, tail, chunk_size, num_valid, placement)
+    hard_N = jnp.ones(targets_N.shape, jnp.float32)
+    soft_N = jnp.zeros_like(hard_N) if teacher is None else hard_N
+    tokens = Tokens(targets_N, hard_N, soft_N, _stored(teacher, targets_N))
+    _check(options, hidden_ND, weight_VD, tokens)
+
+    def step(carry, weight_VD, hidden_CD, tokens):
+        logits_CV = _logits(hidden_CD, weight_VD, num_valid)
+        top1_ids = jnp.argmax(logits_CV, axis=-1).astype(jnp.int32)
+        loss = _chunk_loss(options, logits_CV, tokens)
+        return carry, {"nll": loss.nll_C, "kl": loss.kl_C, "top1_ids": top1_ids}
+
+    return _scan(step, options, hidden_ND, weight_VD, tokens)[1]
+
+
+def label(
+    hidden_ND: Float[Array, "N D"],
+    weight_VD: Float[Array, "V D"],
+    targets_N: Int[Array, "N"],
+    *,
+    k: int | None,
+    temperatures: tuple[float, ...],
+    chunk_size: int,
+    num_valid: int | None = None,
+    placement: Placement | None = None,
+) -> dict[str, jax.Array]:
+    """Return what a teacher cache stores for each target token.
+
+    Args:
+      k: pairs stored per token, at most the valid vocabulary; None = the whole row.
+      temperatures: S declared temperatures.
+
+    The other arguments are those of `fused_loss`.
+
+    Returns:
+      {"log_probs_NK": log-probabilities at temperature 1 from the full softmax, sorted
+      from the largest (k None: [N, V] in id order), "ids_NK": int32 (absent if k is
+      None), "target_log_probs_N", "log_z_NS": log sum_v p_v^(1/T), "entropy_NS": of
+      the teacher at each T}; float32, nats.
+
+    Raises:
+      ValueError: an option out of range, or arrays whose shapes do not belong together.
+    """
+    options = _Options(1.0, False, "bucket", chunk_size, num_valid, placement)
+    _check(options, hidden_ND, weight_VD, targets_N)
+    limit = weight_VD.shape[0] if num_valid is None else num_valid
+    if k is not None and not 1 <= k <= limit:
+        raise ValueError(
+            f"k={k} must lie in 1..{limit}, the vocabulary: lower k, or None for dense"
+        )
+    if not temperatures or min(temperatures) <= 0:
+        raise ValueError(
+            f"temperatures={temperatures} must be > 0: declare one or more"
+        )
+
+    def step(carry, weight_VD, hidden_CD, targets_C):
+        logits_CV = _logits(hidden_CD, weight_VD, num_valid)
+        return carry, chunk_label(logits_CV, targets_C, k=k, temperatures=temperatures)
+
+    return _scan(step, options, hidden_ND, weight_VD, targets_N)[1]
+
+
+def _sharded(function: Callable) -> Callable:
+    """Return `function` with leading argument `mesh` and keyword `weight_spec`."""
+
+    def sharded(mesh: Mesh, *arguments, weight_spec: PartitionSpec, **keywords):
+        return function(*arguments, **keywords, placement=Placement(mesh, weight_spec))
+
+    name = function.__name__
+    sharded.__name__ = sharded.__qualname__ = f"sharded_{name}"
+    sharded.__doc__ = (
+        f"Return `{name}` of the later arguments, tokens split over all axes of `mesh`."
+        "\n\nThe weight, and its gradient, are laid out by `weight_spec`. N need not"
+        "\ndivide by the number of devices."
+    )
+    return sharded
+
+
+sharded_fused_loss = _sharded(fused_loss)
+sharded_score = _sharded(score)
+sharded_label = _sharded(label)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _weighted_loss(options, hidden_ND, weight_VD, tokens):
+    def step(carry, weight_VD, hidden_CD, tokens):
+        logits_CV = _logits(hidden_CD, weight_VD, options.num_valid)
+        loss = _chunk_loss(options, logits_CV, tokens)
+        return carry, {"nll": loss.nll_C, "kl": loss.kl_C}
+
+    _, per_token = _scan(step, options, hidden_ND, weight_VD, tokens)
+    return _total(options, per_token, tokens), per_token
+
+
+def _weighted_loss_forward(options, hidden_ND, weight_VD, tokens):
+    def step(d_weight_VD, weight_VD, hidden_CD, tokens):
+        logits_CV = _logits(hidden_CD, weight_VD, options.num_valid)
+        loss = _chunk_loss(options, logits_CV, tokens)
+        d_logits_CV = loss.d_logits().astype(hidden_CD.dtype)
+        d_hidden_CD = _matmul("cv,vd->cd", d_logits_CV, weight_VD)
+        d_weight_VD += _matmul("cv,cd->vd", d_logits_CV, hidden_CD)
+        out = {"nll": loss.nll_C, "kl": loss.kl_C}
+        return d_weight_VD, (out, d_hidden_CD.astype(hidden_CD.dtype))
+
+    d_weight_VD, (per_token, d_hidden_ND) = _scan(
+        step, options, hidden_ND, weight_VD, tokens, accumulate=True
+    )
+    total = _total(options, per_token, tokens)
+    d_weight_VD = d_weight_VD.astype(weight_VD.dtype)
+    return (total, per_token), (d_hidden_ND, d_weight_VD)
+
+
+def _weighted_loss_backward(options, gradients, cotangents):
+    del options
+    scale, _ = cotangents  # the per-token outputs carry no gradient
+    d_hidden_ND, d_weight_VD = jax.tree.map(
+        lambda g: (scale * g.astype(jnp.float32)).astype(g.dtype), gradients
+    )
+    return d_hidden_ND, d_weight_VD, None
+
+
+_weighted_loss.defvjp(_weighted_loss_forward, _weighted_loss_backward)
+
+
+def _scan(step, options, *arrays, accumulate=False):
+    return scan_tokens(
+        step,
+        *arrays,
+        chunk_size=options.chunk_size,
+        placement=options.placement,
+        accumulate=accumulate,
+    )
+
+
+def _logits(hidden_CD, weight_VD, num_valid: int | None) -> jax.Array:
+    logits_CV = _matmul("cd,vd->cv", hidden_CD, weight_VD)
+    if num_valid is not None and num_valid < weight_VD.shape[0]:
+        logits_CV = logits_CV.at[:, num_valid:].set(-jnp.inf)
+    return logits_CV
+
+
+def _matmul(formula: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.einsum(formula, x, y, preferred_element_type=jnp.float32)
+
+
+def _chunk_loss(options, logits_CV, tokens):
+    return chunk_loss(
+        logits_CV,
+        tokens,
+        temperature=options.temperature,
+        soft_scale=options.soft_scale,
+        tail=options.tail,
+    )
+
+
+def _total(options, per_token, tokens) -> jax.Array:
+    """Return the loss; a token without weight counts 0 whatever its loss is."""
+    hard, soft = tokens.hard_weights_N, tokens.soft_weights_N * options.soft_scale
+    hard_N = jnp.where(hard != 0, hard * per_token["nll"], 0.0)
+    soft_N = jnp.where(soft != 0, soft * per_token["kl"], 0.0)
+    return (hard_N + soft_N).sum()
+
+
+def _stored(teacher: Teacher | None, targets_N: jax.Array) -> Teacher:
+    """Return `teacher`, or one unused slot per token where there is none."""
+    if teacher is not None:
+        return teacher
+    zeros_N = jnp.zeros(targets_N.shape, jnp.float32)
+    return Teacher(jnp.full_like(targets_N, -1)[:, None], zeros_N[:, None], zeros_N)
+
+
+def _check(options: _Options, hidden_ND, weight_VD, tokens: Any) -> None:
+    """Raise ValueError for what would fail later with a worse message, or not at all."""
+    check_tail(options.tail)
+    if not options.temperature > 0:
+        raise ValueError(f"temperature={options.temperature} must be > 0: use 1.0")
+    if options.chunk_size < 1:
+        raise ValueError(f"chunk_size={options.chunk_size} must be >= 1: use 128")
+    vocab_size, width = weight_VD.shape
+    if options.num_valid is not None and not 1 <= options.num_valid <= vocab_size:
+        raise ValueError(
+            f"num_valid={options.num_valid} must lie in 1..{vocab_size}, the rows of "
+            "weight_VD: use None if no row is padding"
+        )
+    if hidden_ND.shape[1] != width:
+        raise ValueError(
+            f"hidden_ND has width {hidden_ND.shape[1]} and weight_VD {width}: pass the "
+            "head of the same model"
+        )
+    for leaf in jax.tree.leaves(tokens):
+        if leaf.shape[0] != hidden_ND.shape[0]:
+            raise ValueError(
+                f"a token array of shape {leaf.shape} does not belong to "
+                f"{hidden_ND.shape[0]} tokens: flatten batch and time alike"
+            )
+    teacher = getattr(tokens, "teacher", None)
+    if teacher is not None and teacher.ids_NK is None:
+        num_columns = teacher.log_probs_NK.shape[1]
+        if num_columns != vocab_size:
+            raise ValueError(
+                f"a dense teacher of {num_columns} columns does not fit {vocab_size} "
+                "rows of weight_VD: pad its log-probabilities with -inf"
+            )

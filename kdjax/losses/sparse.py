@@ -1,0 +1,108 @@
+"""Forward KL to a teacher of which k ids a token are stored: k + 1 events.
+
+Shapes: N tokens, K stored pairs. An unused slot has log-probability -inf on both sides.
+
+What stands for the ids outside the top k is the tail policy:
+  bucket               one event more, with the mass that is left on each side: a KL,
+                       and a lower bound of the KL over the whole vocabulary
+  renormalize_teacher  the teacher's stored probabilities divided by their sum, against
+                       the student's whole softmax
+  renormalize_both     both conditioned on the stored ids; ids outside get no gradient
+  drop                 the stored terms of the sum only: not a divergence, can be
+                       negative (>= P log P for a stored mass P)
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from kdjax.losses.divergence import forward_kl
+
+TAILS = ("bucket", "renormalize_teacher", "renormalize_both", "drop")
+
+
+def teacher_at_temperature(
+    log_probs_NK: Float[Array, "N K"], log_z_N: Float[Array, "N"], temperature: float
+) -> Float[Array, "N K"]:
+    """Return the teacher's stored log-probabilities at `temperature`.
+
+    log p_T = log p / T - log Z_T, exact for any k since log Z_T = log sum_v p_v^(1/T)
+    was taken over the whole vocabulary.
+
+    Args:
+      log_probs_NK: log p at temperature 1; -inf in unused slots.
+      log_z_N: log Z at this very temperature, nats; 0 at temperature 1.
+      temperature: T > 0.
+
+    Returns:
+      log p_T, float32, same shape, nats.
+    """
+    return log_probs_NK.astype(jnp.float32) / temperature - log_z_N[:, None]
+
+
+def sparse_forward_kl(
+    student_stored_logp_NK: Float[Array, "N K"],
+    student_tail_log_mass_N: Float[Array, "N"],
+    teacher_stored_logp_NK: Float[Array, "N K"],
+    *,
+    tail: str = "bucket",
+) -> Float[Array, "N"]:
+    """Return the forward KL over the stored ids and what stands for the others.
+
+    The teacher's tail mass is max(0, 1 - sum of its stored probabilities), and 0 where
+    the student has no id left (k = V), so that k = V is the dense KL.
+
+    Args:
+      student_stored_logp_NK: log q of the stored ids, temperature applied.
+      student_tail_log_mass_N: log of the student's mass outside them, exact: a
+        log-sum-exp over the other ids, not 1 - sum, whose gradient cancels.
+      teacher_stored_logp_NK: log p of the stored ids at the same temperature. No
+        gradient flows to the teacher.
+      tail: one of TAILS.
+
+    Returns:
+      Nats per token, float32; >= 0 for every policy but "drop".
+
+    Raises:
+      ValueError: an unknown `tail`.
+
+    Source: bucket: Anshumann et al., 2025, Sparse Logit Sampling, arXiv 2503.16870,
+    section 3 ("ghost token").
+    """
+    check_tail(tail)
+    student = student_stored_logp_NK.astype(jnp.float32)
+    teacher = jax.lax.stop_gradient(teacher_stored_logp_NK.astype(jnp.float32))
+    if tail == "drop":
+        p = jnp.exp(teacher)
+        ratio = jnp.where(p > 0, teacher - student, 0.0)
+        return (p * ratio).sum(-1)
+    if tail == "renormalize_both":
+        return forward_kl(_renormalize(student), _renormalize(teacher))
+    if tail == "renormalize_teacher":
+        teacher, teacher_tail = _renormalize(teacher), -jnp.inf
+    else:
+        left = jnp.maximum(0.0, 1.0 - jnp.exp(teacher).sum(-1))
+        teacher_tail = jnp.where(
+            student_tail_log_mass_N > -jnp.inf, jnp.log(left), -jnp.inf
+        )
+    teacher_tail = jnp.broadcast_to(teacher_tail, student_tail_log_mass_N.shape)
+    return forward_kl(
+        _append(student, student_tail_log_mass_N), _append(teacher, teacher_tail)
+    )
+
+
+def check_tail(tail: str) -> None:
+    """Raise ValueError unless `tail` is a tail policy."""
+    if tail not in TAILS:
+        raise ValueError(f"tail={tail!r} is not a tail policy: use one of {TAILS}")
+
+
+def _append(logp_NK: jax.Array, tail_N: jax.Array) -> jax.Array:
+    return jnp.concatenate([logp_NK, tail_N.astype(jnp.float32)[:, None]], axis=-1)
+
+
+def _renormalize(logp_NK: jax.Array) -> jax.Array:
+    """Divide by the sum of the row; a row without mass stays so (and NaN-free)."""
+    empty = jnp.all(logp_NK == -jnp.inf, axis=-1, keepdims=True)
+    total = jax.nn.logsumexp(jnp.where(empty, 0.0, logp_NK), axis=-1, keepdims=True)
+    return logp_NK - total

@@ -1,0 +1,1 @@
+"""Students and teachers: layers, the decoder, Hugging Face folders in and out."""

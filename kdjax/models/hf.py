@@ -1,0 +1,391 @@
+"""Hugging Face folders in and out through safetensors: no torch, no pickle.
+
+A folder holds config.json and either model.safetensors or several shards with
+model.safetensors.index.json. Hugging Face stores one [out, in] matrix a layer; here
+kernels are [in, out] and layers are stacked, so reading takes slices, transposes and
+stacks them: a process touches only the parts that its own devices hold.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import numpy as np
+from huggingface_hub import errors
+from jax.experimental import multihost_utils
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from kdjax.config import DecoderConfig
+from kdjax.models import decoder
+from kdjax.models.names import TOP_NAMES, join, stored_names, stored_shapes
+
+INDEX = "model.safetensors.index.json"
+FLOATS = ("F32", "F16", "BF16")
+REQUIRED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
+# Fields with one supported value: any other changes the numbers.
+FIXED = {
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "partial_rotary_factor": 1.0,
+    "quantization_config": None,
+    "sliding_window": None,
+}
+
+
+def resolve(path: str | os.PathLike) -> pathlib.Path:
+    """The local folder of a model: `path` itself, else a hub name, downloaded.
+
+    Raises:
+      ValueError: neither a folder nor a model that the hub or its local cache has.
+    """
+    if os.path.isdir(path):
+        return pathlib.Path(path)
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+    try:
+        return pathlib.Path(
+            huggingface_hub.snapshot_download(str(path), allow_patterns=patterns)
+        )
+    except (errors.HFValidationError, errors.HfHubHTTPError, OSError) as error:
+        raise ValueError(
+            f"path={str(path)!r} is not a local folder, and the Hugging Face hub gave "
+            f"no model of that name ({type(error).__name__}): check the spelling, the "
+            "network and HF_TOKEN, or download it and give the folder"
+        ) from error
+
+
+def read_config(path: str | os.PathLike) -> DecoderConfig:
+    """The shape of the model in a folder.
+
+    Raises:
+      ValueError: an architecture, or a field that changes the numbers, which the
+        decoder does not implement.
+    """
+    file = resolve(path) / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{file} is missing: give a Hugging Face model folder")
+    raw = json.loads(file.read_text())
+    for name, wanted in FIXED.items():
+        if raw.get(name, wanted) != wanted or (
+            name == "model_type" and name not in raw
+        ):
+            raise ValueError(
+                f"{file}: {name}={raw.get(name)!r} is not supported, only {wanted!r}: "
+                "use a model of the plain Llama architecture"
+            )
+    absent = [name for name in REQUIRED if name not in raw]
+    if absent:
+        raise ValueError(f"{file} lacks {', '.join(absent)}: add what the model has")
+    num_heads = raw["num_attention_heads"]
+    return DecoderConfig(
+        vocab_size=raw["vocab_size"],
+        width=raw["hidden_size"],
+        num_layers=raw["num_hidden_layers"],
+        num_heads=num_heads,
+        num_kv_heads=raw.get("num_key_value_heads") or num_heads,
+        head_dim=raw.get("head_dim") or raw["hidden_size"] // num_heads,
+        mlp_width=raw["intermediate_size"],
+        rope_theta=_rope_theta(raw, file),
+        norm_eps=raw.get("rms_norm_eps", 1e-6),
+        tie_embeddings=raw.get("tie_word_embeddings", False),
+        max_length=raw.get("max_position_embeddings", 2048),
+        init_std=raw.get("initializer_range", 0.02),
+    )
+
+
+def load_params(
+    path: str | os.PathLike,
+    config: DecoderConfig,
+    *,
+    shardings: dict | None = None,
+    dtype: str = "float32",
+    keep_layers: Sequence[int] | None = None,
+) -> decoder.Params:
+    """Read parameters, each process only the slices that its devices hold.
+
+    Args:
+      path: folder or hub name.
+      config: shape of the result; `num_layers` is `len(keep_layers)` where given.
+      shardings: nested dict of `jax.sharding.Sharding` like the parameters; None puts
+        everything on the default device.
+      dtype: of the result; files may be float32, float16 or bfloat16.
+      keep_layers: layers of the file to stack, in this order; None = all.
+
+    Raises:
+      ValueError: a tensor that is missing, superfluous, or of another shape or type.
+    """
+    folder = resolve(path)
+    num_stored = read_config(folder).num_layers
+    layers = range(num_stored) if keep_layers is None else tuple(keep_layers)
+    if len(layers) != config.num_layers or not set(layers) <= set(range(num_stored)):
+        raise ValueError(
+            f"keep_layers={tuple(layers)} of the {num_stored} layers in {folder} does "
+            f"not make num_layers={config.num_layers}: list that many existing layers"
+        )
+    _, shapes = decoder.create(config)
+    if shardings is None:
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shardings = jax.tree.map(lambda _: device, shapes)
+    with contextlib.ExitStack() as stack:
+        tensors, files = _open_tensors(folder, stack)
+        stored = dataclasses.replace(config, num_layers=num_stored)
+        _check_tensors(folder, tensors, files, stored)
+
+        def load(key_path, shape, sharding):
+            names, transposed = stored_names(join(key_path), layers)
+
+            def read(index):
+                return _read(tensors, names, transposed, index).astype(jnp.dtype(dtype))
+
+            return jax.make_array_from_callback(shape.shape, sharding, _memoised(read))
+
+        return jax.tree_util.tree_map_with_path(load, shapes, shardings)
+
+
+def save(
+    path: str | os.PathLike,
+    config: DecoderConfig,
+    params: decoder.Params,
+    tokenizer: Any = None,
+    *,
+    dtype: str = "float32",
+    max_shard_bytes: int = 5 * 2**30,
+    overwrite: bool = False,
+) -> None:
+    """Write a folder that `transformers.AutoModelForCausalLM` loads as it is.
+
+    The folder appears whole under its name or not at all. On several hosts every
+    process calls this (sharded arrays are gathered) and process 0 writes.
+
+    Args:
+      path: the new folder.
+      config: shape of the model.
+      params: its parameters, sharded or not.
+      tokenizer: saved beside it; its special ids go to config.json.
+      dtype: of the stored tensors, "float32", "bfloat16" or "float16".
+      max_shard_bytes: above this the weights are split over several files.
+      overwrite: replace an existing model folder.
+
+    Raises:
+      ValueError: the folder exists and may not be replaced.
+    """
+    path = pathlib.Path(path)
+    replaceable = overwrite and (path / "config.json").is_file()
+    if path.exists() and any(path.iterdir()) and not replaceable:
+        raise ValueError(
+            f"path={str(path)!r} exists and is not empty: remove it, choose another, "
+            "or replace a model folder with overwrite=True"
+        )
+    tensors = _stored_tensors(config, jax.tree.map(_to_host, params))
+    if jax.process_index() != 0:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    ids = {
+        f"{name}_token_id": getattr(tokenizer, f"{name}_token_id", None)
+        for name in ("bos", "eos", "pad")
+    }
+    _write_json(scratch / "config.json", _hf_config(config, dtype) | ids)
+    _write_json(scratch / "generation_config.json", {"_from_model_config": True} | ids)
+    _write_weights(scratch, tensors, dtype, max_shard_bytes)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(scratch)
+    if path.exists():
+        shutil.rmtree(path)
+    os.replace(scratch, path)
+
+
+def fingerprint(path: str | os.PathLike) -> str:
+    """Hex sha256 of config.json and of every weight file, names included."""
+    folder = resolve(path)
+    digest = hashlib.sha256()
+    for file in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
+        with open(file, "rb") as stream:
+            content = hashlib.file_digest(stream, "sha256").hexdigest()
+        digest.update(f"{file.name} {content}\n".encode())
+    return digest.hexdigest()
+
+
+def _rope_theta(raw: dict, file: pathlib.Path) -> float:
+    # `rope_scaling` until transformers 4, `rope_parameters` from 5 on.
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = raw.get(name) or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
+            raise ValueError(
+                f"{file}: {name}={rope!r} is not supported, only rope_type 'default' "
+                "over the whole head: use a model without scaled rotary positions"
+            )
+    rope = raw.get("rope_parameters") or {}
+    return float(rope.get("rope_theta", raw.get("rope_theta", 10000.0)))
+
+
+def _open_tensors(
+    folder: pathlib.Path, stack: contextlib.ExitStack
+) -> tuple[dict[str, Any], dict[str, pathlib.Path]]:
+    """Lazy slices and files by tensor name; files stay open as long as `stack`."""
+    if (folder / INDEX).is_file():
+        weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
+        files = sorted(set(weight_map.values()))
+    else:
+        files = ["model.safetensors"]
+    tensors, origins = {}, {}
+    for file in files:
+        if not (folder / file).is_file():
+            raise ValueError(f"{folder / file} is missing: download the folder again")
+        opened = stack.enter_context(safe_open(folder / file, framework="np"))
+        names = opened.keys()
+        tensors |= {name: opened.get_slice(name) for name in names}
+        origins |= dict.fromkeys(names, folder / file)
+    return tensors, origins
+
+
+def _check_tensors(
+    folder: pathlib.Path, tensors: dict, files: dict, config: DecoderConfig
+) -> None:
+    wanted = stored_shapes(config)
+    # Old exports also store the rotary frequencies, which follow from the config.
+    found = {name for name in tensors if not name.endswith("rotary_emb.inv_freq")}
+    for kind, names in (
+        ("lacks", wanted.keys() - found),
+        ("also has", found - wanted.keys()),
+    ):
+        if names:
+            raise ValueError(
+                f"{files.get(min(names), folder)} {kind} tensor {min(names)} "
+                f"({len(names)} such): config.json and weights do not belong together"
+            )
+    for name, shape in wanted.items():
+        tensor = tensors[name]
+        found_type, found_shape = tensor.get_dtype(), tensor.get_shape()
+        if tuple(found_shape) != shape or found_type not in FLOATS:
+            raise ValueError(
+                f"{files[name]}: tensor {name} is {found_type}{found_shape}, "
+                f"wanted shape {list(shape)} in one of {FLOATS}: check config.json"
+            )
+
+
+def _read(
+    tensors: dict, names: list[str], transposed: bool, index: tuple
+) -> np.ndarray:
+    """The part `index` of a parameter, from the tensors behind it."""
+    if names[0] in TOP_NAMES.values():
+        return tensors[names[0]][index]
+    layers, *rest = index
+    stored = tuple(rest[::-1] if transposed else rest)
+    parts = [tensors[name][stored] for name in names[layers]]
+    return np.stack([part.T if transposed else part for part in parts])
+
+
+def _memoised(read):
+    """Devices that hold the same part share one read of it."""
+    known = {}
+
+    def lookup(index):
+        key = tuple((part.start, part.stop) for part in index)
+        if key not in known:
+            known[key] = read(index)
+        return known[key]
+
+    return lookup
+
+
+def _to_host(array: jax.Array) -> np.ndarray:
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        return multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)
+
+
+def _stored_tensors(config: DecoderConfig, params: dict) -> dict[str, np.ndarray]:
+    """Views of the parameters by Hugging Face name."""
+    result = {}
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        path = join(key_path)
+        names, transposed = stored_names(path, range(config.num_layers))
+        parts = [leaf] if path in TOP_NAMES else leaf
+        for name, part in zip(names, parts, strict=True):
+            result[name] = part.T if transposed else part
+    return dict(sorted(result.items()))
+
+
+def _write_weights(
+    folder: pathlib.Path, tensors: dict[str, np.ndarray], dtype: str, max_bytes: int
+) -> None:
+    itemsize = jnp.dtype(dtype).itemsize
+    shards: list[list[str]] = [[]]
+    room = max_bytes
+    for name, tensor in tensors.items():
+        size = tensor.size * itemsize
+        if size > room and shards[-1]:
+            shards.append([])
+            room = max_bytes
+        shards[-1].append(name)
+        room -= size
+    files = ["model.safetensors"]
+    if len(shards) > 1:
+        count = len(shards)
+        files = [
+            f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)
+        ]
+        total = sum(tensor.size for tensor in tensors.values()) * itemsize
+        weight_map = {
+            n: f for f, names in zip(files, shards, strict=True) for n in names
+        }
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _write_json(folder / INDEX, index)
+    for file, names in zip(files, shards, strict=True):
+        cast = {n: np.ascontiguousarray(tensors[n], jnp.dtype(dtype)) for n in names}
+        save_file(cast, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(0o644)  # safetensors lets nobody else read it
+
+
+def _hf_config(config: DecoderConfig, dtype: str) -> dict[str, Any]:
+    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "intermediate_size": config.mlp_width,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.norm_eps,
+        # Both spellings: transformers 4 reads the first, transformers 5 the second.
+        "rope_theta": config.rope_theta,
+        "rope_parameters": rope,
+        "max_position_embeddings": config.max_length,
+        "tie_word_embeddings": config.tie_embeddings,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "mlp_bias": False,
+        "initializer_range": config.init_std,
+        "use_cache": True,
+        "torch_dtype": dtype,
+        "dtype": dtype,
+    }
+
+
+def _write_json(file: pathlib.Path, content: dict) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,230 @@
+"""What the loop reports: metrics of a step, throughput, the final summary."""
+
+import importlib.metadata
+import json
+import math
+import pathlib
+import platform
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from kdjax import cli, flops
+from kdjax.config import Config, DecoderConfig
+from kdjax.data.loader import BatchPlan
+from kdjax.methods import Term
+from kdjax.writer import Writer
+
+_LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
+
+
+class Meter:
+    """Turns the step's sums into metrics, and watches time and finiteness.
+
+    Args:
+      config: the run.
+      shape: the trained model's, for its FLOPs.
+      plan: to name the examples of a step.
+      terms: the loss's terms.
+      views: names of the views.
+      writer: gets one object every `train.log_every` steps.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        shape: DecoderConfig,
+        plan: BatchPlan,
+        terms: Sequence[Term],
+        views: Sequence[str],
+        writer: Writer,
+    ) -> None:
+        self._config, self._plan, self._terms = config, plan, terms
+        self._views, self._writer = views, writer
+        positions = config.train.batch_size * config.train.row_length
+        self._flops = flops.train_flops(
+            shape,
+            num_tokens=positions,
+            row_length=config.train.row_length,
+            num_head_tokens=positions,
+        )
+        self._peak = flops.peak_flops(jax.devices()[0], config.train.dtype)
+        self._waited = 0.0  # seconds for data since the last line
+        self._tokens = self._targets = self._steps = self._skipped = 0
+        self._since: float | None = None  # the first step compiles: not timed
+        self._total = {"tokens": 0, "targets": 0, "steps": 0, "seconds": 0.0}
+
+    def timed(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """The same batches; what the loop waits for them is measured."""
+        iterator = iter(batches)
+        while True:
+            start = time.perf_counter()
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            self._waited += time.perf_counter() - start
+            yield item
+
+    def report(self, step: int, found: dict[str, Any]) -> None:
+        """Reads a finished step's metrics and writes them where a line is due.
+
+        Raises:
+          ValueError: the loss or gradient is not finite and train.non_finite="stop".
+        """
+        values = {name: np.asarray(value) for name, value in found.items()}
+        if not values["finite"]:
+            self._refuse(step, values)
+        if self._since is None:
+            self._since, self._waited = time.perf_counter(), 0.0
+        else:
+            self._tokens += int(values["num_tokens"])
+            self._targets += int(values["count"].sum())
+            self._steps += 1
+        if step % self._config.train.log_every and step != self._config.train.steps:
+            return
+        self._writer.write(step, self._scalars(values) | self._speed())
+
+    def held_out(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
+        """Writes an evaluation, whose time is not training time; returns it."""
+        self._writer.write(step, {f"eval/{k}": v for k, v in metrics.items()})
+        if self._since is not None:
+            self._since, self._waited = time.perf_counter(), 0.0
+            self._tokens = self._targets = self._steps = 0
+        return metrics
+
+    def throughput(self) -> dict[str, float]:
+        """Means over all timed steps: tokens_per_second and the like; {} if none."""
+        total = self._total
+        if not total["steps"]:
+            return {}
+        seconds = total["seconds"]
+        found = {
+            "tokens_per_second": total["tokens"] / seconds,
+            "target_tokens_per_second": total["targets"] / seconds,
+            "step_seconds": seconds / total["steps"],
+            "skipped_steps": self._skipped,
+        }
+        return found | self._mfu(seconds / total["steps"])
+
+    def _mfu(self, step_seconds: float) -> dict[str, float]:
+        value = flops.mfu(
+            self._flops,
+            seconds_per_step=step_seconds,
+            num_devices=jax.device_count(),
+            peak=self._peak,
+        )
+        return {} if value is None else {"mfu": value}
+
+    def _scalars(self, values: dict[str, np.ndarray]) -> dict[str, float]:
+        counts = np.maximum(values["count"], 1)
+        means = {"hard": values["nll"] / counts, "soft": values["kl"] / counts}
+        scalars = {
+            name: float(values[name]) for name in ("loss", "grad_norm", "learning_rate")
+        }
+        scalars |= {f"loss/{t.name}": float(means[t.kind][t.view]) for t in self._terms}
+        if any(t.kind == "soft" for t in self._terms):
+            scalars["kl"] = float(values["kl"].sum() / counts.sum())
+        return scalars
+
+    def _speed(self) -> dict[str, float]:
+        if not self._steps or self._since is None:
+            return {}
+        now = time.perf_counter()
+        seconds = now - self._since
+        found = {
+            "tokens_per_second": self._tokens / seconds,
+            "data_wait_fraction": self._waited / seconds,
+        } | self._mfu(seconds / self._steps)
+        for name, amount in (
+            ("tokens", self._tokens),
+            ("targets", self._targets),
+            ("steps", self._steps),
+            ("seconds", seconds),
+        ):
+            self._total[name] += amount
+        self._since, self._waited = now, 0.0
+        self._tokens = self._targets = self._steps = 0
+        return found
+
+    def _refuse(self, step: int, values: dict[str, np.ndarray]) -> None:
+        """Stops at, or counts, a step whose update was not applied."""
+        if self._config.train.non_finite == "skip":
+            self._skipped += 1
+            self._writer.write(step, {"skipped_steps": self._skipped})
+            return
+        bad = [
+            t.name
+            for t in self._terms
+            if not math.isfinite(values["nll" if t.kind == "hard" else "kl"][t.view])
+        ]
+        rows = [
+            items
+            for items, finite in zip(
+                self._plan.batch(step - 1), values["finite_rows"].ravel(), strict=True
+            )
+            if not finite
+        ]
+        ids = [self._plan.segments[item].example_id for row in rows for item in row]
+        where = f"examples {ids[:10]}" if ids else "no single example"
+        raise ValueError(
+            f"step {step}: loss={float(values['loss'])}, "
+            f"grad_norm={float(values['grad_norm'])} is not finite; terms "
+            f"{bad or 'none (only the gradient)'}, {where}. The last checkpoint is "
+            "sound: lower optim.learning_rate or optim.clip_norm, look at those "
+            "examples, or use train.non_finite='skip'"
+        )
+
+
+def evaluation_row(
+    name: str, metrics: dict[str, float], shape: DecoderConfig
+) -> dict[str, Any]:
+    """One line of the final table."""
+    row: dict[str, Any] = {"model": name, "parameters": flops.params_count(shape)}
+    for key in ("accuracy", "nll", "perplexity", "kl", "agreement", "ece"):
+        if key in metrics:
+            row[key] = metrics[key]
+    return row
+
+
+def run_summary(
+    workdir: pathlib.Path,
+    config: Config,
+    *,
+    student: dict[str, float],
+    teacher: dict[str, float],
+    student_shape: DecoderConfig,
+    teacher_shape: DecoderConfig,
+    throughput: dict[str, float],
+    generations: list[dict[str, Any]],
+) -> None:
+    """Writes summary.json and generations.jsonl."""
+    if not throughput and (workdir / "summary.json").is_file():
+        # Everything was done already: keep the speed that was measured then.
+        earlier = json.loads((workdir / "summary.json").read_text())
+        throughput = earlier.get("throughput", {})
+    summary = {
+        "name": config.name,
+        "seed": config.seed,
+        "steps": config.train.steps,
+        "student": student,
+        "teacher": teacher,
+        "parameters": {
+            "student": flops.params_count(student_shape),
+            "teacher": flops.params_count(teacher_shape),
+        },
+        "tokens_per_second": throughput.get("tokens_per_second"),
+        "throughput": throughput,
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "processes": jax.process_count(),
+        "versions": {
+            name: importlib.metadata.version(name) for name in ("kdjax", *_LIBRARIES)
+        }
+        | {"python": platform.python_version()},
+    }
+    cli.write_atomically(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
+    lines = "".join(json.dumps(row) + "\n" for row in generations)
+    cli.write_atomically(workdir / "generations.jsonl", lines)

@@ -1,0 +1,201 @@
+"""Measures of a model on held-out examples; teacher and student by the same code."""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from kdjax import generate, methods, metrics, sharding, step
+from kdjax.config import Config
+from kdjax.data import loader, templates, views
+from kdjax.experiment import Data, Model, num_valid
+from kdjax.losses import head
+
+
+class Scorer:
+    """Scores the parameters of one model: compiled once, called as often as wanted.
+
+    Args:
+      config: evaluation settings, and the data's limits.
+      data: held-out examples and segments.
+      model: structure and shardings.
+      mesh: devices.
+      cache: the teacher's records of the held-out segments; None leaves out KL and
+        agreement.
+    """
+
+    def __init__(
+        self, config: Config, data: Data, model: Model, mesh: Mesh, *, cache: Any = None
+    ) -> None:
+        self._config, self._data, self._model = config, data, model
+        self._mesh, self._cache = mesh, cache
+        self._tokens = self._plan(data.evaluation)
+        self._choices = None
+        if "label" in data.views and any(e.choices for e in data.eval_examples):
+            self._choices = views.choice_segments(
+                data.eval_examples, data.tokenizer, config.data
+            )
+            self._choice_plan = self._plan(self._choices.segments)
+        self._score = step.make_score_step(
+            model.graphdef,
+            mesh,
+            model.abstract,
+            tail=config.method.tail,
+            chunk_size=config.train.chunk_size
+            or head.chunk_size(config.train.memory_mib, model.shape.vocab_size),
+            num_valid=num_valid(model.shape, cache),
+        )
+        self._generate: dict[Any, Any] = {}  # compiled once, whatever the call
+        # Every view's records are read, whatever the training terms are.
+        self._soft = tuple(
+            methods.Term(name=name, view=index, kind="soft", weight=1.0)
+            for index, name in enumerate(data.views)
+        )
+
+    def __call__(self, params: Any) -> dict[str, float]:
+        """Metrics of the model with these parameters.
+
+        Returns:
+          nll (nats per target token of the data's labels, all views), perplexity,
+          nll/<view>; with a cache kl (nats, temperature 1) and agreement (share of
+          target tokens whose most probable token is the teacher's); with choices
+          accuracy (the right choice is the most probable one) and ece.
+        """
+        return self._token_metrics(params) | self._choice_metrics(params)
+
+    def _plan(self, segments: Sequence[views.Segment]) -> loader.BatchPlan:
+        evaluation = self._config.evaluation
+        return loader.BatchPlan(
+            segments,
+            batch_size=evaluation.batch_size,
+            row_length=evaluation.row_length or self._config.train.row_length,
+            num_microbatches=1,
+            seed=0,
+            shuffle=False,
+        )
+
+    def _per_segment(
+        self, params: Any, plan: loader.BatchPlan, cache: Any
+    ) -> dict[str, np.ndarray]:
+        """Sums over the target tokens of every segment, float64 [num_segments]."""
+        num_rows = plan.batch_size
+        terms = () if cache is None else self._soft
+        rows = sharding.local_rows(self._mesh, num_rows)
+        sums: dict[str, np.ndarray] = {}
+        for number in range(plan.steps_per_epoch(0)):
+            batch = loader.make_batch(plan, number, terms=terms, cache=cache, rows=rows)
+            scores = self._score(
+                params, sharding.global_batch(batch, self._mesh, num_rows)
+            )
+            scores = {k: np.asarray(v, np.float64) for k, v in scores.items()}
+            for row, items in enumerate(plan.batch(number)):
+                position = 0
+                for item in items:
+                    segment = plan.segments[item]
+                    first = position + len(segment.prompt_ids) - 1
+                    target = slice(first, first + len(segment.target_ids))
+                    position += segment.length
+                    for name, values in scores.items():
+                        total = sums.setdefault(name, np.zeros(len(plan.segments)))
+                        total[item] = values[row, target].sum()
+        return sums
+
+    def _token_metrics(self, params: Any) -> dict[str, float]:
+        segments = self._data.evaluation
+        sums = self._per_segment(params, self._tokens, self._cache)
+        counts = np.array([len(s.target_ids) for s in segments])
+        view = np.array([s.view for s in segments])
+        nll = float(sums["nll"].sum() / counts.sum())
+        found = {"nll": nll, "perplexity": math.exp(min(nll, 700.0))}
+        for index, name in enumerate(self._data.views):
+            of_view = view == index
+            found[f"nll/{name}"] = float(
+                sums["nll"][of_view].sum() / max(1, counts[of_view].sum())
+            )
+        if self._cache is not None:
+            found["kl"] = float(sums["kl"].sum() / counts.sum())
+            found["agreement"] = float(sums["agrees"].sum() / counts.sum())
+        return found
+
+    def _choice_metrics(self, params: Any) -> dict[str, float]:
+        if self._choices is None:
+            return {}
+        choices = self._choices
+        log_probs = -self._per_segment(params, self._choice_plan, None)["nll"]
+        confidence, correct = [], []
+        for example in np.unique(choices.example):
+            of_example = choices.example == example
+            scores = log_probs[of_example]
+            shares = np.exp(scores - scores.max())
+            confidence.append(shares.max() / shares.sum())
+            correct.append(choices.correct[of_example][scores.argmax()])
+        bins = metrics.ece(
+            np.array(confidence, np.float32),
+            np.array(correct, np.float32),
+            num_bins=self._config.evaluation.num_bins,
+        )
+        return {
+            "accuracy": float(np.mean(correct)),
+            "ece": float(metrics.finalize_ece(bins)),
+        }
+
+    def generations(self, params: Any) -> list[dict[str, Any]]:
+        """Greedy answers to the first held-out examples, one object a view.
+
+        Returns:
+          Objects with id, view, prompt, target, generated, and exact_match: whether
+          the generated text equals the target up to case, white space and a final
+          full stop.
+        """
+        config, data = self._config, self._data
+        examples = data.eval_examples[: config.evaluation.num_generations]
+        wanted = [(e, v, *templates.render(e, v)) for e in examples for v in data.views]
+        wanted = [w for w in wanted if w[3]]
+        if not wanted:
+            return []
+        prompts = views.prompt_ids(
+            [prompt for _, _, prompt, _ in wanted],
+            data.tokenizer,
+            chat_template=config.data.chat_template,
+        )
+        prompts = [ids[-config.data.max_prompt :] for ids in prompts]
+        tokens = generate.generate_texts(
+            self._model.shape,
+            self._model.graphdef,
+            params,
+            prompts,
+            max_new_tokens=config.evaluation.max_new_tokens,
+            eos_id=data.tokenizer.eos_token_id,
+            pad_id=data.tokenizer.pad_token_id,
+            compiled=self._generate,
+        )
+        rows = []
+        for (example, view, prompt, target), ids in zip(wanted, tokens, strict=True):
+            text = data.tokenizer.decode(ids, skip_special_tokens=True)
+            rows.append(
+                {
+                    "id": example.id,
+                    "view": view,
+                    "prompt": prompt,
+                    "target": target,
+                    "generated": text.strip(),
+                    "exact_match": normalise(text) == normalise(target),
+                }
+            )
+        return rows
+
+
+def exact_match(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Share of exact matches of each view, as exact_match/<view>."""
+    found: dict[str, list[bool]] = {}
+    for row in rows:
+        found.setdefault(row["view"], []).append(row["exact_match"])
+    return {f"exact_match/{view}": float(np.mean(v)) for view, v in found.items()}
+
+
+def normalise(text: str) -> str:
+    """Lower case, single spaces, no final full stop."""
+    return re.sub(r"\s+", " ", text.lower()).strip().rstrip(".").rstrip()

@@ -1,0 +1,151 @@
+"""The mesh, and one table that says how each parameter is split over it."""
+
+import difflib
+import itertools
+import re
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from kdjax.config import MeshConfig
+
+AXES = ("data", "fsdp", "tensor")
+
+# path of a parameter -> its partition; each parameter matches exactly one rule.
+RULES: tuple[tuple[str, P], ...] = (
+    # The width is split, not the vocabulary: any vocabulary size fits any mesh.
+    (r"embed/embedding", P(None, ("fsdp", "tensor"))),
+    (r"head/weight", P(None, ("fsdp", "tensor"))),
+    (r"layers/attention/(query|key|value)/kernel", P(None, "fsdp", "tensor")),
+    (r"layers/attention/out/kernel", P(None, "tensor", "fsdp")),
+    (r"layers/mlp/(gate|up)/kernel", P(None, "fsdp", "tensor")),
+    (r"layers/mlp/down/kernel", P(None, "tensor", "fsdp")),
+    (r"(layers/.*_)?norm/scale", P()),
+)
+HEAD_SPEC = P(None, ("fsdp", "tensor"))
+BATCH_SPEC = P(None, ("data", "fsdp"))  # [microbatch, row, ...]
+
+
+def make_mesh(config: MeshConfig, *, devices: Any = None) -> Mesh:
+    """A (data, fsdp, tensor) mesh over all devices.
+
+    Args:
+      config: devices an axis; one axis may be -1 and takes the rest.
+      devices: defaults to all devices of all processes.
+
+    Raises:
+      ValueError: the axes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [config.data, config.fsdp, config.tensor]
+    named = ", ".join(f"mesh.{a}={s}" for a, s in zip(AXES, sizes, strict=True))
+    if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
+        raise ValueError(f"{named}: sizes are positive and at most one is -1")
+    known = int(np.prod([s for s in sizes if s != -1]))
+    if len(devices) % known or (-1 not in sizes and known != len(devices)):
+        raise ValueError(
+            f"{named} does not fill {len(devices)} devices: make the sizes multiply to "
+            f"{len(devices)}, or set one of them to -1"
+        )
+    sizes = [len(devices) // known if s == -1 else s for s in sizes]
+    return jax.make_mesh(
+        tuple(sizes), AXES, (AxisType.Auto,) * len(AXES), devices=devices
+    )
+
+
+def path_name(path: Any) -> str:
+    """A pytree path as "a/b/c"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def spec_for(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+    """The partition of one parameter, from the table.
+
+    Raises:
+      ValueError: no rule or several match, or a dimension does not divide.
+    """
+    found = [spec for rule, spec in RULES if re.fullmatch(rule, path)]
+    if len(found) != 1:
+        near = difflib.get_close_matches(path, [r for r, _ in RULES], n=3, cutoff=0.0)
+        raise ValueError(
+            f"parameter {path} of shape {shape} matches {len(found)} sharding rules, "
+            f"wanted 1; the nearest are {near}: add one to kdjax/sharding.py"
+        )
+    for dim, axes in enumerate(found[0]):
+        names = () if axes is None else (axes,) if isinstance(axes, str) else axes
+        parts = int(np.prod([mesh.shape[a] for a in names], dtype=int))
+        if shape[dim] % parts:
+            raise ValueError(
+                f"parameter {path}: dimension {dim} of shape {shape} does not divide "
+                f"over {parts} devices of {names}: use a smaller mesh axis"
+            )
+    return found[0]
+
+
+def param_shardings(params: Any, mesh: Mesh) -> Any:
+    """NamedShardings for a nested dict of parameters (arrays or their shapes)."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: NamedSharding(mesh, spec_for(path_name(path), x.shape, mesh)),
+        params,
+    )
+
+
+def opt_shardings(
+    optimizer: optax.GradientTransformation, params: Any, shardings: Any
+) -> Any:
+    """Shardings of the optimizer state: moments go with their parameter.
+
+    What has another shape than its parameter (Adafactor's factors, counters) is small
+    and repeated on every device.
+    """
+    state = jax.eval_shape(optimizer.init, params)
+    everywhere = NamedSharding(jax.tree.leaves(shardings)[0].mesh, P())
+    return optax.tree.map_params(
+        optimizer,
+        lambda leaf, p, s: s if leaf.shape == p.shape else everywhere,
+        state,
+        params,
+        shardings,
+        transform_non_params=lambda _: everywhere,
+    )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, P())
+
+
+def local_rows(mesh: Mesh, num_rows: int) -> slice:
+    """Which of the `num_rows` rows of a microbatch this process has to load.
+
+    Raises:
+      ValueError: rows do not divide over the mesh, or are not contiguous here.
+    """
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if num_rows % shards:
+        raise ValueError(
+            f"a microbatch of {num_rows} rows does not divide over data * fsdp = "
+            f"{shards}: use a batch_size / num_microbatches that is a multiple of it"
+        )
+    sharding = NamedSharding(mesh, P(("data", "fsdp")))
+    parts = sharding.addressable_devices_indices_map((num_rows,)).values()
+    found = sorted({(p[0].start or 0, p[0].stop or num_rows) for p in parts})
+    for (_, stop), (start, _) in itertools.pairwise(found):
+        if stop != start:
+            raise ValueError(f"rows {found} of process {jax.process_index()} have gaps")
+    return slice(found[0][0], found[-1][1])
+
+
+def global_batch(batch: dict[str, np.ndarray], mesh: Mesh, num_rows: int) -> Any:
+    """Global arrays [M, num_rows, ...] from each process's rows of a batch."""
+    sharding = NamedSharding(mesh, BATCH_SPEC)
+    return {
+        name: jax.make_array_from_process_local_data(
+            sharding, value, (value.shape[0], num_rows, *value.shape[2:])
+        )
+        for name, value in batch.items()
+    }

@@ -1,0 +1,262 @@
+"""The compiled steps: one optimizer step, one scoring pass, one labelling pass.
+
+Legend: M microbatches, B rows of a microbatch, T time, V vocabulary, D width,
+N = B * T tokens, K stored pairs.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.nnx as nnx
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from kdjax import sharding
+from kdjax.losses import head
+from kdjax.models import decoder
+from kdjax.state import TrainState
+
+Batch = dict[str, Any]
+
+
+def _teacher(rows: Batch) -> head.Teacher | None:
+    """The teacher's records of one microbatch, flattened to tokens."""
+    if "teacher_log_probs" not in rows:
+        return None
+    log_probs = rows["teacher_log_probs"]
+    ids = rows.get("teacher_ids")
+    return head.Teacher(
+        ids_NK=None if ids is None else ids.reshape(-1, ids.shape[-1]),
+        log_probs_NK=log_probs.reshape(-1, log_probs.shape[-1]),
+        log_z_N=rows["teacher_log_z"].reshape(-1),
+    )
+
+
+def make_train_step(
+    graphdef: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    mesh: Mesh,
+    abstract: TrainState,
+    *,
+    num_views: int,
+    temperature: float,
+    scale_by_t2: bool,
+    tail: str,
+    chunk_size: int,
+    num_valid: int | None = None,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]:
+    """Compiles (state, batch) -> (state, metrics); the state's memory is reused.
+
+    loss = sum over tokens of hard_weights * nll + soft_weights * KL, the weights having
+    been divided by the term's count in the whole global batch by the loader, so that
+    microbatches and devices add. An update with a non-finite gradient is not applied.
+
+    Args:
+      graphdef: the student's structure.
+      optimizer: applied to the summed gradient.
+      schedule: only to report the learning rate.
+      mesh: devices; the batch is split over (data, fsdp).
+      abstract: shapes and shardings of the state.
+      num_views: views are numbered 0..num_views-1 in batch["view"].
+      temperature: T of the soft term.
+      scale_by_t2: multiply it by T^2.
+      tail: what stands for ids that are not stored.
+      chunk_size: tokens of a chunk of the fused head.
+      num_valid: vocabulary rows from here on are padding; None = none.
+
+    Returns:
+      The compiled function. metrics has "loss", "grad_norm", "learning_rate", "finite"
+      (1 or 0), "finite_rows" [M, B], "num_tokens" (padding not counted), and "nll",
+      "kl", "count" [num_views]: sums in nats and numbers of target tokens of each view.
+    """
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+
+    def loss_of(params: Any, rows: Batch) -> tuple[jax.Array, Any]:
+        hidden_BTD = decoder.hidden_states(
+            graphdef, params, rows["tokens"], rows["positions"], rows["segments"]
+        )
+        num_rows, length, width = hidden_BTD.shape
+        loss, tokens = head.sharded_fused_loss(
+            mesh,
+            hidden_BTD.reshape(num_rows * length, width),
+            decoder.head_weight(params),
+            rows["targets"].reshape(-1),
+            rows["hard_weights"].reshape(-1),
+            rows["soft_weights"].reshape(-1),
+            _teacher(rows),
+            weight_spec=sharding.HEAD_SPEC,
+            temperature=temperature,
+            scale_by_t2=scale_by_t2,
+            tail=tail,
+            chunk_size=chunk_size,
+            num_valid=num_valid,
+        )
+        # Not a product: a non-finite value on a token of another view would spoil it.
+        members = [rows["view"].reshape(-1) == view for view in range(num_views)]
+        sums = {
+            name: jnp.stack([jnp.where(m, tokens[name], 0.0).sum() for m in members])
+            for name in ("nll", "kl")
+        }
+        per_row = (tokens["nll"] + tokens["kl"]).reshape(num_rows, length).sum(1)
+        sums["count"] = jnp.stack([m.sum(dtype=jnp.int32) for m in members])
+        sums["finite_rows"] = jnp.isfinite(per_row)
+        return loss, sums
+
+    grad_of = jax.value_and_grad(loss_of, has_aux=True)
+
+    def gradients(params: Any, batch: Batch) -> tuple[jax.Array, Any, Any]:
+        num_microbatches = batch["tokens"].shape[0]
+        if num_microbatches == 1:
+            (loss, sums), grads = grad_of(params, jax.tree.map(lambda x: x[0], batch))
+            return loss, jax.tree.map(lambda x: x[None], sums), grads
+
+        def add(carry: Any, rows: Batch) -> tuple[Any, Any]:
+            (loss, sums), grads = grad_of(params, rows)
+            return jax.tree.map(jnp.add, carry, (loss, grads)), sums
+
+        zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
+        (loss, grads), sums = jax.lax.scan(add, zero, batch)
+        return loss, sums, grads
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Any]:
+        loss, sums, grads = gradients(state.params, batch)
+        grad_norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        # Ours is written for strict promotion, optax is not.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            learning_rate = schedule(state.step)
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (params, opt_state),
+            (state.params, state.opt_state),
+        )
+        metrics = {
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "learning_rate": learning_rate,
+            "finite": finite.astype(jnp.float32),
+            "finite_rows": sums.pop("finite_rows"),
+            "num_tokens": (batch["segments"] > 0).sum(dtype=jnp.int32),
+        } | jax.tree.map(lambda x: x.sum(0), sums)
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    return jax.jit(
+        train_step,
+        donate_argnums=0,
+        in_shardings=(shardings, NamedSharding(mesh, sharding.BATCH_SPEC)),
+        out_shardings=(shardings, sharding.replicated(mesh)),
+    )
+
+
+def make_score_step(
+    graphdef: nnx.GraphDef,
+    mesh: Mesh,
+    params: Any,
+    *,
+    tail: str,
+    chunk_size: int,
+    num_valid: int | None = None,
+) -> Callable[[Any, Batch], dict[str, jax.Array]]:
+    """Compiles (params, batch) -> per-token scores [M * B, T] on every device.
+
+    Args:
+      graphdef: the scored model's structure.
+      mesh: devices.
+      params: its parameters, or their shapes with shardings.
+      tail: as in training; the KL here is always at temperature 1.
+      chunk_size: tokens of a chunk of the head.
+      num_valid: vocabulary rows from here on are padding; None = none.
+
+    Returns:
+      The compiled function: "nll" of the target and, with teacher records, "kl" (nats)
+      and "agrees" (1 where both have the same most probable token), each float32.
+    """
+
+    def score_step(params: Any, batch: Batch) -> dict[str, jax.Array]:
+        batch = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
+        hidden_BTD = decoder.hidden_states(
+            graphdef, params, batch["tokens"], batch["positions"], batch["segments"]
+        )
+        teacher = _teacher(batch)
+        scores = head.sharded_score(
+            mesh,
+            hidden_BTD.reshape(-1, hidden_BTD.shape[-1]),
+            decoder.head_weight(params),
+            batch["targets"].reshape(-1),
+            teacher,
+            weight_spec=sharding.HEAD_SPEC,
+            tail=tail,
+            chunk_size=chunk_size,
+            num_valid=num_valid,
+        )
+        found = {"nll": scores["nll"]}
+        if teacher is not None:
+            best = jnp.argmax(teacher.log_probs_NK, axis=-1).astype(jnp.int32)
+            if teacher.ids_NK is not None:
+                best = jnp.take_along_axis(teacher.ids_NK, best[:, None], axis=-1)[:, 0]
+            found["kl"] = scores["kl"]
+            found["agrees"] = (best == scores["top1_ids"]).astype(jnp.float32)
+        return jax.tree.map(lambda x: x.reshape(hidden_BTD.shape[:2]), found)
+
+    return jax.jit(
+        score_step,
+        in_shardings=(
+            jax.tree.map(lambda x: x.sharding, params),
+            NamedSharding(mesh, sharding.BATCH_SPEC),
+        ),
+        out_shardings=sharding.replicated(mesh),
+    )
+
+
+def make_label_step(
+    graphdef: nnx.GraphDef,
+    mesh: Mesh,
+    params: Any,
+    *,
+    k: int | None,
+    temperatures: tuple[float, ...],
+    chunk_size: int,
+) -> Callable[[Any, Batch], dict[str, jax.Array]]:
+    """Compiles (params, batch) -> the teacher's record of every token of the batch.
+
+    Args:
+      graphdef: the teacher's structure.
+      mesh: devices of this process.
+      params: its parameters, or their shapes with shardings.
+      k: pairs a token; None stores the whole row.
+      temperatures: those for which log Z and entropy are computed.
+      chunk_size: tokens of a chunk of the head.
+
+    Returns:
+      The compiled function; arrays as in `losses.head.label`, first axis M * B * T.
+    """
+
+    def label_step(params: Any, batch: Batch) -> dict[str, jax.Array]:
+        batch = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
+        hidden_BTD = decoder.hidden_states(
+            graphdef, params, batch["tokens"], batch["positions"], batch["segments"]
+        )
+        return head.sharded_label(
+            mesh,
+            hidden_BTD.reshape(-1, hidden_BTD.shape[-1]),
+            decoder.head_weight(params),
+            batch["targets"].reshape(-1),
+            weight_spec=sharding.HEAD_SPEC,
+            k=k,
+            temperatures=temperatures,
+            chunk_size=chunk_size,
+        )
+
+    return jax.jit(
+        label_step,
+        in_shardings=(
+            jax.tree.map(lambda x: x.sharding, params),
+            NamedSharding(mesh, sharding.BATCH_SPEC),
+        ),
+        out_shardings=sharding.replicated(mesh),
+    )

@@ -1,0 +1,1 @@
+"""The teacher: labelling and the cache of its outputs."""

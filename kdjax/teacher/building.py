@@ -1,0 +1,211 @@
+"""The caches of one experiment: what is there is checked, what is missing is built."""
+
+import dataclasses
+import hashlib
+import pathlib
+import sys
+from typing import Any
+
+import jax
+
+from kdjax import distributed, experiment, flops, sharding, step
+from kdjax.config import Config, MeshConfig
+from kdjax.data import loader
+from kdjax.data import tokenizer as tokenizers
+from kdjax.data.views import Segment
+from kdjax.experiment import Data
+from kdjax.losses import head
+from kdjax.models import hf
+from kdjax.teacher import labelling, records
+from kdjax.writer import progress
+
+
+def folder(config: Config, workdir: pathlib.Path, split: str) -> pathlib.Path:
+    """Where the cache of a split is."""
+    return pathlib.Path(config.cache.path or workdir / "cache") / split
+
+
+def wanted(config: Config, data: Data) -> dict[str, list[Segment]]:
+    """The segments that need records: held-out ones, and training ones if soft."""
+    found = {"eval": data.evaluation}
+    if config.method.soft_weight:
+        found["train"] = data.train
+    return found
+
+
+def check(config: Config, data: Data, workdir: pathlib.Path) -> None:
+    """Opens those caches that are finished, so that their errors come first.
+
+    Raises:
+      ValueError: a cache that does not fit, or an example longer than a labelled row.
+    """
+    for split, segments in wanted(config, data).items():
+        longest = max(segments, key=lambda s: s.length)
+        if longest.length > config.cache.row_length:
+            raise ValueError(
+                f"example {longest.example_id!r} takes {longest.length} positions, "
+                f"cache.row_length={config.cache.row_length}: use >= {longest.length}"
+            )
+        path = folder(config, workdir, split)
+        if not labelling.missing(path):
+            _open(config, data, path, segments)
+
+
+def open_split(
+    config: Config, data: Data, workdir: pathlib.Path, split: str
+) -> records.Cache | None:
+    """The cache of a split, or None (said on stderr) where it was never labelled."""
+    path = folder(config, workdir, split)
+    if labelling.missing(path):
+        print(f"{path} is not labelled: no KL, no agreement", file=sys.stderr)
+        return None
+    return _open(config, data, path, wanted(config, data)[split])
+
+
+def describe(config: Config, workdir: pathlib.Path, split: str) -> dict[str, Any]:
+    """One line about a finished cache: records, tokens, bytes a target token."""
+    path = folder(config, workdir, split)
+    manifest = records.read_manifest(path)
+    size = sum((path / shard.name).stat().st_size for shard in manifest.shards)
+    return {
+        "cache": str(path),
+        "kind": manifest.kind,
+        "k": manifest.k,
+        "records": manifest.num_records,
+        "tokens": manifest.num_tokens,
+        "bytes_per_token": size / max(1, manifest.num_tokens),
+        "bytes_per_pair": size / max(1, manifest.num_tokens * manifest.k),
+    }
+
+
+def ensure(
+    config: Config, data: Data, workdir: pathlib.Path, teacher_path: str
+) -> dict[str, records.Cache]:
+    """Labels what is not labelled yet and opens all of it, by split.
+
+    Raises:
+      ValueError: a finished cache that does not fit the config or lacks an example.
+    """
+    splits = wanted(config, data)
+    todo = {
+        split: segments
+        for split, segments in splits.items()
+        if labelling.missing(folder(config, workdir, split))
+    }
+    # Every process looks before any of them finishes a cache.
+    distributed.barrier("look")
+    if todo:
+        _build(config, data, workdir, teacher_path, todo)
+    return {
+        split: _open(config, data, folder(config, workdir, split), segments)
+        for split, segments in splits.items()
+    }
+
+
+def _open(
+    config: Config, data: Data, path: pathlib.Path, segments: list[Segment]
+) -> records.Cache:
+    cache = records.open_cache(
+        path,
+        tokenizer_fingerprint=tokenizers.fingerprint(data.tokenizer),
+        kind=config.cache.kind,
+        k=_num_pairs(config.cache.k, data),
+        temperatures=(config.method.temperature, 1.0),
+    )
+    loader.check_cache(segments, cache, set(range(len(data.views))))
+    return cache
+
+
+def _num_pairs(k: int, data: Data) -> int:
+    """No more pairs than the vocabulary has."""
+    return min(k, len(data.tokenizer))
+
+
+def _build(
+    config: Config,
+    data: Data,
+    workdir: pathlib.Path,
+    teacher_path: str,
+    todo: dict[str, list[Segment]],
+) -> None:
+    # Each process labels its own shards on its own devices.
+    devices = jax.local_devices()
+    mesh = sharding.make_mesh(MeshConfig(data=-1), devices=devices)
+    settings = dataclasses.replace(
+        config.cache,
+        batch_size=-(-config.cache.batch_size // len(devices)) * len(devices),
+    )
+    model, params = experiment.load_model(
+        teacher_path, mesh, dtype=config.train.dtype
+    )
+    vocab_size = model.shape.vocab_size
+    k = None if settings.kind == "dense" else _num_pairs(settings.k, data)
+    label_step = step.make_label_step(
+        model.graphdef,
+        mesh,
+        model.abstract,
+        k=k,
+        temperatures=settings.temperatures,
+        chunk_size=settings.chunk_size
+        or head.chunk_size(settings.memory_mib, vocab_size),
+    )
+    base = records.Manifest(
+        kind=settings.kind,
+        k=vocab_size if k is None else k,
+        vocab_size=vocab_size,
+        temperatures=tuple(map(float, settings.temperatures)),
+        tokenizer_fingerprint=tokenizers.fingerprint(data.tokenizer),
+        teacher_path=config.teacher.path or "teacher",
+        teacher_fingerprint=hf.fingerprint(teacher_path),
+    )
+    for split, segments in todo.items():
+        path = folder(config, workdir, split)
+        num_tokens = sum(len(s.target_ids) for s in segments)
+        # Shards of a killed run over other examples are refused, not mixed in.
+        content = hashlib.blake2b(b"".join(s.key for s in segments), digest_size=16)
+        manifest = dataclasses.replace(
+            base,
+            data=f"{config.data.source} {config.data.path} {split} "
+            f"{'+'.join(data.views)} {content.hexdigest()}",
+        )
+        with progress(
+            num_tokens, f"label {split}", is_main=distributed.is_main()
+        ) as advance:
+            totals = labelling.label(
+                segments,
+                path,
+                manifest,
+                settings,
+                lambda batch: label_step(params, batch),
+                advance=advance,
+            )
+        distributed.barrier(f"label {split}")
+        if distributed.is_main():
+            num_shards = len(labelling.shards(segments, settings.shard_size))
+            records.finish(path, manifest, num_shards=num_shards)
+            _print_speed(split, totals, model.shape, settings.row_length)
+        distributed.barrier(f"finish {split}")
+
+
+def _print_speed(split: str, totals: dict[str, float], shape: Any, row_length: int):
+    if not totals["seconds"]:
+        return
+    computed = flops.forward_flops(
+        shape,
+        num_tokens=int(totals["positions"]),
+        row_length=row_length,
+        num_head_tokens=int(totals["positions"]),
+    )
+    peak = flops.peak_flops(jax.devices()[0])
+    share = flops.mfu(
+        computed,
+        seconds_per_step=totals["seconds"],
+        num_devices=jax.local_device_count(),
+        peak=peak,
+    )
+    print(
+        f"labelled {split}: {totals['tokens'] / totals['seconds']:.0f} target tokens/s, "
+        f"{totals['positions'] / totals['seconds']:.0f} positions/s"
+        + ("" if share is None else f", MFU {share:.2f}"),
+        file=sys.stderr,
+    )

@@ -1,0 +1,163 @@
+"""Filling a teacher cache: the teacher scores every target token of some segments.
+
+Shards are lists of consecutive segments, packed into rows of one length, so there is
+one compiled shape. Each process labels its own shards on its own devices and writes
+them itself; nothing but the end is waited for.
+"""
+
+import dataclasses
+import pathlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from kdjax.config import CacheConfig
+from kdjax.data import loader
+from kdjax.data.views import Segment
+from kdjax.teacher import records
+from kdjax.teacher.codec import Record
+
+LabelStep = Callable[[dict[str, Any]], dict[str, jax.Array]]
+
+
+def missing(folder: pathlib.Path) -> bool:
+    """Whether the cache still has to be labelled, or labelled to its end."""
+    return not (folder / records.MANIFEST).is_file()
+
+
+def shards(segments: Sequence[Segment], shard_size: int) -> list[list[Segment]]:
+    """The segments of each shard; equal content (equal keys) is labelled once."""
+    unique = list({segment.key: segment for segment in segments}.values())
+    return [unique[i : i + shard_size] for i in range(0, len(unique), shard_size)]
+
+
+def label(
+    segments: Sequence[Segment],
+    folder: pathlib.Path,
+    manifest: records.Manifest,
+    config: CacheConfig,
+    label_step: LabelStep,
+    *,
+    advance: Callable[[int], None] = lambda num_tokens: None,
+) -> dict[str, float]:
+    """Labels the shards that are not there yet; killed anywhere, it continues.
+
+    Args:
+      segments: what to label, in the data's order.
+      folder: the cache.
+      manifest: its description, without shards.
+      config: shard, batch and row sizes.
+      label_step: batch [1, B, T] -> arrays of `losses.head.label`, tokens first.
+      advance: told the target tokens of every finished batch and skipped shard.
+
+    Returns:
+      "tokens" (target tokens labelled now), "positions" (what the teacher computed,
+      padding included) and "seconds" (first compiled batch not counted) of this
+      process.
+    """
+    parts = shards(segments, config.shard_size)
+    complete = records.complete_shards(folder, manifest)
+    clock = _Clock()
+    for index, part in enumerate(parts):
+        if index % jax.process_count() != jax.process_index():
+            continue
+        if index in complete:
+            advance(sum(len(s.target_ids) for s in part))
+            continue
+        found = _label_shard(part, config, label_step, clock, advance)
+        records.write_shard(folder, index, len(parts), found, manifest)
+    return clock.totals()
+
+
+def _label_shard(
+    segments: Sequence[Segment],
+    config: CacheConfig,
+    label_step: LabelStep,
+    clock: "_Clock",
+    advance: Callable[[int], None],
+) -> Iterator[tuple[bytes, Record]]:
+    """Records of one shard, in the order in which its rows were packed."""
+    plan = loader.BatchPlan(
+        segments,
+        batch_size=config.batch_size,
+        row_length=config.row_length,
+        num_microbatches=1,
+        seed=0,
+        shuffle=False,
+    )
+    clock.start()
+    # The next batch is dispatched before the previous one is fetched and encoded.
+    pending = None
+    for step in range(plan.steps_per_epoch(0)):
+        batch = loader.make_batch(plan, step, terms=())
+        computed = label_step(batch)
+        if pending is not None:
+            yield from _unpack(plan, *pending, clock, advance)
+        pending = (step, computed)
+    if pending is not None:
+        yield from _unpack(plan, *pending, clock, advance)
+
+
+def _unpack(
+    plan: Any,
+    step: int,
+    computed: dict[str, jax.Array],
+    clock: "_Clock",
+    advance: Callable[[int], None],
+) -> Iterator[tuple[bytes, Record]]:
+    arrays = {name: np.asarray(value) for name, value in computed.items()}
+    num_tokens = 0
+    for row, items in enumerate(plan.batch(step)):
+        position = row * plan.row_length
+        for item in items:
+            segment = plan.segments[item]
+            # The position that reads the last prompt token predicts target token 0.
+            first = position + len(segment.prompt_ids) - 1
+            target = slice(first, first + len(segment.target_ids))
+            position += segment.length
+            num_tokens += len(segment.target_ids)
+            ids = arrays.get("ids_NK")
+            yield (
+                segment.key,
+                Record(
+                    ids=None if ids is None else ids[target],
+                    log_probs=arrays["log_probs_NK"][target],
+                    target_log_probs=arrays["target_log_probs_N"][target],
+                    log_z=arrays["log_z_NS"][target],
+                    entropy=arrays["entropy_NS"][target],
+                ),
+            )
+    clock.add(num_tokens, plan.batch_size * plan.row_length)
+    advance(num_tokens)
+
+
+@dataclasses.dataclass(slots=True)
+class _Clock:
+    """Tokens and seconds; the first batch holds the compilation and is left out."""
+
+    tokens: int = 0
+    positions: int = 0
+    seconds: float = 0.0
+    _since: float = 0.0
+    _warm: bool = False
+
+    def start(self) -> None:
+        self._since = time.perf_counter()
+
+    def add(self, tokens: int, positions: int) -> None:
+        now = time.perf_counter()
+        if self._warm:
+            self.tokens += tokens
+            self.positions += positions
+            self.seconds += now - self._since
+        self._since, self._warm = now, True
+
+    def totals(self) -> dict[str, float]:
+        return {
+            "tokens": self.tokens,
+            "positions": self.positions,
+            "seconds": self.seconds,
+        }

@@ -1,0 +1,229 @@
+"""Trains a student: python -m kdjax.train --config=FILE.py[:argument] --workdir=DIR.
+
+In turn: the built-in task's teacher is trained (unless teacher.path names one), the
+teacher's outputs are cached (unless they are), the student is trained on them, and both
+are evaluated. Killed anywhere and started again with the same command it continues.
+"""
+
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+from jax.sharding import Mesh
+
+from kdjax import cli, distributed, experiment, methods, optim, sharding, state, step
+from kdjax.checkpoint import Checkpoints
+from kdjax.config import Config, to_json
+from kdjax.data import loader
+from kdjax.experiment import Data, Model
+from kdjax.losses import head
+from kdjax.models import hf
+from kdjax.reporting import Meter, evaluation_row, run_summary
+from kdjax.scoring import Scorer, exact_match
+from kdjax.teacher import building
+from kdjax.writer import Writer, print_table
+
+
+def fit(
+    config: Config,
+    *,
+    workdir: pathlib.Path,
+    mesh: Mesh,
+    data: Data,
+    model: Model,
+    make_params: Callable[[], Any],
+    cache: Any = None,
+    scorer: Scorer | None = None,
+) -> tuple[Any, dict[str, float]]:
+    """Trains a model to the last step, from its newest checkpoint if it has one.
+
+    Args:
+      config: the run.
+      workdir: for checkpoints and metrics.
+      mesh: devices.
+      data: its training segments are used.
+      model: structure and shardings.
+      make_params: makes the initial parameters, sharded.
+      cache: the teacher's records; None without soft terms.
+      scorer: held-out evaluation every `train.eval_every` steps.
+
+    Returns:
+      The parameters, and throughput of this process's steps.
+
+    Raises:
+      ValueError: a non-finite loss with train.non_finite="stop".
+    """
+    train, method = config.train, config.method
+    optimizer = optim.make_optimizer(config.optim, steps=train.steps)
+    abstract = state.abstract_state(model.abstract, optimizer, mesh)
+    plan = experiment.make_plan(config, data.train)
+    num_rows = train.batch_size // train.num_microbatches
+    rows = sharding.local_rows(mesh, num_rows)
+    terms = methods.terms(method)
+
+    def make_batch(index: int) -> loader.Batch:
+        return loader.make_batch(
+            plan,
+            index,
+            terms=terms,
+            cache=cache,
+            temperature=method.temperature,
+            rows=rows,
+        )
+
+    train_step = step.make_train_step(
+        model.graphdef,
+        optimizer,
+        optim.make_schedule(config.optim, steps=train.steps),
+        mesh,
+        abstract,
+        num_views=len(data.views),
+        temperature=method.temperature,
+        scale_by_t2=method.scale_by_t2,
+        tail=method.tail,
+        chunk_size=train.chunk_size
+        or head.chunk_size(train.memory_mib, model.shape.vocab_size),
+        num_valid=experiment.num_valid(model.shape, cache),
+    )
+    checkpoints = Checkpoints(
+        workdir / "checkpoints",
+        keep_last=train.keep_last,
+        keep_best=train.keep_best,
+        config_json=to_json(config),
+    )
+    start = checkpoints.latest_step() or 0
+    current = (
+        checkpoints.restore(abstract)
+        if start
+        else state.init_state(abstract, optimizer, make_params)
+    )
+    preemption = distributed.Preemption()
+    writer = Writer(
+        workdir,
+        total_steps=train.steps,
+        is_main=distributed.is_main(),
+        resume_step=start,
+    )
+    meter = Meter(config, model.shape, plan, terms, data.views, writer)
+    pending: tuple[int, Any] | None = None
+    batches = loader.iterate(
+        make_batch,
+        start,
+        train.steps,
+        num_threads=train.num_threads,
+        prefetch=train.prefetch,
+    )
+    with writer:
+        for index, batch in meter.timed(batches):
+            current, found = train_step(
+                current, sharding.global_batch(batch, mesh, num_rows)
+            )
+            # The device is busy with this step while the last one is written.
+            if pending is not None:
+                meter.report(*pending)
+            pending, done = (index + 1, found), index + 1
+            stopping = preemption.requested(done)
+            last = done == train.steps
+            evaluate = bool(train.eval_every) and done % train.eval_every == 0
+            save = bool(train.save_every) and done % train.save_every == 0
+            if not (evaluate or save or last or stopping):
+                continue
+            # Nothing is saved before its loss is known to be finite.
+            meter.report(*pending)
+            pending = None
+            held_out = (
+                {}
+                if scorer is None or not (evaluate or last)
+                else meter.held_out(done, scorer(current.params))
+            )
+            if save or last or stopping:
+                checkpoints.save(done, current, nll=held_out.get("nll"))
+            if stopping and not last:
+                checkpoints.close()
+                raise SystemExit(143)  # 128 + SIGTERM: saved, not finished
+        checkpoints.close()
+        preemption.close()
+        writer.curves()
+    return current.params, meter.throughput()
+
+
+def train_teacher(config: Config, workdir: pathlib.Path, mesh: Mesh) -> None:
+    """Trains the built-in task's teacher and exports it, unless that was done."""
+    folder = pathlib.Path(experiment.teacher_folder(config, workdir))
+    if config.teacher.path or (folder / "config.json").is_file():
+        return
+    config = experiment.teacher_config(config)
+    data = experiment.load_data(config, splits=("train",))
+    shape = experiment.student_shape(config, data.tokenizer)
+    model = experiment.make_model(
+        shape, mesh, dtype=config.train.dtype, remat=config.train.remat
+    )
+    params, _ = fit(
+        config,
+        workdir=workdir / "teacher_run",
+        mesh=mesh,
+        data=data,
+        model=model,
+        make_params=experiment.student_params(config, model, ""),
+    )
+    hf.save(folder, shape, params, data.tokenizer)
+    distributed.barrier("teacher")
+
+
+def run(config: Config, workdir: pathlib.Path) -> None:
+    """The whole experiment, each stage skipped where its result is there."""
+    cli.claim(workdir, config)
+    mesh = sharding.make_mesh(config.mesh)
+    data = experiment.load_data(config)
+    shape = experiment.student_shape(config, data.tokenizer)
+    model = experiment.make_model(
+        shape, mesh, dtype=config.train.dtype, remat=config.train.remat
+    )
+    # What can be wrong with rows and caches is found before anything is computed.
+    experiment.make_plan(config, data.train)
+    building.check(config, data, workdir)
+
+    train_teacher(config, workdir, mesh)
+    teacher_path = experiment.teacher_folder(config, workdir)
+    caches = building.ensure(config, data, workdir, teacher_path)
+    scorer = Scorer(config, data, model, mesh, cache=caches["eval"])
+    params, throughput = fit(
+        config,
+        workdir=workdir,
+        mesh=mesh,
+        data=data,
+        model=model,
+        make_params=experiment.student_params(config, model, teacher_path),
+        cache=caches.get("train"),
+        scorer=scorer,
+    )
+
+    student = scorer(params)
+    generations = scorer.generations(params)
+    student |= exact_match(generations)
+    teacher_model, teacher_params = experiment.load_model(
+        teacher_path, mesh, dtype=config.train.dtype
+    )
+    teacher = Scorer(config, data, teacher_model, mesh, cache=caches["eval"])(
+        teacher_params
+    )
+    if distributed.is_main():
+        run_summary(
+            workdir,
+            config,
+            student=student,
+            teacher=teacher,
+            student_shape=shape,
+            teacher_shape=teacher_model.shape,
+            throughput=throughput,
+            generations=generations,
+        )
+        print_table(
+            f"{config.name}: held-out results",
+            [evaluation_row("teacher", teacher, teacher_model.shape)]
+            + [evaluation_row("student", student, shape)],
+        )
+
+
+if __name__ == "__main__":
+    cli.run(run)

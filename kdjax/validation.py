@@ -1,0 +1,203 @@
+"""What can be checked of a config before a file is read or a step compiled."""
+
+import dataclasses
+import math
+import types
+import typing
+from typing import Any
+
+from kdjax.config import (
+    CACHE_KINDS,
+    DTYPES,
+    LAYOUTS,
+    LONG_POLICIES,
+    NON_FINITE,
+    OPTIMIZERS,
+    REMATS,
+    SCHEDULES,
+    SOURCES,
+    STUDENT_INITS,
+    TAILS,
+    Config,
+    DecoderConfig,
+)
+
+
+def _one_of(value: str, name: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is unknown: use one of {list(allowed)}")
+
+
+def _types(config: Config) -> None:
+    """Command-line overrides and files may hold any type: check each field's."""
+
+    def check(part: Any, prefix: str) -> None:
+        hints = typing.get_type_hints(type(part))
+        for f in dataclasses.fields(part):
+            value, hint, name = getattr(part, f.name), hints[f.name], prefix + f.name
+            if dataclasses.is_dataclass(hint):
+                if not isinstance(value, hint):
+                    raise ValueError(f"{name}={value!r} is not a {hint.__name__}")
+                check(value, f"{name}.")
+                continue
+            if typing.get_origin(hint) is tuple:
+                item = typing.get_args(hint)[0]
+                wanted = isinstance(value, tuple) and all(_is(v, item) for v in value)
+            else:
+                wanted = _is(value, hint)
+            if not wanted:
+                raise ValueError(f"{name}={value!r} is not of type {hint}")
+
+    check(config, "")
+
+
+def _is(value: Any, hint: Any) -> bool:
+    if isinstance(hint, types.UnionType):
+        return any(_is(value, h) for h in typing.get_args(hint))
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def validate(config: Config) -> None:
+    """Checks all that can be checked before a file is read or a step compiled.
+
+    Raises:
+      ValueError: name=value, the limit and the remedy, in one line.
+    """
+    _types(config)
+    data, train, method, cache = config.data, config.train, config.method, config.cache
+    student, evaluation = config.student, config.evaluation
+    for value, name, allowed in (
+        (data.source, "data.source", SOURCES),
+        (data.layout, "data.layout", LAYOUTS),
+        (data.on_long, "data.on_long", LONG_POLICIES),
+        (cache.kind, "cache.kind", CACHE_KINDS),
+        (student.init, "student.init", STUDENT_INITS),
+        (method.tail, "method.tail", TAILS),
+        (config.optim.name, "optim.name", OPTIMIZERS),
+        (config.optim.schedule, "optim.schedule", SCHEDULES),
+        (train.dtype, "train.dtype", DTYPES),
+        (train.remat, "train.remat", REMATS),
+        (train.non_finite, "train.non_finite", NON_FINITE),
+    ):
+        _one_of(value, name, allowed)
+    for value, name in (
+        (train.steps, "train.steps"),
+        (train.batch_size, "train.batch_size"),
+        (train.num_microbatches, "train.num_microbatches"),
+        (train.log_every, "train.log_every"),
+        (train.keep_last, "train.keep_last"),
+        (train.num_threads, "train.num_threads"),
+        (train.prefetch, "train.prefetch"),
+        (train.memory_mib, "train.memory_mib"),
+        (cache.k, "cache.k"),
+        (cache.shard_size, "cache.shard_size"),
+        (cache.batch_size, "cache.batch_size"),
+        (cache.memory_mib, "cache.memory_mib"),
+        (data.max_prompt, "data.max_prompt"),
+        (data.max_target, "data.max_target"),
+        (evaluation.batch_size, "evaluation.batch_size"),
+        (evaluation.num_bins, "evaluation.num_bins"),
+    ):
+        if value < 1:
+            raise ValueError(f"{name}={value} is below 1: use 1 or more")
+    for value, name in (
+        (data.num_train, "data.num_train"),
+        (data.num_eval, "data.num_eval"),
+        (method.hard_weight, "method.hard_weight"),
+        (method.soft_weight, "method.soft_weight"),
+        (train.eval_every, "train.eval_every"),
+        (train.save_every, "train.save_every"),
+        (evaluation.num_generations, "evaluation.num_generations"),
+        (config.optim.weight_decay, "optim.weight_decay"),
+        (config.optim.clip_norm, "optim.clip_norm"),
+    ):
+        if not value >= 0 or math.isinf(value):
+            raise ValueError(f"{name}={value} is not a number of 0 or more")
+    if train.batch_size % train.num_microbatches:
+        raise ValueError(
+            f"train.batch_size={train.batch_size} does not divide by "
+            f"train.num_microbatches={train.num_microbatches}: use a multiple of it"
+        )
+    if not 0 <= method.label_weight <= 1:
+        raise ValueError(
+            f"method.label_weight={method.label_weight} is a share: use 0 to 1"
+        )
+    if method.hard_weight + method.soft_weight == 0:
+        raise ValueError(
+            "method.hard_weight=0 and method.soft_weight=0 leave nothing to train on: "
+            "raise one of them"
+        )
+    if not config.optim.learning_rate > 0:
+        raise ValueError(
+            f"optim.learning_rate={config.optim.learning_rate} must be positive"
+        )
+    if config.optim.warmup_steps > train.steps:
+        raise ValueError(
+            f"optim.warmup_steps={config.optim.warmup_steps} exceeds "
+            f"train.steps={train.steps}: lower it"
+        )
+    if any(not t > 0 for t in (*cache.temperatures, method.temperature)):
+        raise ValueError(
+            f"cache.temperatures={cache.temperatures}, method.temperature="
+            f"{method.temperature}: temperatures are positive"
+        )
+    if method.soft_weight and method.temperature not in cache.temperatures:
+        raise ValueError(
+            f"method.temperature={method.temperature} is not declared in "
+            f"cache.temperatures={cache.temperatures}: add it there and label again, or "
+            "train at a declared one"
+        )
+    if 1.0 not in cache.temperatures:
+        raise ValueError(
+            f"cache.temperatures={cache.temperatures} lacks 1.0, at which KL is "
+            "reported: add it"
+        )
+    if data.source == "kinship" and not (data.num_train and data.num_eval):
+        raise ValueError(
+            f"data.num_train={data.num_train}, data.num_eval={data.num_eval}: the "
+            "kinship task is endless, say how many examples to make"
+        )
+    if data.source != "kinship" and not data.path:
+        raise ValueError(
+            f"data.path='' with data.source={data.source!r}: give "
+            "--config.data.path=FILE, FOLDER or hub name"
+        )
+    if data.source != "kinship" and not config.teacher.path:
+        raise ValueError(
+            f"teacher.path='' with data.source={data.source!r}: give "
+            "--config.teacher.path=FOLDER or hub name (only kinship trains its own)"
+        )
+    if student.init == "folder" and not student.path:
+        raise ValueError(
+            "student.path='' with student.init='folder': give --config.student.path"
+        )
+    if student.init == "teacher_layers" and not student.keep_layers:
+        raise ValueError(
+            "student.keep_layers=() with student.init='teacher_layers': give the "
+            "teacher layers to keep, for example (0, 5, 11)"
+        )
+    for part, name in (
+        (student.decoder, "student"),
+        (config.teacher.decoder, "teacher"),
+    ):
+        _check_decoder(part, f"{name}.decoder")
+
+
+def _check_decoder(shape: DecoderConfig, name: str) -> None:
+    if min(shape.width, shape.num_layers, shape.num_heads, shape.mlp_width) < 1:
+        raise ValueError(
+            f"{name}: width, num_layers, num_heads, mlp_width must be >= 1"
+        )
+    if shape.num_kv_heads < 1 or shape.num_heads % shape.num_kv_heads:
+        raise ValueError(
+            f"{name}.num_kv_heads={shape.num_kv_heads} does not divide "
+            f"num_heads={shape.num_heads}: use a divisor"
+        )
+    if shape.head_dim < 2 or shape.head_dim % 2:
+        raise ValueError(
+            f"{name}.head_dim={shape.head_dim} is odd: rotary pairs need an even one"
+        )

@@ -1,0 +1,37 @@
+"""Every test runs on 8 virtual CPU devices, with strict dtypes, ranks and warnings."""
+
+import os
+
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pathlib
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def _folder(variable: str) -> pathlib.Path:
+    """The folder an environment variable names; failing, not skipping, without it."""
+    value = os.environ.get(variable)
+    if not value or not pathlib.Path(value).is_dir():
+        pytest.fail(
+            f"{variable}={value!r} is not a folder: tests marked real_data need it"
+        )
+    return pathlib.Path(value)
+
+
+@pytest.fixture
+def real_data() -> pathlib.Path:
+    """Folder with commonsense_qa/, gsm8k/ and t5_tokenizer/."""
+    return _folder("KDJAX_REAL_DATA")
+
+
+@pytest.fixture
+def smollm2() -> pathlib.Path:
+    """SmolLM2-135M-Instruct as a Hugging Face folder."""
+    return _folder("KDJAX_SMOLLM2")

@@ -1,0 +1,284 @@
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from kdjax.data import loader
+from kdjax.data.views import Segment
+
+
+def term(view, kind="hard", weight=1.0):
+    return SimpleNamespace(name=f"{view}/{kind}", view=view, kind=kind, weight=weight)
+
+
+def make_segments(num=60, num_views=2, seed=0):
+    rng = np.random.default_rng(seed)
+    return [
+        Segment(
+            example_id=f"e{i // num_views}",
+            view=i % num_views,
+            prompt_ids=rng.integers(1, 90, rng.integers(1, 12)).astype(np.int32),
+            target_ids=rng.integers(1, 90, rng.integers(1, 10)).astype(np.int32),
+            key=i.to_bytes(16, "big"),
+        )
+        for i in range(num)
+    ]
+
+
+def make_plan(segments, **changes):
+    arguments = {"batch_size": 4, "row_length": 32, "num_microbatches": 1, "seed": 3}
+    return loader.BatchPlan(segments, **arguments | changes)
+
+
+class FakeCache:
+    """Says at each row which target token of which segment it belongs to."""
+
+    temperatures = (1.0, 2.0)
+    vocab_size = 90
+
+    def __init__(self, segments, kind="top_k", k=3):
+        self.kind, self.k = kind, 90 if kind == "dense" else k
+        self.segments = {segment.key: segment for segment in segments}
+
+    def has(self, key):
+        return key in self.segments
+
+    def read(self, key):
+        target = self.segments[key].target_ids
+        offsets = np.arange(self.k)
+        return SimpleNamespace(
+            ids=None if self.kind == "dense" else target[:, None] + offsets,
+            log_probs=-(target[:, None] + offsets).astype(np.float32),
+            log_z=np.stack([np.zeros(len(target)), target], 1).astype(np.float32),
+        )
+
+
+def flatten(rows):
+    return np.concatenate(rows).tolist()
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_an_epoch_holds_every_segment_once(shuffle):
+    plan = make_plan(make_segments(), shuffle=shuffle)
+    step = 0
+    for epoch in range(3):
+        items = []
+        for index in range(plan.steps_per_epoch(epoch)):
+            assert plan.locate(step) == (epoch, index)
+            items += flatten(plan.batch(step))
+            step += 1
+        assert sorted(items) == list(range(60))
+
+
+def test_order_is_a_pure_function_of_seed_and_step():
+    segments = make_segments()
+    plan = make_plan(segments)
+    forward = [flatten(plan.batch(step)) for step in range(40)]
+    for step in (39, 0, 17, 5):
+        assert flatten(make_plan(segments).batch(step)) == forward[step]
+        assert flatten(plan.batch(step)) == forward[step]
+    steps = plan.steps_per_epoch(0)
+    assert forward[0] != forward[steps]
+    assert forward[0] != flatten(make_plan(segments, seed=4).batch(0))
+
+
+def test_the_last_batch_is_filled_with_empty_rows():
+    plan = make_plan(make_segments(num=6), batch_size=8)
+    assert plan.steps_per_epoch(0) == 1
+    batch = loader.make_batch(plan, 0, terms=[term(0)])
+    assert batch["tokens"].shape == (1, 8, 32)
+    assert not batch["segments"][0, -1].any()
+    assert not batch["hard_weights"][0, -1].any()
+
+
+def test_rows_hold_the_segments():
+    segments = make_segments()
+    plan = make_plan(segments)
+    batch = loader.make_batch(plan, 1, terms=[term(0), term(1)])
+    assert batch["tokens"].dtype == batch["view"].dtype == np.int32
+    assert batch["hard_weights"].dtype == np.float32
+    for row, items in enumerate(plan.batch(1)):
+        start = 0
+        for number, item in enumerate(items, 1):
+            segment = segments[item]
+            ids = np.concatenate([segment.prompt_ids, segment.target_ids])
+            at = slice(start, start + len(ids) - 1)
+            place = {name: array[0, row, at] for name, array in batch.items()}
+            np.testing.assert_array_equal(place["tokens"], ids[:-1])
+            np.testing.assert_array_equal(place["targets"], ids[1:])
+            np.testing.assert_array_equal(place["positions"], np.arange(len(ids) - 1))
+            assert (place["segments"] == number).all()
+            trained = place["view"] == segment.view
+            assert (place["view"][~trained] == -1).all()
+            np.testing.assert_array_equal(place["targets"][trained], segment.target_ids)
+            start = at.stop
+        assert (batch["segments"][0, row, start:] == 0).all()
+        assert (batch["view"][0, row, start:] == -1).all()
+
+
+@pytest.mark.parametrize("num_microbatches", [1, 2, 4])
+def test_weights_of_a_term_sum_to_its_weight(num_microbatches):
+    segments = make_segments()
+    plan = make_plan(segments, num_microbatches=num_microbatches)
+    terms = [term(0, weight=0.3), term(1, weight=0.5), term(1, "soft", 0.2)]
+    cache = FakeCache(segments)
+    for step in range(5):
+        batch = loader.make_batch(plan, step, terms=terms, cache=cache)
+        hard, soft, view = (batch[n] for n in ("hard_weights", "soft_weights", "view"))
+        np.testing.assert_allclose(hard[view == 0].sum(), 0.3, rtol=1e-5)
+        np.testing.assert_allclose(hard[view == 1].sum(), 0.5, rtol=1e-5)
+        np.testing.assert_allclose(soft[view == 1].sum(), 0.2, rtol=1e-5)
+        assert not soft[view != 1].any() and not hard[view == -1].any()
+
+
+def test_terms_of_one_kind_and_view_add():
+    plan = make_plan(make_segments())
+    once = loader.make_batch(plan, 0, terms=[term(0, weight=0.75)])
+    twice = loader.make_batch(
+        plan, 0, terms=[term(0, weight=0.5), term(0, weight=0.25)]
+    )
+    np.testing.assert_array_equal(once["hard_weights"], twice["hard_weights"])
+
+
+@pytest.mark.parametrize("num_microbatches", [1, 2])
+def test_slices_of_two_hosts_make_the_global_batch(num_microbatches):
+    segments = make_segments()
+    plan = make_plan(segments, num_microbatches=num_microbatches)
+    arguments = {"terms": [term(0), term(1, "soft")], "cache": FakeCache(segments)}
+    whole = loader.make_batch(plan, 2, **arguments)
+    half = 4 // num_microbatches // 2
+    parts = [
+        loader.make_batch(plan, 2, rows=rows, **arguments)
+        for rows in (slice(0, half), slice(half, None))
+    ]
+    for name, array in whole.items():
+        assert array.shape[:2] == (num_microbatches, 2 * half)
+        joined = np.concatenate([part[name] for part in parts], axis=1)
+        np.testing.assert_array_equal(array, joined)
+
+
+@pytest.mark.parametrize("num_microbatches", [2, 4])
+def test_microbatches_are_a_reshape(num_microbatches):
+    segments = make_segments()
+    one = loader.make_batch(make_plan(segments), 0, terms=[term(0)])
+    plan = make_plan(segments, num_microbatches=num_microbatches)
+    many = loader.make_batch(plan, 0, terms=[term(0)])
+    for name, array in one.items():
+        np.testing.assert_array_equal(array, many[name].reshape(array.shape))
+
+
+@pytest.mark.parametrize("kind", ["top_k", "dense"])
+def test_teacher_rows_stand_where_their_token_is_predicted(kind):
+    segments = make_segments()
+    cache = FakeCache(segments, kind)
+    plan = make_plan(segments)
+    terms = [term(0), term(1), term(1, "soft")]
+    batch = loader.make_batch(plan, 0, terms=terms, cache=cache, temperature=2.0)
+    soft = batch["soft_weights"] > 0
+    targets = batch["targets"][soft]
+    assert soft.sum() > 10
+    np.testing.assert_array_equal(batch["teacher_log_probs"][soft][:, 0], -targets)
+    np.testing.assert_array_equal(batch["teacher_log_z"][soft], targets)
+    assert np.isneginf(batch["teacher_log_probs"][~soft]).all()
+    assert not batch["teacher_log_z"][~soft].any()
+    if kind == "dense":
+        assert "teacher_ids" not in batch
+        assert batch["teacher_log_probs"].shape[-1] == 90
+    else:
+        np.testing.assert_array_equal(batch["teacher_ids"][soft][:, 0], targets)
+        assert (batch["teacher_ids"][~soft] == -1).all()
+
+
+def test_placements_find_the_targets():
+    plan = make_plan(make_segments())
+    batch = loader.make_batch(plan, 0, terms=())
+    assert not batch["hard_weights"].any()
+    for row, items in enumerate(plan.batch(0)):
+        found = list(loader.placements(plan, items))
+        assert [at.item for at in found] == items.tolist()
+        for at in found:
+            targets = batch["targets"][0, row, at.target]
+            np.testing.assert_array_equal(targets, at.segment.target_ids)
+            assert (batch["view"][0, row, at.target] == at.segment.view).all()
+
+
+def test_a_soft_term_without_a_cache_is_refused():
+    plan = make_plan(make_segments())
+    with pytest.raises(ValueError, match="soft terms need a teacher cache"):
+        loader.make_batch(plan, 0, terms=[term(0), term(0, "soft")])
+    loader.make_batch(plan, 0, terms=[term(0), term(0, "soft", 0.0)])
+
+
+def test_an_undeclared_temperature_names_the_declared():
+    segments = make_segments()
+    with pytest.raises(ValueError, match=r"temperature=3\.0 .* \(1\.0, 2\.0\)"):
+        loader.make_batch(
+            make_plan(segments),
+            0,
+            terms=[term(0, "soft")],
+            cache=FakeCache(segments),
+            temperature=3.0,
+        )
+
+
+def test_a_missing_record_names_the_example():
+    segments = make_segments()
+    cache = FakeCache(segments[:20] + segments[21:])
+    assert segments[20].view == 0
+    loader.check_cache(segments, cache, {1})
+    with pytest.raises(ValueError, match=r"example .e10., view 0: .* no record"):
+        loader.check_cache(segments, cache, {0, 1})
+    plan = make_plan(segments)
+    with pytest.raises(ValueError, match=r"example .e10., view 0: .* no record"):
+        for step in range(plan.steps_per_epoch(0)):
+            loader.make_batch(plan, step, terms=[term(0, "soft")], cache=cache)
+
+
+def test_a_record_of_another_length_is_refused():
+    segments = make_segments()
+    cache = FakeCache(segments)
+    short = Segment("x", 0, segments[0].prompt_ids, np.arange(40, dtype=np.int32), b"")
+    cache.segments = dict.fromkeys(cache.segments, short)
+    with pytest.raises(ValueError, match="record has 40 rows"):
+        loader.make_batch(make_plan(segments), 0, terms=[term(0, "soft")], cache=cache)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 5, "num_microbatches": 2}, "batch_size=5"),
+        ({"row_length": 8}, r"example 'e\d+' takes \d+ positions, row_length=8"),
+    ],
+)
+def test_an_impossible_plan_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_plan(make_segments(), **changes)
+    with pytest.raises(ValueError, match="segments is empty"):
+        make_plan([])
+
+
+@pytest.mark.parametrize(("num_threads", "prefetch"), [(0, 0), (1, 2), (4, 8)])
+def test_reading_ahead_changes_nothing(num_threads, prefetch):
+    plan = make_plan(make_segments())
+
+    def make(step):
+        return loader.make_batch(plan, step, terms=[term(0), term(1)])
+
+    found = list(
+        loader.iterate(make, 5, 30, num_threads=num_threads, prefetch=prefetch)
+    )
+    assert [step for step, _ in found] == list(range(5, 30))
+    again = make_plan(make_segments())
+    for step, batch in found:
+        wanted = loader.make_batch(again, step, terms=[term(0), term(1)])
+        for name, array in wanted.items():
+            np.testing.assert_array_equal(array, batch[name])
+    assert list(loader.iterate(make, 3, 3)) == []
+
+
+def test_an_error_in_a_thread_reaches_the_reader():
+    def make(step):
+        raise ValueError(f"step {step} is bad")
+
+    with pytest.raises(ValueError, match="step 0 is bad"):
+        list(loader.iterate(make, 0, 3))

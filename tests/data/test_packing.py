@@ -1,0 +1,46 @@
+import time
+
+import numpy as np
+import pytest
+
+from kdjax.data.packing import pack
+
+
+@pytest.mark.parametrize("num_open", [1, 4, 64])
+@pytest.mark.parametrize("seed", range(4))
+def test_every_item_once_and_no_row_too_long(seed, num_open):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, 65, size=500)
+    order = rng.permutation(500)
+    rows = pack(lengths, order, 64, num_open=num_open)
+    assert sorted(np.concatenate(rows).tolist()) == list(range(500))
+    assert all(0 < lengths[row].sum() <= 64 for row in rows)
+
+
+def test_rows_are_well_filled():
+    lengths = np.random.default_rng(0).integers(10, 100, size=5000)
+    rows = pack(lengths, np.arange(5000), 256)
+    assert lengths.sum() / (256 * len(rows)) > 0.95
+
+
+def test_first_fit_in_order():
+    rows = pack(np.array([6, 5, 4, 3, 2]), np.arange(5), 10)
+    assert [row.tolist() for row in rows] == [[0, 2], [1, 3, 4]]
+
+
+def test_only_the_items_of_the_order_are_placed():
+    rows = pack(np.array([6, 500, 4]), np.array([2, 0]), 10)
+    assert [row.tolist() for row in rows] == [[2, 0]]
+    assert pack(np.array([6]), np.zeros(0, int), 10) == []
+
+
+def test_an_item_longer_than_a_row_is_named():
+    with pytest.raises(ValueError, match="item 1 takes 11 positions, row_length=10"):
+        pack(np.array([6, 11]), np.arange(2), 10)
+
+
+def test_many_items_take_about_a_second():
+    lengths = np.random.default_rng(0).integers(10, 100, size=100_000)
+    start = time.process_time()
+    pack(lengths, np.arange(100_000), 512)
+    assert time.process_time() - start < 5

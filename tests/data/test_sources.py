@@ -1,0 +1,285 @@
+import json
+import logging
+import os
+
+import pytest
+
+from kdjax.config import DataConfig
+from kdjax.data.sources import Example, contradicts, load_examples
+
+CSQA = {
+    "id": "c0",
+    "question": "Where ?",
+    "choices": {"label": ["A", "B"], "text": ["here", "there"]},
+    "answerKey": "B",
+}
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def plain(num, **changes):
+    return [{"question": f"q{i}", "answer": "yes", **changes} for i in range(num)]
+
+
+def jsonl(path, rows, **changes):
+    return DataConfig(source="jsonl", path=write(path / "rows.jsonl", rows), **changes)
+
+
+def load(config, split="train"):
+    return load_examples(config, split, seed=0)
+
+
+def test_plain_rows(tmp_path):
+    row = {
+        "id": "a",
+        "question": "Who ?",
+        "choices": ["aunt", "uncle"],
+        "answer": "aunt",
+        "rationale": "She is.",
+        "counterfactuals": ["He is."],
+    }
+    config = jsonl(tmp_path, [row, {"text": "Once ."}, *plain(1)], num_eval=1)
+    assert load(config) == [
+        Example(
+            id="a",
+            question="Who ?",
+            choices=("aunt", "uncle"),
+            answer="aunt",
+            rationale="She is.",
+            counterfactuals=("He is.",),
+        ),
+        Example(id="train-1", text="Once ."),
+    ]
+    assert load(config, "eval") == [Example(id="eval-0", question="q0", answer="yes")]
+
+
+def test_the_last_rows_are_held_out(tmp_path):
+    config = jsonl(tmp_path, plain(10), num_eval=3, num_train=5)
+    assert [e.question for e in load(config)] == ["q0", "q1", "q2", "q3", "q4"]
+    assert [e.question for e in load(config, "eval")] == ["q7", "q8", "q9"]
+
+
+def test_a_file_of_its_own_for_evaluation(tmp_path):
+    other = write(tmp_path / "other.jsonl", [{"question": "o", "answer": "no"}])
+    config = jsonl(tmp_path, plain(4), eval_path=other)
+    assert len(load(config)) == 4
+    assert [e.question for e in load(config, "eval")] == ["o"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "split", "message"),
+    [
+        (plain(4), {}, "eval", "num_eval=0: without eval_path"),
+        (plain(4), {"num_eval": 4}, "train", "num_eval=4: .* use 1 to 3"),
+        (plain(4), {"num_train": 5, "num_eval": 1}, "train", "num_train=5: .* 3 rows"),
+        ([{"question": "q"}], {}, "train", r"'train-0' has no column 'answer'"),
+        ([{"answer": "a"}], {}, "train", r"'train-0' has no column 'question'"),
+        (plain(1, choices=["no"]), {}, "train", "answer='yes' is none of its choices"),
+        (
+            plain(1, choices=["no", "yes"], counterfactuals=["a", "b"]),
+            {},
+            "train",
+            "2 counterfactuals for 2 choices",
+        ),
+        (plain(2, id="same"), {}, "train", "id 'same' occurs twice"),
+        ([{**CSQA, "answerKey": ""}], {"layout": "commonsense_qa"}, "train", "with an"),
+        (plain(1), {"layout": "gsm8k"}, "train", "no '####'"),
+        (plain(1), {"layout": "squad"}, "train", "layout='squad'"),
+        (plain(1), {"source": "csv"}, "train", "source='csv'"),
+        (plain(1), {}, "test", "split='test'"),
+        ([], {}, "train", "no rows"),
+    ],
+)
+def test_errors_say_what_to_do(tmp_path, rows, changes, split, message):
+    config = jsonl(tmp_path, rows)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    with pytest.raises(ValueError, match=message):
+        load(config, split)
+
+
+def test_unreadable_files(tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere.jsonl' cannot be read"):
+        load(DataConfig(source="jsonl", path=str(tmp_path / "nowhere.jsonl")))
+    with pytest.raises(ValueError, match="path=''"):
+        load(DataConfig(source="jsonl"))
+    (tmp_path / "bad.jsonl").write_text('{"question": "a", "answer": "b"}\n{oops\n')
+    with pytest.raises(ValueError, match=r"bad.jsonl:2 is not JSON"):
+        load(DataConfig(source="jsonl", path=str(tmp_path / "bad.jsonl")))
+    config = jsonl(tmp_path, plain(3))
+    config.eval_path = config.path
+    with pytest.raises(ValueError, match="is the training file"):
+        load(config)
+
+
+def test_commonsense_qa_and_gsm8k_layouts(tmp_path):
+    [example] = load(jsonl(tmp_path, [CSQA], layout="commonsense_qa"))
+    assert example == Example(
+        id="c0", question="Where ?", choices=("here", "there"), answer="there"
+    )
+    row = {"question": "1+1?", "answer": "It is <<1+1=2>>2.\n#### 2"}
+    [example] = load(jsonl(tmp_path, [row], layout="gsm8k"))
+    assert (example.answer, example.rationale) == ("2", "It is <<1+1=2>>2.")
+
+
+def test_rationales_are_joined_by_id_as_they_are(tmp_path, caplog):
+    text = " Wrong. So the answer is (a) here. "
+    file = write(tmp_path / "r.jsonl", [{"id": "c0", "text": text}])
+    rows = [CSQA, {**CSQA, "id": "c1"}]
+    config = jsonl(tmp_path, rows, layout="commonsense_qa", rationales=file)
+    with caplog.at_level(logging.INFO):
+        first, second = load(config)
+    assert (first.rationale, second.rationale) == (text, "")
+    assert contradicts(first) and not contradicts(second)
+    assert "1 of 2 examples have a rationale; 1 conclude" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"id": "zz", "text": "t"}], "no id of the examples"),
+        ([{"id": "c0"}], "use id, text"),
+        ([{"id": "c0", "text": "t"}] * 2, "'c0' occurs twice"),
+    ],
+)
+def test_bad_rationale_files(tmp_path, rows, message):
+    file = write(tmp_path / "r.jsonl", rows)
+    config = jsonl(tmp_path, [CSQA], layout="commonsense_qa", rationales=file)
+    with pytest.raises(ValueError, match=message):
+        load(config)
+
+
+def test_texts(tmp_path):
+    (tmp_path / "a.txt").write_text("One\ntwo.\n\n\nThree.\n \nFour.\n")
+    config = DataConfig(source="text", path=str(tmp_path / "a.txt"), num_eval=1)
+    assert [e.text for e in load(config)] == ["One\ntwo.", "Three."]
+    assert [e.text for e in load(config, "eval")] == ["Four."]
+    path = write(tmp_path / "a.jsonl", [{"text": "One"}, {"id": "x", "text": "Two"}])
+    found = load(DataConfig(source="text", path=path))
+    assert found == [Example(id="train-0", text="One"), Example(id="x", text="Two")]
+
+
+def test_kinship_needs_a_number():
+    config = DataConfig(num_train=7)
+    assert len(load(config)) == 7
+    with pytest.raises(ValueError, match="num_eval=0: source='kinship'"):
+        load(config, "eval")
+
+
+def test_datasets_saved_to_disk(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = [{**CSQA, "id": f"c{i}"} for i in range(3)]
+    splits = {
+        "train": datasets.Dataset.from_list(rows[:2]),
+        "test": datasets.Dataset.from_list(rows[2:]),
+    }
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "both")
+    config = DataConfig(
+        source="datasets", layout="commonsense_qa", path=str(tmp_path / "both")
+    )
+    assert [e.id for e in load(config)] == ["c0", "c1"]
+    assert [(e.id, e.answer) for e in load(config, "eval")] == [("c2", "there")]
+    config.eval_split = "validation"
+    with pytest.raises(ValueError, match=r"split 'validation' .* \['train', 'test'\]"):
+        load(config, "eval")
+    config.eval_split = "train"
+    with pytest.raises(ValueError, match="eval_split='train' is the train split"):
+        load(config)
+    splits["train"].save_to_disk(tmp_path / "one")
+    config = DataConfig(source="datasets", path=str(tmp_path / "one"))
+    with pytest.raises(ValueError, match="one split without a name"):
+        load(config)
+
+
+def test_a_folder_of_files_through_datasets(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data" / "train.jsonl", plain(3))
+    write(tmp_path / "data" / "test.jsonl", plain(2))
+    config = DataConfig(source="datasets", path=str(tmp_path / "data"))
+    assert (len(load(config)), len(load(config, "eval"))) == (3, 2)
+
+
+def test_a_prepared_tfds_folder(tmp_path):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    label = tfds.features.ClassLabel(names=["A", "B"])
+
+    class Tiny(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            text = tfds.features.Text()
+            choices = tfds.features.Sequence({"label": label, "text": text})
+            features = {"id": text, "question": text, "answerKey": label}
+            features = tfds.features.FeaturesDict({**features, "choices": choices})
+            return tfds.core.DatasetInfo(builder=self, features=features)
+
+        def _split_generators(self, manager):
+            return {"train": self._generate_examples(3), "test": self._rows("t", 2)}
+
+        def _generate_examples(self, num):
+            return self._rows("c", num)
+
+        def _rows(self, prefix, num):
+            pairs = [
+                dict(zip(("label", "text"), p, strict=True))
+                for p in (("A", "x"), ("B", "y"))
+            ]
+            for i in range(num):
+                yield i, {**CSQA, "id": f"{prefix}{i}", "choices": pairs}
+
+    builder = Tiny(data_dir=tmp_path, file_format="array_record")
+    builder.download_and_prepare()
+    for folder in (tmp_path / "tiny" / "1.0.0", tmp_path / "tiny"):
+        config = DataConfig(
+            source="tfds", layout="commonsense_qa", path=str(folder), eval_split="test"
+        )
+        assert sorted(e.id for e in load(config)) == ["c0", "c1", "c2"]
+        found = load(config, "eval")
+        assert sorted(e.id for e in found) == ["t0", "t1"]
+        assert (found[0].choices, found[0].answer) == (("x", "y"), "y")
+    config.eval_split = "dev"
+    with pytest.raises(ValueError, match="split 'dev' is not in"):
+        load(config, "eval")
+    config.path = str(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"nowhere' is no folder"):
+        load(config)
+
+
+@pytest.mark.real_data
+def test_real_commonsense_qa():
+    root = f"{os.environ['KDJAX_REAL_DATA']}/commonsense_qa"
+    config = DataConfig(
+        source="jsonl",
+        layout="commonsense_qa",
+        path=f"{root}/train.jsonl",
+        eval_path=f"{root}/dev.jsonl",
+        rationales=f"{root}/palm_train.jsonl",
+        eval_rationales=f"{root}/palm_dev.jsonl",
+    )
+    train, held_out = load(config), load(config, "eval")
+    assert (len(train), len(held_out)) == (9741, 1221)
+    assert all(len(e.choices) == 5 and e.answer in e.choices for e in train)
+    assert all(e.rationale for e in train + held_out)
+    share = sum(map(contradicts, train)) / len(train)
+    assert abs(share - (1 - 0.757)) < 0.02
+    assert not {e.id for e in train} & {e.id for e in held_out}
+
+
+@pytest.mark.real_data
+def test_real_gsm8k():
+    root = f"{os.environ['KDJAX_REAL_DATA']}/gsm8k"
+    config = DataConfig(
+        source="jsonl",
+        layout="gsm8k",
+        path=f"{root}/train.jsonl",
+        eval_path=f"{root}/test.jsonl",
+    )
+    train, held_out = load(config), load(config, "eval")
+    assert (len(train), len(held_out)) == (7473, 1319)
+    assert train[0].answer == "72" and train[0].rationale.endswith("in April and May.")
+    assert all("####" not in e.rationale and e.answer for e in train + held_out)

@@ -1,0 +1,347 @@
+"""The teacher cache: what is read is what was written, or a clear refusal."""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import signal
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from kdjax.teacher import codec, records
+
+VOCAB_SIZE, K = 300, 8
+TEMPERATURES = (1.0, 2.0)
+MANIFEST = records.Manifest(
+    kind="top_k",
+    k=K,
+    vocab_size=VOCAB_SIZE,
+    temperatures=TEMPERATURES,
+    tokenizer_fingerprint="tokenizer",
+    teacher_path="teacher",
+    teacher_fingerprint="weights",
+)
+DENSE = dataclasses.replace(MANIFEST, kind="dense", k=VOCAB_SIZE)
+
+
+def make_record(rng, num_tokens, *, vocab_size=VOCAB_SIZE, k=K, scale=3.0):
+    """A record of random softmax rows; k=None gives the dense one."""
+    logits_TV = scale * rng.normal(size=(num_tokens, vocab_size))
+    log_probs_TV = logits_TV - _log_sum_exp(logits_TV)[:, None]
+    log_z_TS = np.stack([_log_sum_exp(log_probs_TV / t) for t in TEMPERATURES], axis=1)
+    entropy_TS = np.stack(
+        [
+            -(np.exp(log_p) * log_p).sum(axis=1)
+            for log_p in (
+                log_probs_TV / t - log_z_TS[:, [s]] for s, t in enumerate(TEMPERATURES)
+            )
+        ],
+        axis=1,
+    )
+    ids_TK = np.argsort(-log_probs_TV, axis=1)[:, :k].astype(np.int32)
+    stored = log_probs_TV if k is None else np.take_along_axis(log_probs_TV, ids_TK, 1)
+    return records.Record(
+        ids=None if k is None else ids_TK,
+        log_probs=stored.astype(np.float32),
+        target_log_probs=log_probs_TV[:, 0].astype(np.float32),
+        log_z=log_z_TS.astype(np.float32),
+        entropy=entropy_TS.astype(np.float32),
+    )
+
+
+def _log_sum_exp(x):
+    return np.log(np.exp(x - x.max(1, keepdims=True)).sum(1)) + x.max(1)
+
+
+def _pairs(seed, *, num_records=5, k=K):
+    rng = np.random.default_rng(seed)
+    return [
+        (rng.bytes(16), make_record(rng, rng.integers(1, 20), k=k))
+        for _ in range(num_records)
+    ]
+
+
+def _write_cache(folder, manifest=MANIFEST, *, num_shards=3):
+    k = None if manifest.kind == "dense" else K
+    pairs = [_pairs(seed, k=k) for seed in range(num_shards)]
+    for index, shard in enumerate(pairs):
+        records.write_shard(folder, index, num_shards, iter(shard), manifest)
+    records.finish(folder, manifest, num_shards=num_shards)
+    return [pair for shard in pairs for pair in shard]
+
+
+def _round_trip(record, *, vocab_size=VOCAB_SIZE):
+    return codec.decode(
+        codec.encode(record, vocab_size=vocab_size),
+        vocab_size=vocab_size,
+        dense=record.ids is None,
+    )
+
+
+def _kl(record, decoded, temperature_index):
+    """KL in nats of k+1 events, original to decoded, at one temperature."""
+    temperature = TEMPERATURES[temperature_index]
+    p_TK, q_TK = (
+        np.exp(
+            r.log_probs.astype(np.float64) / temperature
+            - r.log_z[:, [temperature_index]]
+        )
+        for r in (record, decoded)
+    )
+    p_tail_T, q_tail_T = 1 - p_TK.sum(axis=1), 1 - q_TK.sum(axis=1)
+    tail_T = p_tail_T * np.log(p_tail_T / q_tail_T)
+    return (p_TK * np.log(p_TK / q_TK)).sum(axis=1) + tail_T
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 2.5])
+def test_the_rounding_costs_less_than_the_limit(scale):
+    rng = np.random.default_rng(0)
+    record = make_record(rng, 64, vocab_size=4096, k=64, scale=scale)
+    decoded = _round_trip(record, vocab_size=4096)
+    np.testing.assert_array_equal(decoded.ids, record.ids)
+    assert decoded.ids.dtype == np.int32 and decoded.log_probs.dtype == np.float32
+    for index in range(len(TEMPERATURES)):
+        kl_T = _kl(record, decoded, index)
+        assert kl_T.min() > -1e-7 and kl_T.mean() < 5e-5
+
+
+def test_the_tail_mass_survives_the_rounding():
+    # Two near-equal leaders and a tail of one in a million: rounding alone would lose
+    # the tail, or multiply it.
+    log_probs_TK = np.log([[0.6, 0.4 - 1e-6 - 1e-5, 1e-5]]).astype(np.float32)
+    record = make_record(np.random.default_rng(0), 1)._replace(
+        ids=np.array([[5, 2, 9]], np.int32), log_probs=log_probs_TK
+    )
+    decoded = _round_trip(record)
+    tail = 1 - np.exp(decoded.log_probs.astype(np.float64)).sum()
+    assert tail == pytest.approx(1e-6, abs=2e-7)
+
+
+def test_per_token_numbers_are_exact_and_order_is_kept():
+    record = make_record(np.random.default_rng(1), 33)
+    decoded = _round_trip(record)
+    for name in ("target_log_probs", "log_z", "entropy"):
+        np.testing.assert_array_equal(getattr(decoded, name), getattr(record, name))
+    assert (np.diff(decoded.log_probs, axis=1) <= 0).all()
+
+
+def test_dense_is_exact_even_with_zeros():
+    record = make_record(np.random.default_rng(2), 4, k=None)
+    record.log_probs[:, 7] = -np.inf
+    decoded = _round_trip(record)
+    assert decoded.ids is None
+    np.testing.assert_array_equal(decoded.log_probs, record.log_probs)
+
+
+def test_unused_slots_come_back():
+    record = make_record(np.random.default_rng(3), 3)
+    record.ids[1, 5:], record.log_probs[1, 5:] = -1, -np.inf
+    decoded = _round_trip(record)
+    np.testing.assert_array_equal(decoded.ids, record.ids)
+    assert np.isneginf(decoded.log_probs[1, 5:]).all()
+    assert np.isfinite(decoded.log_probs[1, :5]).all()
+
+
+def test_extreme_log_probs_stay_finite():
+    record = make_record(np.random.default_rng(3), 1)
+    record.log_probs[0] = [0, -1e-30, -50, -200, -3e4, -1e8, -1e30, -3e38]
+    decoded = _round_trip(record)
+    np.testing.assert_allclose(decoded.log_probs, record.log_probs, rtol=5e-3, atol=1)
+
+
+@pytest.mark.parametrize("vocab_size", [256, 257, 65536, 65537, 2**20, 2**24 + 1])
+def test_the_last_id_of_any_vocabulary(vocab_size):
+    record = make_record(np.random.default_rng(4), 2)
+    record.ids[0, 0] = vocab_size - 1
+    record.ids[1:] %= 256
+    record.ids[0, 1:] %= 256
+    decoded = _round_trip(record, vocab_size=vocab_size)
+    np.testing.assert_array_equal(decoded.ids, record.ids)
+
+
+def test_no_target_token_at_all():
+    record = make_record(np.random.default_rng(5), 0)
+    assert _round_trip(record).log_probs.shape == (0, K)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r.log_probs.__setitem__((0, 0), np.nan), "NaN"),
+        (lambda r: r.entropy.__setitem__((0, 0), np.nan), "NaN"),
+        (lambda r: r.ids.__setitem__((0, 0), VOCAB_SIZE), "leave the vocabulary"),
+        (lambda r: r.log_probs.__setitem__(0, -np.inf), "no finite log-probability"),
+    ],
+)
+def test_encode_refuses(change, message):
+    record = make_record(np.random.default_rng(6), 2)
+    change(record)
+    with pytest.raises(ValueError, match=message):
+        codec.encode(record, vocab_size=VOCAB_SIZE)
+
+
+def test_random_pairs_take_less_than_three_bytes():
+    rng = np.random.default_rng(0)
+    num_bytes = num_pairs = 0
+    for _ in range(4):
+        record = make_record(rng, 64, vocab_size=49152, k=64, scale=2.5)
+        num_bytes += len(codec.encode(record, vocab_size=49152))
+        num_pairs += record.ids.size
+    assert num_bytes / num_pairs < 2.8  # 2.0 of them are ids that cannot be compressed
+
+
+@pytest.mark.parametrize("manifest", [MANIFEST, DENSE], ids=["top_k", "dense"])
+def test_write_finish_open_read(tmp_path, manifest):
+    pairs = _write_cache(tmp_path, manifest)
+    cache = records.open_cache(
+        tmp_path,
+        tokenizer_fingerprint="tokenizer",
+        vocab_size=VOCAB_SIZE,
+        kind=manifest.kind,
+        k=K,
+        temperatures=(2.0,),
+    )
+    assert cache.temperatures == TEMPERATURES and cache.kind == manifest.kind
+    assert cache.num_records == 15 and list(cache.keys()) == [key for key, _ in pairs]
+    assert cache.num_tokens == sum(len(record.log_probs) for _, record in pairs)
+    for key, record in reversed(pairs):
+        assert cache.has(key)
+        found = cache.read(key)
+        for a, b in zip(found, _round_trip(record), strict=True):
+            np.testing.assert_array_equal(a, b)
+    assert not cache.has(b"x" * 16)
+    with pytest.raises(ValueError, match="not in the cache"):
+        cache.read(b"x" * 16)
+    assert records.verify(cache) == {
+        "shards": 3,
+        "records": 15,
+        "tokens": cache.num_tokens,
+    }
+
+
+def test_threads_read_the_same(tmp_path):
+    pairs = _write_cache(tmp_path) * 20
+    cache = records.open_cache(tmp_path)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(cache.read, [key for key, _ in pairs]))
+    for (_, record), got in zip(pairs, found, strict=True):
+        np.testing.assert_array_equal(got.ids, record.ids)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ({"tokenizer_fingerprint": "other"}, "tokenizer_fingerprint='other'.*'token"),
+        ({"vocab_size": 301}, "vocab_size=301 .*300"),
+        ({"kind": "dense"}, "kind='dense' .*'top_k'"),
+        ({"k": 16}, "k=16 .*has 8"),
+        ({"temperatures": (1.0, 4.0)}, r"temperature=4.0 .*\(1.0, 2.0\)"),
+    ],
+)
+def test_open_cache_names_what_differs(tmp_path, wanted, message):
+    _write_cache(tmp_path, num_shards=1)
+    with pytest.raises(ValueError, match=message):
+        records.open_cache(tmp_path, **wanted)
+
+
+def test_an_unfinished_or_newer_cache_is_refused(tmp_path):
+    records.write_shard(tmp_path, 0, 2, _pairs(0), MANIFEST)
+    with pytest.raises(ValueError, match="not finished"):
+        records.open_cache(tmp_path)
+    with pytest.raises(ValueError, match=r"shard-00001-of-00002.* missing"):
+        records.finish(tmp_path, MANIFEST, num_shards=2)
+    records.write_shard(tmp_path, 1, 2, _pairs(1), MANIFEST)
+    records.finish(tmp_path, MANIFEST, num_shards=2)
+    path = tmp_path / records.MANIFEST
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 99}))
+    with pytest.raises(ValueError, match="format_version=99"):
+        records.open_cache(tmp_path)
+
+
+def test_shards_of_another_teacher_are_refused(tmp_path):
+    records.write_shard(tmp_path, 0, 1, _pairs(0), MANIFEST)
+    other = dataclasses.replace(MANIFEST, teacher_fingerprint="other")
+    for call in (
+        lambda: records.complete_shards(tmp_path, other),
+        lambda: records.finish(tmp_path, other, num_shards=1),
+    ):
+        with pytest.raises(ValueError, match="teacher_fingerprint='other'"):
+            call()
+
+
+def test_shards_of_two_sizes_are_refused(tmp_path):
+    records.write_shard(tmp_path, 0, 2, _pairs(0), MANIFEST)
+    records.write_shard(tmp_path, 0, 3, _pairs(0), MANIFEST)
+    with pytest.raises(ValueError, match=r"caches of \[2, 3\] shards"):
+        records.complete_shards(tmp_path, MANIFEST)
+
+
+def test_a_record_must_fit_the_manifest(tmp_path):
+    (key, record), *_ = _pairs(0)
+    for pairs, message in (
+        ([(key, record), (key, record)], "come once"),
+        ([(b"short", record)], "16 bytes"),
+        ([(key, record._replace(ids=None))], "manifest"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            records.write_shard(tmp_path, 0, 1, pairs, MANIFEST)
+    assert list(tmp_path.iterdir()) == []  # nothing half-written is left
+
+
+def _die_while_writing(folder, pairs):
+    def stream():
+        yield from pairs[:3]
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    records.write_shard(folder, 1, 3, stream(), MANIFEST)
+
+
+def test_killed_and_continued_gives_identical_files(tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    _write_cache(whole)
+    records.write_shard(broken, 0, 3, _pairs(0), MANIFEST)
+    process = multiprocessing.get_context("spawn").Process(
+        target=_die_while_writing, args=(broken, _pairs(1))
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert records.complete_shards(broken, MANIFEST) == {0}
+    for index in (2, 1):
+        records.write_shard(broken, index, 3, _pairs(index), MANIFEST)
+    records.finish(broken, MANIFEST, num_shards=3)
+    assert {path.name: path.read_bytes() for path in broken.iterdir()} == {
+        path.name: path.read_bytes() for path in whole.iterdir()
+    }
+
+
+def test_damage_anywhere_is_found(tmp_path):
+    _write_cache(tmp_path)
+    path = tmp_path / records.shard_name(1, 3)
+    original = path.read_bytes()
+    for position in range(0, len(original), len(original) // 60):
+        damaged = bytearray(original)
+        damaged[position] ^= 0x10
+        path.write_bytes(damaged)
+        with pytest.raises(records.DamagedShardError, match="shard-00001-of-00003"):
+            records.verify(records.open_cache(tmp_path))
+    for length in (0, 10, len(original) // 2, len(original) - 1):
+        path.write_bytes(original[:length])
+        assert records.complete_shards(tmp_path, MANIFEST) == {0, 2}
+    path.write_bytes(original)
+    assert records.complete_shards(tmp_path, MANIFEST) == {0, 1, 2}
+
+
+def test_a_damaged_record_is_named_when_it_is_read(tmp_path):
+    pairs = _write_cache(tmp_path, num_shards=1)
+    path = tmp_path / records.shard_name(0, 1)
+    payload = codec.encode(pairs[2][1], vocab_size=VOCAB_SIZE)
+    data = bytearray(path.read_bytes())
+    data[data.index(payload) + 20] ^= 1
+    path.write_bytes(data)
+    cache = records.open_cache(tmp_path)
+    cache.read(pairs[1][0])
+    with pytest.raises(records.DamagedShardError, match=r"record 2 of .*shard-00000"):
+        cache.read(pairs[2][0])

@@ -1,0 +1,170 @@
+"""Generation against decoding without a cache, and the sampling filters."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kdjax import generate
+from kdjax.config import DecoderConfig
+from kdjax.models import decoder
+
+CONFIG = DecoderConfig(
+    vocab_size=23,
+    width=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    mlp_width=48,
+    max_length=64,
+    init_std=0.5,
+    tie_embeddings=False,
+)
+PAD, NEW = 0, 8
+PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6], [5], [3, 5, 8, 9, 7, 9, 3]]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return decoder.create(CONFIG)[0], decoder.init_params(CONFIG, jax.random.key(3))
+
+
+@pytest.fixture(scope="module")
+def uncached(model):
+    """Greedy continuations by running the whole row again for every token."""
+    graphdef, params = model
+    width = 16
+    positions_1T = np.arange(width, dtype=np.int32)[None]
+
+    @jax.jit
+    def next_logits(tokens_1T, length):
+        segments_1T = (positions_1T < length).astype(jnp.int32)
+        hidden = decoder.hidden_states(
+            graphdef, params, tokens_1T, positions_1T, segments_1T
+        )
+        return decoder.logits(params, hidden)[0, length - 1]
+
+    results = []
+    for prompt in PROMPTS:
+        tokens = list(prompt)
+        for _ in range(NEW):
+            row = np.array([tokens + [PAD] * (width - len(tokens))], np.int32)
+            tokens.append(int(jnp.argmax(next_logits(row, len(tokens)))))
+        results.append(tokens[len(prompt) :])
+    return results
+
+
+def arrays_of(prompts, width):
+    lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
+    rows = [[*prompt, *[PAD] * (width - len(prompt))] for prompt in prompts]
+    return np.array(rows, np.int32), lengths_B
+
+
+def make(model, **fields):
+    fields = {
+        "max_prompt": 8,
+        "max_new_tokens": NEW,
+        "eos_id": -1,
+        "pad_id": PAD,
+    } | fields
+    return generate.make_generate(CONFIG, model[0], **fields)
+
+
+def test_greedy_equals_decoding_without_a_cache(model, uncached):
+    tokens_BN = make(model)(model[1], *arrays_of(PROMPTS, 8), jax.random.key(0), 0.0)
+    assert tokens_BN.tolist() == uncached
+
+
+def test_rows_end_at_the_end_token_and_the_loop_with_the_last_row(model, uncached):
+    eos = uncached[1][2]
+    prompts_BP, lengths_B = arrays_of([*PROMPTS, []], 8)
+    call = make(model, eos_id=eos)
+    tokens_BN = call(model[1], prompts_BP, lengths_B, jax.random.key(0), 0.0)
+    for row, expected in zip(tokens_BN.tolist(), uncached, strict=False):
+        stop = expected.index(eos) + 1 if eos in expected else NEW
+        assert row == expected[:stop] + [PAD] * (NEW - stop)
+    assert tokens_BN[-1].tolist() == [PAD] * NEW
+
+
+def test_generate_texts_keeps_order_and_drops_the_end_token(model, uncached):
+    eos = uncached[0][3]
+    done, compiled = [], {}
+    for _ in range(2):
+        results = generate.generate_texts(
+            CONFIG,
+            *model,
+            PROMPTS,
+            max_new_tokens=NEW,
+            eos_id=eos,
+            pad_id=eos,  # padding that looks like the end must not confuse it
+            batch_size=3,
+            compiled=compiled,
+            on_batch=done.append,
+        )
+        expected = [row[: row.index(eos)] if eos in row else row for row in uncached]
+        assert results == expected
+    assert done == [3, 1, 3, 1]
+    assert [call._cache_size() for call in compiled.values()] == [1]
+
+
+def test_sampling_follows_the_temperature_and_repeats_with_its_key(model):
+    graphdef, params = model
+    prompts_BP, lengths_B = arrays_of([PROMPTS[0]] * 2000, 8)
+    call = make(model, max_new_tokens=1)
+    tokens = call(params, prompts_BP, lengths_B, jax.random.key(1), 2.0)
+    same = call(params, prompts_BP, lengths_B, jax.random.key(1), 2.0)
+    np.testing.assert_array_equal(tokens, same)
+    row = np.array([PROMPTS[0]], np.int32)
+    positions = np.arange(3, dtype=np.int32)[None]
+    hidden = decoder.hidden_states(graphdef, params, row, positions, np.ones_like(row))
+    probs = jax.nn.softmax(decoder.logits(params, hidden)[0, -1] / 2.0)
+    frequency = np.bincount(tokens[:, 0], minlength=CONFIG.vocab_size) / 2000
+    assert np.abs(frequency - probs).max() < 0.04  # four standard deviations
+
+
+def test_top_k_of_one_is_greedy(model, uncached):
+    call = make(model, top_k=1)
+    tokens_BN = call(model[1], *arrays_of(PROMPTS, 8), jax.random.key(0), 5.0)
+    assert tokens_BN.tolist() == uncached
+
+
+@pytest.mark.parametrize(
+    ("fields", "kept"),
+    [
+        ({}, [0, 1, 2, 3]),
+        ({"top_k": 2}, [1, 3]),
+        ({"top_k": 9}, [0, 1, 2, 3]),
+        ({"top_p": 0.45}, [3]),
+        ({"top_p": 0.55}, [1, 3]),
+        ({"top_p": 0.85}, [0, 1, 3]),
+        ({"top_k": 3, "top_p": 0.99}, [0, 1, 3]),
+    ],
+)
+def test_filters_keep_the_most_probable(fields, kept):
+    logits_1V = jnp.log(jnp.array([[0.15, 0.3, 0.05, 0.5]]))
+    filtered = generate.filter_logits(logits_1V, **fields)
+    assert np.flatnonzero(np.isfinite(filtered[0])).tolist() == kept
+    np.testing.assert_array_equal(filtered[0, kept[0]], logits_1V[0, kept[0]])
+
+
+def test_bfloat16(model):
+    graphdef, _ = decoder.create(CONFIG, dtype="bfloat16")
+    tokens_BN = make((graphdef,))(
+        model[1], *arrays_of(PROMPTS, 8), jax.random.key(0), 0.0
+    )
+    assert ((tokens_BN >= 0) & (tokens_BN < CONFIG.vocab_size)).all()
+
+
+def test_refusals(model):
+    with pytest.raises(ValueError, match="exceeds the model's max_length=64"):
+        make(model, max_prompt=60)
+    with pytest.raises(ValueError, match=r"top_p=1\.5"):
+        make(model, top_p=1.5)
+    fields = {"max_new_tokens": NEW, "eos_id": 1, "pad_id": 0}
+    with pytest.raises(ValueError, match=r"prompts\[1\] is empty"):
+        generate.generate_texts(CONFIG, *model, [[1], []], **fields)
+    with pytest.raises(ValueError, match="a prompt of 60 tokens leaves no room"):
+        generate.generate_texts(CONFIG, *model, [[1] * 60], **fields)
+    with pytest.raises(ValueError, match="pass a random key"):
+        generate.generate_texts(CONFIG, *model, [[1]], temperature=1.0, **fields)

@@ -1,0 +1,204 @@
+"""The step: what the batch is cut into changes nothing."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from kdjax import experiment, methods, optim, sharding, state, step
+from kdjax.config import MeshConfig
+from kdjax.data import loader
+from kdjax.losses import head
+from kdjax.models import decoder
+from kdjax.teacher.codec import Record
+from tests import small
+
+
+class FakeCache:
+    """Random but consistent teacher records for any segment."""
+
+    kind, k, temperatures = "top_k", 8, (1.0, 2.0)
+
+    def __init__(self, segments, vocab_size):
+        self.vocab_size = vocab_size
+        self._lengths = {s.key: len(s.target_ids) for s in segments}
+
+    def has(self, key):
+        return key in self._lengths
+
+    def read(self, key):
+        rng = np.random.default_rng(int.from_bytes(key[:4], "big"))
+        num = self._lengths[key]
+        logits = rng.normal(size=(num, self.vocab_size)) * 2
+        logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        ids = np.argsort(-logp, axis=-1)[:, : self.k]
+        log_z = np.stack(
+            [np.log(np.exp(logp / t).sum(-1)) for t in self.temperatures], -1
+        )
+        return Record(
+            ids=ids.astype(np.int32),
+            log_probs=np.take_along_axis(logp, ids, -1).astype(np.float32),
+            target_log_probs=logp[:, 0].astype(np.float32),
+            log_z=log_z.astype(np.float32),
+            entropy=np.zeros((num, 2), np.float32),
+        )
+
+
+def run(config, *, steps=2, mesh_config=None, devices=None, poison=False):
+    """Losses, metrics and final parameters of a few steps."""
+    mesh = sharding.make_mesh(mesh_config or MeshConfig(), devices=devices)
+    data = experiment.load_data(config, splits=("train",))
+    shape = experiment.student_shape(config, data.tokenizer)
+    model = experiment.make_model(shape, mesh, dtype="float32")
+    optimizer = optim.make_optimizer(config.optim, steps=10)
+    abstract = state.abstract_state(model.abstract, optimizer, mesh)
+    plan = experiment.make_plan(config, data.train)
+    cache = FakeCache(data.train, shape.vocab_size)
+    train_step = step.make_train_step(
+        model.graphdef,
+        optimizer,
+        optim.make_schedule(config.optim, steps=10),
+        mesh,
+        abstract,
+        num_views=2,
+        temperature=2.0,
+        scale_by_t2=True,
+        tail="bucket",
+        chunk_size=32,
+    )
+    current = state.init_state(
+        abstract, optimizer, experiment.student_params(config, model, "")
+    )
+    if poison:
+        params = current.params
+        params["norm"]["scale"] = params["norm"]["scale"] * np.float32(np.nan)
+    num_rows = config.train.batch_size // config.train.num_microbatches
+    found = []
+    for index in range(steps):
+        batch = loader.make_batch(
+            plan,
+            index,
+            terms=methods.terms(config.method),
+            cache=cache,
+            temperature=2.0,
+            rows=sharding.local_rows(mesh, num_rows),
+        )
+        current, metrics = train_step(
+            current, sharding.global_batch(batch, mesh, num_rows)
+        )
+        found.append(jax.tree.map(np.asarray, metrics))
+    assert train_step._cache_size() == 1
+    return found, jax.tree.map(np.asarray, current)
+
+
+def assert_same(first, second, tolerance=1e-5):
+    for a, b in zip(first[0], second[0], strict=True):
+        for name in ("loss", "grad_norm", "nll", "kl", "count", "num_tokens"):
+            np.testing.assert_allclose(
+                a[name], b[name], rtol=tolerance, atol=tolerance, err_msg=name
+            )
+
+
+def gradient_config(**train):
+    # SGD-like: Adam's first step is the gradient's sign, blind to its size.
+    return small.config(
+        train={"num_threads": 1, "batch_size": 8, "row_length": 128} | train
+    )
+
+
+@pytest.mark.parametrize("num_microbatches", [2, 4, 8])
+def test_microbatches_do_not_change_the_step(num_microbatches):
+    devices = jax.devices()[:1]
+    whole = run(gradient_config(), devices=devices)
+    cut = run(gradient_config(num_microbatches=num_microbatches), devices=devices)
+    assert_same(whole, cut)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4),
+        whole[1].params,
+        cut[1].params,
+    )
+
+
+def test_a_microbatch_without_any_valid_token_is_harmless():
+    # 24 examples fill fewer than 64 rows: most microbatches are empty.
+    config = gradient_config(batch_size=64, num_microbatches=8)
+    devices = jax.devices()[:1]
+    cut = run(config, devices=devices)
+    whole = run(gradient_config(batch_size=64), devices=devices)
+    assert (cut[0][0]["count"] > 0).all() and np.isfinite(cut[0][0]["loss"])
+    assert_same(whole, cut)
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 4, 1), (2, 2, 2)])
+def test_meshes_agree(shape):
+    config = gradient_config()
+    one = run(config, devices=jax.devices()[:1])
+    mesh = MeshConfig(data=shape[0], fsdp=shape[1], tensor=shape[2])
+    assert_same(one, run(config, mesh_config=mesh))
+
+
+def test_loss_is_the_dense_formula():
+    """hard and soft of both views, by NumPy from the model's own logits."""
+    config = gradient_config()
+    found, _ = run(config, steps=1, devices=jax.devices()[:1])
+    data = experiment.load_data(config, splits=("train",))
+    mesh = sharding.make_mesh(MeshConfig(), devices=jax.devices()[:1])
+    model = experiment.make_model(
+        experiment.student_shape(config, data.tokenizer), mesh, dtype="float32"
+    )
+    params = experiment.student_params(config, model, "")()
+    plan = experiment.make_plan(config, data.train)
+    cache = FakeCache(data.train, model.shape.vocab_size)
+    total = np.zeros((2, 2))
+    counts = np.zeros(2)
+    for item in np.concatenate(plan.batch(0)):
+        segment = data.train[item]
+        ids = np.concatenate([segment.prompt_ids, segment.target_ids])[None, :-1]
+        hidden = decoder.hidden_states(
+            model.graphdef,
+            params,
+            ids,
+            np.arange(ids.shape[1], dtype=np.int32)[None],
+            np.ones_like(ids),
+        )
+        logits = np.asarray(decoder.logits(params, hidden), np.float64)[0]
+        logits = logits[len(segment.prompt_ids) - 1 :]
+        logq = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        nll = -logq[np.arange(len(logits)), segment.target_ids]
+        logq_t = logits / 2 - np.log(np.exp(logits / 2).sum(-1, keepdims=True))
+        record = cache.read(segment.key)
+        p = np.exp(record.log_probs.astype(np.float64) / 2 - record.log_z[:, 1:])
+        q = np.exp(np.take_along_axis(logq_t, record.ids, -1))
+        p_tail, q_tail = 1 - p.sum(-1), 1 - q.sum(-1)
+        kl = (p * np.log(p / q)).sum(-1) + p_tail * np.log(p_tail / q_tail)
+        total[segment.view] += nll.sum(), kl.sum()
+        counts[segment.view] += len(segment.target_ids)
+    wanted = (0.5 * (0.5 * total[:, 0] + 0.5 * 4 * total[:, 1]) / counts).sum()
+    np.testing.assert_allclose(found[0]["loss"], wanted, rtol=1e-5)
+    np.testing.assert_allclose(found[0]["nll"], total[:, 0], rtol=1e-5)
+    np.testing.assert_allclose(found[0]["kl"], total[:, 1], rtol=1e-4)
+
+
+def test_a_non_finite_update_is_not_applied():
+    config = gradient_config()
+    found, final = run(config, steps=1, devices=jax.devices()[:1], poison=True)
+    assert found[0]["finite"] == 0
+    assert np.isfinite(final.params["embed"]["embedding"]).all()
+    assert (final.opt_state[1][0].mu["embed"]["embedding"] == 0).all()
+
+
+def test_soft_weight_zero_is_cross_entropy():
+    config = dataclasses.replace(
+        gradient_config(),
+        method=dataclasses.replace(
+            small.config().method, soft_weight=0.0, hard_weight=1.0
+        ),
+    )
+    found, _ = run(config, steps=1, devices=jax.devices()[:1])
+    wanted = 0.5 * (found[0]["nll"] / found[0]["count"]).sum()
+    np.testing.assert_allclose(found[0]["loss"], wanted, rtol=1e-6)
+
+
+def test_chunk_size_from_memory():
+    assert head.chunk_size(16, 32000) == 128
