@@ -69,4 +69,5 @@ def get_config(argument: str = "") -> Config:
         config.name += "_smoke"
         config.data.num_train, config.data.num_eval = 16, 4
         config.train.steps, config.train.eval_every = 2, 0
+        config.optim.warmup_steps = 0
     return config

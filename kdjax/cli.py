@@ -20,6 +20,9 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where the run writes; runs/<name of the config> by default."
 )
+STEP = flags.DEFINE_integer(
+    "step", None, "Checkpoint of the student; the newest by default.", lower_bound=1
+)
 
 
 def run(main: Callable[[Config, pathlib.Path], None]) -> None:
@@ -34,6 +37,10 @@ def run(main: Callable[[Config, pathlib.Path], None]) -> None:
             return app.parse_flags_with_usage(argv)
         except (KeyError, TypeError, ValueError, OSError, AttributeError) as error:
             raise SystemExit(_line(_flag_error(error, argv))) from None
+
+    # --helpshort shows the flags of the main module: these are everybody's.
+    for name in ("config", "workdir"):
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
 
     def guarded(argv: list[str]) -> None:
         logging.set_verbosity(logging.WARNING)
@@ -66,6 +73,9 @@ def _given() -> Config:
             )
         config = config_lib.from_json(file.read_text())
     if not isinstance(config, Config):
+        file = config_flags.get_config_filename(flags.FLAGS["config"])
+        if not pathlib.Path(file).is_file():
+            raise ValueError(f"--config={file}: no such file; give the path of a config")
         raise ValueError(
             "get_config of --config must return a kdjax.config.Config, not "
             f"{type(config).__name__}"

@@ -10,7 +10,7 @@ import pathlib
 from absl import flags
 
 from kdjax import cli, distributed, experiment, sharding
-from kdjax.config import Config
+from kdjax.config import Config, DecoderConfig
 from kdjax.reporting import evaluation_row
 from kdjax.scoring import Scorer, exact_match
 from kdjax.teacher import building
@@ -20,31 +20,43 @@ _MODEL = flags.DEFINE_string(
     "model", "student", '"student", "teacher", or a Hugging Face folder.'
 )
 _JSON = flags.DEFINE_string("json", None, "Also write the metrics to this file.")
-_STEP = flags.DEFINE_integer(
-    "step", None, "Checkpoint of the student; the newest by default.", lower_bound=1
-)
+flags.declare_key_flag("step")
+
+
+def score(
+    config: Config, workdir: pathlib.Path, name: str, *, step: int | None = None
+) -> dict[str, float]:
+    """The metrics of "student", "teacher" or a Hugging Face folder."""
+    return _score(config, workdir, name, step)[0]
+
+
+def _score(
+    config: Config, workdir: pathlib.Path, name: str, step: int | None
+) -> tuple[dict[str, float], DecoderConfig]:
+    mesh = sharding.make_mesh(config.mesh)
+    data = experiment.load_data(config, splits=("eval",))
+    cache = building.open_split(config, data, workdir, "eval")
+    if name == "student":
+        model, params = experiment.load_student(
+            config, workdir, mesh, data.tokenizer, step=step
+        )
+    else:
+        teacher = experiment.teacher_folder(config, workdir)
+        model, params = experiment.load_model(
+            teacher if name == "teacher" else name, mesh, dtype=config.train.dtype
+        )
+    scorer = Scorer(config, data, model, mesh, cache=cache)
+    metrics = scorer(params)
+    return metrics | exact_match(scorer.generations(params)), model.shape
 
 
 def run(config: Config, workdir: pathlib.Path) -> None:
     """Evaluates one model, prints a table and writes the metrics where asked."""
-    mesh = sharding.make_mesh(config.mesh)
-    data = experiment.load_data(config, splits=("eval",))
-    teacher_path = experiment.teacher_folder(config, workdir)
-    cache = building.open_split(config, data, workdir, "eval")
-    if _MODEL.value == "student":
-        model, params = experiment.load_student(
-            config, workdir, mesh, data.tokenizer, step=_STEP.value
-        )
-    else:
-        path = teacher_path if _MODEL.value == "teacher" else _MODEL.value
-        model, params = experiment.load_model(path, mesh, dtype=config.train.dtype)
-    scorer = Scorer(config, data, model, mesh, cache=cache)
-    metrics = scorer(params)
-    metrics |= exact_match(scorer.generations(params))
+    metrics, shape = _score(config, workdir, _MODEL.value, cli.STEP.value)
     if distributed.is_main():
         print_table(
             f"{config.name}: held-out results",
-            [evaluation_row(_MODEL.value, metrics, model.shape)],
+            [evaluation_row(_MODEL.value, metrics, shape)],
         )
         if _JSON.value:
             text = json.dumps({"model": _MODEL.value} | metrics, indent=2) + "\n"

@@ -13,23 +13,32 @@ from kdjax.config import Config
 from kdjax.models import hf
 
 _OUT = flags.DEFINE_string("out", None, "New folder; <workdir>/export by default.")
-_STEP = flags.DEFINE_integer(
-    "step", None, "Checkpoint to export; the newest by default.", lower_bound=1
-)
+flags.declare_key_flag("step")
 _DTYPE = flags.DEFINE_enum(
     "dtype", "float32", ["float32", "bfloat16", "float16"], "Of the stored weights."
 )
 
 
-def run(config: Config, workdir: pathlib.Path) -> None:
-    """Exports a checkpoint with its tokenizer."""
+def write(
+    config: Config,
+    workdir: pathlib.Path,
+    out: pathlib.Path,
+    *,
+    step: int | None = None,
+    dtype: str = "float32",
+) -> None:
+    """Exports a checkpoint (None = the newest) with its tokenizer."""
     mesh = sharding.make_mesh(config.mesh)
     tokenizer = experiment.load_tokenizer(config)
-    model, params = experiment.load_student(
-        config, workdir, mesh, tokenizer, step=_STEP.value
-    )
+    model, params = experiment.load_student(config, workdir, mesh, tokenizer, step=step)
+    hf.save(out, model.shape, params, tokenizer, dtype=dtype)
+    distributed.barrier("export")
+
+
+def run(config: Config, workdir: pathlib.Path) -> None:
+    """Exports what the flags say."""
     out = pathlib.Path(_OUT.value or workdir / "export")
-    hf.save(out, model.shape, params, tokenizer, dtype=_DTYPE.value)
+    write(config, workdir, out, step=cli.STEP.value, dtype=_DTYPE.value)
     if distributed.is_main():
         print(f"exported to {out}")
 

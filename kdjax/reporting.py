@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+import kdjax
 from kdjax import cli, flops
 from kdjax.config import Config, DecoderConfig
 from kdjax.data.loader import BatchPlan
@@ -221,9 +222,10 @@ def run_summary(
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "processes": jax.process_count(),
         "versions": {
-            name: importlib.metadata.version(name) for name in ("kdjax", *_LIBRARIES)
+            "kdjax": kdjax.__version__,
+            "python": platform.python_version(),
         }
-        | {"python": platform.python_version()},
+        | {name: importlib.metadata.version(name) for name in _LIBRARIES},
     }
     cli.write_atomically(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
     lines = "".join(json.dumps(row) + "\n" for row in generations)

@@ -166,11 +166,14 @@ def _distractors(
     """One fact per stranger about somebody of the chain.
 
     A stranger is a new child or sibling, never a new parent: nobody gets two mothers,
-    and no second path leads from X to Y.
+    and no second path leads from X to Y. X begins one fact and Y ends one, so that both
+    ends of the chain can be looked up; what lies between has to be followed. (With more
+    than one fact from X, small transformers stay near 75% for very long.)
     """
     for stranger in strangers:
         person = rng.randrange(len(people))
-        if rng.random() < 0.5:
+        at_start, at_end = person == 0, person == len(people) - 1
+        if at_start or (not at_end and rng.random() < 0.5):
             word = WORDS[rng.choice(("child", "sibling"))]
             gender = int(stranger in NAMES[MALE])
             yield _fact(stranger, word[gender], people[person])

@@ -175,10 +175,14 @@ def label(
     """Return what a teacher cache stores for each target token.
 
     Args:
+      hidden_ND: hidden states after the final norm.
+      weight_VD: output head.
+      targets_N: int32 ids in [0, V).
       k: pairs stored per token, at most the valid vocabulary; None = the whole row.
       temperatures: S declared temperatures.
-
-    The other arguments are those of `fused_loss`.
+      chunk_size: most tokens whose logits are alive at once, per device.
+      num_valid: rows of `weight_VD` from here on are padding.
+      placement: split the tokens over a mesh.
 
     Returns:
       {"log_probs_NK": log-probabilities at temperature 1 from the full softmax, sorted
@@ -318,7 +322,7 @@ def _stored(teacher: Teacher | None, targets_N: jax.Array) -> Teacher:
 
 
 def _check(options: _Options, hidden_ND, weight_VD, tokens: Any) -> None:
-    """Raise ValueError for what would fail later with a worse message, or not at all."""
+    """Raise ValueError for what would otherwise fail late, or not at all."""
     check_tail(options.tail)
     if not options.temperature > 0:
         raise ValueError(f"temperature={options.temperature} must be > 0: use 1.0")

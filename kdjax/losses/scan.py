@@ -39,8 +39,8 @@ def scan_tokens(
     zeros to fill the chunks and the devices; the padding is cut off again.
 
     Args:
-      step: (carry, weight_VD, hidden_CD, tokens of the chunk) -> (carry, arrays [C, ...]
-        in any tree).
+      step: (carry, weight_VD, hidden_CD, tokens of the chunk) -> (carry, tree of
+        arrays [C, ...]).
       hidden_ND: hidden states.
       weight_VD: head, cast to the dtype of the hidden states before it is gathered.
       tokens: tree of arrays [N, ...].

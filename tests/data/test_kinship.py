@@ -81,6 +81,14 @@ def test_every_stated_fact_is_possible():
             assert len(of) == len(set(of))
 
 
+def test_the_ends_of_a_chain_stand_in_one_fact():
+    for example in examples(KinshipConfig(num_distractors=6)):
+        facts = FACT.findall(example.question)
+        x, y = ASKED.search(example.question).groups()
+        assert [fact[0] for fact in facts].count(x) == 1
+        assert [fact[2] for fact in facts].count(y) == 1
+
+
 def test_rationales_lead_to_their_choices():
     for example in examples():
         wrong = [choice for choice in example.choices if choice != example.answer]

@@ -1,0 +1,101 @@
+"""Scores and labels from the head, the chunk size, and what is refused."""
+
+import head_cases as oracle
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from head_cases import K, N, V, as_jax, assert_close, make
+
+from kdjax.losses import head
+
+
+def test_score_top1():
+    arrays, _, _ = make()
+    hidden, weight, targets, *_ = arrays
+    scored = head.score(
+        jnp.float32(hidden),
+        jnp.float32(weight),
+        jnp.int32(targets),
+        None,
+        chunk_size=8,
+        num_valid=30,
+    )
+    logits = (hidden @ weight.T)[:, :30]
+    np.testing.assert_array_equal(scored["top1_ids"], logits.argmax(-1))
+    assert not np.asarray(scored["kl"]).any()
+    assert scored["nll"].shape == (N,)
+
+
+def test_label():
+    (hidden, weight, targets, *_), _, _ = make()
+    targets = targets % 30
+    arrays = jnp.float32(hidden), jnp.float32(weight), jnp.int32(targets)
+    logp = oracle.log_softmax((hidden @ weight.T)[:, :30])
+    temperatures = (1.0, 2.0)
+    options = {"temperatures": temperatures, "chunk_size": 8, "num_valid": 30}
+    top = head.label(*arrays, k=K, **options)
+    assert top["ids_NK"].dtype == jnp.int32
+    ids = np.argsort(-logp, -1)[:, :K]
+    np.testing.assert_array_equal(top["ids_NK"], ids)
+    assert_close(top["log_probs_NK"], np.take_along_axis(logp, ids, -1))
+    assert_close(top["target_log_probs_N"], logp[np.arange(N), targets])
+    assert not np.asarray(top["log_z_NS"][:, 0]).any()
+    for s, t in enumerate(temperatures):
+        logp_t = oracle.log_softmax(logp / t)
+        assert_close(top["log_z_NS"][:, s], np.log(np.exp(logp / t).sum(-1)))
+        assert_close(top["entropy_NS"][:, s], -(np.exp(logp_t) * logp_t).sum(-1))
+    dense = head.label(*arrays, k=None, **options)
+    assert "ids_NK" not in dense
+    assert_close(dense["log_probs_NK"][:, :30], logp)
+    assert (dense["log_probs_NK"][:, 30:] == -jnp.inf).all()
+    assert np.isfinite(dense["entropy_NS"]).all()
+
+
+def test_label_then_loss_is_zero():
+    """The teacher's own labels give its own head a KL of zero."""
+    (hidden, weight, targets, hard, soft), _, _ = make()
+    arrays = as_jax((hidden, weight, targets, hard, soft))
+    labels = head.label(*arrays[:3], k=K, temperatures=(2.0,), chunk_size=8)
+    teacher = head.Teacher(
+        labels["ids_NK"], labels["log_probs_NK"], labels["log_z_NS"][:, 0]
+    )
+    scored = head.score(*arrays[:3], teacher, temperature=2.0, chunk_size=8)
+    assert scored["kl"].min() >= 0 and scored["kl"].max() < 1e-9
+    assert_close(scored["nll"], -labels["target_log_probs_N"], 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("memory_mib", "vocab_size", "expected"),
+    [(16, 32000, 128), (64, 49152, 256), (1, 10**6, 8), (64, 100, 1024), (1, 2**15, 8)],
+)
+def test_chunk_size(memory_mib, vocab_size, expected):
+    assert head.chunk_size(memory_mib, vocab_size) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tail": "ghost"}, "tail='ghost'"),
+        ({"temperature": 0.0}, "temperature=0.0"),
+        ({"chunk_size": 0}, "chunk_size=0"),
+        ({"num_valid": V + 1}, f"num_valid={V + 1}"),
+    ],
+)
+def test_bad_options(options, message):
+    arrays, _, teacher = make()
+    with pytest.raises(ValueError, match=message):
+        head.fused_loss(*as_jax(arrays), teacher, **({"chunk_size": 8} | options))
+
+
+def test_bad_shapes():
+    arrays, _, teacher = make()
+    hidden, weight, *rest = as_jax(arrays)
+    with pytest.raises(ValueError, match="width"):
+        head.fused_loss(hidden[:, 1:], weight, *rest, teacher, chunk_size=8)
+    with pytest.raises(ValueError, match="does not belong"):
+        head.fused_loss(hidden[1:], weight, *rest, teacher, chunk_size=8)
+    dense = make(k=None)[2]
+    with pytest.raises(ValueError, match="dense teacher of 37"):
+        head.fused_loss(hidden, weight[1:], *rest, dense, chunk_size=8)
+    with pytest.raises(ValueError, match="k=38"):
+        head.label(hidden, weight, rest[0], k=38, temperatures=(1.0,), chunk_size=8)

@@ -1,0 +1,97 @@
+"""Configs: files, overrides, and the errors a user meets."""
+
+import dataclasses
+import importlib.util
+import pathlib
+
+import pytest
+
+from kdjax import config as config_lib
+from kdjax import validation
+from kdjax.config import Config
+from tests import small
+
+CONFIGS = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
+
+
+def load(path: pathlib.Path, argument: str = "") -> Config:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(argument)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("argument", ["", "hard", "smoke"])
+def test_every_config_is_valid(path, argument):
+    validation.validate(load(path, argument))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_an_unknown_argument_is_refused(path):
+    with pytest.raises(ValueError, match="nonsense"):
+        load(path, "nonsense")
+
+
+def test_json_round_trip():
+    config = small.config(student={"keep_layers": (0, 2)})
+    assert config_lib.from_json(config_lib.to_json(config)) == config
+
+
+def test_json_with_an_unknown_field_is_refused():
+    text = config_lib.to_json(small.config()).replace('"clip_norm"', '"clip"')
+    with pytest.raises(ValueError, match=r"optim has no field \['clip'\]"):
+        config_lib.from_json(text)
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value", "message"),
+    [
+        ("train", "num_microbatches", 3, "does not divide"),
+        ("train", "steps", 0, "train.steps=0"),
+        ("train", "steps", 1.5, "train.steps=1.5 is not of type"),
+        ("train", "dtype", "float64", "train.dtype='float64'"),
+        ("method", "temperature", 3.0, r"temperature=3.0 is not declared"),
+        ("method", "label_weight", 1.5, "label_weight=1.5"),
+        ("method", "tail", "guess", "bucket"),
+        ("cache", "temperatures", (2.0,), "lacks 1.0"),
+        ("cache", "k", 0, "cache.k=0"),
+        ("data", "source", "csv", "jsonl"),
+        ("data", "num_train", 0, "num_train=0"),
+        ("optim", "learning_rate", 0.0, "must be positive"),
+        ("optim", "learning_rate", float("nan"), "must be positive"),
+        ("student", "init", "folder", "--config.student.path"),
+        ("student", "init", "teacher_layers", "keep_layers"),
+        ("name", None, 3, "name=3 is not of type"),
+    ],
+)
+def test_a_wrong_value_is_named(part, field, value, message):
+    config = small.config()
+    if field is None:
+        setattr(config, part, value)
+    else:
+        setattr(getattr(config, part), field, value)
+    with pytest.raises(ValueError, match=message):
+        validation.validate(config)
+
+
+def test_differences_name_what_a_resumed_run_may_not_change():
+    old = small.config()
+    free = small.config(train={"log_every": 3}, mesh={"fsdp": 2})
+    assert config_lib.differences(old, free) == []
+    changed = small.config(optim={"learning_rate": 0.5})
+    assert config_lib.differences(old, changed) == ["optim.learning_rate: 0.01 -> 0.5"]
+
+
+def test_every_field_has_a_comment():
+    source = pathlib.Path(config_lib.__file__).read_text().splitlines()
+    for line in source:
+        if line.startswith("    ") and ": " in line and " = " in line and "#" not in line:
+            name = line.split(":")[0].strip()
+            fields = {
+                f.name
+                for c in vars(config_lib).values()
+                if dataclasses.is_dataclass(c)
+                for f in dataclasses.fields(c)
+            }
+            assert name not in fields or "default_factory" in line, line

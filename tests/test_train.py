@@ -1,0 +1,273 @@
+"""Whole runs: files, resume, kills, errors before any step."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from kdjax import config as config_lib
+from kdjax import evaluate, experiment, export, sharding, train
+from kdjax.checkpoint import Checkpoints
+from kdjax.config import Config
+from kdjax.models import hf
+from tests import small
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Config, pathlib.Path]:
+    """A whole uninterrupted run."""
+    workdir = tmp_path_factory.mktemp("finished")
+    config = small.config()
+    train.run(config, workdir)
+    return config, workdir
+
+
+def summary(workdir: pathlib.Path) -> dict:
+    return json.loads((workdir / "summary.json").read_text())
+
+
+def final_params(config: Config, workdir: pathlib.Path):
+    mesh = sharding.make_mesh(config.mesh)
+    tokenizer = experiment.load_tokenizer(config)
+    _, params = experiment.load_student(config, workdir, mesh, tokenizer)
+    return jax.tree.map(np.asarray, params)
+
+
+def command(config: Config, workdir: pathlib.Path, verb: str = "train", *flags: str):
+    """A verb as its own process, on one device, from a config file."""
+    file = workdir.parent / f"{workdir.name}_config.py"
+    file.write_text(
+        "from kdjax import config\n"
+        "def get_config(argument=''):\n"
+        f"    return config.from_json({config_lib.to_json(config)!r})\n"
+    )
+    return (
+        [sys.executable, "-m", f"kdjax.{verb}", f"--config={file}"]
+        + [f"--workdir={workdir}"]
+        + list(flags)
+    )
+
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+ENVIRONMENT["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    config, workdir = finished
+    for name in ("config.json", "metrics.jsonl", "checkpoints", "curves.png"):
+        assert (workdir / name).exists(), name
+    assert list(workdir.glob("events.*"))
+    found = summary(workdir)
+    assert 0 <= found["teacher"]["accuracy"] <= 1
+    for name in ("accuracy", "nll", "perplexity", "kl", "agreement", "ece"):
+        assert np.isfinite(found["student"][name]), name
+    assert found["tokens_per_second"] > 0
+    assert found["parameters"]["student"] < found["parameters"]["teacher"]
+    # A teacher agrees with itself, within the encoding of its cache.
+    assert found["teacher"]["agreement"] > 0.99
+    assert 0 <= found["teacher"]["kl"] < 1e-3
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    steps = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
+    last = steps[-1]
+    # Two views, a = 0.5, hard and soft 0.5 each, T = 2 with T^2.
+    wanted = sum(
+        0.25 * last[f"loss/{view}/hard"] + 0.25 * 4 * last[f"loss/{view}/soft"]
+        for view in ("label", "rationale")
+    )
+    np.testing.assert_allclose(last["loss"], wanted, rtol=1e-5)
+    assert len((workdir / "generations.jsonl").read_text().splitlines()) == 4
+
+
+def test_starting_a_finished_run_again_changes_nothing(finished):
+    config, workdir = finished
+    before = summary(workdir)
+    train.run(config, workdir)
+    assert summary(workdir) == before
+
+
+def test_another_batch_mesh_and_seed_share_the_cache(finished, tmp_path):
+    _, workdir = finished
+    config = small.config(
+        teacher={"path": str(workdir / "teacher")},
+        cache={"path": str(workdir / "cache")},
+        train={"batch_size": 16, "row_length": 192, "steps": 1},
+        mesh={"data": 2, "fsdp": 4},
+        seed=7,
+    )
+    # Another teacher path has another tokenizer folder, of the same content.
+    stamps = {f: f.stat().st_mtime_ns for f in (workdir / "cache").rglob("*")}
+    train.run(config, tmp_path / "run")
+    assert stamps == {f: f.stat().st_mtime_ns for f in (workdir / "cache").rglob("*")}
+    assert np.isfinite(summary(tmp_path / "run")["student"]["kl"])
+
+
+def test_resume_is_bit_for_bit(finished, tmp_path, monkeypatch):
+    """Stopped after each of the saved steps and started again."""
+    config, workdir = finished
+    for stop in (1, 3, 4):
+        monkeypatch.setattr(
+            train.distributed.Preemption,
+            "requested",
+            lambda self, step, stop=stop: step == stop,
+        )
+        with pytest.raises(SystemExit):
+            train.run(small.config(), tmp_path)
+    monkeypatch.undo()
+    train.run(small.config(), tmp_path)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        final_params(config, workdir),
+        final_params(config, tmp_path),
+    )
+    assert summary(workdir)["student"] == summary(tmp_path)["student"]
+
+
+@pytest.mark.slow
+def test_killed_anywhere_it_ends_the_same(finished, tmp_path):
+    config, workdir = finished
+    rng = np.random.default_rng(0)
+    for _ in range(6):
+        process = subprocess.Popen(
+            command(config, tmp_path / "run"), env=ENVIRONMENT, cwd=tmp_path
+        )
+        time.sleep(rng.uniform(8, 30))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run(
+        command(config, tmp_path / "run"), env=ENVIRONMENT, cwd=tmp_path, check=True
+    )
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        final_params(config, workdir),
+        final_params(config, tmp_path / "run"),
+    )
+    assert summary(workdir)["student"] == summary(tmp_path / "run")["student"]
+
+
+def test_another_config_in_the_same_workdir_is_refused(finished):
+    _, workdir = finished
+    with pytest.raises(ValueError, match=r"optim.learning_rate: 0.01 -> 0.5"):
+        train.run(small.config(optim={"learning_rate": 0.5}), workdir)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train": {"row_length": 32}}, "row_length=32"),
+        ({"data": {"max_prompt": 8}}, "max_prompt=8"),
+        ({"data": {"num_train": 25}}, "no record"),
+        ({"cache": {"k": 4}}, "k=4"),
+        ({"cache": {"kind": "dense"}}, "kind='dense'"),
+        ({"data": {"tokenizer": "/nowhere"}}, "/nowhere"),
+        ({"mesh": {"data": 3}}, "mesh.data=3"),
+        ({"train": {"batch_size": 4, "num_microbatches": 1}}, "4 rows"),
+        ({"data": {"source": "jsonl", "path": "/no/file.jsonl"}}, "/no/file.jsonl"),
+        (
+            {
+                "method": {"temperature": 3.0},
+                "cache": {"temperatures": (1.0, 3.0)},
+            },
+            r"temperature=3.0 was not declared",
+        ),
+    ],
+)
+def test_errors_come_before_any_step(finished, tmp_path, changes, message):
+    _, workdir = finished
+    changes = dict(changes)
+    changes["teacher"] = {"path": str(workdir / "teacher")}
+    changes["cache"] = {"path": str(workdir / "cache")} | changes.get("cache", {})
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        train.run(small.config(**changes), tmp_path)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_another_tokenizer_is_refused(finished, tmp_path):
+    from transformers import AutoTokenizer
+
+    _, workdir = finished
+    tokenizer = AutoTokenizer.from_pretrained(workdir / "teacher")
+    tokenizer.add_tokens(["entirely-new"])
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    config = small.config(
+        teacher={"path": str(workdir / "teacher")},
+        cache={"path": str(workdir / "cache")},
+        data={"tokenizer": str(tmp_path / "tokenizer")},
+    )
+    with pytest.raises(ValueError, match="token"):
+        train.run(config, tmp_path / "run")
+
+
+def test_a_non_finite_loss_stops_the_run_and_is_not_saved(finished, tmp_path):
+    _, workdir = finished
+    config = small.config(
+        teacher={"path": str(workdir / "teacher")},
+        cache={"path": str(workdir / "cache")},
+        optim={"learning_rate": 1e30, "clip_norm": 0.0},
+    )
+    with pytest.raises(ValueError, match="step 2: .* is not finite; terms"):
+        train.run(config, tmp_path)
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    assert (checkpoints.latest_step() or 0) < 4
+    checkpoints.close()
+
+
+def test_export_and_evaluate(finished, tmp_path):
+    config, workdir = finished
+    export.write(config, workdir, tmp_path / "out")
+    exported = hf.load_params(tmp_path / "out", hf.read_config(tmp_path / "out"))
+    jax.tree.map(np.testing.assert_array_equal, final_params(config, workdir), exported)
+    wanted = summary(workdir)
+    student = evaluate.score(config, workdir, "student")
+    assert student == wanted["student"]
+    again = evaluate.score(config, workdir, str(tmp_path / "out"))
+    assert again == wanted["student"]
+    teacher = evaluate.score(config, workdir, "teacher")
+    assert teacher["nll"] == wanted["teacher"]["nll"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--config=nowhere.py"], "no such file"),
+        (["--config=configs/quickstart.py", "--config.train.stepz=3"], "stepz"),
+        (["--config=configs/quickstart.py", "--config.train.steps=x"], "steps"),
+        (["--config=configs/quickstart.py:nonsense"], "nonsense"),
+        (["--config=configs/quickstart.py", "--config.train.steps=-1"], "steps=-1"),
+        ([], "--config is missing"),
+    ],
+)
+def test_the_command_line_fails_in_one_line(flags, message, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "kdjax.train", f"--workdir={tmp_path}/w", *flags],
+        env=ENVIRONMENT,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if "error:" in line]
+    assert len(lines) == 1 and message in lines[0], done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("verb", ["train", "label", "evaluate", "export"])
+def test_help_reads_well(verb):
+    done = subprocess.run(
+        [sys.executable, "-m", f"kdjax.{verb}", "--helpshort"],
+        env=ENVIRONMENT,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert f"python -m kdjax.{verb}" in done.stdout and "--config" in done.stdout
