@@ -33,6 +33,7 @@ setup(
         "flax>=0.12",
         "grain>=0.2.10",
         "jax>=0.8",
+        "jinja2>=3.1",
         "jaxtyping>=0.2.36",
         "matplotlib>=3.9",
         "ml_collections>=1.0",

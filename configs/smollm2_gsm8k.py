@@ -54,8 +54,9 @@ def get_config(argument: str = "") -> Config:
             batch_size=2,
             row_length=512,
             log_every=10,
-            eval_every=50,
+            eval_every=100,
             save_every=100,
+            memory_mib=64,
         ),
         evaluation=EvalConfig(batch_size=4, num_generations=0),
     )

@@ -153,7 +153,7 @@ class TrainConfig:
     dtype: str = "float32"  # compute; parameters and reductions stay float32
     remat: str = "none"  # what the backward pass recomputes: one of REMATS
     chunk_size: int = 0  # tokens per chunk of the fused head; 0 = from memory_mib
-    memory_mib: int = 16  # memory for one chunk of logits, MiB
+    memory_mib: int = 32  # memory for one chunk of logits, MiB
     log_every: int = 10  # steps between lines of metrics.jsonl
     eval_every: int = 0  # steps between evaluations; 0 = only at the end
     save_every: int = 500  # steps between checkpoints; 0 = only at the end

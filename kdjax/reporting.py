@@ -184,11 +184,9 @@ def evaluation_row(
     name: str, metrics: dict[str, float], shape: DecoderConfig
 ) -> dict[str, Any]:
     """One line of the final table."""
-    row: dict[str, Any] = {"model": name, "parameters": flops.params_count(shape)}
-    for key in ("accuracy", "nll", "perplexity", "kl", "agreement", "ece"):
-        if key in metrics:
-            row[key] = metrics[key]
-    return row
+    row = {"model": name, "params": f"{flops.params_count(shape):,}"}
+    names = ("accuracy", "nll", "kl", "agreement", "ece")
+    return row | {key: f"{metrics[key]:.4f}" for key in names if key in metrics}
 
 
 def run_summary(

@@ -92,15 +92,10 @@ class Scorer:
             )
             scores = {k: np.asarray(v, np.float64) for k, v in scores.items()}
             for row, items in enumerate(plan.batch(number)):
-                position = 0
-                for item in items:
-                    segment = plan.segments[item]
-                    first = position + len(segment.prompt_ids) - 1
-                    target = slice(first, first + len(segment.target_ids))
-                    position += segment.length
+                for place in loader.placements(plan, items):
                     for name, values in scores.items():
                         total = sums.setdefault(name, np.zeros(len(plan.segments)))
-                        total[item] = values[row, target].sum()
+                        total[place.item] = values[row, place.target].sum()
         return sums
 
     def _token_metrics(self, params: Any) -> dict[str, float]:

@@ -193,6 +193,7 @@ def make_score_step(
             tail=tail,
             chunk_size=chunk_size,
             num_valid=num_valid,
+            active_N=batch["view"].reshape(-1) >= 0,
         )
         found = {"nll": scores["nll"]}
         if teacher is not None:
@@ -250,6 +251,7 @@ def make_label_step(
             k=k,
             temperatures=temperatures,
             chunk_size=chunk_size,
+            active_N=batch["view"].reshape(-1) >= 0,
         )
 
     return jax.jit(

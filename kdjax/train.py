@@ -34,7 +34,7 @@ def fit(
     make_params: Callable[[], Any],
     cache: Any = None,
     scorer: Scorer | None = None,
-) -> tuple[Any, dict[str, float]]:
+) -> tuple[Any, dict[str, float], dict[str, float]]:
     """Trains a model to the last step, from its newest checkpoint if it has one.
 
     Args:
@@ -48,7 +48,8 @@ def fit(
       scorer: held-out evaluation every `train.eval_every` steps.
 
     Returns:
-      The parameters, and throughput of this process's steps.
+      The parameters, the throughput of this process's steps, and the held-out metrics
+      after the last step ({} without a scorer, or if no step was left to do).
 
     Raises:
       ValueError: a non-finite loss with train.non_finite="stop".
@@ -106,6 +107,7 @@ def fit(
     )
     meter = Meter(config, model.shape, plan, terms, data.views, writer)
     pending: tuple[int, Any] | None = None
+    held_out: dict[str, float] = {}
     batches = loader.iterate(
         make_batch,
         start,
@@ -144,7 +146,7 @@ def fit(
         checkpoints.close()
         preemption.close()
         writer.curves()
-    return current.params, meter.throughput()
+    return current.params, meter.throughput(), held_out
 
 
 def train_teacher(config: Config, workdir: pathlib.Path, mesh: Mesh) -> None:
@@ -158,7 +160,7 @@ def train_teacher(config: Config, workdir: pathlib.Path, mesh: Mesh) -> None:
     model = experiment.make_model(
         shape, mesh, dtype=config.train.dtype, remat=config.train.remat
     )
-    params, _ = fit(
+    params, _, _ = fit(
         config,
         workdir=workdir / "teacher_run",
         mesh=mesh,
@@ -187,7 +189,7 @@ def run(config: Config, workdir: pathlib.Path) -> None:
     teacher_path = experiment.teacher_folder(config, workdir)
     caches = building.ensure(config, data, workdir, teacher_path)
     scorer = Scorer(config, data, model, mesh, cache=caches["eval"])
-    params, throughput = fit(
+    params, throughput, student = fit(
         config,
         workdir=workdir,
         mesh=mesh,
@@ -198,7 +200,7 @@ def run(config: Config, workdir: pathlib.Path) -> None:
         scorer=scorer,
     )
 
-    student = scorer(params)
+    student = student or scorer(params)
     generations = scorer.generations(params)
     student |= exact_match(generations)
     teacher_model, teacher_params = experiment.load_model(
@@ -220,8 +222,10 @@ def run(config: Config, workdir: pathlib.Path) -> None:
         )
         print_table(
             f"{config.name}: held-out results",
-            [evaluation_row("teacher", teacher, teacher_model.shape)]
-            + [evaluation_row("student", student, shape)],
+            [
+                evaluation_row("teacher", teacher, teacher_model.shape),
+                evaluation_row("student", student, shape),
+            ],
         )
 
 

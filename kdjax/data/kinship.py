@@ -167,8 +167,7 @@ def _distractors(
 
     A stranger is a new child or sibling, never a new parent: nobody gets two mothers,
     and no second path leads from X to Y. X begins one fact and Y ends one, so that both
-    ends of the chain can be looked up; what lies between has to be followed. (With more
-    than one fact from X, small transformers stay near 75% for very long.)
+    ends of the chain can be looked up; what lies between has to be followed.
     """
     for stranger in strangers:
         person = rng.randrange(len(people))

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from kdjax.losses.chunk import Teacher, Tokens, chunk_label, chunk_loss
 from kdjax.losses.scan import Placement, scan_tokens
@@ -108,7 +108,8 @@ def fused_loss(
 
     Returns:
       The loss (float32) and {"nll", "kl"}: float32 [N] in nats, neither weighted nor
-      scaled by T^2, without gradient; kl is 0 where the soft weight is 0.
+      scaled by T^2, without gradient; kl is 0 where the soft weight is 0, both are 0
+      where both weights are 0.
 
     Raises:
       ValueError: an option out of range, or arrays whose shapes do not belong together.
@@ -136,11 +137,13 @@ def score(
     tail: str = "bucket",
     chunk_size: int,
     num_valid: int | None = None,
+    active_N: Bool[Array, "N"] | None = None,
     placement: Placement | None = None,
 ) -> dict[str, jax.Array]:
     """Return per-token measures of a model on held-out tokens, without gradient.
 
-    Args and Raises as `fused_loss`.
+    Args and Raises as `fused_loss`; the result is 0 where `active_N` is False (None =
+    nowhere).
 
     Returns:
       {"nll": float32 [N], nats, "kl": float32 [N], nats at T, unscaled, 0 without a
@@ -158,7 +161,7 @@ def score(
         loss = _chunk_loss(options, logits_CV, tokens)
         return carry, {"nll": loss.nll_C, "kl": loss.kl_C, "top1_ids": top1_ids}
 
-    return _scan(step, options, hidden_ND, weight_VD, tokens)[1]
+    return _scan(step, options, hidden_ND, weight_VD, tokens, active_N=active_N)[1]
 
 
 def label(
@@ -170,6 +173,7 @@ def label(
     temperatures: tuple[float, ...],
     chunk_size: int,
     num_valid: int | None = None,
+    active_N: Bool[Array, "N"] | None = None,
     placement: Placement | None = None,
 ) -> dict[str, jax.Array]:
     """Return what a teacher cache stores for each target token.
@@ -209,7 +213,7 @@ def label(
         logits_CV = _logits(hidden_CD, weight_VD, num_valid)
         return carry, chunk_label(logits_CV, targets_C, k=k, temperatures=temperatures)
 
-    return _scan(step, options, hidden_ND, weight_VD, targets_N)[1]
+    return _scan(step, options, hidden_ND, weight_VD, targets_N, active_N=active_N)[1]
 
 
 def _sharded(function: Callable) -> Callable:
@@ -240,7 +244,8 @@ def _weighted_loss(options, hidden_ND, weight_VD, tokens):
         loss = _chunk_loss(options, logits_CV, tokens)
         return carry, {"nll": loss.nll_C, "kl": loss.kl_C}
 
-    _, per_token = _scan(step, options, hidden_ND, weight_VD, tokens)
+    active_N = _weighted(tokens)
+    _, per_token = _scan(step, options, hidden_ND, weight_VD, tokens, active_N=active_N)
     return _total(options, per_token, tokens), per_token
 
 
@@ -255,7 +260,13 @@ def _weighted_loss_forward(options, hidden_ND, weight_VD, tokens):
         return d_weight_VD, (out, d_hidden_CD.astype(hidden_CD.dtype))
 
     d_weight_VD, (per_token, d_hidden_ND) = _scan(
-        step, options, hidden_ND, weight_VD, tokens, accumulate=True
+        step,
+        options,
+        hidden_ND,
+        weight_VD,
+        tokens,
+        active_N=_weighted(tokens),
+        accumulate=True,
     )
     total = _total(options, per_token, tokens)
     d_weight_VD = d_weight_VD.astype(weight_VD.dtype)
@@ -274,13 +285,18 @@ def _weighted_loss_backward(options, gradients, cotangents):
 _weighted_loss.defvjp(_weighted_loss_forward, _weighted_loss_backward)
 
 
-def _scan(step, options, *arrays, accumulate=False):
+def _weighted(tokens: Tokens) -> jax.Array:
+    """Return which tokens count: the head runs for no other."""
+    return (tokens.hard_weights_N != 0) | (tokens.soft_weights_N != 0)
+
+
+def _scan(step, options, *arrays, **keywords):
     return scan_tokens(
         step,
         *arrays,
         chunk_size=options.chunk_size,
         placement=options.placement,
-        accumulate=accumulate,
+        **keywords,
     )
 
 

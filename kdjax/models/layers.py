@@ -51,7 +51,10 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
         """Apply to the last axis."""
-        return x @ self.kernel[...].astype(x.dtype)
+        # One row axis: the kernel's gradient then contracts one axis, not two, which
+        # XLA's CPU backend multiplies nearly twice as fast.
+        kernel = self.kernel[...].astype(x.dtype)
+        return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
 
 
 class RMSNorm(nnx.Module):
@@ -109,6 +112,35 @@ class MLP(nnx.Module):
         return self.down(jax.nn.silu(self.gate(x_BTD)) * self.up(x_BTD))
 
 
+def attend(
+    query_BTHK: Float[Array, "B T H K"],
+    key_BSGK: Float[Array, "B S G K"],
+    value_BSGK: Float[Array, "B S G K"],
+    mask_B1TS: Bool[Array, "B 1 T S"],
+) -> Float[Array, "B T H K"]:
+    """Softmax attention where the mask is true, softmax in float32.
+
+    The H / G query heads that share a key head become rows of one matrix product. On a
+    CPU that halves the time of `jax.nn.dot_product_attention` with its gradient.
+    """
+    num_rows, time, num_heads, head_dim = query_BTHK.shape
+    groups = key_BSGK.shape[2]
+    shared = num_heads // groups
+    query = query_BTHK.reshape(num_rows, time, groups, shared, head_dim)
+    query = query.transpose(0, 2, 3, 1, 4).reshape(num_rows, groups, -1, head_dim)
+    key, value = (x.transpose(0, 2, 1, 3) for x in (key_BSGK, value_BSGK))
+    scores = jnp.einsum(
+        "bgtk,bgsk->bgts", query, key, preferred_element_type=jnp.float32
+    )
+    scores = (scores * head_dim**-0.5).reshape(num_rows, groups, shared, time, -1)
+    lowest = jnp.finfo(jnp.float32).min
+    weights = jax.nn.softmax(jnp.where(mask_B1TS[:, :, None], scores, lowest), axis=-1)
+    weights = weights.astype(value.dtype).reshape(num_rows, groups, shared * time, -1)
+    mixed = jnp.einsum("bgts,bgsk->bgtk", weights, value)
+    mixed = mixed.reshape(num_rows, groups, shared, time, head_dim)
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(query_BTHK.shape)
+
+
 class Attention(nnx.Module):
     """Grouped-query attention with rotary positions.
 
@@ -163,7 +195,5 @@ class Attention(nnx.Module):
                 "value": write(cache["value"], value),
             }
             key, value = (cache[n].astype(x_BTD.dtype) for n in ("key", "value"))
-        # It promotes bfloat16 to float32 implicitly, which strict mode forbids.
-        with jax.numpy_dtype_promotion("standard"):
-            mixed = jax.nn.dot_product_attention(query, key, value, mask=mask_B1TS)
+        mixed = attend(query, key, value, mask_B1TS)
         return self.out(mixed.reshape(*x_BTD.shape[:2], -1)), cache

@@ -65,7 +65,7 @@ def label(
         if index % jax.process_count() != jax.process_index():
             continue
         if index in complete:
-            advance(sum(len(s.target_ids) for s in part))
+            advance(sum(len(segment.target_ids) for segment in part))
             continue
         found = _label_shard(part, config, label_step, clock, advance)
         records.write_shard(folder, index, len(parts), found, manifest)
@@ -108,26 +108,24 @@ def _unpack(
     clock: "_Clock",
     advance: Callable[[int], None],
 ) -> Iterator[tuple[bytes, Record]]:
-    arrays = {name: np.asarray(value) for name, value in computed.items()}
+    shape = (plan.batch_size, plan.row_length)
+    arrays = {
+        name: np.asarray(value).reshape(*shape, *value.shape[1:])
+        for name, value in computed.items()
+    }
     num_tokens = 0
     for row, items in enumerate(plan.batch(step)):
-        position = row * plan.row_length
-        for item in items:
-            segment = plan.segments[item]
-            # The position that reads the last prompt token predicts target token 0.
-            first = position + len(segment.prompt_ids) - 1
-            target = slice(first, first + len(segment.target_ids))
-            position += segment.length
+        for _, segment, _, target in loader.placements(plan, items):
             num_tokens += len(segment.target_ids)
             ids = arrays.get("ids_NK")
             yield (
                 segment.key,
                 Record(
-                    ids=None if ids is None else ids[target],
-                    log_probs=arrays["log_probs_NK"][target],
-                    target_log_probs=arrays["target_log_probs_N"][target],
-                    log_z=arrays["log_z_NS"][target],
-                    entropy=arrays["entropy_NS"][target],
+                    ids=None if ids is None else ids[row, target],
+                    log_probs=arrays["log_probs_NK"][row, target],
+                    target_log_probs=arrays["target_log_probs_N"][row, target],
+                    log_z=arrays["log_z_NS"][row, target],
+                    entropy=arrays["entropy_NS"][row, target],
                 ),
             )
     clock.add(num_tokens, plan.batch_size * plan.row_length)
