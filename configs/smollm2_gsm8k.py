@@ -62,7 +62,7 @@ def get_config(argument: str = "") -> Config:
     )
     arguments = set(filter(None, argument.split(",")))
     if unknown := arguments - {"hard", "smoke"}:
-        raise ValueError(f"argument {unknown} is unknown: use hard, smoke")
+        raise ValueError(f"argument {sorted(unknown)} is unknown: use hard, smoke")
     if "hard" in arguments:
         config.name += "_hard"
         config.method.hard_weight, config.method.soft_weight = 1.0, 0.0

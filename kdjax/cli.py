@@ -3,6 +3,7 @@
 import os
 import pathlib
 import sys
+import traceback
 from collections.abc import Callable
 
 from absl import app, flags, logging
@@ -56,7 +57,11 @@ def run(main: Callable[[Config, pathlib.Path], None]) -> None:
         except (ValueError, FileNotFoundError) as error:
             if os.environ.get("KDJAX_TRACEBACK"):
                 raise
+            distributed.abandon(_line(str(error)))
             raise SystemExit(_line(str(error))) from None
+        except Exception:
+            distributed.abandon(traceback.format_exc())
+            raise
 
     app.run(guarded, flags_parser=parse)
 

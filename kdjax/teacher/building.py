@@ -140,6 +140,7 @@ def _build(
     )
     vocab_size = model.shape.vocab_size
     k = None if settings.kind == "dense" else _num_pairs(settings.k, data)
+    rows = jax.sharding.NamedSharding(mesh, sharding.BATCH_SPEC)
     label_step = step.make_label_step(
         model.graphdef,
         mesh,
@@ -176,7 +177,7 @@ def _build(
                 path,
                 manifest,
                 settings,
-                lambda batch: label_step(params, batch),
+                lambda batch: label_step(params, jax.device_put(batch, rows)),
                 advance=advance,
             )
         distributed.barrier(f"label {split}")

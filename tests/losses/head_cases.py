@@ -66,8 +66,9 @@ def loss(hidden, weight, targets, hard, soft, teacher_logits, *, k, temperature,
         kls.append(value if soft[n] else 0.0)
         d_logits[n] = hard[n] * np.exp(logq) + soft[n] * temperature**2 * grad
         d_logits[n, target] -= hard[n]
-    total = hard @ np.array(nll) + soft @ np.array(kls) * temperature**2
-    return total, np.array(nll), np.array(kls), d_logits @ weight, d_logits.T @ hidden
+    nll = np.where((hard != 0) | (soft != 0), nll, 0.0)
+    total = hard @ nll + soft @ np.array(kls) * temperature**2
+    return total, nll, np.array(kls), d_logits @ weight, d_logits.T @ hidden
 
 
 def make(seed=0, *, k=K, temperature=1.0, num_tokens=N, vocab_size=V, sharpness=1.5):
