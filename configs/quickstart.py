@@ -47,9 +47,7 @@ def get_config(argument: str = "") -> Config:
             steps=1500,
             learning_rate=4e-3,
         ),
-        cache=CacheConfig(
-            k=16, temperatures=(1.0, 2.0), batch_size=16, row_length=128
-        ),
+        cache=CacheConfig(k=16, temperatures=(1.0, 2.0), batch_size=16, row_length=128),
         student=StudentConfig(
             init="random",
             decoder=DecoderConfig(

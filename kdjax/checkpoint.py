@@ -100,9 +100,9 @@ class Checkpoints:
         ]
         if lines:
             raise ValueError(
-                f"checkpoint {step} in {self._checkpointer.directory} does not fit this "
-                f"config: {len(lines)} arrays differ (use the run's own config.json, or "
-                "another --workdir)\n" + "\n".join(lines[:20])
+                f"checkpoint {step} in {self._checkpointer.directory} does not fit "
+                f"this config: {len(lines)} arrays differ (use the run's own "
+                "config.json, or another --workdir)\n" + "\n".join(lines[:20])
             )
 
     def close(self) -> None:

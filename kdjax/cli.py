@@ -80,7 +80,9 @@ def _given() -> Config:
     if not isinstance(config, Config):
         file = config_flags.get_config_filename(flags.FLAGS["config"])
         if not pathlib.Path(file).is_file():
-            raise ValueError(f"--config={file}: no such file; give the path of a config")
+            raise ValueError(
+                f"--config={file}: no such file; give the path of a config"
+            )
         raise ValueError(
             "get_config of --config must return a kdjax.config.Config, not "
             f"{type(config).__name__}"

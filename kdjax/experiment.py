@@ -15,6 +15,7 @@ from kdjax.checkpoint import Checkpoints
 from kdjax.config import Config, DecoderConfig, StudentConfig
 from kdjax.data import loader, sources, views
 from kdjax.data import tokenizer as tokenizers
+from kdjax.data.views import Segment
 from kdjax.models import decoder, hf
 
 
@@ -34,8 +35,8 @@ class Data:
 
     tokenizer: Any
     views: tuple[str, ...]
-    train: list[views.Segment]
-    evaluation: list[views.Segment]
+    train: list[Segment]
+    evaluation: list[Segment]
     eval_examples: list[sources.Example]
 
 
@@ -187,7 +188,7 @@ def num_valid(shape: DecoderConfig, cache: Any) -> int | None:
     return cache.vocab_size
 
 
-def make_plan(config: Config, segments: list[views.Segment]) -> loader.BatchPlan:
+def make_plan(config: Config, segments: list[Segment]) -> loader.BatchPlan:
     """The order of the training batches."""
     return loader.BatchPlan(
         segments,

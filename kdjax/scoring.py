@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -90,10 +91,10 @@ class Scorer:
             scores = self._score(
                 params, sharding.global_batch(batch, self._mesh, num_rows)
             )
-            scores = {k: np.asarray(v, np.float64) for k, v in scores.items()}
+            host = {k: np.asarray(v, np.float64) for k, v in scores.items()}
             for row, items in enumerate(plan.batch(number)):
                 for place in loader.placements(plan, items):
-                    for name, values in scores.items():
+                    for name, values in host.items():
                         total = sums.setdefault(name, np.zeros(len(plan.segments)))
                         total[place.item] = values[row, place.target].sum()
         return sums
@@ -128,8 +129,8 @@ class Scorer:
             confidence.append(shares.max() / shares.sum())
             correct.append(choices.correct[of_example][scores.argmax()])
         bins = metrics.ece(
-            np.array(confidence, np.float32),
-            np.array(correct, np.float32),
+            jnp.asarray(confidence, jnp.float32),
+            jnp.asarray(correct, jnp.float32),
             num_bins=self._config.evaluation.num_bins,
         )
         return {

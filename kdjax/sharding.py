@@ -133,7 +133,8 @@ def local_rows(mesh: Mesh, num_rows: int) -> slice:
         )
     sharding = NamedSharding(mesh, P(("data", "fsdp")))
     parts = sharding.addressable_devices_indices_map((num_rows,)).values()
-    found = sorted({(p[0].start or 0, p[0].stop or num_rows) for p in parts})
+    rows = [part[0] for part in parts if part is not None]
+    found = sorted({(r.start or 0, r.stop or num_rows) for r in rows})
     for (_, stop), (start, _) in itertools.pairwise(found):
         if stop != start:
             raise ValueError(f"rows {found} of process {jax.process_index()} have gaps")

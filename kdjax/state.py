@@ -14,7 +14,7 @@ from kdjax import sharding
 class TrainState(NamedTuple):
     """Everything that changes. Random numbers follow from (seed, step), so no key."""
 
-    step: Int[Array, ""]  # optimizer steps done
+    step: Int[Array, ""] | Any  # int32, optimizer steps done
     params: Any  # nested dict of float32 arrays
     opt_state: Any  # optax state
 

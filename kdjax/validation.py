@@ -35,7 +35,7 @@ def _types(config: Config) -> None:
         hints = typing.get_type_hints(type(part))
         for f in dataclasses.fields(part):
             value, hint, name = getattr(part, f.name), hints[f.name], prefix + f.name
-            if dataclasses.is_dataclass(hint):
+            if isinstance(hint, type) and dataclasses.is_dataclass(hint):
                 if not isinstance(value, hint):
                     raise ValueError(f"{name}={value!r} is not a {hint.__name__}")
                 check(value, f"{name}.")
@@ -70,7 +70,7 @@ def validate(config: Config) -> None:
     _types(config)
     data, train, method, cache = config.data, config.train, config.method, config.cache
     student, evaluation = config.student, config.evaluation
-    for value, name, allowed in (
+    for word, name, allowed in (
         (data.source, "data.source", SOURCES),
         (data.layout, "data.layout", LAYOUTS),
         (data.on_long, "data.on_long", LONG_POLICIES),
@@ -83,8 +83,8 @@ def validate(config: Config) -> None:
         (train.remat, "train.remat", REMATS),
         (train.non_finite, "train.non_finite", NON_FINITE),
     ):
-        _one_of(value, name, allowed)
-    for value, name in (
+        _one_of(word, name, allowed)
+    for count, name in (
         (train.steps, "train.steps"),
         (train.batch_size, "train.batch_size"),
         (train.num_microbatches, "train.num_microbatches"),
@@ -102,9 +102,9 @@ def validate(config: Config) -> None:
         (evaluation.batch_size, "evaluation.batch_size"),
         (evaluation.num_bins, "evaluation.num_bins"),
     ):
-        if value < 1:
-            raise ValueError(f"{name}={value} is below 1: use 1 or more")
-    for value, name in (
+        if count < 1:
+            raise ValueError(f"{name}={count} is below 1: use 1 or more")
+    for amount, name in (
         (data.num_train, "data.num_train"),
         (data.num_eval, "data.num_eval"),
         (method.hard_weight, "method.hard_weight"),
@@ -115,8 +115,8 @@ def validate(config: Config) -> None:
         (config.optim.weight_decay, "optim.weight_decay"),
         (config.optim.clip_norm, "optim.clip_norm"),
     ):
-        if not value >= 0 or math.isinf(value):
-            raise ValueError(f"{name}={value} is not a number of 0 or more")
+        if not amount >= 0 or math.isinf(amount):
+            raise ValueError(f"{name}={amount} is not a number of 0 or more")
     if train.batch_size % train.num_microbatches:
         raise ValueError(
             f"train.batch_size={train.batch_size} does not divide by "
@@ -148,8 +148,8 @@ def validate(config: Config) -> None:
     if method.soft_weight and method.temperature not in cache.temperatures:
         raise ValueError(
             f"method.temperature={method.temperature} is not declared in "
-            f"cache.temperatures={cache.temperatures}: add it there and label again, or "
-            "train at a declared one"
+            f"cache.temperatures={cache.temperatures}: add it there and label "
+            "again, or train at a declared one"
         )
     if 1.0 not in cache.temperatures:
         raise ValueError(

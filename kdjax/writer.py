@@ -219,7 +219,8 @@ def progress(
             task = bar.add_task(description, total=total, completed=start, note="")
 
             def advance(amount: int = 1, note: str = "") -> None:
-                bar.update(task, advance=amount, **({"note": note} if note else {}))
+                fields: dict[str, Any] = {"note": note} if note else {}
+                bar.update(task, advance=amount, **fields)
 
             yield advance
     else:

@@ -86,7 +86,12 @@ def test_differences_name_what_a_resumed_run_may_not_change():
 def test_every_field_has_a_comment():
     source = pathlib.Path(config_lib.__file__).read_text().splitlines()
     for line in source:
-        if line.startswith("    ") and ": " in line and " = " in line and "#" not in line:
+        if (
+            line.startswith("    ")
+            and ": " in line
+            and " = " in line
+            and "#" not in line
+        ):
             name = line.split(":")[0].strip()
             fields = {
                 f.name

@@ -50,11 +50,8 @@ def command(config: Config, workdir: pathlib.Path, verb: str = "train", *flags: 
         "def get_config(argument=''):\n"
         f"    return config.from_json({config_lib.to_json(config)!r})\n"
     )
-    return (
-        [sys.executable, "-m", f"kdjax.{verb}", f"--config={file}"]
-        + [f"--workdir={workdir}"]
-        + list(flags)
-    )
+    where = [f"--config={file}", f"--workdir={workdir}"]
+    return [sys.executable, "-m", f"kdjax.{verb}", *where, *flags]
 
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -62,7 +59,7 @@ ENVIRONMENT["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
 
 def test_a_run_leaves_what_it_promises(finished):
-    config, workdir = finished
+    _, workdir = finished
     for name in ("config.json", "metrics.jsonl", "checkpoints", "curves.png"):
         assert (workdir / name).exists(), name
     assert list(workdir.glob("events.*"))
@@ -215,7 +212,7 @@ def test_a_non_finite_loss_stops_the_run_and_is_not_saved(finished, tmp_path):
         cache={"path": str(workdir / "cache")},
         optim={"learning_rate": 1e30, "clip_norm": 0.0},
     )
-    with pytest.raises(ValueError, match="step 2: .* is not finite; terms"):
+    with pytest.raises(ValueError, match=r"step 2: .* is not finite; terms"):
         train.run(config, tmp_path)
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     assert (checkpoints.latest_step() or 0) < 4

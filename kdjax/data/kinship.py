@@ -87,9 +87,10 @@ def _conclusions(chain: tuple[str, ...]) -> tuple[str, ...]:
     relation = _RELATION[chain[0]]
     words = [chain[0]]
     for word in chain[1:]:
-        relation = COMPOSE.get((relation, _RELATION[word]))
-        if relation is None:
+        composed = COMPOSE.get((relation, _RELATION[word]))
+        if composed is None:
             return ()
+        relation = composed
         words.append(WORDS[relation][gender])
     return tuple(words)
 
@@ -199,6 +200,7 @@ def _example(config: KinshipConfig, split: str, seed: int, index: int) -> Exampl
     rng.shuffle(facts)
 
     answer = answer_of(chain)
+    assert answer is not None  # `_chains` has only chains with one answer
     # Words of X's gender come first: the others would be ruled out by X's name.
     wrong = rng.sample(_ANSWERS, len(_ANSWERS))
     wrong = [word for word in wrong if word != answer]

@@ -126,7 +126,7 @@ def _lines(path: str | Path) -> Iterable[str]:
 
 
 def _read_jsonl(path: str | Path) -> list[Row]:
-    rows = []
+    rows: list[Row] = []
     for number, line in enumerate(_lines(path), 1):
         if not line.strip():
             continue

@@ -140,7 +140,7 @@ def choice_segments(
     kept = np.asarray([at[0] not in lost for at in place], bool)
     place_N2 = np.asarray(place, np.int32).reshape(-1, 2)[kept]
     return ChoiceSegments(
-        segments=[s for s, keep in zip(segments, kept, strict=True) if keep],
+        segments=[s for s, keep in zip(segments, kept, strict=True) if s and keep],
         example=place_N2[:, 0],
         choice=place_N2[:, 1],
         correct=np.asarray(correct, bool)[kept],
@@ -163,10 +163,12 @@ def prompt_ids(
             )
         # Equal prompts (one per choice) are common; templates are slow.
         texts = {
-            text: tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}],
-                tokenize=False,
-                add_generation_prompt=True,
+            text: str(
+                tokenizer.apply_chat_template(
+                    [{"role": "user", "content": text}],
+                    tokenize=False,
+                    add_generation_prompt=True,
+                )
             )
             for text in dict.fromkeys(prompts)
             if text

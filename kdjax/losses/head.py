@@ -182,6 +182,7 @@ def label(
       hidden_ND: hidden states after the final norm.
       weight_VD: output head.
       targets_N: int32 ids in [0, V).
+      active_N: tokens to label; the result is 0 for the others. None = all.
       k: pairs stored per token, at most the valid vocabulary; None = the whole row.
       temperatures: S declared temperatures.
       chunk_size: most tokens whose logits are alive at once, per device.

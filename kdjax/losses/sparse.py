@@ -79,13 +79,13 @@ def sparse_forward_kl(
     if tail == "renormalize_both":
         return forward_kl(_renormalize(student), _renormalize(teacher))
     if tail == "renormalize_teacher":
-        teacher, teacher_tail = _renormalize(teacher), -jnp.inf
+        teacher = _renormalize(teacher)
+        teacher_tail = jnp.full_like(student_tail_log_mass_N, -jnp.inf)
     else:
         left = jnp.maximum(0.0, 1.0 - jnp.exp(teacher).sum(-1))
         teacher_tail = jnp.where(
             student_tail_log_mass_N > -jnp.inf, jnp.log(left), -jnp.inf
         )
-    teacher_tail = jnp.broadcast_to(teacher_tail, student_tail_log_mass_N.shape)
     return forward_kl(
         _append(student, student_tail_log_mass_N), _append(teacher, teacher_tail)
     )

@@ -248,7 +248,8 @@ def _open_tensors(
         files = sorted(set(weight_map.values()))
     else:
         files = ["model.safetensors"]
-    tensors, origins = {}, {}
+    tensors: dict[str, Any] = {}
+    origins: dict[str, pathlib.Path] = {}
     for file in files:
         if not (folder / file).is_file():
             raise ValueError(f"{folder / file} is missing: download the folder again")

@@ -43,7 +43,7 @@ def stored_names(path: str, layers: Sequence[int]) -> tuple[list[str], bool]:
 def stored_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor in the files of a model."""
     _, params = decoder.create(config)
-    result = {}
+    result: dict[str, tuple[int, ...]] = {}
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):
         path = join(key_path)
         names, transposed = stored_names(path, range(config.num_layers))

@@ -135,9 +135,7 @@ def _build(
         config.cache,
         batch_size=-(-config.cache.batch_size // len(devices)) * len(devices),
     )
-    model, params = experiment.load_model(
-        teacher_path, mesh, dtype=config.train.dtype
-    )
+    model, params = experiment.load_model(teacher_path, mesh, dtype=config.train.dtype)
     vocab_size = model.shape.vocab_size
     k = None if settings.kind == "dense" else _num_pairs(settings.k, data)
     rows = jax.sharding.NamedSharding(mesh, sharding.BATCH_SPEC)
@@ -205,8 +203,8 @@ def _print_speed(split: str, totals: dict[str, float], shape: Any, row_length: i
         peak=peak,
     )
     print(
-        f"labelled {split}: {totals['tokens'] / totals['seconds']:.0f} target tokens/s, "
-        f"{totals['positions'] / totals['seconds']:.0f} positions/s"
+        f"labelled {split}: {totals['tokens'] / totals['seconds']:.0f} target "
+        f"tokens/s, {totals['positions'] / totals['seconds']:.0f} positions/s"
         + ("" if share is None else f", MFU {share:.2f}"),
         file=sys.stderr,
     )

@@ -71,7 +71,8 @@ def write_shard(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / shard_name(index, num_shards)
     temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    keys, num_tokens, digest = {}, 0, hashlib.blake2b(digest_size=16)
+    keys: dict[bytes, None] = {}
+    num_tokens, digest = 0, hashlib.blake2b(digest_size=16)
     writer = array_record_module.ArrayRecordWriter(str(temporary), _WRITER_OPTIONS)
     try:
         for key, record in records:
