@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -21,6 +22,7 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where the run writes; runs/<name of the config> by default."
 )
+_FLAG_ERRORS = (flags.Error, KeyError, TypeError, ValueError, OSError, AttributeError)
 STEP = flags.DEFINE_integer(
     "step", None, "Checkpoint of the student; the newest by default.", lower_bound=1
 )
@@ -35,8 +37,8 @@ def run(main: Callable[[Config, pathlib.Path], None]) -> None:
 
     def parse(argv: list[str]) -> list[str]:
         try:
-            return app.parse_flags_with_usage(argv)
-        except (KeyError, TypeError, ValueError, OSError, AttributeError) as error:
+            return flags.FLAGS(argv)
+        except _FLAG_ERRORS as error:
             raise SystemExit(_line(_flag_error(error, argv))) from None
 
     # --helpshort shows the flags of the main module: these are everybody's.
@@ -131,7 +133,9 @@ def _flag_error(error: Exception, argv: list[str]) -> str:
         return (
             f"{error.args[0]}: see kdjax/config.py for the fields that --config.* takes"
         )
-    return f"{type(error).__name__}: {error}"
+    # An exception inside a config file comes as the text of its traceback.
+    causes = re.findall(r"^\s*\w+(?:Error|Exception): (.+)$", str(error), re.MULTILINE)
+    return causes[-1] if causes else str(error).splitlines()[0]
 
 
 def _line(text: str) -> str:
