@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from kdjax import config as config_lib
-from kdjax import evaluate, experiment, export, sharding, train
+from kdjax import evaluate, experiment, export, label, sharding, train
 from kdjax.checkpoint import Checkpoints
 from kdjax.config import Config
 from kdjax.models import hf
@@ -128,6 +128,31 @@ def test_resume_is_bit_for_bit(finished, tmp_path, monkeypatch):
         final_params(config, tmp_path),
     )
     assert summary(workdir)["student"] == summary(tmp_path)["student"]
+
+
+def losses(workdir: pathlib.Path) -> list[float]:
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [row["loss"] for row in map(json.loads, lines) if "loss" in row]
+
+
+def test_label_fills_the_cache_and_every_pair_is_the_dense_row(finished, tmp_path):
+    """kdjax.label by itself; k = V and dense train to the same losses."""
+    _, workdir = finished
+    vocab_size = hf.read_config(workdir / "teacher").vocab_size
+    found = {}
+    for kind in ("top_k", "dense"):
+        config = small.config(
+            teacher={"path": str(workdir / "teacher")},
+            cache={"path": str(tmp_path / kind), "kind": kind, "k": vocab_size},
+            train={"steps": 2},
+            evaluation={"num_generations": 0},
+        )
+        label.run(config, tmp_path / "label")
+        stamps = {f: f.stat().st_mtime_ns for f in (tmp_path / kind).rglob("*")}
+        train.run(config, tmp_path / f"run_{kind}")
+        assert stamps == {f: f.stat().st_mtime_ns for f in (tmp_path / kind).rglob("*")}
+        found[kind] = losses(tmp_path / f"run_{kind}")
+    np.testing.assert_allclose(found["top_k"], found["dense"], rtol=1e-4)
 
 
 @pytest.mark.slow
