@@ -41,6 +41,8 @@ setup(
         "numpy>=2.0",
         "optax>=0.2.5",
         "orbax-checkpoint>=0.11.30",
+        "pyarrow>=17",
+        "pyyaml>=6",
         "rich>=13",
         "safetensors>=0.5",
         "tensorboardX>=2.6",

@@ -44,8 +44,8 @@ def get_config(argument: str = "") -> Config:
         ),
         method=MethodConfig(
             name="rationale_then_label",
-            hard_weight=0.5,
-            soft_weight=0.5,
+            hard_weight=0.8,
+            soft_weight=0.2,
             temperature=1.0,
         ),
         optim=OptimConfig(learning_rate=1e-3, warmup_steps=30),

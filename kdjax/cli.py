@@ -35,27 +35,32 @@ def run(main: Callable[[Config, pathlib.Path], None]) -> None:
     exit code 2; a bug keeps its traceback.
     """
 
+    def start(arguments: list[str]) -> None:
+        if arguments:
+            raise ValueError(f"arguments {arguments} are not flags: use --name=value")
+        config = given_config()
+        distributed.start()
+        main(config, workdir(config))
+
+    # --helpshort shows the flags of the main module: these are everybody's.
+    for name in ("config", "workdir"):
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
+    run_actions(start)
+
+
+def run_actions(main: Callable[[list[str]], None]) -> None:
+    """Parses the flags, calls `main` with the other arguments; errors as in `run`."""
+
     def parse(argv: list[str]) -> list[str]:
         try:
             return flags.FLAGS(argv)
         except _FLAG_ERRORS as error:
             raise SystemExit(_line(_flag_error(error, argv))) from None
 
-    # --helpshort shows the flags of the main module: these are everybody's.
-    for name in ("config", "workdir"):
-        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
-
     def guarded(argv: list[str]) -> None:
         logging.set_verbosity(logging.WARNING)
         try:
-            if len(argv) > 1:
-                raise ValueError(
-                    f"arguments {argv[1:]} are not flags: use --name=value"
-                )
-            config = _given()
-            validation.validate(config)
-            distributed.start()
-            main(config, workdir(config))
+            main(argv[1:])
         except (ValueError, FileNotFoundError) as error:
             if os.environ.get("KDJAX_TRACEBACK"):
                 raise
@@ -68,8 +73,18 @@ def run(main: Callable[[Config, pathlib.Path], None]) -> None:
     app.run(guarded, flags_parser=parse)
 
 
+def given_config() -> Config:
+    """The config of --config, else the one that --workdir ran with, validated.
+
+    Raises:
+      ValueError: there is none, or it says what cannot be.
+    """
+    config = _given()
+    validation.validate(config)
+    return config
+
+
 def _given() -> Config:
-    """The config of --config, else the one that --workdir ran with."""
     config = _CONFIG.value
     if config is None:
         file = pathlib.Path(_WORKDIR.value or "") / "config.json"

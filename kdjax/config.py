@@ -14,7 +14,7 @@ SOURCES = ("kinship", "jsonl", "datasets", "tfds", "text")
 LAYOUTS = ("plain", "commonsense_qa", "gsm8k")
 VIEWS = ("label", "rationale", "rationale_then_label", "text")
 LONG_POLICIES = ("error", "truncate", "drop")
-CACHE_KINDS = ("top_k", "dense")
+CACHE_KINDS = ("top_k", "sampled", "dense")
 TAILS = ("bucket", "renormalize_teacher", "renormalize_both", "drop")
 OPTIMIZERS = ("adamw", "adafactor")
 SCHEDULES = ("constant", "linear", "cosine")
@@ -93,8 +93,10 @@ class CacheConfig:
     """The teacher's stored outputs."""
 
     path: str = ""  # folder; "" = <workdir>/cache
-    kind: str = "top_k"  # one of CACHE_KINDS
-    k: int = 64  # pairs stored per target token (top_k)
+    kind: str = "top_k"  # of the training split: one of CACHE_KINDS
+    k: int = 64  # pairs stored per target token (top_k; held-out ones, if sampled)
+    num_draws: int = 50  # draws per target token, temperature and round (sampled)
+    num_rounds: int = 1  # independent rounds; epoch e uses round e mod it (sampled)
     temperatures: tuple[float, ...] = (1.0, 2.0)  # declared: exact log Z for each
     shard_size: int = 512  # records (example, view) per shard
     batch_size: int = 8  # packed rows per teacher forward

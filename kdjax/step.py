@@ -31,6 +31,9 @@ def _teacher(rows: Batch) -> head.Teacher | None:
         ids_NK=None if ids is None else ids.reshape(-1, ids.shape[-1]),
         log_probs_NK=log_probs.reshape(-1, log_probs.shape[-1]),
         log_z_N=rows["teacher_log_z"].reshape(-1),
+        entropy_N=rows["teacher_entropy"].reshape(-1)
+        if "teacher_entropy" in rows
+        else None,
     )
 
 
@@ -235,6 +238,7 @@ def make_label_step(
 
     Returns:
       The compiled function; arrays as in `losses.head.label`, first axis M * B * T.
+      A batch with "points" [M, B, T, S, P] gets draws instead of the top k.
     """
 
     def label_step(params: Any, batch: Batch) -> dict[str, jax.Array]:
@@ -242,6 +246,9 @@ def make_label_step(
         hidden_BTD = decoder.hidden_states(
             graphdef, params, batch["tokens"], batch["positions"], batch["segments"]
         )
+        points = batch.get("points")
+        if points is not None:
+            points = points.reshape(-1, *points.shape[2:])
         return head.sharded_label(
             mesh,
             hidden_BTD.reshape(-1, hidden_BTD.shape[-1]),
@@ -251,6 +258,9 @@ def make_label_step(
             k=k,
             temperatures=temperatures,
             chunk_size=chunk_size,
+            points_NSP=None
+            if points is None
+            else points.reshape(-1, *points.shape[2:]),
             active_N=batch["view"].reshape(-1) >= 0,
         )
 

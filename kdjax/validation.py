@@ -94,6 +94,8 @@ def validate(config: Config) -> None:
         (train.prefetch, "train.prefetch"),
         (train.memory_mib, "train.memory_mib"),
         (cache.k, "cache.k"),
+        (cache.num_draws, "cache.num_draws"),
+        (cache.num_rounds, "cache.num_rounds"),
         (cache.shard_size, "cache.shard_size"),
         (cache.batch_size, "cache.batch_size"),
         (cache.memory_mib, "cache.memory_mib"),

@@ -22,14 +22,15 @@ class FakeCache:
 
     def __init__(self, segments, vocab_size):
         self.vocab_size = vocab_size
-        self._lengths = {s.key: len(s.target_ids) for s in segments}
+        self._targets = {s.key: s.target_ids for s in segments}
 
     def has(self, key):
-        return key in self._lengths
+        return key in self._targets
 
     def read(self, key):
         rng = np.random.default_rng(int.from_bytes(key[:4], "big"))
-        num = self._lengths[key]
+        targets = self._targets[key]
+        num = len(targets)
         logits = rng.normal(size=(num, self.vocab_size)) * 2
         logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         ids = np.argsort(-logp, axis=-1)[:, : self.k]
@@ -39,6 +40,7 @@ class FakeCache:
         return Record(
             ids=ids.astype(np.int32),
             log_probs=np.take_along_axis(logp, ids, -1).astype(np.float32),
+            target_ids=targets.astype(np.int32),
             target_log_probs=logp[:, 0].astype(np.float32),
             log_z=log_z.astype(np.float32),
             entropy=np.zeros((num, 2), np.float32),

@@ -17,6 +17,7 @@ from kdjax import evaluate, experiment, export, label, sharding, train
 from kdjax.checkpoint import Checkpoints
 from kdjax.config import Config
 from kdjax.models import hf
+from kdjax.teacher import records
 from tests import small
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -152,7 +153,27 @@ def test_label_fills_the_cache_and_every_pair_is_the_dense_row(finished, tmp_pat
         train.run(config, tmp_path / f"run_{kind}")
         assert stamps == {f: f.stat().st_mtime_ns for f in (tmp_path / kind).rglob("*")}
         found[kind] = losses(tmp_path / f"run_{kind}")
-    np.testing.assert_allclose(found["top_k"], found["dense"], rtol=1e-4)
+    np.testing.assert_allclose(found["top_k"], found["dense"], rtol=1e-3)  # encoding
+
+
+def test_draws_train_the_student_and_held_out_measures_stay_exact(finished, tmp_path):
+    _, workdir = finished
+    found = {}
+    for kind in ("top_k", "sampled"):
+        config = small.config(
+            teacher={"path": str(workdir / "teacher")},
+            cache={"kind": kind, "k": 64, "num_draws": 50, "num_rounds": 2},
+            train={"steps": 8},
+            evaluation={"num_generations": 0},
+        )
+        train.run(config, tmp_path / kind)
+        found[kind] = summary(tmp_path / kind)["student"]
+        cache = records.open_cache(tmp_path / kind / "cache" / "train")
+        assert cache.kind == kind
+        assert records.open_cache(tmp_path / kind / "cache" / "eval").kind == "top_k"
+        assert records.verify(cache)["tokens"] == cache.num_tokens
+    assert found["sampled"]["nll"] == pytest.approx(found["top_k"]["nll"], rel=0.02)
+    assert found["sampled"]["kl"] > 0
 
 
 @pytest.mark.slow
@@ -283,7 +304,7 @@ def test_the_command_line_fails_in_one_line(flags, message, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("verb", ["train", "label", "evaluate", "export"])
+@pytest.mark.parametrize("verb", ["train", "label", "evaluate", "export", "cache"])
 def test_help_reads_well(verb):
     done = subprocess.run(
         [sys.executable, "-m", f"kdjax.{verb}", "--helpshort"],

@@ -9,13 +9,14 @@ K stored pairs, t target tokens of a segment.
 """
 
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 
 from kdjax.data.packing import pack
+from kdjax.data.soft import TeacherRows
 from kdjax.data.views import Segment
 
 Batch = dict[str, np.ndarray]
@@ -175,7 +176,9 @@ def make_batch(
       (0 in padding, then 1..), view (-1 where the target is not trained on). float32:
       hard_weights, soft_weights. With a cache also teacher_log_probs [M, R, T, K] and
       teacher_log_z at `temperature`, and, unless the cache is dense, teacher_ids int32
-      [M, R, T, K]; without a record ids are -1, log-probs -inf, log z 0.
+      [M, R, T, K]; without a record ids are -1, log-probs -inf, log z 0. Of a sampled
+      cache log-probs are logs of shares of the draws at `temperature`, and
+      teacher_entropy is the entropy there.
 
     Raises:
       ValueError: a soft term without a cache, an undeclared temperature, a missing
@@ -197,13 +200,13 @@ def make_batch(
             "method.soft_weight=0"
         )
     if cache is not None:
-        declared = _declared(cache, temperature)
-        batch |= _empty_teacher(cache, lead)
+        teacher = TeacherRows(cache, temperature, plan.locate(step)[0])
+        batch |= teacher.empty(lead)
     for row, index in enumerate(local.ravel()):
         for number, at in enumerate(placements(plan, contents[index]), 1):
             _write(batch, row, number, at, weights)
             if at.segment.view in soft_views:
-                _write_teacher(batch, row, at, cache, declared)
+                teacher.write(batch, row, at.target, at.segment)
     return {
         name: array.reshape(*local.shape, *array.shape[1:])
         for name, array in batch.items()
@@ -244,66 +247,6 @@ def _write(
     batch["view"][row, at.target] = segment.view
     for kind, of_view in weights.items():
         batch[f"{kind}_weights"][row, at.target] = of_view.get(segment.view, 0.0)
-
-
-def _declared(cache: Any, temperature: float) -> int:
-    if temperature not in cache.temperatures:
-        raise ValueError(
-            f"temperature={temperature} was not declared when labelling: the cache has "
-            f"{tuple(cache.temperatures)}; use one of them or label again"
-        )
-    return tuple(cache.temperatures).index(temperature)
-
-
-def _empty_teacher(cache: Any, lead: tuple[int, int]) -> Batch:
-    teacher: Batch = {
-        "teacher_log_probs": np.full((*lead, cache.k), -np.inf, np.float32),
-        "teacher_log_z": np.zeros(lead, np.float32),
-    }
-    if cache.kind != "dense":
-        teacher["teacher_ids"] = np.full((*lead, cache.k), -1, np.int32)
-    return teacher
-
-
-def _write_teacher(
-    batch: Batch, row: int, at: Placement, cache: Any, declared: int
-) -> None:
-    """Row i of the record goes to the position that predicts target token i."""
-    segment, target = at.segment, at.target
-    if not cache.has(segment.key):
-        raise _missing(segment, 1)
-    record = cache.read(segment.key)
-    if len(record.log_z) != len(segment.target_ids):
-        raise ValueError(
-            f"example {segment.example_id!r}: its record has {len(record.log_z)} rows "
-            f"for {len(segment.target_ids)} target tokens: verify the cache"
-        )
-    stored = slice(0, record.log_probs.shape[-1])
-    batch["teacher_log_probs"][row, target, stored] = record.log_probs
-    batch["teacher_log_z"][row, target] = record.log_z[:, declared]
-    if record.ids is not None:
-        batch["teacher_ids"][row, target, stored] = record.ids
-
-
-def check_cache(
-    segments: Sequence[Segment], cache: Any, views: Collection[int]
-) -> None:
-    """Checks that the cache has a record for every segment of the given views.
-
-    Raises:
-      ValueError: naming the first example without one.
-    """
-    missing = [s for s in segments if s.view in views and not cache.has(s.key)]
-    if missing:
-        raise _missing(missing[0], len(missing))
-
-
-def _missing(segment: Segment, count: int) -> ValueError:
-    return ValueError(
-        f"example {segment.example_id!r}, view {segment.view}: the teacher cache has "
-        f"no record of it ({count} such in all): label the same data with the same "
-        "tokenizer and length limits, or name the cache that belongs to them"
-    )
 
 
 def iterate(

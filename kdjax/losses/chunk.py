@@ -11,7 +11,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kdjax.losses.divergence import forward_kl
-from kdjax.losses.sparse import sparse_forward_kl, teacher_at_temperature
+from kdjax.losses.sparse import (
+    sampled_forward_kl,
+    sparse_forward_kl,
+    teacher_at_temperature,
+)
 
 
 class Teacher(NamedTuple):
@@ -27,6 +31,9 @@ class Teacher(NamedTuple):
     """Their log-probabilities at temperature 1, float32, never renormalised."""
     log_z_N: Float[Array, "N"]
     """log sum_v p_v^(1/T) over the whole vocabulary at the temperature used, nats."""
+    entropy_N: Float[Array, "N"] | None = None
+    """Given for draws alone: the teacher's entropy at the temperature used, nats. Then
+    `log_probs_NK` are logs of the shares of the draws at that temperature."""
 
 
 class Tokens(NamedTuple):
@@ -88,13 +95,17 @@ def _sparse_loss(logits_CV, tokens, temperature, soft_scale, tail) -> ChunkLoss:
     rest_t, total_t = log_masses(temperature)
     log_q_CK = stored_CK / temperature - total_t[:, None]
     log_q_rest = rest_t - total_t
-    log_p_CK = jnp.where(
-        used_CK,
-        teacher_at_temperature(teacher.log_probs_NK, teacher.log_z_N, temperature),
-        -jnp.inf,
-    )
+    if teacher.entropy_N is None:
+        log_p_CK = teacher_at_temperature(
+            teacher.log_probs_NK, teacher.log_z_N, temperature
+        )
+    else:
+        log_p_CK = teacher.log_probs_NK
+    log_p_CK = jnp.where(used_CK, log_p_CK, -jnp.inf)
 
     def divergence(log_q_CK, log_q_rest):
+        if teacher.entropy_N is not None:
+            return sampled_forward_kl(log_q_CK, log_p_CK, teacher.entropy_N)
         return sparse_forward_kl(log_q_CK, log_q_rest, log_p_CK, tail=tail)
 
     def d_logits():
@@ -155,11 +166,12 @@ def chunk_label(
     *,
     k: int | None,
     temperatures: tuple[float, ...],
+    points_CSP: Float[Array, "C S P"] | None = None,
 ) -> dict[str, jax.Array]:
     """Return what the teacher cache stores for one chunk; see `head.label`."""
     log_p_CV = logits_CV - _logsumexp(logits_CV, 1.0)[:, None]
-    log_z, entropy = [], []
-    for t in temperatures:
+    log_z, entropy, drawn = [], [], []
+    for column, t in enumerate(temperatures):
         # log Z is 0 by definition at temperature 1, also when rounding says 1e-7.
         log_z_C = (
             jnp.zeros_like(log_p_CV[:, 0]) if t == 1.0 else _logsumexp(log_p_CV, t)
@@ -168,15 +180,31 @@ def chunk_label(
         terms_CV = jnp.where(log_p_CV > -jnp.inf, jnp.exp(log_pt_CV) * log_pt_CV, 0.0)
         log_z.append(log_z_C)
         entropy.append(-terms_CV.sum(-1))
+        if points_CSP is not None:
+            drawn.append(_look_up(jnp.exp(log_pt_CV), points_CSP[:, column]))
     out = {
         "target_log_probs_N": _pick(log_p_CV, targets_C),
         "log_z_NS": jnp.stack(log_z, axis=-1),
         "entropy_NS": jnp.stack(entropy, axis=-1),
     }
+    if points_CSP is not None:
+        return out | {"drawn_ids_NSP": jnp.stack(drawn, axis=1)}
     if k is None:
         return out | {"log_probs_NK": log_p_CV}
     log_probs_CK, ids_CK = jax.lax.top_k(log_p_CV, k)
     return out | {"log_probs_NK": log_probs_CK, "ids_NK": ids_CK.astype(jnp.int32)}
+
+
+def _look_up(p_CV: jax.Array, points_CP: jax.Array) -> Int[Array, "C P"]:
+    """Return the ids at `points_CP` of the cumulative distributions, int32."""
+    totals_CV = jnp.cumsum(p_CV, axis=-1)
+    # An id without probability is never met: its total is that of the one before.
+    targets_CP = points_CP * totals_CV[:, -1:]
+    found = jax.vmap(lambda a, v: jnp.searchsorted(a, v, side="right"))(
+        totals_CV, targets_CP
+    )
+    last_C = p_CV.shape[-1] - 1 - jnp.argmax(p_CV[:, ::-1] > 0, axis=-1)
+    return jnp.minimum(found, last_C[:, None]).astype(jnp.int32)
 
 
 def _pick(values_CV: jax.Array, ids_C: jax.Array) -> jax.Array:

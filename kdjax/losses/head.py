@@ -173,6 +173,7 @@ def label(
     temperatures: tuple[float, ...],
     chunk_size: int,
     num_valid: int | None = None,
+    points_NSP: Float[Array, "N S P"] | None = None,
     active_N: Bool[Array, "N"] | None = None,
     placement: Placement | None = None,
 ) -> dict[str, jax.Array]:
@@ -187,19 +188,23 @@ def label(
       temperatures: S declared temperatures.
       chunk_size: most tokens whose logits are alive at once, per device.
       num_valid: rows of `weight_VD` from here on are padding.
+      points_NSP: P numbers in [0, 1) for each temperature: draws ids instead of
+        storing the top k.
       placement: split the tokens over a mesh.
 
     Returns:
       {"log_probs_NK": log-probabilities at temperature 1 from the full softmax, sorted
       from the largest (k None: [N, V] in id order), "ids_NK": int32 (absent if k is
       None), "target_log_probs_N", "log_z_NS": log sum_v p_v^(1/T), "entropy_NS": of
-      the teacher at each T}; float32, nats.
+      the teacher at each T}; float32, nats. With points, "drawn_ids_NSP" in place of
+      log-probabilities and ids: where each point lies in the cumulative distribution.
 
     Raises:
       ValueError: an option out of range, or arrays whose shapes do not belong together.
     """
     options = _Options(1.0, False, "bucket", chunk_size, num_valid, placement)
-    _check(options, hidden_ND, weight_VD, targets_N)
+    tokens = (targets_N, points_NSP)
+    _check(options, hidden_ND, weight_VD, tokens)
     limit = weight_VD.shape[0] if num_valid is None else num_valid
     if k is not None and not 1 <= k <= limit:
         raise ValueError(
@@ -210,11 +215,18 @@ def label(
             f"temperatures={temperatures} must be > 0: declare one or more"
         )
 
-    def step(carry, weight_VD, hidden_CD, targets_C):
+    def step(carry, weight_VD, hidden_CD, tokens):
         logits_CV = _logits(hidden_CD, weight_VD, num_valid)
-        return carry, chunk_label(logits_CV, targets_C, k=k, temperatures=temperatures)
+        targets_C, points_CSP = tokens
+        return carry, chunk_label(
+            logits_CV,
+            targets_C,
+            k=k,
+            temperatures=temperatures,
+            points_CSP=points_CSP,
+        )
 
-    return _scan(step, options, hidden_ND, weight_VD, targets_N, active_N=active_N)[1]
+    return _scan(step, options, hidden_ND, weight_VD, tokens, active_N=active_N)[1]
 
 
 def _sharded(function: Callable) -> Callable:

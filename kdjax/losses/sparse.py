@@ -1,4 +1,6 @@
-"""Forward KL to a teacher of which k ids a token are stored: k + 1 events.
+"""Forward KL to a teacher of which few ids a token are stored.
+
+`sparse_forward_kl` is for the top k (k + 1 events), `sampled_forward_kl` for draws.
 
 Shapes: N tokens, K stored pairs. An unused slot has log-probability -inf on both sides.
 
@@ -89,6 +91,33 @@ def sparse_forward_kl(
     return forward_kl(
         _append(student, student_tail_log_mass_N), _append(teacher, teacher_tail)
     )
+
+
+def sampled_forward_kl(
+    student_logp_NK: Float[Array, "N K"],
+    log_shares_NK: Float[Array, "N K"],
+    entropy_N: Float[Array, "N"],
+) -> Float[Array, "N"]:
+    """Return the forward KL estimated from draws of the teacher's distribution.
+
+    kl = -H - sum_v w_v log q_v, w_v the share of the draws that gave v: E[w] = p, so
+    that value and gradient are those of the whole vocabulary in expectation. The value
+    of a token may be negative; a truncated teacher's would be too small on average.
+
+    Args:
+      student_logp_NK: log q of the drawn ids under the student's whole softmax, at the
+        temperature of the draws.
+      log_shares_NK: log w; -inf in unused slots. The shares of a token sum to 1.
+      entropy_N: the teacher's exact entropy at that temperature, nats.
+
+    Returns:
+      Nats per token, float32.
+
+    Source: Anshumann et al., 2025, Sparse Logit Sampling, arXiv 2503.16870, section 3.
+    """
+    shares = jax.lax.stop_gradient(jnp.exp(log_shares_NK.astype(jnp.float32)))
+    student = jnp.where(shares > 0, student_logp_NK.astype(jnp.float32), 0.0)
+    return -(shares * student).sum(-1) - entropy_N
 
 
 def check_tail(tail: str) -> None:

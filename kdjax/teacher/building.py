@@ -1,6 +1,7 @@
 """The caches of one experiment: what is there is checked, what is missing is built."""
 
 import dataclasses
+import functools
 import hashlib
 import pathlib
 import sys
@@ -10,7 +11,7 @@ import jax
 
 from kdjax import distributed, experiment, flops, sharding, step
 from kdjax.config import Config, MeshConfig
-from kdjax.data import loader
+from kdjax.data import soft
 from kdjax.data import tokenizer as tokenizers
 from kdjax.data.views import Segment
 from kdjax.experiment import Data
@@ -46,9 +47,8 @@ def check(config: Config, data: Data, workdir: pathlib.Path) -> None:
                 f"example {longest.example_id!r} takes {longest.length} positions, "
                 f"cache.row_length={config.cache.row_length}: use >= {longest.length}"
             )
-        path = folder(config, workdir, split)
-        if not labelling.missing(path):
-            _open(config, data, path, segments)
+        if not labelling.missing(folder(config, workdir, split)):
+            _open(config, data, workdir, split, segments)
 
 
 def open_split(
@@ -59,7 +59,7 @@ def open_split(
     if labelling.missing(path):
         print(f"{path} is not labelled: no KL, no agreement", file=sys.stderr)
         return None
-    return _open(config, data, path, wanted(config, data)[split])
+    return _open(config, data, workdir, split, wanted(config, data)[split])
 
 
 def describe(config: Config, workdir: pathlib.Path, split: str) -> dict[str, Any]:
@@ -97,28 +97,43 @@ def ensure(
     if todo:
         _build(config, data, workdir, teacher_path, todo)
     return {
-        split: _open(config, data, folder(config, workdir, split), segments)
+        split: _open(config, data, workdir, split, segments)
         for split, segments in splits.items()
     }
 
 
 def _open(
-    config: Config, data: Data, path: pathlib.Path, segments: list[Segment]
+    config: Config,
+    data: Data,
+    workdir: pathlib.Path,
+    split: str,
+    segments: list[Segment],
 ) -> records.Cache:
+    kind, k = _kind(config, data, split)
     cache = records.open_cache(
-        path,
+        folder(config, workdir, split),
         tokenizer_fingerprint=tokenizers.fingerprint(data.tokenizer),
-        kind=config.cache.kind,
-        k=_num_pairs(config.cache.k, data),
+        kind=kind,
+        k=k,
         temperatures=(config.method.temperature, 1.0),
+        tail=config.method.tail,
     )
-    loader.check_cache(segments, cache, set(range(len(data.views))))
+    soft.check_cache(segments, cache, set(range(len(data.views))))
     return cache
 
 
-def _num_pairs(k: int, data: Data) -> int:
-    """No more pairs than the vocabulary has."""
-    return min(k, len(data.tokenizer))
+def _kind(config: Config, data: Data, split: str) -> tuple[str, int]:
+    """The kind of a split's cache, and its pairs or draws a token.
+
+    Held-out measures are exact: that split has the top k where training has draws.
+    There are no more pairs than the vocabulary has.
+    """
+    kind = config.cache.kind
+    if kind == "sampled" and split == "train":
+        return kind, config.cache.num_draws
+    return "top_k" if kind == "sampled" else kind, min(
+        config.cache.k, len(data.tokenizer)
+    )
 
 
 def _build(
@@ -137,20 +152,10 @@ def _build(
     )
     model, params = experiment.load_model(teacher_path, mesh, dtype=config.train.dtype)
     vocab_size = model.shape.vocab_size
-    k = None if settings.kind == "dense" else _num_pairs(settings.k, data)
     rows = jax.sharding.NamedSharding(mesh, sharding.BATCH_SPEC)
-    label_step = step.make_label_step(
-        model.graphdef,
-        mesh,
-        model.abstract,
-        k=k,
-        temperatures=settings.temperatures,
-        chunk_size=settings.chunk_size
-        or head.chunk_size(settings.memory_mib, vocab_size),
-    )
     base = records.Manifest(
-        kind=settings.kind,
-        k=vocab_size if k is None else k,
+        kind="top_k",
+        k=0,
         vocab_size=vocab_size,
         temperatures=tuple(map(float, settings.temperatures)),
         tokenizer_fingerprint=tokenizers.fingerprint(data.tokenizer),
@@ -162,8 +167,21 @@ def _build(
         num_tokens = sum(len(s.target_ids) for s in segments)
         # Shards of a killed run over other examples are refused, not mixed in.
         content = hashlib.blake2b(b"".join(s.key for s in segments), digest_size=16)
+        kind, k = _kind(config, data, split)
+        label_step = step.make_label_step(
+            model.graphdef,
+            mesh,
+            model.abstract,
+            k=k if kind == "top_k" else None,
+            temperatures=settings.temperatures,
+            chunk_size=settings.chunk_size
+            or head.chunk_size(settings.memory_mib, vocab_size),
+        )
         manifest = dataclasses.replace(
             base,
+            kind=kind,
+            k=vocab_size if kind == "dense" else k,
+            num_rounds=settings.num_rounds if kind == "sampled" else 0,
             data=f"{config.data.source} {config.data.path} {split} "
             f"{'+'.join(data.views)} {content.hexdigest()}",
         )
@@ -175,7 +193,7 @@ def _build(
                 path,
                 manifest,
                 settings,
-                lambda batch: label_step(params, jax.device_put(batch, rows)),
+                functools.partial(_place_and_run, label_step, params, rows),
                 advance=advance,
             )
         distributed.barrier(f"label {split}")
@@ -184,6 +202,10 @@ def _build(
             records.finish(path, manifest, num_shards=num_shards)
             _print_speed(split, totals, model.shape, settings.row_length)
         distributed.barrier(f"finish {split}")
+
+
+def _place_and_run(label_step: Any, params: Any, rows: Any, batch: Any) -> Any:
+    return label_step(params, jax.device_put(batch, rows))
 
 
 def _print_speed(split: str, totals: dict[str, float], shape: Any, row_length: int):

@@ -1,39 +1,44 @@
 """The bytes of one teacher record: `encode` and `decode`, two pure functions.
 
-Top-k log-probabilities are stored on a companded grid. With x = -log p in nats, the
-code is round(C log(1 + x)), C = 256: neighbouring codes are (1 + x) / C nats apart,
-fine where the mass is and coarse in the tail, and sixteen bits reach every float32.
-The exact log of the stored mass, float32 per token, is stored too and the decoded row
-is shifted to it: the tail mass 1 - sum p is that of the teacher, not of the rounding.
-The rounding costs about E[(1 + x)^2] / (24 C^2) nats of KL, measured 4e-6 on text.
+A record is a header (uint32 T, uint32 K, uint16 S, uint16 R) and the frames below, in
+this order; `planes` says how arrays and ids become frames. Arrays of tokens are stored
+column by column (token index fastest). docs/cache.md has the whole format.
 
-Dense rows, and all per-token numbers, are stored as exact float32.
+  top_k    K T codes as 2 planes; K T ids; scalars with the log of the stored mass first
+  sampled  S R T numbers of distinct ids as 2 planes; of those the counts, 2 planes, and
+           the ids, both by (S, R, T) and descending count; scalars
+  dense    K T log-probabilities as 4 planes; scalars
+  scalars  T target ids; then log p of the target, log Z for each temperature, entropy
+           for each temperature, as planes of 3 bytes
 
-Every column is cut into byte planes (all low bytes, then all high bytes), each
-compressed by itself, because the planes of one column have different statistics.
+Codes are differences, modulo 2^16, along K of round(C log(1 + x)), x = -log p in nats
+and C = 96: neighbouring codes are (1 + x) / C nats apart, fine where the mass is and
+coarse in the tail, and sixteen bits reach every float32. A decoded row is shifted to
+the stored log of its exact mass: the tail mass 1 - sum p is that of the teacher, not of
+the rounding. The rounding costs about E[(1 + x)^2] / (24 C^2) nats of KL, measured 3e-5
+on text.
 
-Shapes: T target tokens, K stored pairs, S declared temperatures, V vocabulary.
+Shapes: T target tokens, K pairs (sampled: distinct ids at most), S temperatures, R
+rounds of draws, V vocabulary, X scalars of a token.
 """
 
 import struct
-import threading
 from typing import NamedTuple
 
 import numpy as np
 import zstandard
 from jaxtyping import Float32, Int32, UInt16
 
-_GRID = 256.0  # C, codes per unit of log(1 + x)
+from kdjax.teacher import planes
+from kdjax.teacher.planes import IdCoder
+
+_GRID = 96.0  # C, codes per unit of log(1 + x)
 _EMPTY = 0xFFFF  # code of an unused slot (log-probability -inf)
-_HEADER = struct.Struct("<III")  # T, K, S
-_LENGTH = struct.Struct("<I")  # bytes of the compressed plane that follows
-_LEVEL = 6  # of zstandard: beyond it a record is not smaller
+_HEADER = struct.Struct("<IIHH")  # T, K, S, R
 _MAGNITUDES = np.minimum(  # code -> x
     np.expm1(np.arange(_EMPTY + 1) / _GRID), np.finfo(np.float32).max
 ).astype(np.float32)
 _MAGNITUDES[_EMPTY] = np.inf
-_threads = threading.local()  # zstandard contexts must not be shared by threads
-
 
 # What `decode` raises on bytes that `encode` did not write.
 DECODE_ERRORS = (zstandard.ZstdError, struct.error, ValueError)
@@ -43,109 +48,225 @@ class Record(NamedTuple):
     """The teacher's distribution for each of T target tokens (nats).
 
     Attributes:
-        ids: vocabulary ids by descending probability, -1 in unused slots; None in a
-            dense cache, where K = V and ids are implied.
+        ids: vocabulary ids, -1 in unused slots. top_k: [T, K] by descending
+            probability; sampled: [T, S, R, K], the distinct ids of each round by
+            descending count; dense: empty, column v is id v.
         log_probs: log-probabilities at temperature 1 under the full softmax, never
-            renormalised; -inf in unused slots.
-        target_log_probs: log-probability of the token that came, at temperature 1.
+            renormalised; -inf in unused slots. sampled: empty.
+        target_ids: the tokens that came.
+        target_log_probs: their log-probability at temperature 1.
         log_z: log sum_v p_v^(1/T) for each declared temperature T.
         entropy: entropy of the teacher at each declared temperature.
+        counts: how often each id was drawn; empty unless sampled.
+        kind: "top_k", "sampled" or "dense".
     """
 
-    ids: Int32[np.ndarray, "T K"] | None
+    ids: Int32[np.ndarray, "T ..."]
     log_probs: Float32[np.ndarray, "T K"]
+    target_ids: Int32[np.ndarray, "T"]
     target_log_probs: Float32[np.ndarray, "T"]
     log_z: Float32[np.ndarray, "T S"]
     entropy: Float32[np.ndarray, "T S"]
+    counts: Int32[np.ndarray, "T S R K"] = np.zeros((0, 0, 0, 0), np.int32)
+    kind: str = "top_k"
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return len(self.target_ids)
 
 
-def encode(record: Record, *, vocab_size: int) -> bytes:
+def encode(record: Record, coder: IdCoder) -> bytes:
     """Return the bytes of `record`: equal records give equal bytes.
 
     Raises:
         ValueError: a NaN, a row without any stored pair, an id outside the
             vocabulary, or fields whose shapes do not agree.
     """
-    ids_TK, log_probs_TK, targets_T, log_z_TS, entropy_TS = record
-    _check(record, vocab_size=vocab_size)
-    num_tokens, num_pairs = log_probs_TK.shape
-    scalars_TX = np.concatenate([targets_T[:, None], log_z_TS, entropy_TS], axis=1)
-    if ids_TK is None:
-        columns = [log_probs_TK.astype("<f4"), scalars_TX.astype("<f4")]
+    check(record, vocab_size=coder.vocab_size)
+    scalars_TX = np.concatenate(
+        [record.target_log_probs[:, None], record.log_z, record.entropy], axis=1
+    )
+    num_pairs, num_rounds = 0, 0
+    if record.kind == "sampled":
+        num_rounds, num_pairs = record.ids.shape[2:]
+        parts = _pack_draws(record, coder)
+    elif record.kind == "dense":
+        num_pairs = record.log_probs.shape[1]
+        parts = [planes.pack_floats(record.log_probs.T.ravel(), num_bytes=4)]
     else:
-        codes_TK = _codes(log_probs_TK)
+        num_pairs = record.log_probs.shape[1]
+        codes_TK = _codes(record.log_probs)
         deltas_TK = np.diff(codes_TK, axis=1, prepend=np.uint16(0))  # modulo 2^16
-        mass_T1 = _log_mass(log_probs_TK)
-        columns = [
-            np.where(codes_TK == _EMPTY, 0, ids_TK).astype(_id_dtype(vocab_size)),
-            deltas_TK.astype("<u2"),
-            np.concatenate([mass_T1, scalars_TX], axis=1).astype("<f4"),
+        # An unused slot is marked by its code; the id written there is the cheapest.
+        free = coder.order[0] if len(coder.order) else 0
+        ids_TK = np.where(codes_TK == _EMPTY, free, record.ids)
+        parts = [
+            planes.pack_integers(deltas_TK.T.ravel(), num_bytes=2),
+            coder.pack(ids_TK.T.ravel()),
         ]
-    header = _HEADER.pack(num_tokens, num_pairs, log_z_TS.shape[1])
-    return header + b"".join(_compress(column) for column in columns)
+        scalars_TX = np.concatenate([_log_mass(record.log_probs), scalars_TX], axis=1)
+    parts += [
+        coder.pack(record.target_ids),
+        planes.pack_floats(scalars_TX.T.ravel(), num_bytes=3),
+    ]
+    header = _HEADER.pack(
+        record.num_tokens, num_pairs, record.log_z.shape[1], num_rounds
+    )
+    return header + b"".join(parts)
 
 
-def decode(data: bytes, *, vocab_size: int, dense: bool) -> Record:
+def num_tokens(data: bytes) -> int:
+    """Return how many target tokens an encoded record is of."""
+    return _HEADER.unpack_from(data)[0]
+
+
+def decode(data: bytes, coder: IdCoder, *, kind: str) -> Record:
     """Return the record that `encode` wrote, within the rounding described above."""
-    num_tokens, num_pairs, num_temperatures = _HEADER.unpack_from(data)
-    shape, offset = (num_tokens, num_pairs), _HEADER.size
-    num_scalars = 1 + 2 * num_temperatures
-    if dense:
-        ids_TK = None
-        log_probs_TK, offset = _decompress(data, offset, shape, "<f4")
-        scalars_TX, _ = _decompress(data, offset, (num_tokens, num_scalars), "<f4")
+    num_tokens, num_pairs, num_temperatures, num_rounds = _HEADER.unpack_from(data)
+    reader = planes.Reader(data, _HEADER.size)
+    num_stored = num_tokens * num_pairs
+    num_scalars = 1 + 2 * num_temperatures + (kind == "top_k")
+    log_probs_TK = np.zeros((num_tokens, 0), np.float32)
+    ids = np.zeros((num_tokens, 0), np.int32)
+    counts = np.zeros((0, 0, 0, 0), np.int32)
+    if kind == "sampled":
+        shape = (num_temperatures, num_rounds, num_tokens, num_pairs)
+        ids, counts = _unpack_draws(reader, coder, shape)
+    elif kind == "dense":
+        values = planes.unpack_floats(reader, num_stored, num_bytes=4)
+        log_probs_TK = _rows(values, num_tokens, num_pairs)
     else:
-        raw_ids_TK, offset = _decompress(data, offset, shape, _id_dtype(vocab_size))
-        deltas_TK, offset = _decompress(data, offset, shape, "<u2")
-        scalars_TX, _ = _decompress(data, offset, (num_tokens, num_scalars + 1), "<f4")
-        mass_T1, scalars_TX = scalars_TX[:, :1], scalars_TX[:, 1:]
-        codes_TK = np.cumsum(deltas_TK, axis=1, dtype=np.uint16)
+        deltas = planes.unpack_integers(reader, num_stored, num_bytes=2)
+        deltas_KT = deltas.reshape(num_pairs, num_tokens)
+        codes_TK = np.cumsum(deltas_KT, axis=0, dtype=np.uint16).T
         log_probs_TK = -_MAGNITUDES[codes_TK]
-        log_probs_TK += mass_T1 - _log_mass(log_probs_TK)
-        ids_TK = raw_ids_TK.astype(np.int32)
-        ids_TK[codes_TK == _EMPTY] = -1
-    log_z_TS = scalars_TX[:, 1 : 1 + num_temperatures]
+        ids = _rows(coder.unpack(reader, num_stored), num_tokens, num_pairs)
+        ids[codes_TK == _EMPTY] = -1
+    target_ids = coder.unpack(reader, num_tokens)
+    scalars = planes.unpack_floats(reader, num_tokens * num_scalars, num_bytes=3)
+    reader.end()
+    scalars_TX = _rows(scalars, num_tokens, num_scalars)
+    if kind == "top_k":
+        log_probs_TK += scalars_TX[:, :1] - _log_mass(log_probs_TK)
+        scalars_TX = scalars_TX[:, 1:]
     return Record(
-        ids=ids_TK,
+        ids=ids,
         log_probs=log_probs_TK,
+        counts=counts,
+        target_ids=target_ids,
         target_log_probs=scalars_TX[:, 0],
-        log_z=log_z_TS,
+        log_z=scalars_TX[:, 1 : 1 + num_temperatures],
         entropy=scalars_TX[:, 1 + num_temperatures :],
+        kind=kind,
     )
 
 
-def _check(record: Record, *, vocab_size: int) -> None:
-    ids_TK, log_probs_TK, targets_T, log_z_TS, entropy_TS = record
+def _rows(values: np.ndarray, num_tokens: int, num_columns: int) -> np.ndarray:
+    """Return [T, columns] from values that were stored column by column."""
+    return np.ascontiguousarray(values.reshape(num_columns, num_tokens).T)
+
+
+def _pack_draws(record: Record, coder: IdCoder) -> list[bytes]:
+    counts_SRTK = record.counts.transpose(1, 2, 0, 3)
+    used_SRTK = counts_SRTK > 0
+    num_used = used_SRTK.sum(axis=-1)
+    return [
+        planes.pack_integers(num_used.ravel(), num_bytes=2),
+        planes.pack_integers(counts_SRTK[used_SRTK], num_bytes=2),
+        coder.pack(record.ids.transpose(1, 2, 0, 3)[used_SRTK]),
+    ]
+
+
+def _unpack_draws(
+    reader: planes.Reader, coder: IdCoder, shape: tuple[int, int, int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    num_used = planes.unpack_integers(reader, int(np.prod(shape[:3])), num_bytes=2)
+    used_SRTK = np.arange(shape[3]) < num_used.reshape(*shape[:3], 1)
+    num = int(num_used.sum(dtype=np.int64))
+    counts = np.zeros(shape, np.int32)
+    counts[used_SRTK] = planes.unpack_integers(reader, num, num_bytes=2)
+    ids = np.full(shape, -1, np.int32)
+    ids[used_SRTK] = coder.unpack(reader, num)
+    order = (2, 0, 1, 3)
+    return ids.transpose(order), counts.transpose(order)
+
+
+def check(record: Record, *, vocab_size: int) -> None:
+    """Raise ValueError unless `record` can be encoded."""
+    num_tokens = record.num_tokens
+    if not (
+        record.target_log_probs.shape == (num_tokens,)
+        and record.log_z.shape == record.entropy.shape
+        and record.log_z.shape[0] == num_tokens
+    ):
+        raise ValueError(
+            f"target_log_probs {record.target_log_probs.shape}, log_z "
+            f"{record.log_z.shape} and entropy {record.entropy.shape} must be [T], "
+            f"[T, S] and [T, S] with T={num_tokens}"
+        )
+    for name in ("target_log_probs", "log_z", "entropy"):
+        if np.isnan(getattr(record, name)).any():
+            raise ValueError(
+                f"{name} of a teacher record holds NaN: the teacher's logits overflowed"
+            )
+    _check_ids(record.target_ids, "target_ids", vocab_size)
+    if record.kind == "sampled":
+        _check_draws(record, vocab_size)
+    else:
+        _check_rows(record, vocab_size)
+
+
+def _check_rows(record: Record, vocab_size: int) -> None:
+    ids_TK, log_probs_TK = record.ids, record.log_probs
     num_tokens, num_pairs = log_probs_TK.shape
-    if ids_TK is None and num_pairs != vocab_size:
+    dense = record.kind == "dense"
+    if dense and num_pairs != vocab_size:
         raise ValueError(
             f"log_probs of a dense record has {num_pairs} columns, the vocabulary "
             f"{vocab_size} ids: give one column per id"
         )
-    if ids_TK is not None and ids_TK.shape != log_probs_TK.shape:
-        raise ValueError(
-            f"ids {ids_TK.shape} and log_probs {log_probs_TK.shape} differ"
-        )
-    if not (
-        targets_T.shape == (num_tokens,)
-        and log_z_TS.shape == entropy_TS.shape
-        and log_z_TS.shape[0] == num_tokens
+    if num_tokens != record.num_tokens or not (
+        dense or ids_TK.shape == log_probs_TK.shape
     ):
         raise ValueError(
-            f"target_log_probs {targets_T.shape}, log_z {log_z_TS.shape} and entropy "
-            f"{entropy_TS.shape} must be [T], [T, S] and [T, S] with T={num_tokens}"
+            f"ids {ids_TK.shape} and log_probs {log_probs_TK.shape} differ, or have "
+            f"not T={record.num_tokens} rows"
         )
-    if any(np.isnan(array).any() for array in record[1:]):
-        raise ValueError("a teacher record holds NaN: the teacher's logits overflowed")
+    if np.isnan(log_probs_TK).any():
+        raise ValueError(
+            "log_probs of a teacher record holds NaN: the teacher's logits overflowed"
+        )
     if not np.isfinite(log_probs_TK.max(axis=1, initial=-np.inf)).all():
         raise ValueError("a target token has no finite log-probability: store k >= 1")
-    if ids_TK is not None:
-        used_ids = ids_TK[np.isfinite(log_probs_TK)]
-        if used_ids.size and not 0 <= used_ids.min() <= used_ids.max() < vocab_size:
-            raise ValueError(
-                f"ids from {used_ids.min()} to {used_ids.max()} leave the vocabulary "
-                f"of {vocab_size}: give the vocabulary the teacher was run with"
-            )
+    if not dense:
+        _check_ids(ids_TK[np.isfinite(log_probs_TK)], "ids", vocab_size)
+
+
+def _check_draws(record: Record, vocab_size: int) -> None:
+    shape = (record.num_tokens, record.log_z.shape[1])
+    if record.ids.shape != record.counts.shape or record.ids.shape[:2] != shape:
+        raise ValueError(
+            f"ids {record.ids.shape} and counts {record.counts.shape} must be "
+            f"[T, S, R, K] with (T, S)={shape}"
+        )
+    totals = record.counts.sum(axis=-1)
+    if (np.diff(record.counts, axis=-1) > 0).any() or len(np.unique(totals)) > 1:
+        raise ValueError(
+            "counts must descend and have one sum, the number of draws: "
+            f"sums from {totals.min()} to {totals.max()}"
+        )
+    if record.counts.min(initial=0) < 0 or record.counts.max(initial=0) > 0xFFFF:
+        raise ValueError("counts must lie in 0..65535: draw less")
+    _check_ids(record.ids[record.counts > 0], "ids", vocab_size)
+
+
+def _check_ids(ids: np.ndarray, name: str, vocab_size: int) -> None:
+    if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
+        raise ValueError(
+            f"{name} from {ids.min()} to {ids.max()} leave the vocabulary of "
+            f"{vocab_size}: give the vocabulary the teacher was run with"
+        )
 
 
 def _codes(log_probs_TK: Float32[np.ndarray, "T K"]) -> UInt16[np.ndarray, "T K"]:
@@ -163,36 +284,3 @@ def _log_mass(log_probs_TK: Float32[np.ndarray, "T K"]) -> Float32[np.ndarray, "
         axis=1, keepdims=True, dtype=np.float64
     )
     return (peak_T1 + np.log(sums_T1)).astype(np.float32)
-
-
-def _id_dtype(vocab_size: int) -> np.dtype:
-    """Return the narrowest unsigned type that holds every id."""
-    return np.min_scalar_type(max(vocab_size - 1, 0)).newbyteorder("<")
-
-
-def _compress(column: np.ndarray) -> bytes:
-    """Compress each byte plane of `column`; planes lie low byte first."""
-    if not hasattr(_threads, "compressor"):
-        _threads.compressor = zstandard.ZstdCompressor(
-            level=_LEVEL, write_content_size=True, write_checksum=False
-        )
-    rows = np.ascontiguousarray(column).view(np.uint8).reshape(-1, column.itemsize)
-    frames = [_threads.compressor.compress(plane.tobytes()) for plane in rows.T]
-    return b"".join(_LENGTH.pack(len(frame)) + frame for frame in frames)
-
-
-def _decompress(
-    data: bytes, offset: int, shape: tuple[int, int], dtype: str | np.dtype
-) -> tuple[np.ndarray, int]:
-    """Return the column that starts at `offset`, and the offset after it."""
-    if not hasattr(_threads, "decompressor"):
-        _threads.decompressor = zstandard.ZstdDecompressor()
-    dtype = np.dtype(dtype)
-    planes = np.empty((shape[0] * shape[1], dtype.itemsize), np.uint8)
-    for plane in planes.T:
-        (length,) = _LENGTH.unpack_from(data, offset)
-        offset += _LENGTH.size
-        frame = data[offset : offset + length]
-        plane[:] = np.frombuffer(_threads.decompressor.decompress(frame), np.uint8)
-        offset += length
-    return planes.view(dtype).reshape(shape), offset

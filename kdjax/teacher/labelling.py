@@ -17,7 +17,7 @@ import numpy as np
 from kdjax.config import CacheConfig
 from kdjax.data import loader
 from kdjax.data.views import Segment
-from kdjax.teacher import records
+from kdjax.teacher import draws, records
 from kdjax.teacher.codec import Record
 
 LabelStep = Callable[[dict[str, Any]], dict[str, jax.Array]]
@@ -67,13 +67,14 @@ def label(
         if index in complete:
             advance(sum(len(segment.target_ids) for segment in part))
             continue
-        found = _label_shard(part, config, label_step, clock, advance)
+        found = _label_shard(part, manifest, config, label_step, clock, advance)
         records.write_shard(folder, index, len(parts), found, manifest)
     return clock.totals()
 
 
 def _label_shard(
     segments: Sequence[Segment],
+    manifest: records.Manifest,
     config: CacheConfig,
     label_step: LabelStep,
     clock: "_Clock",
@@ -93,43 +94,77 @@ def _label_shard(
     pending = None
     for step in range(plan.steps_per_epoch(0)):
         batch = loader.make_batch(plan, step, terms=())
+        if manifest.kind == "sampled":
+            batch["points"] = _points(plan, step, manifest)
         computed = label_step(batch)
         if pending is not None:
-            yield from _unpack(plan, *pending, clock, advance)
+            yield from _unpack(plan, *pending, manifest, clock, advance)
         pending = (step, computed)
     if pending is not None:
-        yield from _unpack(plan, *pending, clock, advance)
+        yield from _unpack(plan, *pending, manifest, clock, advance)
+
+
+def _points(plan: Any, step: int, manifest: records.Manifest) -> np.ndarray:
+    """Where to look up the draws of a batch: [1, B, T, S, R * n]; 0 in padding."""
+    num_temperatures = len(manifest.temperatures)
+    num_points = manifest.num_rounds * manifest.k
+    shape = (plan.batch_size, plan.row_length, num_temperatures, num_points)
+    found = np.zeros(shape, np.float32)
+    for row, items in enumerate(plan.batch(step)):
+        for _, segment, _, target in loader.placements(plan, items):
+            found[row, target] = draws.points(
+                segment.key,
+                len(segment.target_ids),
+                num_temperatures,
+                manifest.num_rounds,
+                manifest.k,
+            ).reshape(-1, num_temperatures, num_points)
+    return found[None]
 
 
 def _unpack(
     plan: Any,
     step: int,
     computed: dict[str, jax.Array],
+    manifest: records.Manifest,
     clock: "_Clock",
     advance: Callable[[int], None],
 ) -> Iterator[tuple[bytes, Record]]:
-    shape = (plan.batch_size, plan.row_length)
+    lead = (plan.batch_size, plan.row_length)
     arrays = {
-        name: np.asarray(value).reshape(*shape, *value.shape[1:])
+        name: np.asarray(value).reshape(*lead, *value.shape[1:])
         for name, value in computed.items()
     }
     num_tokens = 0
     for row, items in enumerate(plan.batch(step)):
         for _, segment, _, target in loader.placements(plan, items):
             num_tokens += len(segment.target_ids)
-            ids = arrays.get("ids_NK")
-            yield (
-                segment.key,
-                Record(
-                    ids=None if ids is None else ids[row, target],
-                    log_probs=arrays["log_probs_NK"][row, target],
-                    target_log_probs=arrays["target_log_probs_N"][row, target],
-                    log_z=arrays["log_z_NS"][row, target],
-                    entropy=arrays["entropy_NS"][row, target],
-                ),
-            )
+            of = {name: array[row, target] for name, array in arrays.items()}
+            yield segment.key, _record(of, segment, manifest)
     clock.add(num_tokens, plan.batch_size * plan.row_length)
     advance(num_tokens)
+
+
+def _record(
+    of: dict[str, np.ndarray], segment: Segment, manifest: records.Manifest
+) -> Record:
+    """The record of one segment from its rows of the computed arrays."""
+    num_tokens = len(segment.target_ids)
+    record = Record(
+        ids=of.get("ids_NK", np.zeros((num_tokens, 0), np.int32)),
+        log_probs=of.get("log_probs_NK", np.zeros((num_tokens, 0), np.float32)),
+        target_ids=segment.target_ids.astype(np.int32),
+        target_log_probs=of["target_log_probs_N"],
+        log_z=of["log_z_NS"],
+        entropy=of["entropy_NS"],
+        kind=manifest.kind,
+    )
+    if manifest.kind != "sampled":
+        return record
+    drawn = of["drawn_ids_NSP"]
+    shape = (*drawn.shape[:2], manifest.num_rounds, manifest.k)
+    ids, counts = draws.count(drawn.reshape(shape))
+    return record._replace(ids=ids, counts=counts)
 
 
 @dataclasses.dataclass(slots=True)

@@ -1,13 +1,15 @@
 """The manifest of a teacher cache: what it holds and what made it."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
 from typing import Any
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
+MISSING = ("tail_mass", "entropy", "target_log_probs")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,6 +19,7 @@ class Shard:
     name: str  # file name in the cache folder
     num_records: int
     num_tokens: int  # target tokens
+    digest: str  # blake2b of its keys and records, as its own index says, hex
     checksum: str  # blake2b of the file, hex
 
 
@@ -24,13 +27,15 @@ class Shard:
 class Manifest:
     """What a cache holds and what made it."""
 
-    kind: str  # "top_k" or "dense"
-    k: int  # pairs stored per target token; dense: vocab_size
+    kind: str  # "top_k", "sampled" or "dense"
+    k: int  # pairs stored per target token; dense: vocab_size; sampled: draws a round
+    num_rounds: int = 0  # sampled: independent rounds of draws
     vocab_size: int  # ids are below it
     temperatures: tuple[float, ...]  # those with exact log_z and entropy
     tokenizer_fingerprint: str  # of the tokenizer that made the target ids
     teacher_path: str  # where the teacher was
     teacher_fingerprint: str  # of its config and weights
+    missing: tuple[str, ...] = ()  # of MISSING: what the origin could not give
     data: str = ""  # the labelled examples, in words
     format_version: int = FORMAT_VERSION
     versions: dict[str, str] = dataclasses.field(default_factory=dict)  # of libraries
@@ -53,7 +58,7 @@ class Manifest:
         """
         fields = dataclasses.asdict(self)
         del fields["versions"], fields["shards"], fields["teacher_path"]
-        return fields | {"temperatures": list(self.temperatures)}
+        return json.loads(json.dumps(fields))
 
 
 def read_manifest(folder: str | os.PathLike) -> Manifest:
@@ -68,14 +73,21 @@ def read_manifest(folder: str | os.PathLike) -> Manifest:
             f"cache={folder!s} has no {MANIFEST}: labelling was not finished there; "
             "start it again, it continues where it stopped"
         )
-    fields = json.loads(path.read_text())
-    if fields.get("format_version") != FORMAT_VERSION:
+    try:
+        fields = json.loads(path.read_text())
+        version = fields.get("format_version")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(_edited(path)) from error
+    if version != FORMAT_VERSION:
         raise ValueError(
-            f"format_version={fields.get('format_version')} of {path}: this version "
-            f"reads {FORMAT_VERSION}; label again"
+            f"format_version={version} of {path}: this version reads "
+            f"{FORMAT_VERSION}; label again"
         )
+    if fields.pop("checksum", None) != _checksum(fields):
+        raise ValueError(_edited(path))
     del fields["num_records"], fields["num_tokens"]
-    fields["temperatures"] = tuple(fields["temperatures"])
+    for name in ("temperatures", "missing"):
+        fields[name] = tuple(fields[name])
     fields["shards"] = tuple(Shard(**shard) for shard in fields["shards"])
     return Manifest(**fields)
 
@@ -84,11 +96,27 @@ def write_manifest(folder: str | os.PathLike, manifest: Manifest) -> None:
     """Write `manifest.json` atomically: temporary file, fsync, rename."""
     path = pathlib.Path(folder) / MANIFEST
     totals = {"num_records": manifest.num_records, "num_tokens": manifest.num_tokens}
+    fields = dataclasses.asdict(manifest) | totals
     temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    temporary.write_text(json.dumps(dataclasses.asdict(manifest) | totals, indent=2))
+    temporary.write_text(
+        json.dumps(fields | {"checksum": _checksum(fields)}, indent=2) + "\n"
+    )
     sync(temporary)
     temporary.rename(path)
     sync(path.parent)
+
+
+def _checksum(fields: dict[str, Any]) -> str:
+    """Return the blake2b of the other fields, as JSON without spaces, keys sorted."""
+    text = json.dumps(fields, sort_keys=True, separators=(",", ":"))
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _edited(path: pathlib.Path) -> str:
+    return (
+        f"{path} was damaged or edited: delete it and start labelling again, which "
+        "keeps the shards and writes it anew"
+    )
 
 
 def refuse_other_identity(

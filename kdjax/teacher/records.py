@@ -13,15 +13,17 @@ import dataclasses
 import functools
 import hashlib
 import importlib.metadata
+import math
 import os
 import pathlib
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
-from kdjax.teacher import codec
+from kdjax.teacher import checks, codec
+from kdjax.teacher.checks import Alignment
 from kdjax.teacher.codec import Record
 from kdjax.teacher.manifest import (
     MANIFEST,
@@ -31,6 +33,7 @@ from kdjax.teacher.manifest import (
     refuse_other_identity,
     write_manifest,
 )
+from kdjax.teacher.planes import IdCoder
 from kdjax.teacher.shards import (
     KEY_BYTES,
     DamagedShardError,
@@ -87,6 +90,7 @@ def finish(
                 name=path.name,
                 num_records=len(entry.keys),
                 num_tokens=entry.num_tokens,
+                digest=entry.digest,
                 checksum=_checksum(path),
             )
         )
@@ -110,6 +114,7 @@ def open_cache(
     kind: str | None = None,
     k: int | None = None,
     temperatures: Iterable[float] = (),
+    tail: str | None = None,
 ) -> "Cache":
     """Open a finished cache; what is given must be what the cache holds.
 
@@ -117,9 +122,10 @@ def open_cache(
         folder: the cache.
         tokenizer_fingerprint: None is not checked, here and below.
         vocab_size: of the teacher.
-        kind: "top_k" or "dense".
-        k: pairs per token; not checked in a dense cache.
+        kind: "top_k", "sampled" or "dense".
+        k: pairs per token, or draws a round; not checked in a dense cache.
         temperatures: each must have been declared when labelling.
+        tail: policy for what is not stored; some need the tail's mass.
 
     Raises:
         ValueError: naming the field, what was found, what was wanted, the remedy.
@@ -145,13 +151,20 @@ def open_cache(
                 f"labelled: use one of {manifest.temperatures}, or label again with "
                 "it among cache.temperatures"
             )
+    if "tail_mass" in manifest.missing and tail in ("bucket", "drop"):
+        raise ValueError(
+            f"tail={tail!r} needs the mass outside the stored pairs, which the origin "
+            f"of {folder!s} ({manifest.teacher_fingerprint}) did not give: use "
+            "'renormalize_teacher' or 'renormalize_both'"
+        )
     return Cache(pathlib.Path(folder), manifest)
 
 
 class Cache:
     """A finished cache, open for reading: random access, safe under threads.
 
-    Shards are opened, and their indices read, when they are first needed.
+    All indices are read when the first key is looked up. Nothing of a shard is believed
+    before the checksum of the whole file was compared, once, at its first record.
     """
 
     def __init__(self, folder: pathlib.Path, manifest: Manifest) -> None:
@@ -159,16 +172,19 @@ class Cache:
         self.folder = folder
         self.manifest = manifest
         self._readers: dict[int, Any] = {}
+        self._checked: set[int] = set()
         self._lock = threading.Lock()
 
     @property
     def kind(self) -> str:
-        """One of "top_k" and "dense"."""
+        """One of "top_k", "sampled" and "dense"."""
         return self.manifest.kind
 
     @property
     def k(self) -> int:
-        """Pairs stored per target token; the vocabulary in a dense cache."""
+        """Pairs stored per target token; the vocabulary in a dense cache; the draws of
+        a round in a sampled one.
+        """
         return self.manifest.k
 
     @property
@@ -193,7 +209,7 @@ class Cache:
 
     def has(self, key: bytes) -> bool:
         """Whether there is a record for this 16-byte content key."""
-        return key in self._locations
+        return key in self._index[0]
 
     def read(self, key: bytes) -> Record:
         """Return the record of a key.
@@ -201,40 +217,50 @@ class Cache:
         Raises:
             ValueError: no such record, or it is damaged (naming file and record).
         """
-        if key not in self._locations:
+        locations, coders = self._index
+        if key not in locations:
             raise ValueError(
                 f"key={key.hex()} is not in the cache {self.folder!s}: these tokens "
                 "were not labelled; label again with this data and tokenizer"
             )
-        shard, row = self._locations[key]
+        shard, row = locations[key]
         path = self.folder / self.manifest.shards[shard].name
-        payload = read_payload(self._reader(shard), path, row)
+        payload = read_payload(self._checked_reader(shard), path, row, key=key)
         try:
-            return codec.decode(
-                payload,
-                vocab_size=self.vocab_size,
-                dense=self.kind == "dense",
-            )
+            return codec.decode(payload, coders[shard], kind=self.kind)
         except codec.DECODE_ERRORS as error:
             raise DamagedShardError(damage(path, row)) from error
 
-    def keys(self) -> Iterator[bytes]:
+    def __iter__(self) -> Iterator[bytes]:
         """All keys, shard by shard."""
-        return iter(self._locations)
+        return iter(self._index[0])
 
     @functools.cached_property
-    def _locations(self) -> dict[bytes, tuple[int, int]]:
-        """Key -> (shard, row); a key that two shards hold is read from the first."""
+    def _index(self) -> tuple[dict[bytes, tuple[int, int]], list[IdCoder]]:
+        """Key -> (shard, row), and the id coder of each shard.
+
+        A key that two shards hold is read from the first.
+        """
         locations: dict[bytes, tuple[int, int]] = {}
+        coders = []
         for number, shard in enumerate(self.manifest.shards):
             path = self.folder / shard.name
             entry = read_index(path, self._reader(number))
             refuse_other_identity(path, entry.identity, self.manifest)
-            if len(entry.keys) != shard.num_records:
+            if entry.digest != shard.digest:  # another shard of the same cache
                 raise DamagedShardError(damage(path, None))
+            coders.append(entry.coder)
             for row, key in enumerate(entry.keys):
                 locations.setdefault(key, (number, row))
-        return locations
+        return locations, coders
+
+    def _checked_reader(self, shard: int) -> Any:
+        """Return the reader; the whole file is checked before its first record."""
+        if shard not in self._checked:
+            entry = self.manifest.shards[shard]
+            _check_file(self.folder / entry.name, entry)
+            self._checked.add(shard)
+        return self._reader(shard)
 
     def _reader(self, shard: int) -> Any:
         with self._lock:
@@ -244,37 +270,61 @@ class Cache:
             return self._readers[shard]
 
 
-def verify(cache: Cache) -> dict[str, int]:
-    """Read everything: checksums, shapes and sums of every record.
+def verify(
+    cache: Cache, *, advance: Callable[[int], None] = lambda num_tokens: None
+) -> dict[str, float]:
+    """Read everything: checksums, shapes and sums of every record, and its targets.
+
+    A row is the distribution for its own token: the stored log-probability of the token
+    that came must be the row's. Where the origin did not give it, rows must on average
+    fit their own tokens better than their neighbours. So rows that were shifted by one
+    position fail.
+
+    Args:
+        cache: an open cache.
+        advance: told the target tokens of every record read.
 
     Returns:
-        The number of shards, records and tokens read.
+        "shards", "records" and "tokens" that were read, and "teacher_nll", nats a
+        target token (NaN where the origin did not give it).
 
     Raises:
         ValueError: naming the file, and the record where one is at fault.
     """
+    num_tokens, total, alignment = 0, 0.0, Alignment()
+    known = "target_log_probs" not in cache.manifest.missing
     for shard in cache.manifest.shards:
         path = cache.folder / shard.name
-        entry = check_shard(path)
-        num_tokens = 0
-        for row, key in enumerate(entry.keys):
+        _check_file(path, shard)
+        num_in_shard = 0
+        for row, key in enumerate(check_shard(path).keys):
             record = cache.read(key)
-            num_tokens += len(record.log_probs)
+            num_in_shard += record.num_tokens
             check_record(key, record, cache.manifest, known={})
-            # The token that came cannot be likelier than the likeliest one.
-            peak_T = record.log_probs.max(axis=1)
-            mass_T = np.exp(record.log_probs).sum(axis=1, dtype=np.float64)
-            if (record.target_log_probs > peak_T + 0.1).any() or (mass_T > 1.001).any():
-                raise ValueError(
-                    f"record {row} of {path} is no distribution: label again"
-                )
-        if num_tokens != shard.num_tokens or _checksum(path) != shard.checksum:
+            if problem := checks.problem(record, cache.manifest):
+                raise ValueError(f"record {row} of {path}: {problem}")
+            total -= float(record.target_log_probs.sum(dtype=np.float64))
+            if not known:
+                alignment.add(record)
+            advance(record.num_tokens)
+        if num_in_shard != shard.num_tokens:
             raise DamagedShardError(damage(path, None))
+        num_tokens += num_in_shard
+    if problem := alignment.problem():
+        raise ValueError(f"cache {cache.folder!s}: {problem}")
     return {
         "shards": len(cache.manifest.shards),
         "records": cache.num_records,
-        "tokens": cache.num_tokens,
+        "tokens": num_tokens,
+        "teacher_nll": total / max(1, num_tokens) if known else math.nan,
     }
+
+
+def _check_file(path: pathlib.Path, entry: Shard) -> None:
+    """Raise DamagedShardError, naming the record if one can be named."""
+    if _checksum(path) != entry.checksum:
+        check_shard(path)
+        raise DamagedShardError(damage(path, None))
 
 
 def _checksum(path: pathlib.Path) -> str:

@@ -1,27 +1,32 @@
 """The shards of a teacher cache: ArrayRecord files that can be judged by themselves.
 
-The last record of a shard is its index: keys, token counts, a digest of the records
-and what the shard was labelled with. So a shard is known to be whole or not before
-there is a manifest, and labelling that was killed continues where it stopped.
+The last record of a shard is its index: keys, token counts, a digest of the records,
+the order of ids they are coded with and what the shard was labelled with. So a shard is
+known to be whole or not before there is a manifest, and labelling that was killed
+continues where it stopped.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import pathlib
 import struct
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 from array_record.python import array_record_module
 
-from kdjax.teacher import codec
+from kdjax.teacher import codec, planes
 from kdjax.teacher.codec import Record
 from kdjax.teacher.manifest import MANIFEST, Manifest, refuse_other_identity, sync
+from kdjax.teacher.planes import IdCoder
 
 KEY_BYTES = 16
-_CRC = struct.Struct("<I")  # crc32 of the payload, before it, in every record
+_ORDER_TOKENS = 4096  # the order of ids is made from so many tokens of the shard
+_CRC = struct.Struct("<I")  # crc32 of key and payload, before it, in every record
 _LENGTH = struct.Struct("<I")  # bytes of the JSON part of an index
 _WRITER_OPTIONS = "group_size:1,uncompressed"  # records are compressed already
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # random access
@@ -35,6 +40,7 @@ class Index(NamedTuple):
     num_tokens: int
     digest: str
     identity: dict[str, Any]
+    coder: IdCoder
 
 
 class DamagedShardError(ValueError):
@@ -67,24 +73,61 @@ def write_shard(
     Raises:
         ValueError: a record that does not fit the manifest, or a repeated key.
     """
+    coder, records = _with_coder(records, manifest.vocab_size)
+    keys: dict[bytes, None] = {}
+
+    def payloads() -> Iterator[tuple[bytes, bytes, int]]:
+        for key, record in records:
+            check_record(key, record, manifest, known=keys)
+            keys[key] = None
+            yield key, codec.encode(record, coder), record.num_tokens
+
+    _write(folder, index, num_shards, payloads(), coder, manifest)
+
+
+def copy_shard(
+    source: pathlib.Path,
+    folder: str | os.PathLike,
+    index: int,
+    num_shards: int,
+    manifest: Manifest,
+) -> None:
+    """Write the records of the shard at `source`, byte for byte, into another cache."""
+    reader, entry = open_reader(source), check_shard(source)
+
+    def payloads() -> Iterator[tuple[bytes, bytes, int]]:
+        for row, key in enumerate(entry.keys):
+            payload = read_payload(reader, source, row, key=key)
+            yield key, payload, codec.num_tokens(payload)
+
+    _write(folder, index, num_shards, payloads(), entry.coder, manifest)
+
+
+def _write(
+    folder: str | os.PathLike,
+    index: int,
+    num_shards: int,
+    payloads: Iterable[tuple[bytes, bytes, int]],
+    coder: IdCoder,
+    manifest: Manifest,
+) -> None:
+    """Write (key, bytes, tokens) of every record, then the index."""
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / shard_name(index, num_shards)
     temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    keys: dict[bytes, None] = {}
-    num_tokens, digest = 0, hashlib.blake2b(digest_size=16)
+    keys, total, digest = [], 0, hashlib.blake2b(digest_size=16)
     writer = array_record_module.ArrayRecordWriter(str(temporary), _WRITER_OPTIONS)
     try:
-        for key, record in records:
-            check_record(key, record, manifest, known=keys)
-            keys[key] = None
-            num_tokens += len(record.log_probs)
-            payload = codec.encode(record, vocab_size=manifest.vocab_size)
+        for key, payload, num_tokens in payloads:
+            keys.append(key)
+            total += num_tokens
             digest.update(key + payload)
-            writer.write(_CRC.pack(zlib.crc32(payload)) + payload)
-        entry = Index(tuple(keys), num_tokens, digest.hexdigest(), manifest.identity())
-        payload = _pack_index(entry)
-        writer.write(_CRC.pack(zlib.crc32(payload)) + payload)
+            writer.write(_CRC.pack(_crc(key, payload)) + payload)
+        payload = _pack_index(
+            Index(tuple(keys), total, digest.hexdigest(), manifest.identity(), coder)
+        )
+        writer.write(_CRC.pack(_crc(b"", payload)) + payload)
         writer.close()
         sync(temporary)
         temporary.rename(path)
@@ -93,6 +136,25 @@ def write_shard(
         if writer.is_open():
             writer.close()
         temporary.unlink(missing_ok=True)
+
+
+def _with_coder(
+    records: Iterable[tuple[bytes, Record]], vocab_size: int
+) -> tuple[IdCoder, Iterator[tuple[bytes, Record]]]:
+    """Return the coder made from the first tokens, and all records."""
+    records = iter(records)
+    first, num_tokens = [], 0
+    for pair in records:
+        first.append(pair)
+        num_tokens += pair[1].num_tokens
+        if num_tokens >= _ORDER_TOKENS:
+            break
+    used = np.concatenate(
+        [np.r_[r.target_ids, r.ids.ravel()] for _, r in first] or [[0]]
+    )
+    # What leaves the vocabulary is refused, by name, when its record is written.
+    coder = IdCoder.of(used[used < vocab_size], vocab_size)
+    return coder, itertools.chain(first, records)
 
 
 def complete_shards(
@@ -127,23 +189,35 @@ def complete_shards(
 
 
 def _pack_index(entry: Index) -> bytes:
-    header = json.dumps(entry._asdict() | {"keys": len(entry.keys)}, sort_keys=True)
-    return _LENGTH.pack(len(header)) + header.encode() + b"".join(entry.keys)
+    fields = entry._asdict() | {"keys": len(entry.keys)}
+    coder = fields.pop("coder")
+    header = json.dumps(fields | {"order": len(coder.order)}, sort_keys=True).encode()
+    order = planes.pack_integers(coder.order, num_bytes=4)
+    return _LENGTH.pack(len(header)) + header + b"".join(entry.keys) + order
 
 
 def read_index(path: pathlib.Path, reader: Any | None = None) -> Index:
     """Return the index of the shard at `path`, opened here or before."""
     reader = reader or open_reader(path)
-    payload = read_payload(reader, path, reader.num_records() - 1)
+    payload = read_payload(reader, path, reader.num_records() - 1, key=b"")
+    try:
+        return _unpack_index(payload, reader.num_records() - 1)
+    except (*codec.DECODE_ERRORS, KeyError, TypeError) as error:
+        raise DamagedShardError(damage(path, None)) from error
+
+
+def _unpack_index(payload: bytes, num_records: int) -> Index:
     start = _LENGTH.size + _LENGTH.unpack_from(payload)[0]
-    entry = json.loads(payload[_LENGTH.size : start])
-    keys = tuple(
-        payload[offset : offset + KEY_BYTES]
-        for offset in range(start, len(payload), KEY_BYTES)
-    )
-    if not len(keys) == entry["keys"] == reader.num_records() - 1:
-        raise DamagedShardError(damage(path, None))
-    return Index(**entry | {"keys": keys})
+    fields = json.loads(payload[_LENGTH.size : start])
+    num_keys, end = fields.pop("keys"), start + num_records * KEY_BYTES
+    if num_keys != num_records or end > len(payload):
+        raise ValueError(f"{num_keys} keys for {num_records} records")
+    keys = [payload[i : i + KEY_BYTES] for i in range(start, end, KEY_BYTES)]
+    frames = planes.Reader(payload, end)
+    order = planes.unpack_integers(frames, fields.pop("order"), num_bytes=4)
+    frames.end()
+    coder = IdCoder(order, fields["identity"]["vocab_size"])
+    return Index(keys=tuple(keys), coder=coder, **fields)
 
 
 def check_shard(path: pathlib.Path) -> Index:
@@ -152,7 +226,7 @@ def check_shard(path: pathlib.Path) -> Index:
     entry = read_index(path, reader)
     digest = hashlib.blake2b(digest_size=16)
     for row, key in enumerate(entry.keys):
-        digest.update(key + read_payload(reader, path, row))
+        digest.update(key + read_payload(reader, path, row, key=key))
     if digest.hexdigest() != entry.digest:
         raise DamagedShardError(damage(path, None))
     return entry
@@ -173,14 +247,18 @@ def open_reader(path: pathlib.Path) -> Any:
     raise DamagedShardError(damage(path, None))
 
 
-def read_payload(reader: Any, path: pathlib.Path, row: int) -> bytes:
-    """Return the bytes of record `row`, checked."""
+def _crc(key: bytes, payload: bytes) -> int:
+    return zlib.crc32(payload, zlib.crc32(key))
+
+
+def read_payload(reader: Any, path: pathlib.Path, row: int, *, key: bytes) -> bytes:
+    """Return the bytes of record `row`, whose key is `key`, checked."""
     try:
         (data,) = reader.read([row])
     except (RuntimeError, ValueError, IndexError) as error:
         raise DamagedShardError(damage(path, row)) from error
     payload = data[_CRC.size :]
-    if _CRC.unpack_from(data)[0] != zlib.crc32(payload):
+    if len(data) < _CRC.size or _CRC.unpack_from(data)[0] != _crc(key, payload):
         raise DamagedShardError(damage(path, row))
     return payload
 
@@ -202,11 +280,20 @@ def check_record(
         raise ValueError(
             f"key={key.hex()} must be {KEY_BYTES} bytes and come once in a shard"
         )
-    dense = manifest.kind == "dense"
-    wanted = (manifest.k, len(manifest.temperatures), dense)
-    found = (record.log_probs.shape[1], record.log_z.shape[1], record.ids is None)
-    if wanted != found:
+    if record.kind != manifest.kind:
         raise ValueError(
-            f"key={key.hex()}: (k, number of temperatures, dense) is {found} in the "
-            f"record and {wanted} in the manifest"
+            f"key={key.hex()}: a record of kind {record.kind!r} in a cache of kind "
+            f"{manifest.kind!r}"
+        )
+    shape = {"k": manifest.k, "temperatures": len(manifest.temperatures)}
+    found = {"k": manifest.k, "temperatures": record.log_z.shape[1]}
+    if record.kind == "sampled":
+        shape["rounds"], found["rounds"] = manifest.num_rounds, record.ids.shape[2]
+        if record.num_tokens:
+            found["k"] = int(record.counts[0, 0, 0].sum())
+    else:
+        found["k"] = record.log_probs.shape[1]
+    if shape != found:
+        raise ValueError(
+            f"key={key.hex()}: the record has {found}, the manifest says {shape}"
         )

@@ -1,9 +1,10 @@
+import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from kdjax.data import loader
+from kdjax.data import loader, soft
 from kdjax.data.views import Segment
 
 
@@ -47,7 +48,10 @@ class FakeCache:
         target = self.segments[key].target_ids
         offsets = np.arange(self.k)
         return SimpleNamespace(
-            ids=None if self.kind == "dense" else target[:, None] + offsets,
+            kind=self.kind,
+            num_tokens=len(target),
+            target_ids=target,
+            ids=target[:, None] + offsets,
             log_probs=-(target[:, None] + offsets).astype(np.float32),
             log_z=np.stack([np.zeros(len(target)), target], 1).astype(np.float32),
         )
@@ -209,6 +213,58 @@ def test_a_soft_term_without_a_cache_is_refused():
     loader.make_batch(plan, 0, terms=[term(0), term(0, "soft", 0.0)])
 
 
+class FakeDraws(FakeCache):
+    """Two rounds of three draws; which round and temperature shows in the ids."""
+
+    def __init__(self, segments):
+        super().__init__(segments, kind="sampled")
+
+    def read(self, key):
+        target = self.segments[key].target_ids
+        ids = np.full((len(target), 2, 2, 3), -1, np.int32)
+        ids[..., :2] = (10 * np.arange(2)[:, None] + np.arange(2))[..., None]
+        counts = np.broadcast_to([2, 1, 0], ids.shape)
+        entropy = np.tile(np.float32([0.5, 0.25]), (len(target), 1))
+        fields = vars(super().read(key))
+        return SimpleNamespace(
+            **fields | {"ids": ids, "counts": counts, "entropy": entropy}
+        )
+
+
+@pytest.mark.parametrize(("temperature", "column"), [(1.0, 0), (2.0, 1)])
+def test_an_epoch_takes_its_round_of_draws(temperature, column):
+    segments = make_segments()
+    plan = make_plan(segments)
+    first_of_epoch_1 = plan.steps_per_epoch(0)
+    for step, number in ((0, 0), (first_of_epoch_1, 1)):
+        batch = loader.make_batch(
+            plan,
+            step,
+            terms=[term(0, "soft"), term(1, "soft")],
+            cache=FakeDraws(segments),
+            temperature=temperature,
+        )
+        used = batch["teacher_ids"][..., 0] >= 0
+        assert used.any() and (used == (batch["view"] >= 0)).all()
+        assert (batch["teacher_ids"][used] == [10 * column + number] * 2 + [-1]).all()
+        shares = np.exp(batch["teacher_log_probs"][used])
+        np.testing.assert_allclose(shares[0], [2 / 3, 1 / 3, 0], rtol=1e-6)
+        assert (batch["teacher_entropy"][used] == (0.5, 0.25)[column]).all()
+
+
+def test_a_record_of_other_tokens_is_refused():
+    segments = make_segments()
+    cache = FakeCache(segments)
+    broken = segments[0]
+    cache.segments[broken.key] = dataclasses.replace(
+        broken, target_ids=broken.target_ids + 1
+    )
+    plan = make_plan(segments)
+    with pytest.raises(ValueError, match=r"'e0': its record is of .* not these"):
+        for step in range(plan.steps_per_epoch(0)):
+            loader.make_batch(plan, step, terms=[term(0, "soft")], cache=cache)
+
+
 def test_an_undeclared_temperature_names_the_declared():
     segments = make_segments()
     with pytest.raises(ValueError, match=r"temperature=3\.0 .* \(1\.0, 2\.0\)"):
@@ -225,9 +281,9 @@ def test_a_missing_record_names_the_example():
     segments = make_segments()
     cache = FakeCache(segments[:20] + segments[21:])
     assert segments[20].view == 0
-    loader.check_cache(segments, cache, {1})
+    soft.check_cache(segments, cache, {1})
     with pytest.raises(ValueError, match=r"example .e10., view 0: .* no record"):
-        loader.check_cache(segments, cache, {0, 1})
+        soft.check_cache(segments, cache, {0, 1})
     plan = make_plan(segments)
     with pytest.raises(ValueError, match=r"example .e10., view 0: .* no record"):
         for step in range(plan.steps_per_epoch(0)):
@@ -239,7 +295,7 @@ def test_a_record_of_another_length_is_refused():
     cache = FakeCache(segments)
     short = Segment("x", 0, segments[0].prompt_ids, np.arange(40, dtype=np.int32), b"")
     cache.segments = dict.fromkeys(cache.segments, short)
-    with pytest.raises(ValueError, match="record has 40 rows"):
+    with pytest.raises(ValueError, match="record is of 40 target tokens"):
         loader.make_batch(make_plan(segments), 0, terms=[term(0, "soft")], cache=cache)
 
 

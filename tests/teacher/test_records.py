@@ -10,7 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from kdjax.teacher import codec, records
+from kdjax.teacher import codec, records, shards
+from kdjax.teacher.planes import IdCoder
 
 VOCAB_SIZE, K = 300, 8
 TEMPERATURES = (1.0, 2.0)
@@ -43,8 +44,10 @@ def make_record(rng, num_tokens, *, vocab_size=VOCAB_SIZE, k=K, scale=3.0):
     ids_TK = np.argsort(-log_probs_TV, axis=1)[:, :k].astype(np.int32)
     stored = log_probs_TV if k is None else np.take_along_axis(log_probs_TV, ids_TK, 1)
     return records.Record(
-        ids=None if k is None else ids_TK,
+        ids=np.zeros((num_tokens, 0), np.int32) if k is None else ids_TK,
+        kind="dense" if k is None else "top_k",
         log_probs=stored.astype(np.float32),
+        target_ids=np.zeros(num_tokens, np.int32),
         target_log_probs=log_probs_TV[:, 0].astype(np.float32),
         log_z=log_z_TS.astype(np.float32),
         entropy=entropy_TS.astype(np.float32),
@@ -73,11 +76,8 @@ def _write_cache(folder, manifest=MANIFEST, *, num_shards=3):
 
 
 def _round_trip(record, *, vocab_size=VOCAB_SIZE):
-    return codec.decode(
-        codec.encode(record, vocab_size=vocab_size),
-        vocab_size=vocab_size,
-        dense=record.ids is None,
-    )
+    coder = IdCoder.of(record.target_ids, vocab_size)
+    return codec.decode(codec.encode(record, coder), coder, kind=record.kind)
 
 
 def _kl(record, decoded, temperature_index):
@@ -104,7 +104,7 @@ def test_the_rounding_costs_less_than_the_limit(scale):
     assert decoded.ids.dtype == np.int32 and decoded.log_probs.dtype == np.float32
     for index in range(len(TEMPERATURES)):
         kl_T = _kl(record, decoded, index)
-        assert kl_T.min() > -1e-7 and kl_T.mean() < 5e-5
+        assert kl_T.min() > -1e-7 and kl_T.mean() < 1e-4
 
 
 def test_the_tail_mass_survives_the_rounding():
@@ -119,11 +119,13 @@ def test_the_tail_mass_survives_the_rounding():
     assert tail == pytest.approx(1e-6, abs=2e-7)
 
 
-def test_per_token_numbers_are_exact_and_order_is_kept():
+def test_per_token_numbers_are_close_and_order_is_kept():
     record = make_record(np.random.default_rng(1), 33)
     decoded = _round_trip(record)
     for name in ("target_log_probs", "log_z", "entropy"):
-        np.testing.assert_array_equal(getattr(decoded, name), getattr(record, name))
+        found, wanted = getattr(decoded, name), getattr(record, name)
+        np.testing.assert_allclose(found, wanted, rtol=2.0**-16)
+    np.testing.assert_array_equal(decoded.target_ids, record.target_ids)
     assert (np.diff(decoded.log_probs, axis=1) <= 0).all()
 
 
@@ -131,7 +133,7 @@ def test_dense_is_exact_even_with_zeros():
     record = make_record(np.random.default_rng(2), 4, k=None)
     record.log_probs[:, 7] = -np.inf
     decoded = _round_trip(record)
-    assert decoded.ids is None
+    assert decoded.ids.size == 0
     np.testing.assert_array_equal(decoded.log_probs, record.log_probs)
 
 
@@ -148,10 +150,10 @@ def test_extreme_log_probs_stay_finite():
     record = make_record(np.random.default_rng(3), 1)
     record.log_probs[0] = [0, -1e-30, -50, -200, -3e4, -1e8, -1e30, -3e38]
     decoded = _round_trip(record)
-    np.testing.assert_allclose(decoded.log_probs, record.log_probs, rtol=5e-3, atol=1)
+    np.testing.assert_allclose(decoded.log_probs, record.log_probs, rtol=1.2e-2, atol=1)
 
 
-@pytest.mark.parametrize("vocab_size", [256, 257, 65536, 65537, 2**20, 2**24 + 1])
+@pytest.mark.parametrize("vocab_size", [256, 257, 65536, 65537, 2**20, 6_000_000])
 def test_the_last_id_of_any_vocabulary(vocab_size):
     record = make_record(np.random.default_rng(4), 2)
     record.ids[0, 0] = vocab_size - 1
@@ -159,6 +161,11 @@ def test_the_last_id_of_any_vocabulary(vocab_size):
     record.ids[0, 1:] %= 256
     decoded = _round_trip(record, vocab_size=vocab_size)
     np.testing.assert_array_equal(decoded.ids, record.ids)
+
+
+def test_a_vocabulary_beyond_the_format_is_refused():
+    with pytest.raises(ValueError, match=r"vocab_size=16777216 .*exceeds"):
+        IdCoder(np.zeros(0, np.int32), 2**24)
 
 
 def test_no_target_token_at_all():
@@ -179,7 +186,7 @@ def test_encode_refuses(change, message):
     record = make_record(np.random.default_rng(6), 2)
     change(record)
     with pytest.raises(ValueError, match=message):
-        codec.encode(record, vocab_size=VOCAB_SIZE)
+        codec.encode(record, IdCoder.of(record.target_ids, VOCAB_SIZE))
 
 
 def test_random_pairs_take_less_than_three_bytes():
@@ -187,7 +194,7 @@ def test_random_pairs_take_less_than_three_bytes():
     num_bytes = num_pairs = 0
     for _ in range(4):
         record = make_record(rng, 64, vocab_size=49152, k=64, scale=2.5)
-        num_bytes += len(codec.encode(record, vocab_size=49152))
+        num_bytes += len(codec.encode(record, IdCoder.of(record.ids, 49152)))
         num_pairs += record.ids.size
     assert num_bytes / num_pairs < 2.8  # 2.0 of them are ids that cannot be compressed
 
@@ -204,21 +211,20 @@ def test_write_finish_open_read(tmp_path, manifest):
         temperatures=(2.0,),
     )
     assert cache.temperatures == TEMPERATURES and cache.kind == manifest.kind
-    assert cache.num_records == 15 and list(cache.keys()) == [key for key, _ in pairs]
+    assert cache.num_records == 15 and list(cache) == [key for key, _ in pairs]
     assert cache.num_tokens == sum(len(record.log_probs) for _, record in pairs)
     for key, record in reversed(pairs):
         assert cache.has(key)
         found = cache.read(key)
         for a, b in zip(found, _round_trip(record), strict=True):
-            np.testing.assert_array_equal(a, b)
+            np.testing.assert_equal(a, b)
     assert not cache.has(b"x" * 16)
     with pytest.raises(ValueError, match="not in the cache"):
         cache.read(b"x" * 16)
-    assert records.verify(cache) == {
-        "shards": 3,
-        "records": 15,
-        "tokens": cache.num_tokens,
-    }
+    found = records.verify(cache)
+    nll = -np.concatenate([record.target_log_probs for _, record in pairs]).mean()
+    assert found.pop("teacher_nll") == pytest.approx(nll, rel=1e-5)
+    assert found == {"shards": 3, "records": 15, "tokens": cache.num_tokens}
 
 
 def test_threads_read_the_same(tmp_path):
@@ -283,7 +289,7 @@ def test_a_record_must_fit_the_manifest(tmp_path):
     for pairs, message in (
         ([(key, record), (key, record)], "come once"),
         ([(b"short", record)], "16 bytes"),
-        ([(key, record._replace(ids=None))], "manifest"),
+        ([(key, record._replace(kind="dense"))], "a record of kind 'dense' in a cache"),
     ):
         with pytest.raises(ValueError, match=message):
             records.write_shard(tmp_path, 0, 1, pairs, MANIFEST)
@@ -337,11 +343,10 @@ def test_damage_anywhere_is_found(tmp_path):
 def test_a_damaged_record_is_named_when_it_is_read(tmp_path):
     pairs = _write_cache(tmp_path, num_shards=1)
     path = tmp_path / records.shard_name(0, 1)
-    payload = codec.encode(pairs[2][1], vocab_size=VOCAB_SIZE)
+    (payload,) = shards.open_reader(path).read([2])
     data = bytearray(path.read_bytes())
     data[data.index(payload) + 20] ^= 1
     path.write_bytes(data)
     cache = records.open_cache(tmp_path)
-    cache.read(pairs[1][0])
     with pytest.raises(records.DamagedShardError, match=r"record 2 of .*shard-00000"):
-        cache.read(pairs[2][0])
+        cache.read(pairs[1][0])

@@ -1,0 +1,158 @@
+"""Looks into teacher caches and moves them: python -m kdjax.cache ACTION ...
+
+    info FOLDER [--png=FILE]               what is in it, with a histogram of entropies
+    verify FOLDER                          reads and checks everything
+    export FOLDER --out=FILE.parquet       one row a record, for other tools
+    merge FOLDER FOLDER ... --out=FOLDER   one cache of disjoint examples
+    import FILES --layout=NAME --config=FILE.py --split=train --out=FOLDER
+                                           another tool's teacher outputs as a cache
+
+FOLDER holds a manifest.json: DIR/cache/train and DIR/cache/eval of a run.
+"""
+
+import sys
+from typing import Any
+
+from absl import flags
+
+from kdjax import cli, experiment
+from kdjax.config import Config
+from kdjax.data import tokenizer as tokenizers
+from kdjax.teacher import convert, inspection, records, transfer
+from kdjax.teacher.manifest import Manifest
+from kdjax.writer import print_table, progress
+
+_OUT = flags.DEFINE_string("out", None, "New folder (merge, import) or file (export).")
+_PNG = flags.DEFINE_string("png", None, "Where info draws what it prints.")
+_LAYOUT = flags.DEFINE_enum(
+    "layout", None, sorted(convert.LAYOUTS), "Who wrote the files that import reads."
+)
+_SPLIT = flags.DEFINE_enum(
+    "split", "train", ["train", "eval"], "Examples of the config that import covers."
+)
+_TEACHER = flags.DEFINE_string(
+    "teacher", None, "Name of the teacher that wrote them; teacher.path by default."
+)
+
+
+def info(folders: list[str]) -> None:
+    """Prints and draws what a cache holds."""
+    (folder,) = _counted(folders, 1)
+    cache = records.open_cache(folder)
+    with progress(cache.num_tokens, "read") as advance:
+        found = inspection.describe(cache, advance=advance)
+    rows = [
+        {"": name, "value": value}
+        for name, value in found.items()
+        if not isinstance(value, dict | list)
+    ]
+    for name, unit in (("entropy", "T="), ("mass", "first ")):
+        for place, value in found.get(name, {}).items():
+            rows.append({"": f"{name}, {unit}{place}", "value": value})
+    print_table(folder, rows)
+    for line in inspection.histogram_lines(found):
+        print(line)
+    if _PNG.value:
+        inspection.draw(found, _PNG.value)
+
+
+def verify(folders: list[str]) -> None:
+    """Checks a cache; exit code 0 only if all of it is right."""
+    (folder,) = _counted(folders, 1)
+    cache = records.open_cache(folder)
+    with progress(cache.num_tokens, "verify") as advance:
+        found = records.verify(cache, advance=advance)
+    print_table(f"{folder}: verified", [found])
+
+
+def export(folders: list[str]) -> None:
+    """Writes a cache as Parquet."""
+    (folder,) = _counted(folders, 1)
+    num_rows = transfer.export(records.open_cache(folder), _out())
+    print(f"exported {num_rows} records to {_out()}")
+
+
+def merge(folders: list[str]) -> None:
+    """Writes one cache of several."""
+    caches = [records.open_cache(folder) for folder in _counted(folders, 2, more=True)]
+    with progress(sum(c.num_records for c in caches), "merge") as advance:
+        manifest = transfer.merge(caches, _out(), advance=advance)
+    print(f"merged {manifest.num_records} records into {_out()}")
+
+
+def import_(files: list[str]) -> None:
+    """Writes a cache of another tool's teacher outputs."""
+    (path,) = _counted(files, 1)
+    if _LAYOUT.value is None:
+        raise ValueError(f"--layout is missing: use one of {sorted(convert.LAYOUTS)}")
+    config = cli.given_config()
+    layout = convert.LAYOUTS[_LAYOUT.value]
+    data = experiment.load_data(config, splits=(_SPLIT.value,))
+    segments = data.train if _SPLIT.value == "train" else data.evaluation
+    vocab_size = len(data.tokenizer)
+    rows = layout.read(path, k=min(config.cache.k, vocab_size), vocab_size=vocab_size)
+    num_tokens = sum(len(segment.target_ids) for segment in segments)
+    with progress(num_tokens, f"import {_SPLIT.value}") as advance:
+        manifest = transfer.import_rows(
+            rows,
+            segments,
+            _out(),
+            _manifest(config, data.tokenizer, vocab_size, layout.missing),
+            shard_size=config.cache.shard_size,
+            advance=advance,
+        )
+    found = records.verify(records.open_cache(_out()))
+    print_table(f"imported {manifest.data} into {_out()}", [found])
+
+
+def _manifest(
+    config: Config, tokenizer: Any, vocab_size: int, missing: tuple[str, ...]
+) -> Manifest:
+    teacher = _TEACHER.value or config.teacher.path or "unknown"
+    return Manifest(
+        kind="top_k",
+        k=min(config.cache.k, vocab_size),
+        vocab_size=vocab_size,
+        temperatures=(1.0,),
+        tokenizer_fingerprint=tokenizers.fingerprint(tokenizer),
+        teacher_path=teacher,
+        teacher_fingerprint=f"{_LAYOUT.value}:{teacher}",
+        missing=missing,
+        data=f"{config.data.source} {config.data.path} {_SPLIT.value}",
+    )
+
+
+def _counted(names: list[str], count: int, *, more: bool = False) -> list[str]:
+    if len(names) < count or (len(names) > count and not more):
+        wanted = f"{count}{' or more' if more else ''}"
+        raise ValueError(f"{names} given, {wanted} wanted: see --helpshort")
+    return names
+
+
+def _out() -> str:
+    if not _OUT.value:
+        raise ValueError("--out is missing: say where to write")
+    return _OUT.value
+
+
+ACTIONS = {
+    "info": info,
+    "verify": verify,
+    "export": export,
+    "merge": merge,
+    "import": import_,
+}
+
+
+def run(arguments: list[str]) -> None:
+    """Does what the first argument says with the others."""
+    if not arguments or arguments[0] not in ACTIONS:
+        raise ValueError(
+            f"action={' '.join(arguments[:1])!r} is unknown: use one of {list(ACTIONS)}"
+        )
+    ACTIONS[arguments[0]](arguments[1:])
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    cli.run_actions(run)

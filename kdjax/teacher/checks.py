@@ -1,0 +1,135 @@
+"""Whether a record can be what a teacher said about its own target tokens.
+
+Shapes: T target tokens, K stored pairs, S temperatures, R rounds.
+"""
+
+import math
+
+import numpy as np
+from jaxtyping import Bool
+
+from kdjax.teacher.codec import Record
+from kdjax.teacher.manifest import Manifest
+
+# Codes are (1 + x) / 96 nats apart: half of it, and what the shift of a row to its
+# exact mass adds at most, with a margin.
+_STEP = 0.02  # times (1 + x), nats
+_IMPOSSIBLE = np.log(1e-12)  # chance below which draws refute a probability
+_SHIFTED = "rows may be shifted against their tokens; label or import again"
+
+
+def problem(record: Record, manifest: Manifest) -> str:
+    """Return what is wrong with `record`, "" if nothing is."""
+    if record.kind == "sampled":
+        return _draws(record, manifest)
+    return _rows(record, manifest)
+
+
+def _rows(record: Record, manifest: Manifest) -> str:
+    log_probs_TK = record.log_probs
+    mass_T = np.exp(log_probs_TK).sum(axis=1, dtype=np.float64)
+    if (mass_T > 1.001).any():
+        return f"probabilities sum to {mass_T.max():.4f}: no distribution"
+    if (np.diff(log_probs_TK, axis=1) > 1e-3).any() and record.kind == "top_k":
+        return "log-probabilities do not descend"
+    if "target_log_probs" in manifest.missing:
+        return ""
+    rows = np.arange(record.num_tokens)
+    target_T = record.target_log_probs
+    if record.kind == "dense":
+        stored_T, is_stored_T = log_probs_TK[rows, record.target_ids], rows >= 0
+    else:
+        matches_TK = record.ids == record.target_ids[:, None]
+        is_stored_T = matches_TK.any(axis=1)
+        stored_T = log_probs_TK[rows, matches_TK.argmax(axis=1)]
+    slack_T = _STEP * (1 - target_T)
+    wrong_T = is_stored_T & (np.abs(stored_T - target_T) > slack_T)
+    # A token that is not stored cannot be likelier than the least likely one that is.
+    wrong_T |= ~is_stored_T & (target_T > _last(log_probs_TK) + slack_T)
+    return _refuse(wrong_T, "the stored row gives the token that came another")
+
+
+def _last(log_probs_TK: np.ndarray) -> np.ndarray:
+    """Least stored log-probability of each row; 0 (no limit) in a row not filled."""
+    last_T = log_probs_TK[:, -1]
+    return np.where(np.isneginf(last_T), 0.0, last_T)
+
+
+def _draws(record: Record, manifest: Manifest) -> str:
+    if "target_log_probs" in manifest.missing:
+        return ""
+    temperatures = np.asarray(manifest.temperatures)
+    log_p_TS = record.target_log_probs[:, None] / temperatures - record.log_z
+    p_TS = np.minimum(np.exp(log_p_TS), 1 - 1e-7)
+    is_target = record.ids == record.target_ids[:, None, None, None]
+    counts_TS = np.where(is_target, record.counts, 0).sum(axis=(2, 3))
+    num = manifest.k * manifest.num_rounds
+    # Log of Chernoff's bound on so few, or so many, draws.
+    share_TS = np.clip(counts_TS / num, 1e-9, 1 - 1e-9)
+    log_chance_TS = -num * (
+        share_TS * (np.log(share_TS) - np.log(p_TS))
+        + (1 - share_TS) * (np.log1p(-share_TS) - np.log1p(-p_TS))
+    )
+    return _refuse(
+        (log_chance_TS < _IMPOSSIBLE).any(axis=1), "the draws give the token another"
+    )
+
+
+def _refuse(wrong_T: Bool[np.ndarray, "T"], what: str) -> str:
+    if not wrong_T.any():
+        return ""
+    return f"{what} probability at target token {int(wrong_T.argmax())}: {_SHIFTED}"
+
+
+class Alignment:
+    """Whether rows fit the tokens they are stored for better than the neighbours.
+
+    Other tools store the row that predicts a token at the token, or one before: a cache
+    whose rows give the next or the previous token more probability is shifted.
+    """
+
+    _FEWEST = 32  # tokens below which nothing is said
+    _MARGIN = 0.3  # nats a token: less may be chance, or a teacher that knows nothing
+
+    def __init__(self) -> None:
+        """Start without any token."""
+        self._totals = np.zeros(3)  # of rows used one later, as stored, one earlier
+        self._num_tokens = 0
+
+    def add(self, record: Record) -> None:
+        """Counts a record whose rows are known (sampled: at the first temperature)."""
+        if record.num_tokens < 3:
+            return
+        for place, shift in enumerate((-1, 0, 1)):
+            rows = slice(1 + shift, record.num_tokens - 1 + shift)
+            self._totals[place] += _log_probs(record, rows).sum()
+        self._num_tokens += record.num_tokens - 2
+
+    def problem(self) -> str:
+        """What is wrong, "" if nothing is or too little was seen."""
+        if self._num_tokens < self._FEWEST:
+            return ""
+        nats = (self._totals - self._totals[1]) / self._num_tokens
+        best = int(nats.argmax())
+        if nats[best] < self._MARGIN:
+            return ""
+        where = ("previous", "", "next")[best]
+        return (
+            f"rows give their tokens {nats[best]:.2f} nats less than the rows of the "
+            f"{where} token would: the cache is shifted by one; label or import again"
+        )
+
+
+def _log_probs(record: Record, rows: slice) -> np.ndarray:
+    """Log-probability of the tokens but the first and last, by other tokens' rows."""
+    targets = record.target_ids[1:-1]
+    if record.kind == "dense":
+        return np.maximum(record.log_probs[rows][np.arange(len(targets)), targets], -30)
+    if record.kind == "sampled":
+        ids, counts = record.ids[rows, 0, 0], record.counts[rows, 0, 0]
+        hits = np.where(ids == targets[:, None], counts, 0).sum(axis=1)
+        return np.log((hits + 0.5) / (counts.sum(axis=1) + 1))
+    hits_TK = record.ids[rows] == targets[:, None]
+    floor = math.log(1e-4)
+    found = np.where(hits_TK, record.log_probs[rows], -np.inf).max(axis=1)
+    return np.maximum(found, floor)

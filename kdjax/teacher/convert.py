@@ -1,0 +1,212 @@
+"""Teacher outputs in the layouts of other tools, read and written as `Rows`.
+
+`LAYOUTS` has the tools by name, and says what each of them cannot tell: nothing is made
+up for it.
+
+Shape suffixes: L tokens of a sequence, M pairs of a row as stored, K pairs as wanted.
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Bool, Float32, Int32, Shaped
+
+from kdjax.teacher import layouts
+from kdjax.teacher.foreign import Path, refuse
+from kdjax.teacher.layouts import Stored
+
+_SLACK = 1e-3  # nats above 0 that are taken for rounding
+_GROUP = 256  # sequences of a parquet row group
+
+
+class Rows(NamedTuple):
+    """One sequence of L tokens; row i is the teacher's distribution for token i.
+
+    A row that the origin does not give is empty: all its ids are -1. The first one is,
+    unless the sequence begins within a text.
+    """
+
+    token_ids: Int32[np.ndarray, "L"] | None  # None: the origin does not store them
+    ids: Int32[np.ndarray, "L K"]  # by descending log-probability, -1 in unused slots
+    log_probs: Float32[np.ndarray, "L K"]  # nats, -inf in unused slots
+    target_log_probs: Float32[np.ndarray, "L"]  # of the tokens; NaN where unknown
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """How a tool stores teacher outputs."""
+
+    stored: Callable[[Path], Iterator[Stored]]
+    # What is not known for every token: "tail_mass" (1 - the sum of the stored
+    # probabilities is not what the others have), "entropy", "target_log_probs".
+    missing: tuple[str, ...]
+    write: Callable[[Path, Iterable[Rows]], None] | None = None
+
+    def read(self, path: Path, *, k: int, vocab_size: int) -> Iterator[Rows]:
+        """Yield the sequences of a file, or of a folder's files by name.
+
+        Args:
+            path: the file or folder.
+            k: pairs kept of each row, the most probable; where there are fewer, slots
+                stay unused.
+            vocab_size: every id is below it.
+
+        Raises:
+            ValueError: one line with file, line or row, what was found, what is
+                needed; when the sequence is reached.
+        """
+        if k < 1:
+            raise ValueError(f"k={k} pairs of each row: use 1 or more")
+        for stored in self.stored(path):
+            yield _rows(stored, k, vocab_size)
+
+
+def _rows(stored: Stored, k: int, vocab_size: int) -> Rows:
+    """Return what is stored, checked, sorted and cut to k pairs."""
+    where, ids_LM, log_probs_LM, token_ids, targets = stored
+    if targets is None:
+        targets = np.full(len(ids_LM), math.nan)
+    too_high = f"a log-probability of at most {_SLACK}"
+    wrong_LM = np.isnan(log_probs_LM) | (log_probs_LM > _SLACK)
+    _refuse_first(where, wrong_LM, log_probs_LM, too_high)
+    _refuse_first(where, (targets > _SLACK)[:, None], targets[:, None], too_high)
+    used_LM = log_probs_LM > -math.inf
+    in_vocabulary = f"an id from 0 to {vocab_size - 1}"
+    wrong_LM = used_LM & ((ids_LM < 0) | (ids_LM >= vocab_size))
+    _refuse_first(where, wrong_LM, ids_LM, in_vocabulary)
+    if token_ids is not None:
+        wrong = (token_ids < 0) | (token_ids >= vocab_size)
+        _refuse_first(where, wrong[:, None], token_ids[:, None], in_vocabulary)
+    # Unused slots get numbers of their own, or they would be taken for repetitions.
+    sorted_LM = np.sort(np.where(used_LM, ids_LM, -1 - np.arange(ids_LM.shape[1])))
+    again = sorted_LM[:, 1:] == sorted_LM[:, :-1]
+    _refuse_first(where, again, sorted_LM[:, 1:], "each id once in a row")
+
+    order_LK = np.argsort(-log_probs_LM, axis=1, kind="stable")[:, :k]
+    log_probs_LK = np.take_along_axis(log_probs_LM, order_LK, 1)
+    ids_LK = np.take_along_axis(np.where(used_LM, ids_LM, -1), order_LK, 1)
+    unused = ((0, 0), (0, k - order_LK.shape[1]))
+    return Rows(
+        token_ids=None if token_ids is None else token_ids.astype(np.int32),
+        ids=np.pad(ids_LK, unused, constant_values=-1).astype(np.int32),
+        log_probs=np.pad(
+            np.minimum(log_probs_LK, 0), unused, constant_values=-math.inf
+        ).astype(np.float32),
+        target_log_probs=np.minimum(targets, 0).astype(np.float32),
+    )
+
+
+def _refuse_first(
+    where: str,
+    wrong_LM: Bool[np.ndarray, "L M"],
+    values_LM: Shaped[np.ndarray, "L M"],
+    needed: str,
+) -> None:
+    rows, columns = np.nonzero(wrong_LM)
+    if len(rows):
+        row = rows[0]
+        refuse(f"{where}, token {row}", str(values_LM[row, columns[0]]), needed)
+
+
+def write_vllm(path: Path, sequences: Iterable[Rows]) -> None:
+    """Write dumps of vLLM's offline outputs, one JSON object a line.
+
+    What rank a token has that is not among the stored ones is not known: the lowest is
+    written that leaves a gap.
+
+    Raises:
+        ValueError: a sequence lacks something that every such dump has.
+    """
+    with open(path, "w", encoding="utf-8") as file:
+        for number, rows in enumerate(sequences):
+            where = f"sequence {number}"
+            token_ids = _known_tokens(where, rows)
+            answers: list[dict[str, Any] | None] = [None]
+            for row in range(1, len(token_ids)):
+                used = rows.ids[row] >= 0
+                ids = rows.ids[row][used].tolist()
+                log_probs = rows.log_probs[row][used].tolist()
+                ranks = list(range(1, len(ids) + 1))
+                target = float(rows.target_log_probs[row])
+                if not ids or (token_ids[row] not in ids and math.isnan(target)):
+                    needed = "a row, and the log-probability of its token"
+                    refuse(f"{where}, token {row}", f"{len(ids)} pairs", needed)
+                if token_ids[row] not in ids:
+                    ids.append(token_ids[row])
+                    log_probs.append(target)
+                    ranks.append(len(ids) + 1)
+                answers.append(
+                    {
+                        str(i): {"logprob": p, "rank": rank, "decoded_token": None}
+                        for i, p, rank in zip(ids, log_probs, ranks, strict=True)
+                    }
+                )
+            answer = {"prompt_token_ids": token_ids, "prompt_logprobs": answers}
+            file.write(json.dumps(answer) + "\n")
+
+
+def write_distillkit(path: Path, sequences: Iterable[Rows]) -> None:
+    """Write a parquet file of DistillKit's raw rows.
+
+    An unused slot becomes id 0 at -inf. Log-probabilities of tokens that are not among
+    the stored pairs are lost: the layout has no place for them.
+
+    Raises:
+        ValueError: a sequence without token ids, or with a row for its first token.
+    """
+    names = {
+        "input_ids": pa.list_(pa.uint64()),
+        "token_ids": pa.list_(pa.list_(pa.int64())),
+        "top_values": pa.list_(pa.list_(pa.float32())),
+    }
+    schema = pa.schema(list(names.items()))
+    numbered = iter(enumerate(sequences))
+    with pq.ParquetWriter(path, schema) as writer:
+        while group := list(itertools.islice(numbered, _GROUP)):
+            samples = [
+                {
+                    "input_ids": _known_tokens(f"sequence {number}", rows),
+                    "token_ids": np.maximum(rows.ids[1:], 0).tolist(),
+                    "top_values": rows.log_probs[1:].tolist(),
+                }
+                for number, rows in group
+            ]
+            writer.write_table(pa.Table.from_pylist(samples, schema))
+
+
+def _known_tokens(where: str, rows: Rows) -> list[int]:
+    if rows.token_ids is None or (rows.ids[0] >= 0).any():
+        needed = "token ids, and no row for the first of them"
+        refuse(where, "a sequence from within a text", needed)
+    return rows.token_ids.tolist()
+
+
+# Entropy needs every probability, and no layout has more than the largest.
+LAYOUTS: dict[str, Layout] = {
+    # Without token ids in the file the tokens outside the top k are known all the same.
+    "vllm": Layout(stored=layouts.read_vllm, missing=("entropy",), write=write_vllm),
+    "sglang": Layout(stored=layouts.read_sglang, missing=("entropy",)),
+    # A token that is not among the stored pairs has no log-probability anywhere.
+    "distillkit": Layout(
+        stored=layouts.read_distillkit,
+        missing=("entropy", "target_log_probs"),
+        write=write_distillkit,
+    ),
+    # The file says neither what its numbers are normalised over nor what came.
+    "axolotl": Layout(
+        stored=layouts.read_axolotl,
+        missing=("tail_mass", "entropy", "target_log_probs"),
+    ),
+    # Logits without their sum over the vocabulary: only ratios are known.
+    "maxtext": Layout(
+        stored=layouts.read_maxtext,
+        missing=("tail_mass", "entropy", "target_log_probs"),
+    ),
+}

@@ -1,0 +1,104 @@
+"""What is in a teacher cache: sizes, captured mass, entropies.
+
+Shapes: T target tokens of a record, K stored pairs.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from kdjax.teacher import records
+
+_EDGES = np.linspace(0, 8, 33)  # nats, of the histogram of entropies
+_BAR = 40  # characters of the longest bar
+
+
+def describe(
+    cache: records.Cache, *, advance: Callable[[int], None] = lambda num_tokens: None
+) -> dict[str, Any]:
+    """Reads all records and returns what they hold.
+
+    Returns:
+      "kind", "k", "records", "tokens", "bytes", "bytes_per_token", "bytes_per_pair"
+      (top_k), "teacher_nll" (nats a target token), "entropy" (nats, by temperature),
+      "mass" (mean probability of the first 1, 2, 4, ... pairs; top_k),
+      "distinct_ids" (mean a token, temperature and round; sampled) and "histogram":
+      target tokens by entropy at the first temperature, in bins between "edges".
+      What the origin could not give is left out.
+    """
+    manifest = cache.manifest
+    widths = [2**i for i in range(manifest.k.bit_length()) if 2**i < manifest.k]
+    widths.append(manifest.k)
+    mass = np.zeros(len(widths))
+    entropy = np.zeros(len(manifest.temperatures))
+    histogram = np.zeros(len(_EDGES) - 1, np.int64)
+    nll = distinct = 0.0
+    for key in cache:
+        record = cache.read(key)
+        nll -= record.target_log_probs.sum(dtype=np.float64)
+        entropy += record.entropy.sum(axis=0, dtype=np.float64)
+        clipped = np.clip(record.entropy[:, 0], 0, _EDGES[-1])
+        histogram += np.histogram(clipped, _EDGES)[0]
+        if record.kind == "top_k":
+            totals_TK = np.exp(record.log_probs).cumsum(axis=1, dtype=np.float64)
+            mass += totals_TK[:, [w - 1 for w in widths]].sum(axis=0)
+        elif record.kind == "sampled":
+            distinct += float((record.counts > 0).sum(axis=-1).mean(axis=(1, 2)).sum())
+        advance(record.num_tokens)
+    num_tokens = max(1, cache.num_tokens)
+    num_bytes = sum(
+        (cache.folder / shard.name).stat().st_size for shard in manifest.shards
+    )
+    found: dict[str, Any] = {
+        "kind": manifest.kind,
+        "k": manifest.k,
+        "records": cache.num_records,
+        "tokens": cache.num_tokens,
+        "bytes": num_bytes,
+        "bytes_per_token": num_bytes / num_tokens,
+    }
+    if manifest.kind == "top_k":
+        found["bytes_per_pair"] = num_bytes / num_tokens / manifest.k
+        found["mass"] = dict(zip(widths, (mass / num_tokens).tolist(), strict=True))
+    if manifest.kind == "sampled":
+        found["distinct_ids"] = distinct / num_tokens
+    if "target_log_probs" not in manifest.missing:
+        found["teacher_nll"] = float(nll) / num_tokens
+    if "entropy" not in manifest.missing:
+        means = (entropy / num_tokens).tolist()
+        found["entropy"] = dict(zip(manifest.temperatures, means, strict=True))
+        found |= {"histogram": histogram.tolist(), "edges": _EDGES.tolist()}
+    return found
+
+
+def histogram_lines(found: dict[str, Any]) -> list[str]:
+    """The histogram of entropies as text; empty if there is none."""
+    counts = found.get("histogram", [])
+    total, peak = sum(counts), max(counts, default=0)
+    last = max((i for i, count in enumerate(counts) if count), default=-1)
+    return [
+        f"{low:5.2f} to {high:5.2f} nats {count / total:7.2%} "
+        f"{'#' * round(_BAR * count / peak)}"
+        for low, high, count in zip(
+            found["edges"][: last + 1],
+            found["edges"][1 : last + 2],
+            counts[: last + 1],
+            strict=True,
+        )
+    ]
+
+
+def draw(found: dict[str, Any], path: str | os.PathLike) -> None:
+    """Draws the histogram of entropies and the mass captured by the first pairs."""
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    if "histogram" in found:
+        left.stairs(found["histogram"], found["edges"], fill=True)
+    left.set(xlabel="teacher entropy, nats", ylabel="target tokens")
+    if "mass" in found:
+        right.semilogx(list(found["mass"]), list(found["mass"].values()), "o-", base=2)
+    right.set(xlabel="stored pairs a token", ylabel="mean probability captured")
+    figure.savefig(path, dpi=120)

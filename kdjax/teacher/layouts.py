@@ -1,0 +1,363 @@
+"""What files of other tools say about the tokens of a sequence: a reader for each.
+
+Some tools store for a token what the teacher expected there, some what it expects
+after it. Here a row always stands for its own token. Numbers are handed on as stored;
+`convert` checks them, sorts them and cuts them to size.
+
+Shape suffixes: L tokens of a sequence, T rows as stored, M pairs of a row as stored, B
+bytes.
+"""
+
+import math
+import operator
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Float64, Int64, Shaped, UInt8
+
+from kdjax.teacher import foreign, wire
+from kdjax.teacher.foreign import Path, refuse
+
+Pairs = Sequence[tuple[int, float]]  # (id, log-probability)
+
+_LARGEST = 2**31 - 1  # id
+_VLLM_MINUS_INFINITY = -9999.0  # what its server writes for -inf, which JSON lacks
+_AXOLOTL = ("logprobs", "target_token_ids")
+_MAXTEXT: dict[str, type[np.generic]] = {
+    "inputs": np.int64,
+    "top_k_indices": np.int64,
+    "top_k_logits": np.float32,
+}
+_INTS, _INT_ROWS = pa.list_(pa.int64()), pa.list_(pa.list_(pa.int64()))
+_FLOAT_ROWS, _BYTE_ROWS = (pa.list_(pa.list_(t)) for t in (pa.float64(), pa.uint8()))
+_RAW = {"input_ids": _INTS, "token_ids": _INT_ROWS, "top_values": _FLOAT_ROWS}
+_COMPRESSED = {
+    "input_ids": _INTS,
+    "bytepacked_indices": _BYTE_ROWS,
+    "compressed_logprobs": _BYTE_ROWS,
+}
+
+
+class Stored(NamedTuple):
+    """One sequence as an origin has it."""
+
+    where: str  # file and line, row or record, for errors
+    ids: Int64[np.ndarray, "L M"]
+    log_probs: Float64[np.ndarray, "L M"]  # nats; -inf: an unused slot
+    token_ids: Int64[np.ndarray, "L"] | None = None
+    target_log_probs: Float64[np.ndarray, "L"] | None = None  # NaN where unknown
+
+
+def read_vllm(path: Path) -> Iterator[Stored]:
+    """Read outputs of vLLM with `prompt_logprobs`, one JSON object a line.
+
+    An object is a dumped `RequestOutput` or an answer of the HTTP server, which has a
+    sequence in each choice (completions) or in itself (chat). Entry i is for token i,
+    over the whole vocabulary.
+    """
+    for file in foreign.files(path, ".jsonl"):
+        for where, answer in foreign.json_objects(file):
+            alone = answer.get("prompt_logprobs") is not None
+            parts = [answer] if alone else answer.get("choices")
+            if not isinstance(parts, list) or not parts:
+                needed = "prompt_logprobs, or choices that have it"
+                refuse(where, sorted(answer), needed)
+            for number, part in enumerate(parts):
+                yield _vllm(
+                    where if alone else f"{where} choice {number}", part, answer
+                )
+
+
+def _vllm(where: str, part: Any, answer: dict[str, Any]) -> Stored:
+    rows = _list(where, part, "prompt_logprobs")
+    found = part.get("prompt_token_ids") or answer.get("prompt_token_ids")
+    token_ids = None if found is None else _integers(where, found, len(rows))
+    _first_is_null(where, rows[0])
+    best: list[Pairs] = [()]
+    targets = [math.nan]
+    for row in range(1, len(rows)):
+        place = f"{where}, token {row}"
+        if not isinstance(rows[row], dict) or not rows[row]:
+            refuse(place, rows[row], "entries by token id")
+        entries = [_vllm_entry(place, *item) for item in rows[row].items()]
+        entries.sort(key=operator.itemgetter(2))
+        # The token that came is there even if it is not among the best; then its rank
+        # leaves a gap. Otherwise only its id says which entry it is.
+        outside = [e for number, e in enumerate(entries, 1) if e[2] > number]
+        if len(outside) > 1:
+            refuse(place, [e[2] for e in entries], "ranks 1, 2, ... with one gap only")
+        best.append([e[:2] for e in entries if e not in outside])
+        came = outside
+        if token_ids is not None:
+            came = [e for e in entries if e[0] == token_ids[row]]
+            if not came:
+                refuse(place, [e[0] for e in entries], f"token {token_ids[row]} too")
+        targets.append(came[0][1] if came else math.nan)
+    return Stored(where, *_padded(where, best), token_ids, np.asarray(targets))
+
+
+def _vllm_entry(where: str, key: str, value: Any) -> tuple[int, float, int]:
+    """Return (id, log-probability, rank)."""
+    try:
+        log_prob, rank = float(value["logprob"]), operator.index(value["rank"])
+        infinite = log_prob == _VLLM_MINUS_INFINITY
+        return int(key), -math.inf if infinite else log_prob, rank
+    except (KeyError, OverflowError, TypeError, ValueError):
+        refuse(where, {key: value}, "an id with numbers logprob and rank")
+
+
+def read_sglang(path: Path) -> Iterator[Stored]:
+    """Read answers of SGLang's `/generate`, an object or a list of them a line.
+
+    Asked for with `return_logprob`, `top_logprobs_num` and `logprob_start_len=0`; a
+    later start gives the later tokens only. Entry i is for token i, over the whole
+    vocabulary.
+    """
+    for file in foreign.files(path, ".jsonl"):
+        for where, answer in foreign.json_objects(file):
+            meta = answer.get("meta_info")
+            own = _list(where, meta, "input_token_logprobs")
+            top = _list(where, meta, "input_top_logprobs")
+            if len(top) != len(own):
+                refuse(where, f"{len(top)} input_top_logprobs", f"{len(own)}: tokens")
+            _first_is_null(where, top[0])
+            tokens = []
+            pairs: list[Pairs] = [()]
+            for row, (token, entries) in enumerate(zip(own, top, strict=True)):
+                place = f"{where}, token {row}"
+                tokens.append(_sglang_pair(place, token, first=row == 0))
+                if row and not (isinstance(entries, list) and entries):
+                    refuse(place, entries, "a list of [logprob, id, text]")
+                if row:
+                    pairs.append([_sglang_pair(place, entry) for entry in entries])
+            token_ids = _integers(where, [token[0] for token in tokens], len(own))
+            targets = np.asarray([token[1] for token in tokens], np.float64)
+            yield Stored(where, *_padded(where, pairs), token_ids, targets)
+
+
+def _sglang_pair(where: str, entry: Any, *, first: bool = False) -> tuple[int, float]:
+    """Return (id, log-probability); the first token has none."""
+    try:
+        log_prob = math.nan if first and entry[0] is None else float(entry[0])
+        return operator.index(entry[1]), log_prob
+    except (IndexError, KeyError, OverflowError, TypeError, ValueError):
+        refuse(where, entry, "[logprob, id, text]")
+
+
+def read_axolotl(path: Path) -> Iterator[Stored]:
+    """Read data sets of axolotl's KD plugin, both versions, jsonl or parquet.
+
+    Tokens are not stored: row i stands for the i-th of the last L tokens of the text,
+    and null or an empty list for a row that was not captured. The numbers are what was
+    captured. The plugin normalises them over the stored ids and changes temperature
+    whenever it reads them; what they are over the file does not say.
+    """
+    for file in foreign.files(path, ".jsonl", ".parquet"):
+        for where, sample in _axolotl_samples(file):
+            rows = _list(where, sample, "logprobs")
+            pairs: list[Pairs]
+            if sample.get("target_token_ids") is None:
+                pairs = [
+                    [_axolotl_pair(f"{where}, token {i}", e) for e in row or ()]
+                    for i, row in enumerate(rows)
+                ]
+            else:
+                ids = _list(where, sample, "target_token_ids")
+                if len(ids) != len(rows):
+                    refuse(where, f"{len(ids)} target_token_ids", f"{len(rows)}: rows")
+                pairs = [
+                    _axolotl_row(f"{where}, token {i}", *lists)
+                    for i, lists in enumerate(zip(ids, rows, strict=True))
+                ]
+            yield Stored(where, *_padded(where, pairs))
+
+
+def _axolotl_samples(file: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    if file.suffix != ".parquet":
+        yield from foreign.json_objects(file)
+        return
+    names = foreign.column_names(file)
+    if "logprobs" not in names:
+        refuse(str(file), f"columns {', '.join(sorted(names))}", "logprobs")
+    columns = {name: None for name in _AXOLOTL if name in names}
+    for where, row in foreign.parquet_rows(file, columns):
+        yield where, {name: value.as_py() for name, value in row.items()}
+
+
+def _axolotl_pair(where: str, entry: Any) -> tuple[int, float]:
+    try:
+        name, _, number = entry["token"].partition(":")
+        if name != "token_id":
+            raise ValueError(name)
+        return int(number), float(entry["logprob"])
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
+        needed = '{"token": "token_id:<id>", "logprob": number}, or target_token_ids'
+        refuse(where, entry, needed)
+
+
+def _axolotl_row(where: str, ids: Any, log_probs: Any) -> Pairs:
+    try:
+        pairs = zip(ids or (), log_probs or (), strict=True)
+        return [(operator.index(i), float(p)) for i, p in pairs]
+    except (OverflowError, TypeError, ValueError):
+        refuse(where, (ids, log_probs), "as many ids as log-probabilities")
+
+
+def read_distillkit(path: Path) -> Iterator[Stored]:
+    """Read parquet files of DistillKit, compressed or raw.
+
+    Row t is for token t + 1, over the whole vocabulary; a last row that stands for a
+    token behind the sequence is left out. Compression loses a little: probabilities
+    may add up to a little more than 1.
+    """
+    for file in foreign.files(path, ".parquet"):
+        names = foreign.column_names(file)
+        columns = _RAW if names >= set(_RAW) else _COMPRESSED
+        if not names >= set(columns):
+            needed = f"{', '.join(_COMPRESSED)}; or {', '.join(_RAW)}"
+            refuse(str(file), f"columns {', '.join(sorted(names))}", needed)
+        compression = None
+        if columns is _COMPRESSED:
+            settings = file.with_name("compression_config.yaml")
+            compression = wire.read_compression(settings)
+        for where, row in foreign.parquet_rows(file, columns):
+            token_ids, ids, log_probs = (scalar.values for scalar in row.values())
+            if token_ids is None or token_ids.null_count or not len(token_ids):
+                refuse(where, "null or no input_ids", "token ids")
+            tokens_L = token_ids.to_numpy()
+            ids_TM, log_probs_TM = _matrix(where, ids), _matrix(where, log_probs)
+            if compression is not None:
+                ids_TM, log_probs_TM = _decompressed(
+                    where, ids_TM, log_probs_TM, compression
+                )
+            if ids_TM.shape != log_probs_TM.shape:
+                refuse(where, f"{log_probs_TM.shape} values", f"{ids_TM.shape}, as ids")
+            if len(ids_TM) not in (len(tokens_L) - 1, len(tokens_L)):
+                needed = f"{len(tokens_L) - 1}: one for each token but the first"
+                refuse(where, f"{len(ids_TM)} rows", needed)
+            stored = _next_token(where, tokens_L, ids_TM, log_probs_TM)
+            came_LM = (stored.ids == tokens_L[:, None]) & ~np.isneginf(stored.log_probs)
+            targets = np.where(came_LM, stored.log_probs, 0).sum(1)
+            targets[~came_LM.any(1)] = math.nan
+            yield stored._replace(target_log_probs=targets)
+
+
+def _matrix(where: str, rows: pa.ListArray | None) -> Shaped[np.ndarray, "T M"]:
+    if rows is None or rows.null_count or rows.flatten().null_count:
+        refuse(where, "null", "rows of numbers")
+    widths = sorted(set(rows.value_lengths().to_pylist())) or [0]
+    if len(widths) > 1:
+        refuse(where, f"rows of {widths} values", "as many in each")
+    return rows.flatten().to_numpy().reshape(len(rows), widths[0])
+
+
+def _decompressed(
+    where: str,
+    ids_TB: UInt8[np.ndarray, "T B"],
+    log_probs_TB: UInt8[np.ndarray, "T B"],
+    compression: wire.Compression,
+) -> tuple[np.ndarray, np.ndarray]:
+    found = (ids_TB.shape[1], log_probs_TB.shape[1])
+    needed = (compression.id_bytes, compression.log_prob_bytes)
+    if len(ids_TB) and found != needed:
+        refuse(where, f"rows of {found} bytes", f"{needed}, as compression_config.yaml")
+    return (
+        wire.unpack_bits(ids_TB, compression.id_bits, compression.k),
+        wire.decode_log_probs(log_probs_TB, compression).astype(np.float64),
+    )
+
+
+def read_maxtext(path: Path) -> Iterator[Stored]:
+    """Read ArrayRecord files of tf.Example that MaxText saves for a teacher.
+
+    Row t holds logits for token t + 1, which are normalised here over the stored ids:
+    their sum over the vocabulary is not stored. Examples packed into one record
+    (`inputs_segmentation`, 0 is padding) come one after another; the last row of each
+    stands for a token that is not among the inputs, and is left out.
+    """
+    for file in foreign.files(path, ".array_record"):
+        for where, record in foreign.records(file):
+            inputs, ids_TM, logits_TM, segments = _maxtext_arrays(where, record)
+            with np.errstate(invalid="ignore"):  # NaN is refused later
+                top_T1 = logits_TM.max(1, keepdims=True)
+                sums_T1 = np.exp(logits_TM - top_T1).sum(1, keepdims=True)
+                log_probs_TM = logits_TM - top_T1 - np.log(sums_T1)
+            edges = np.flatnonzero(np.diff(segments)) + 1
+            for part in np.split(np.arange(len(inputs)), edges):
+                if segments[part[0]] != 0:
+                    yield _next_token(
+                        where, inputs[part], ids_TM[part], log_probs_TM[part]
+                    )
+
+
+def _maxtext_arrays(where: str, record: bytes) -> tuple[np.ndarray, ...]:
+    """Return inputs [T], ids [T, M], logits [T, M] and segments [T]."""
+    try:
+        example = wire.parse_example(record)
+    except ValueError as error:
+        refuse(where, str(error), "a tf.Example; pickles and safetensors are not read")
+    for name, kind in _MAXTEXT.items():
+        if getattr(example.get(name), "dtype", None) != kind:
+            refuse(where, sorted(example), f"{name}, a list of {kind.__name__}")
+    inputs, ids, logits = (np.asarray(example[name]) for name in _MAXTEXT)
+    length = len(inputs)
+    if not len(ids) or len(ids) != len(logits) or len(ids) % max(length, 1):
+        found = f"{len(ids)} top_k_indices, {len(logits)} top_k_logits"
+        refuse(where, found, f"the same number of both for each of {length} inputs")
+    segments = example.get("inputs_segmentation", np.ones(length, np.int64))
+    if not isinstance(segments, np.ndarray) or segments.shape != inputs.shape:
+        refuse(where, f"{len(segments)} inputs_segmentation", f"{length}, as inputs")
+    shape = (length, -1)
+    return inputs, ids.reshape(shape), logits.reshape(shape).astype(float), segments
+
+
+def _next_token(
+    where: str, token_ids: np.ndarray, ids_TM: np.ndarray, log_probs_TM: np.ndarray
+) -> Stored:
+    """Move rows to the token they stand for, the next one; the first gets none."""
+    width, rows = ids_TM.shape[1], len(token_ids) - 1
+    return Stored(
+        where,
+        np.concatenate([np.full((1, width), -1), ids_TM[:rows]]),
+        np.concatenate([np.full((1, width), -math.inf), log_probs_TM[:rows]]),
+        token_ids,
+    )
+
+
+def _padded(where: str, rows: Sequence[Pairs]) -> tuple[np.ndarray, np.ndarray]:
+    """Return ids [L, M] and log-probabilities [L, M] of rows of unequal lengths."""
+    shape = len(rows), max(map(len, rows))
+    ids_LM, log_probs_LM = np.full(shape, -1, np.int64), np.full(shape, -math.inf)
+    for row, pairs in enumerate(rows):
+        if pairs:
+            ids, log_probs = zip(*pairs, strict=True)
+            if max(map(abs, ids)) > _LARGEST:
+                refuse(f"{where}, token {row}", repr(ids), "ids of 32 bits")
+            ids_LM[row, : len(pairs)] = ids
+            log_probs_LM[row, : len(pairs)] = log_probs
+    return ids_LM, log_probs_LM
+
+
+def _first_is_null(where: str, row: Any) -> None:
+    if row:
+        refuse(f"{where}, token 0", row, "null: nothing comes before the first token")
+
+
+def _list(where: str, values: Any, name: str) -> list[Any]:
+    found = values.get(name) if isinstance(values, dict) else None
+    if not isinstance(found, list) or not found:
+        names = sorted(values) if isinstance(values, dict) else values
+        refuse(where, names if found is None else found, f"a list {name}, not empty")
+    return found
+
+
+def _integers(where: str, values: Any, length: int) -> Int64[np.ndarray, " L"]:
+    try:
+        found = np.asarray([operator.index(value) for value in values], np.int64)
+    except (OverflowError, TypeError):
+        refuse(where, values, "token ids")
+    if len(found) != length:
+        refuse(where, f"{length} rows", f"{len(found)}: one for each token")
+    return found

@@ -1,0 +1,256 @@
+"""Teacher caches in and out: merged, exported, or made of another tool's outputs.
+
+Shapes: L tokens of a sequence, T target tokens, K stored pairs, S temperatures.
+"""
+
+import dataclasses
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+
+from kdjax.data.views import Segment
+from kdjax.teacher import records, shards
+from kdjax.teacher.codec import Record
+from kdjax.teacher.convert import Rows
+from kdjax.teacher.manifest import Manifest
+
+
+def merge(
+    caches: Sequence[records.Cache],
+    out: str | os.PathLike,
+    *,
+    advance: Callable[[int], None] = lambda num_records: None,
+) -> Manifest:
+    """Writes one cache of all records of several; their bytes are copied.
+
+    Args:
+      caches: of the same teacher, tokenizer, kind, k and temperatures, without common
+        examples.
+      out: a new folder.
+      advance: told the records of every shard that was written.
+
+    Raises:
+      ValueError: caches that differ, or share an example.
+    """
+    first = caches[0].manifest
+    seen: dict[bytes, str] = {}
+    for cache in caches:
+        for name, wanted in first.identity().items():
+            found = cache.manifest.identity()[name]
+            if name != "data" and found != wanted:
+                raise ValueError(
+                    f"{name}={found!r} of {cache.folder!s} differs from {wanted!r} of "
+                    f"{caches[0].folder!s}: only caches labelled alike can be merged"
+                )
+        for key in cache:
+            if key in seen:
+                raise ValueError(
+                    f"key={key.hex()} is in {seen[key]} and in {cache.folder!s}: merge "
+                    "caches of disjoint examples"
+                )
+            seen[key] = str(cache.folder)
+    new_folder(out)
+    manifest = dataclasses.replace(
+        first, data=" and ".join(cache.manifest.data for cache in caches)
+    )
+    sources = [
+        (cache.folder / shard.name, shard.num_records)
+        for cache in caches
+        for shard in cache.manifest.shards
+    ]
+    for index, (path, num_records) in enumerate(sources):
+        shards.copy_shard(path, out, index, len(sources), manifest)
+        advance(num_records)
+    return records.finish(out, manifest, num_shards=len(sources))
+
+
+def new_folder(folder: str | os.PathLike) -> None:
+    """Makes a folder.
+
+    Raises:
+      ValueError: there is something in it.
+    """
+    path = pathlib.Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    if any(path.iterdir()):
+        raise ValueError(f"out={folder!s} is not empty: name a new folder")
+
+
+def export(cache: records.Cache, out: str | os.PathLike) -> int:
+    """Writes a Parquet file, one row a record, and returns the number of rows.
+
+    Columns: key (hex), target_ids [T], target_log_probs [T], log_z and entropy [T][S],
+    and by kind ids and log_probs [T][K] without unused slots, log_probs [T][V], or ids
+    and counts [T][S][R][n] without unused slots.
+
+    Raises:
+      ValueError: the file exists.
+    """
+    if pathlib.Path(out).exists():
+        raise ValueError(f"out={out!s} exists: name a new file")
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for key in cache:
+            yield {"key": key.hex()} | _columns(cache.read(key))
+
+    scratch = tempfile.mkdtemp(prefix="kdjax-export-")
+    try:
+        found = datasets.Dataset.from_generator(
+            rows, features=_features(cache.kind), cache_dir=scratch
+        )
+        found.to_parquet(os.fspath(out))
+        return len(found)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _columns(record: Record) -> dict[str, Any]:
+    columns: dict[str, Any] = {
+        name: getattr(record, name)
+        for name in ("target_ids", "target_log_probs", "log_z", "entropy")
+    }
+    if record.kind == "dense":
+        return columns | {"log_probs": record.log_probs}
+    others = {"counts": record.counts} if record.kind == "sampled" else {}
+    others = others or {"log_probs": record.log_probs}
+    for name, array in (("ids", record.ids), *others.items()):
+        columns[name] = _without_unused(array, record.ids >= 0)
+    return columns
+
+
+def _without_unused(array: np.ndarray, used: np.ndarray) -> list[Any]:
+    if array.ndim == 1:
+        return array[used].tolist()
+    return [_without_unused(*pair) for pair in zip(array, used, strict=True)]
+
+
+def _features(kind: str) -> datasets.Features:
+    def of(dtype: str, depth: int) -> Any:
+        feature = datasets.Value(dtype)
+        for _ in range(depth):
+            feature = datasets.List(feature)
+        return feature
+
+    by_kind = {
+        "dense": {"log_probs": of("float32", 2)},
+        "top_k": {"ids": of("int32", 2), "log_probs": of("float32", 2)},
+        "sampled": {"ids": of("int32", 4), "counts": of("int32", 4)},
+    }
+    return datasets.Features(
+        {
+            "key": datasets.Value("string"),
+            "target_ids": of("int32", 1),
+            "target_log_probs": of("float32", 1),
+            "log_z": of("float32", 2),
+            "entropy": of("float32", 2),
+        }
+        | by_kind[kind]
+    )
+
+
+def import_rows(
+    sequences: Iterable[Rows],
+    segments: Sequence[Segment],
+    out: str | os.PathLike,
+    manifest: Manifest,
+    *,
+    shard_size: int,
+    advance: Callable[[int], None] = lambda num_tokens: None,
+) -> Manifest:
+    """Writes a cache of what another tool's teacher said about these segments.
+
+    A sequence belongs to the segment with its token ids (prompt, then target); one
+    without token ids to the segment at its place in the data.
+
+    Args:
+      sequences: read from the other tool's files.
+      segments: the examples to be covered, in the data's order.
+      out: a new folder.
+      manifest: its kind is top_k, its temperatures (1.0,).
+      shard_size: records of a shard.
+      advance: told the target tokens of every segment found.
+
+    Raises:
+      ValueError: a segment without a sequence, or without a row for a target token;
+        sequences that do not fit.
+    """
+    new_folder(out)
+    by_tokens: dict[bytes, list[int]] = {}
+    for index, segment in enumerate(segments):
+        by_tokens.setdefault(_tokens(segment).tobytes(), []).append(index)
+    found: dict[int, Record] = {}
+    for number, rows in enumerate(sequences):
+        if rows.token_ids is None:
+            places = [number] if number < len(segments) else []
+        else:
+            # A tool may have appended an end of sequence to the tokens it was given.
+            tokens = rows.token_ids.astype(np.int32)
+            places = by_tokens.get(tokens.tobytes(), [])
+            places = places or by_tokens.get(tokens[:-1].tobytes(), [])
+        for index in places:
+            found[index] = _record(rows, segments[index], manifest)
+            advance(found[index].num_tokens)
+    absent = [s for i, s in enumerate(segments) if i not in found]
+    if absent:
+        raise ValueError(
+            f"example {absent[0].example_id!r}: no sequence has its tokens "
+            f"({len(absent)} such of {len(segments)}): run the teacher on these very "
+            "prompts and targets, with this tokenizer"
+        )
+    unique = {segments[i].key: record for i, record in sorted(found.items())}
+    pairs = list(unique.items())
+    parts = [pairs[i : i + shard_size] for i in range(0, len(pairs), shard_size)]
+    for index, part in enumerate(parts):
+        records.write_shard(out, index, len(parts), part, manifest)
+    return records.finish(out, manifest, num_shards=len(parts))
+
+
+def _tokens(segment: Segment) -> np.ndarray:
+    return np.concatenate([segment.prompt_ids, segment.target_ids]).astype(np.int32)
+
+
+def _record(rows: Rows, segment: Segment, manifest: Manifest) -> Record:
+    """The rows of the segment's target tokens as a record at temperature 1."""
+    start, num_tokens = len(segment.prompt_ids), len(segment.target_ids)
+    length = len(rows.ids)
+    where = f"example {segment.example_id!r}"
+    if rows.token_ids is None and length >= num_tokens:
+        start = length - num_tokens  # rows of the last tokens of the sequence
+    if length < start + num_tokens:
+        raise ValueError(
+            f"{where}: its sequence has {length} rows for {start} prompt and "
+            f"{num_tokens} target tokens: run the teacher on these very tokens"
+        )
+    chosen = slice(start, start + num_tokens)
+    ids_TK, log_probs_TK = rows.ids[chosen], rows.log_probs[chosen]
+    empty_T = (ids_TK < 0).all(axis=1)
+    if empty_T.any():
+        raise ValueError(
+            f"{where}: there is no row for target token {int(empty_T.argmax())}: the "
+            "sequence was cut, or its rows stand for other tokens"
+        )
+    is_target_TK = ids_TK == segment.target_ids[:, None]
+    stored_T = np.where(is_target_TK, log_probs_TK, -np.inf).max(axis=1)
+    target_T = rows.target_log_probs[chosen]
+    target_T = np.where(np.isnan(target_T), stored_T, target_T)
+    unknown_T = np.isneginf(target_T)
+    if "target_log_probs" not in manifest.missing and unknown_T.any():
+        raise ValueError(
+            f"{where}: target token {int(unknown_T.argmax())} has no log-probability "
+            "in its row: its rows may stand for other tokens"
+        )
+    zeros_TS = np.zeros((num_tokens, 1), np.float32)
+    return Record(
+        ids=ids_TK,
+        log_probs=log_probs_TK,
+        target_ids=segment.target_ids.astype(np.int32),
+        target_log_probs=np.where(unknown_T, 0, target_T).astype(np.float32),
+        log_z=zeros_TS,  # by definition at temperature 1
+        entropy=zeros_TS,
+    )

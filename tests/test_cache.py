@@ -1,0 +1,219 @@
+"""The cache command: looking into caches, merging, exporting, importing."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from datasets import Dataset
+
+from kdjax import config as config_lib
+from kdjax import experiment, train
+from kdjax.config import Config
+from kdjax.teacher import convert, inspection, records, transfer
+from kdjax.teacher.convert import Rows
+from tests import small
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Config, pathlib.Path]:
+    """A run whose cache holds the whole vocabulary of every token, at T = 1 alone."""
+    workdir = tmp_path_factory.mktemp("finished")
+    config = small.config(
+        cache={"k": 111, "temperatures": (1.0,)},
+        method={"temperature": 1.0},
+        teacher={"num_train": 400, "steps": 150},
+        evaluation={"num_generations": 0},
+    )
+    train.run(config, workdir)
+    return config, workdir
+
+
+def cache_of(workdir, split="train"):
+    return records.open_cache(workdir / "cache" / split)
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "kdjax.cache", *map(str, arguments)],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+
+
+def whole_sequences(config, cache, *, shift=0):
+    """The cache's rows as another tool has them: of the whole sequence, from row 1."""
+    for segment in experiment.load_data(config).train:
+        record = cache.read(segment.key)
+        start, num = len(segment.prompt_ids), record.num_tokens
+        ids = np.full((start + num, cache.k), -1, np.int32)
+        log_probs = np.full((start + num, cache.k), -np.inf, np.float32)
+        targets = np.full(start + num, np.nan, np.float32)
+        ids[1:], log_probs[1:] = record.ids[0], record.log_probs[0]  # of the prompt
+        ids[start:] = np.roll(record.ids, shift, axis=0)
+        log_probs[start:] = np.roll(record.log_probs, shift, axis=0)
+        tokens = np.concatenate([segment.prompt_ids, segment.target_ids])
+        hits = ids == tokens[:, None]
+        targets = np.where(hits, log_probs, -np.inf).max(axis=1)
+        yield Rows(tokens.astype(np.int32), ids, log_probs, targets.astype(np.float32))
+
+
+def test_describe_sums_up_the_records(finished):
+    _, workdir = finished
+    cache = cache_of(workdir)
+    found = inspection.describe(cache)
+    read = [cache.read(key) for key in cache]
+    nll = -np.concatenate([r.target_log_probs for r in read]).mean()
+    assert found["teacher_nll"] == pytest.approx(nll, rel=1e-4)
+    assert sum(found["histogram"]) == found["tokens"] == cache.num_tokens
+    assert found["mass"][111] == pytest.approx(1, abs=1e-4)
+    assert list(found["mass"].values()) == sorted(found["mass"].values())
+    assert len(inspection.histogram_lines(found)) <= 32
+
+
+def test_info_and_verify_print_and_draw(finished, tmp_path):
+    _, workdir = finished
+    folder = workdir / "cache" / "train"
+    done = command("info", folder, f"--png={tmp_path}/info.png")
+    assert done.returncode == 0 and "bytes_per_token" in done.stdout, done.stderr
+    assert "nats" in done.stdout and (tmp_path / "info.png").stat().st_size > 5000
+    assert command("verify", folder).returncode == 0
+    for arguments, message in (
+        (["verify", tmp_path], "has no manifest.json"),
+        (["verify"], "1 wanted"),
+        (["look", folder], "action='look' is unknown"),
+        (["merge", folder, folder, f"--out={tmp_path}/m"], "disjoint"),
+        (["export", folder], "--out is missing"),
+    ):
+        failed = command(*arguments)
+        errors = [line for line in failed.stderr.splitlines() if "error:" in line]
+        assert failed.returncode != 0 and len(errors) == 1, failed.stderr
+        assert message in errors[0]
+
+
+def test_export_has_every_number(finished, tmp_path):
+    _, workdir = finished
+    cache, out = cache_of(workdir), tmp_path / "cache.parquet"
+    assert transfer.export(cache, out) == cache.num_records
+    for row in Dataset.from_parquet(str(out), cache_dir=str(tmp_path)):
+        record = cache.read(bytes.fromhex(row["key"]))
+        np.testing.assert_array_equal(row["ids"], record.ids)
+        np.testing.assert_array_equal(np.float32(row["log_probs"]), record.log_probs)
+        np.testing.assert_array_equal(row["target_ids"], record.target_ids)
+    with pytest.raises(ValueError, match="exists"):
+        transfer.export(cache, out)
+
+
+def test_merge_copies_every_record(finished, tmp_path):
+    _, workdir = finished
+    parts = [cache_of(workdir), cache_of(workdir, "eval")]
+    transfer.merge(parts, tmp_path / "both")
+    both = records.open_cache(tmp_path / "both")
+    assert both.num_tokens == sum(part.num_tokens for part in parts)
+    for part in parts:
+        for key in part:
+            for a, b in zip(part.read(key), both.read(key), strict=True):
+                np.testing.assert_equal(a, b)
+    records.verify(both)
+    other = dataclasses.replace(parts[1].manifest, teacher_fingerprint="other")
+    with pytest.raises(ValueError, match="teacher_fingerprint='other'"):
+        transfer.merge(
+            [parts[0], records.Cache(parts[1].folder, other)], tmp_path / "no"
+        )
+
+
+def write_axolotl(path, sequences):
+    with open(path, "w") as file:
+        for rows in sequences:
+            used = slice(1, None)  # rows of the last tokens, the first one has none
+            line = {
+                "logprobs": rows.log_probs[used].tolist(),
+                "target_token_ids": rows.ids[used].tolist(),
+                "input_ids": rows.token_ids.tolist(),
+            }
+            file.write(json.dumps(line) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("layout", "suffix", "write"),
+    [
+        ("vllm", "jsonl", convert.write_vllm),
+        ("distillkit", "parquet", convert.write_distillkit),
+        ("axolotl", "jsonl", write_axolotl),
+    ],
+)
+def test_import_gives_the_losses_of_the_cache(
+    finished, tmp_path, layout, suffix, write
+):
+    config, workdir = finished
+    file = tmp_path / f"dump.{suffix}"
+    write(file, whole_sequences(config, cache_of(workdir)))
+    data = tmp_path / "config.py"
+    data.write_text(
+        "from kdjax import config\n"
+        "def get_config(argument=''):\n"
+        f"    return config.from_json({config_lib.to_json(config)!r})\n"
+    )
+    out = tmp_path / "cache" / "train"
+    done = command(
+        "import", file, f"--layout={layout}", f"--config={data}", f"--out={out}"
+    )
+    assert done.returncode == 0, done.stderr
+    os.symlink(workdir / "cache" / "eval", tmp_path / "cache" / "eval")
+    losses = []
+    for path in (workdir / "cache", tmp_path / "cache"):
+        again = dataclasses.replace(
+            config,
+            teacher=dataclasses.replace(config.teacher, path=str(workdir / "teacher")),
+            cache=dataclasses.replace(config.cache, path=str(path)),
+            method=dataclasses.replace(config.method, tail="renormalize_both"),
+        )
+        train.run(again, tmp_path / f"run{len(losses)}")
+        lines = (tmp_path / f"run{len(losses)}" / "metrics.jsonl").read_text()
+        losses.append(
+            [json.loads(s)["loss"] for s in lines.splitlines() if '"loss"' in s]
+        )
+    np.testing.assert_allclose(*losses, rtol=1e-3)
+    if layout == "axolotl":
+        with pytest.raises(ValueError, match="tail='bucket' needs the mass outside"):
+            records.open_cache(out, tail="bucket")
+        with pytest.raises(ValueError, match=r"temperature=2\.0 was not declared"):
+            records.open_cache(out, temperatures=(2.0,))
+
+
+@pytest.mark.parametrize("shift", [1, -1])
+def test_an_import_of_shifted_rows_is_refused(finished, tmp_path, shift):
+    config, workdir = finished
+    cache = cache_of(workdir)
+    manifest = dataclasses.replace(
+        cache.manifest, shards=(), missing=("tail_mass", "entropy", "target_log_probs")
+    )
+    out = tmp_path / "cache"
+    transfer.import_rows(
+        whole_sequences(config, cache, shift=shift),
+        experiment.load_data(config).train,
+        out,
+        manifest,
+        shard_size=16,
+    )
+    with pytest.raises(ValueError, match="the cache is shifted by one"):
+        records.verify(records.open_cache(out))
+
+
+def test_import_names_the_example_without_a_sequence(finished, tmp_path):
+    config, workdir = finished
+    cache = cache_of(workdir)
+    sequences = list(whole_sequences(config, cache))[1:]
+    segments = experiment.load_data(config).train
+    with pytest.raises(ValueError, match=r"no sequence has its tokens \(1 such of"):
+        transfer.import_rows(
+            sequences, segments, tmp_path / "c", cache.manifest, shard_size=16
+        )
