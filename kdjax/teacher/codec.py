@@ -4,19 +4,21 @@ A record is a header (uint32 T, uint32 K, uint16 S, uint16 R) and the frames bel
 this order; `planes` says how arrays and ids become frames. Arrays of tokens are stored
 column by column (token index fastest). docs/cache.md has the whole format.
 
-  top_k    K T codes as 2 planes; K T ids; scalars with the log of the stored mass first
+  top_k    K T codes as 2 planes; K T ids; the log of the mass stored at temperature 1;
+           scalars with the log of that at each temperature (0 at 1) instead of log Z
   sampled  S R T numbers of distinct ids as 2 planes; of those the counts, 2 planes, and
            the ids, both by (S, R, T) and descending count; scalars
   dense    K T log-probabilities as 4 planes; scalars
-  scalars  T target ids; then log p of the target, log Z for each temperature, entropy
+  scalars  T target ids; then log Z for each temperature, log p of the target, entropy
            for each temperature, as planes of 3 bytes
 
 Codes are differences, modulo 2^16, along K of round(C log(1 + x)), x = -log p in nats
 and C = 96: neighbouring codes are (1 + x) / C nats apart, fine where the mass is and
-coarse in the tail, and sixteen bits reach every float32. A decoded row is shifted to
-the stored log of its exact mass: the tail mass 1 - sum p is that of the teacher, not of
-the rounding. The rounding costs about E[(1 + x)^2] / (24 C^2) nats of KL, measured 3e-5
-on text.
+coarse in the tail, and sixteen bits reach every float32. A decoded row is shifted so
+that it has its exact mass at temperature 1, and log Z_T is what gives it its exact mass
+at T: at every declared temperature the tail mass 1 - sum p is that of the teacher, not
+of the rounding. The rounding costs about E[(1 + x)^2] / (24 C^2) nats of KL at
+temperature 1, measured 3e-5 on text.
 
 Shapes: T target tokens, K pairs (sampled: distinct ids at most), S temperatures, R
 rounds of draws, V vocabulary, X scalars of a token.
@@ -76,17 +78,20 @@ class Record(NamedTuple):
         return len(self.target_ids)
 
 
-def encode(record: Record, coder: IdCoder) -> bytes:
+def encode(record: Record, coder: IdCoder, *, temperatures: tuple[float, ...]) -> bytes:
     """Return the bytes of `record`: equal records give equal bytes.
+
+    Args:
+        record: its `log_z` has a column for each of `temperatures`.
+        coder: of the shard.
+        temperatures: those declared when labelling.
 
     Raises:
         ValueError: a NaN, a row without any stored pair, an id outside the
             vocabulary, or fields whose shapes do not agree.
     """
     check(record, vocab_size=coder.vocab_size)
-    scalars_TX = np.concatenate(
-        [record.target_log_probs[:, None], record.log_z, record.entropy], axis=1
-    )
+    log_z_TS = record.log_z
     num_pairs, num_rounds = 0, 0
     if record.kind == "sampled":
         num_rounds, num_pairs = record.ids.shape[2:]
@@ -105,7 +110,11 @@ def encode(record: Record, coder: IdCoder) -> bytes:
             planes.pack_integers(deltas_TK.T.ravel(), num_bytes=2),
             coder.pack(ids_TK.T.ravel()),
         ]
-        scalars_TX = np.concatenate([_log_mass(record.log_probs), scalars_TX], axis=1)
+        log_z_TS = _masses(record.log_probs, temperatures)
+        log_z_TS[:, 1:] -= record.log_z
+    scalars_TX = np.concatenate(
+        [log_z_TS, record.target_log_probs[:, None], record.entropy], axis=1
+    )
     parts += [
         coder.pack(record.target_ids),
         planes.pack_floats(scalars_TX.T.ravel(), num_bytes=3),
@@ -121,9 +130,13 @@ def num_tokens(data: bytes) -> int:
     return _HEADER.unpack_from(data)[0]
 
 
-def decode(data: bytes, coder: IdCoder, *, kind: str) -> Record:
+def decode(
+    data: bytes, coder: IdCoder, *, kind: str, temperatures: tuple[float, ...]
+) -> Record:
     """Return the record that `encode` wrote, within the rounding described above."""
     num_tokens, num_pairs, num_temperatures, num_rounds = _HEADER.unpack_from(data)
+    if num_temperatures != len(temperatures):
+        raise ValueError(f"{num_temperatures} temperatures, {temperatures} are wanted")
     reader = planes.Reader(data, _HEADER.size)
     num_stored = num_tokens * num_pairs
     num_scalars = 1 + 2 * num_temperatures + (kind == "top_k")
@@ -147,17 +160,20 @@ def decode(data: bytes, coder: IdCoder, *, kind: str) -> Record:
     scalars = planes.unpack_floats(reader, num_tokens * num_scalars, num_bytes=3)
     reader.end()
     scalars_TX = _rows(scalars, num_tokens, num_scalars)
+    num_sums = num_temperatures + (kind == "top_k")
+    log_z_TS = scalars_TX[:, :num_sums]
     if kind == "top_k":
-        log_probs_TK += scalars_TX[:, :1] - _log_mass(log_probs_TK)
-        scalars_TX = scalars_TX[:, 1:]
+        log_probs_TK += log_z_TS[:, :1] - _masses(log_probs_TK, ())
+        log_z_TS = _masses(log_probs_TK, temperatures)[:, 1:] - log_z_TS[:, 1:]
+        log_z_TS[:, [t == 1.0 for t in temperatures]] = 0.0  # by definition
     return Record(
         ids=ids,
         log_probs=log_probs_TK,
         counts=counts,
         target_ids=target_ids,
-        target_log_probs=scalars_TX[:, 0],
-        log_z=scalars_TX[:, 1 : 1 + num_temperatures],
-        entropy=scalars_TX[:, 1 + num_temperatures :],
+        target_log_probs=scalars_TX[:, num_sums],
+        log_z=log_z_TS,
+        entropy=scalars_TX[:, num_sums + 1 :],
         kind=kind,
     )
 
@@ -277,10 +293,20 @@ def _codes(log_probs_TK: Float32[np.ndarray, "T K"]) -> UInt16[np.ndarray, "T K"
     return np.where(empty_TK, _EMPTY, codes_TK).astype(np.uint16)
 
 
-def _log_mass(log_probs_TK: Float32[np.ndarray, "T K"]) -> Float32[np.ndarray, "T 1"]:
-    """Log of the sum of the probabilities of a row, summed in float64."""
+def _masses(
+    log_probs_TK: Float32[np.ndarray, "T K"], temperatures: tuple[float, ...]
+) -> Float32[np.ndarray, "T 1+S"]:
+    """Return log sum_k p_k^(1/t) for t = 1 and each temperature, summed in float64.
+
+    A temperature of 1 among the others has 0, which takes no room.
+    """
     peak_T1 = log_probs_TK.max(axis=1, keepdims=True)
-    sums_T1 = np.exp(log_probs_TK - peak_T1).sum(
-        axis=1, keepdims=True, dtype=np.float64
-    )
-    return (peak_T1 + np.log(sums_T1)).astype(np.float32)
+    below_TK = log_probs_TK - peak_T1
+    sums = [
+        np.zeros(len(below_TK))
+        if column and t == 1.0
+        else peak_T1[:, 0] / t
+        + np.log(np.exp(below_TK / np.float32(t)).sum(axis=1, dtype=np.float64))
+        for column, t in enumerate((1.0, *temperatures))
+    ]
+    return np.stack(sums, axis=1).astype(np.float32)

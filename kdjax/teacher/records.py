@@ -227,7 +227,12 @@ class Cache:
         path = self.folder / self.manifest.shards[shard].name
         payload = read_payload(self._checked_reader(shard), path, row, key=key)
         try:
-            return codec.decode(payload, coders[shard], kind=self.kind)
+            return codec.decode(
+                payload,
+                coders[shard],
+                kind=self.kind,
+                temperatures=self.temperatures,
+            )
         except codec.DECODE_ERRORS as error:
             raise DamagedShardError(damage(path, row)) from error
 

@@ -80,7 +80,8 @@ def write_shard(
         for key, record in records:
             check_record(key, record, manifest, known=keys)
             keys[key] = None
-            yield key, codec.encode(record, coder), record.num_tokens
+            payload = codec.encode(record, coder, temperatures=manifest.temperatures)
+            yield key, payload, record.num_tokens
 
     _write(folder, index, num_shards, payloads(), coder, manifest)
 

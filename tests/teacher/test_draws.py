@@ -173,7 +173,12 @@ def test_strata_are_no_noisier_than_independent_draws():
 def test_records_of_draws_come_back():
     record = labelled(drawn=True, num_rounds=3)
     coder = IdCoder.of(record.ids, VOCAB_SIZE)
-    found = codec.decode(codec.encode(record, coder), coder, kind="sampled")
+    found = codec.decode(
+        codec.encode(record, coder, temperatures=TEMPERATURES),
+        coder,
+        kind="sampled",
+        temperatures=TEMPERATURES,
+    )
     np.testing.assert_array_equal(found.counts, record.counts)
     np.testing.assert_array_equal(found.ids, record.ids)
     np.testing.assert_allclose(found.entropy, record.entropy, rtol=2.0**-16)

@@ -77,7 +77,12 @@ def _write_cache(folder, manifest=MANIFEST, *, num_shards=3):
 
 def _round_trip(record, *, vocab_size=VOCAB_SIZE):
     coder = IdCoder.of(record.target_ids, vocab_size)
-    return codec.decode(codec.encode(record, coder), coder, kind=record.kind)
+    return codec.decode(
+        codec.encode(record, coder, temperatures=TEMPERATURES),
+        coder,
+        kind=record.kind,
+        temperatures=TEMPERATURES,
+    )
 
 
 def _kl(record, decoded, temperature_index):
@@ -119,12 +124,28 @@ def test_the_tail_mass_survives_the_rounding():
     assert tail == pytest.approx(1e-6, abs=2e-7)
 
 
+def test_the_tail_mass_is_exact_at_every_declared_temperature():
+    record = make_record(np.random.default_rng(1), 200, scale=6.0)
+    decoded = _round_trip(record)
+    for column, temperature in enumerate(TEMPERATURES):
+        tails = [
+            1
+            - np.exp(np.float64(r.log_probs) / temperature - r.log_z[:, [column]]).sum(
+                1
+            )
+            for r in (record, decoded)
+        ]
+        np.testing.assert_allclose(*tails, atol=5e-6)
+
+
 def test_per_token_numbers_are_close_and_order_is_kept():
     record = make_record(np.random.default_rng(1), 33)
     decoded = _round_trip(record)
-    for name in ("target_log_probs", "log_z", "entropy"):
+    for name in ("target_log_probs", "entropy"):
         found, wanted = getattr(decoded, name), getattr(record, name)
         np.testing.assert_allclose(found, wanted, rtol=2.0**-16)
+    np.testing.assert_allclose(decoded.log_z, record.log_z, atol=5e-3)
+    assert (decoded.log_z[:, 0] == 0).all()
     np.testing.assert_array_equal(decoded.target_ids, record.target_ids)
     assert (np.diff(decoded.log_probs, axis=1) <= 0).all()
 
@@ -186,7 +207,9 @@ def test_encode_refuses(change, message):
     record = make_record(np.random.default_rng(6), 2)
     change(record)
     with pytest.raises(ValueError, match=message):
-        codec.encode(record, IdCoder.of(record.target_ids, VOCAB_SIZE))
+        codec.encode(
+            record, IdCoder.of(record.target_ids, VOCAB_SIZE), temperatures=TEMPERATURES
+        )
 
 
 def test_random_pairs_take_less_than_three_bytes():
@@ -194,7 +217,11 @@ def test_random_pairs_take_less_than_three_bytes():
     num_bytes = num_pairs = 0
     for _ in range(4):
         record = make_record(rng, 64, vocab_size=49152, k=64, scale=2.5)
-        num_bytes += len(codec.encode(record, IdCoder.of(record.ids, 49152)))
+        num_bytes += len(
+            codec.encode(
+                record, IdCoder.of(record.ids, 49152), temperatures=TEMPERATURES
+            )
+        )
         num_pairs += record.ids.size
     assert num_bytes / num_pairs < 2.8  # 2.0 of them are ids that cannot be compressed
 
