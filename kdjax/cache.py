@@ -18,7 +18,8 @@ from absl import flags
 from kdjax import cli, experiment
 from kdjax.config import Config
 from kdjax.data import tokenizer as tokenizers
-from kdjax.teacher import convert, inspection, records, transfer
+from kdjax.teacher import inspection, records, transfer
+from kdjax.teacher.foreign import convert
 from kdjax.teacher.manifest import Manifest
 from kdjax.writer import print_table, progress
 

@@ -14,8 +14,9 @@ from datasets import Dataset
 from kdjax import config as config_lib
 from kdjax import experiment, train
 from kdjax.config import Config
-from kdjax.teacher import convert, inspection, records, transfer
-from kdjax.teacher.convert import Rows
+from kdjax.teacher import inspection, records, transfer
+from kdjax.teacher.foreign import convert
+from kdjax.teacher.foreign.convert import Rows
 from tests import small
 
 ROOT = pathlib.Path(__file__).parent.parent

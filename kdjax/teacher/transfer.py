@@ -17,7 +17,7 @@ import numpy as np
 from kdjax.data.views import Segment
 from kdjax.teacher import records, shards
 from kdjax.teacher.codec import Record
-from kdjax.teacher.convert import Rows
+from kdjax.teacher.foreign.convert import Rows
 from kdjax.teacher.manifest import Manifest
 
 

@@ -15,8 +15,8 @@ import pytest
 import yaml
 from array_record.python import array_record_module
 
-from kdjax.teacher import wire
-from kdjax.teacher.convert import LAYOUTS, Rows
+from kdjax.teacher.foreign import wire
+from kdjax.teacher.foreign.convert import LAYOUTS, Rows
 
 VOCAB_SIZE, K = 100, 3
 INF = math.inf

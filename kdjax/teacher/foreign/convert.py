@@ -18,9 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Bool, Float32, Int32, Shaped
 
-from kdjax.teacher import layouts
-from kdjax.teacher.foreign import Path, refuse
-from kdjax.teacher.layouts import Stored
+from kdjax.teacher.foreign import layouts
+from kdjax.teacher.foreign.files import Path, refuse
+from kdjax.teacher.foreign.layouts import Stored
 
 _SLACK = 1e-3  # nats above 0 that are taken for rounding
 _GROUP = 256  # sequences of a parquet row group

@@ -17,8 +17,8 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float64, Int64, Shaped, UInt8
 
-from kdjax.teacher import foreign, wire
-from kdjax.teacher.foreign import Path, refuse
+from kdjax.teacher.foreign import files, wire
+from kdjax.teacher.foreign.files import Path, refuse
 
 Pairs = Sequence[tuple[int, float]]  # (id, log-probability)
 
@@ -57,8 +57,8 @@ def read_vllm(path: Path) -> Iterator[Stored]:
     sequence in each choice (completions) or in itself (chat). Entry i is for token i,
     over the whole vocabulary.
     """
-    for file in foreign.files(path, ".jsonl"):
-        for where, answer in foreign.json_objects(file):
+    for file in files.files(path, ".jsonl"):
+        for where, answer in files.json_objects(file):
             alone = answer.get("prompt_logprobs") is not None
             parts = [answer] if alone else answer.get("choices")
             if not isinstance(parts, list) or not parts:
@@ -115,8 +115,8 @@ def read_sglang(path: Path) -> Iterator[Stored]:
     later start gives the later tokens only. Entry i is for token i, over the whole
     vocabulary.
     """
-    for file in foreign.files(path, ".jsonl"):
-        for where, answer in foreign.json_objects(file):
+    for file in files.files(path, ".jsonl"):
+        for where, answer in files.json_objects(file):
             meta = answer.get("meta_info")
             own = _list(where, meta, "input_token_logprobs")
             top = _list(where, meta, "input_top_logprobs")
@@ -154,7 +154,7 @@ def read_axolotl(path: Path) -> Iterator[Stored]:
     captured. The plugin normalises them over the stored ids and changes temperature
     whenever it reads them; what they are over the file does not say.
     """
-    for file in foreign.files(path, ".jsonl", ".parquet"):
+    for file in files.files(path, ".jsonl", ".parquet"):
         for where, sample in _axolotl_samples(file):
             rows = _list(where, sample, "logprobs")
             pairs: list[Pairs]
@@ -176,13 +176,13 @@ def read_axolotl(path: Path) -> Iterator[Stored]:
 
 def _axolotl_samples(file: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     if file.suffix != ".parquet":
-        yield from foreign.json_objects(file)
+        yield from files.json_objects(file)
         return
-    names = foreign.column_names(file)
+    names = files.column_names(file)
     if "logprobs" not in names:
         refuse(str(file), f"columns {', '.join(sorted(names))}", "logprobs")
     columns = {name: None for name in _AXOLOTL if name in names}
-    for where, row in foreign.parquet_rows(file, columns):
+    for where, row in files.parquet_rows(file, columns):
         yield where, {name: value.as_py() for name, value in row.items()}
 
 
@@ -212,8 +212,8 @@ def read_distillkit(path: Path) -> Iterator[Stored]:
     token behind the sequence is left out. Compression loses a little: probabilities
     may add up to a little more than 1.
     """
-    for file in foreign.files(path, ".parquet"):
-        names = foreign.column_names(file)
+    for file in files.files(path, ".parquet"):
+        names = files.column_names(file)
         columns = _RAW if names >= set(_RAW) else _COMPRESSED
         if not names >= set(columns):
             needed = f"{', '.join(_COMPRESSED)}; or {', '.join(_RAW)}"
@@ -222,7 +222,7 @@ def read_distillkit(path: Path) -> Iterator[Stored]:
         if columns is _COMPRESSED:
             settings = file.with_name("compression_config.yaml")
             compression = wire.read_compression(settings)
-        for where, row in foreign.parquet_rows(file, columns):
+        for where, row in files.parquet_rows(file, columns):
             token_ids, ids, log_probs = (scalar.values for scalar in row.values())
             if token_ids is None or token_ids.null_count or not len(token_ids):
                 refuse(where, "null or no input_ids", "token ids")
@@ -277,8 +277,8 @@ def read_maxtext(path: Path) -> Iterator[Stored]:
     (`inputs_segmentation`, 0 is padding) come one after another; the last row of each
     stands for a token that is not among the inputs, and is left out.
     """
-    for file in foreign.files(path, ".array_record"):
-        for where, record in foreign.records(file):
+    for file in files.files(path, ".array_record"):
+        for where, record in files.records(file):
             inputs, ids_TM, logits_TM, segments = _maxtext_arrays(where, record)
             with np.errstate(invalid="ignore"):  # NaN is refused later
                 top_T1 = logits_TM.max(1, keepdims=True)

@@ -1,0 +1,1 @@
+"""Teacher outputs of other tools: their files, schemas and encodings."""
