@@ -1,0 +1,48 @@
+"""A verb as several processes on this machine, by launch/local.sh."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+from kdjax import config as config_lib
+from kdjax.config import Config
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+
+
+def run(
+    verb: str,
+    config: Config,
+    workdir: pathlib.Path,
+    *,
+    num_processes: int,
+    num_devices: int,
+) -> None:
+    """Runs a verb to its end; `num_devices` are those of each process."""
+    file = workdir.parent / f"{workdir.name}_config.py"
+    file.write_text(
+        "from kdjax import config\n"
+        "def get_config(argument=''):\n"
+        f"    return config.from_json({config_lib.to_json(config)!r})\n"
+    )
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}",
+        "XLA_FLAGS": "",
+        "KDJAX_DEVICES": str(num_devices),
+    }
+    done = subprocess.run(
+        [
+            ROOT / "launch" / "local.sh",
+            *(str(num_processes), "-m", f"kdjax.{verb}"),
+            *(f"--config={file}", f"--workdir={workdir}"),
+        ],
+        env=environment,
+        cwd=workdir.parent,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
