@@ -4,6 +4,10 @@
         --config.data.path=GSM8K/train.jsonl --config.data.eval_path=GSM8K/test.jsonl \
         --config.teacher.path=SMOLLM2_FOLDER
 
+On two CPU cores labelling takes 15 minutes and training 10. Expect a held-out NLL of
+1.83 and a KL to the teacher of 1.29 nats; hard labels alone give 1.85 and 2.18
+(means of seeds 0 and 1, --config.data.num_eval=100).
+
 Arguments: "hard" trains the same student, on the same batches, on hard labels alone;
 "smoke" takes a few rows and steps. Where there is a network, the teacher's hub name
 HuggingFaceTB/SmolLM2-135M-Instruct works as it is (the default).
