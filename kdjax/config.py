@@ -122,7 +122,10 @@ class MethodConfig:
     name: str = "multitask"  # key of kdjax.methods.METHODS
     label_weight: float = 0.5  # a: label view a, rationale view 1 - a (multitask)
     hard_weight: float = 0.5  # weight of cross-entropy with the data
-    soft_weight: float = 0.5  # weight of KL to the teacher; 0 needs no cache
+    soft_weight: float = 0.5  # weight of the teacher's term; 0 needs no cache
+    divergence: str = "forward_kl"  # of the soft term: key of losses.divergence
+    alpha: float = 0.1  # share of the first distribution in the mixture (skew_*)
+    beta: float = 0.5  # 0 forward to 1 reverse KL (jsd)
     temperature: float = 1.0  # T of the soft term; must be declared in the cache
     scale_by_t2: bool = True  # multiply the soft term by T^2
     tail: str = "bucket"  # what stands for ids outside the top k: one of TAILS

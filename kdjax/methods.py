@@ -7,6 +7,8 @@ step knows no method, only the weights that the loader has put on each token.
 from dataclasses import dataclass
 
 from kdjax.config import MethodConfig
+from kdjax.losses.divergence import Divergence
+from kdjax.losses.sparse import check_tail
 
 # name -> views, in the order in which batches number them
 METHODS: dict[str, tuple[str, ...]] = {
@@ -21,7 +23,7 @@ METHODS: dict[str, tuple[str, ...]] = {
 class Term:
     """One summand of the loss: `weight` times the mean over one view's target tokens.
 
-    kind "hard" is cross-entropy with the data, "soft" is KL to the teacher.
+    kind "hard" is cross-entropy with the data, "soft" the divergence from the teacher.
     """
 
     name: str  # "<view>/<kind>", the key under which its value is reported
@@ -59,3 +61,14 @@ def terms(config: MethodConfig) -> tuple[Term, ...]:
         for kind, weight in (("hard", config.hard_weight), ("soft", config.soft_weight))
         if share * weight > 0
     )
+
+
+def divergence(config: MethodConfig) -> Divergence:
+    """The divergence of the soft terms.
+
+    Raises:
+      ValueError: unknown, or with a parameter or tail policy that it cannot have.
+    """
+    found = Divergence(name=config.divergence, alpha=config.alpha, beta=config.beta)
+    check_tail(config.tail, found)
+    return found

@@ -45,6 +45,8 @@ class Meter:
     ) -> None:
         self._config, self._plan, self._terms = config, plan, terms
         self._views, self._writer = views, writer
+        divergence = config.method.divergence
+        self._soft_name = "kl" if divergence == "forward_kl" else divergence
         positions = config.train.batch_size * config.train.row_length
         self._flops = flops.train_flops(
             shape,
@@ -128,7 +130,7 @@ class Meter:
         }
         scalars |= {f"loss/{t.name}": float(means[t.kind][t.view]) for t in self._terms}
         if any(t.kind == "soft" for t in self._terms):
-            scalars["kl"] = float(values["kl"].sum() / counts.sum())
+            scalars[self._soft_name] = float(values["kl"].sum() / counts.sum())
         return scalars
 
     def _speed(self) -> dict[str, float]:

@@ -15,6 +15,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from kdjax import sharding
 from kdjax.losses import head
+from kdjax.losses.divergence import Divergence
+from kdjax.losses.sparse import FORWARD_KL
 from kdjax.models import decoder
 from kdjax.state import TrainState
 
@@ -49,11 +51,12 @@ def make_train_step(
     scale_by_t2: bool,
     tail: str,
     chunk_size: int,
+    divergence: Divergence = FORWARD_KL,
     num_valid: int | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]:
     """Compiles (state, batch) -> (state, metrics); the state's memory is reused.
 
-    loss = sum over tokens of hard_weights * nll + soft_weights * KL, the weights having
+    loss = sum over tokens of hard_weights * nll + soft_weights * kl, the weights having
     been divided by the term's count in the whole global batch by the loader, so that
     microbatches and devices add. An update with a non-finite gradient is not applied.
 
@@ -68,6 +71,7 @@ def make_train_step(
       scale_by_t2: multiply it by T^2.
       tail: what stands for ids that are not stored.
       chunk_size: tokens of a chunk of the fused head.
+      divergence: of the soft term.
       num_valid: vocabulary rows from here on are padding; None = none.
 
     Returns:
@@ -93,6 +97,7 @@ def make_train_step(
             weight_spec=sharding.HEAD_SPEC,
             temperature=temperature,
             scale_by_t2=scale_by_t2,
+            divergence=divergence,
             tail=tail,
             chunk_size=chunk_size,
             num_valid=num_valid,

@@ -81,6 +81,7 @@ def fit(
         num_views=len(data.views),
         temperature=method.temperature,
         scale_by_t2=method.scale_by_t2,
+        divergence=methods.divergence(method),
         tail=method.tail,
         chunk_size=train.chunk_size
         or head.chunk_size(train.memory_mib, model.shape.vocab_size),

@@ -6,6 +6,7 @@ import types
 import typing
 from typing import Any
 
+from kdjax import methods
 from kdjax.config import (
     CACHE_KINDS,
     DTYPES,
@@ -136,6 +137,12 @@ def validate(config: Config) -> None:
     if not config.optim.learning_rate > 0:
         raise ValueError(
             f"optim.learning_rate={config.optim.learning_rate} must be positive"
+        )
+    methods.divergence(method)
+    if cache.kind == "sampled" and method.divergence != "forward_kl":
+        raise ValueError(
+            f"method.divergence={method.divergence!r} with cache.kind='sampled': draws "
+            "estimate 'forward_kl' alone; use it, or cache.kind='top_k'"
         )
     if config.optim.warmup_steps > train.steps:
         raise ValueError(

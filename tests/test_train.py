@@ -176,6 +176,22 @@ def test_draws_train_the_student_and_held_out_measures_stay_exact(finished, tmp_
     assert found["sampled"]["kl"] > 0
 
 
+def test_another_divergence_trains_and_is_named(finished, tmp_path):
+    _, workdir = finished
+    config = small.config(
+        teacher={"path": str(workdir / "teacher")},
+        cache={"path": str(workdir / "cache")},
+        method={"divergence": "jsd", "beta": 0.3},
+        train={"steps": 2},
+        evaluation={"num_generations": 0},
+    )
+    train.run(config, tmp_path)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    steps = [row for row in map(json.loads, lines) if "loss" in row]
+    assert all(row["jsd"] >= 0 and "kl" not in row for row in steps)
+    assert summary(tmp_path)["student"]["kl"] >= 0
+
+
 @pytest.mark.slow
 def test_killed_anywhere_it_ends_the_same(finished, tmp_path):
     config, workdir = finished

@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kdjax.losses.divergence import forward_kl
+from kdjax.losses.divergence import Divergence
 from kdjax.losses.sparse import (
+    FORWARD_KL,
     sampled_forward_kl,
-    sparse_forward_kl,
+    sparse_divergence,
     teacher_at_temperature,
 )
 
@@ -51,7 +52,7 @@ class ChunkLoss(NamedTuple):
     nll_C: Float[Array, "C"]
     """-log q(target) at temperature 1, nats."""
     kl_C: Float[Array, "C"]
-    """Forward KL at the temperature, nats, not scaled; 0 where the soft weight is 0."""
+    """The divergence at the temperature, nats, not scaled; 0 without soft weight."""
     d_logits: Callable[[], Float[Array, "C V"]]
     """Returns the gradient of sum(hard * nll + soft * soft_scale * kl)."""
 
@@ -63,14 +64,17 @@ def chunk_loss(
     temperature: float,
     soft_scale: float,
     tail: str,
+    divergence: Divergence = FORWARD_KL,
 ) -> ChunkLoss:
     """Return the losses of one chunk from its float32 logits."""
     rule = _dense_loss if tokens.teacher.ids_NK is None else _sparse_loss
-    loss = rule(logits_CV, tokens, temperature, soft_scale, tail)
+    loss = rule(logits_CV, tokens, temperature, soft_scale, tail, divergence)
     return loss._replace(kl_C=jnp.where(tokens.soft_weights_N != 0, loss.kl_C, 0.0))
 
 
-def _sparse_loss(logits_CV, tokens, temperature, soft_scale, tail) -> ChunkLoss:
+def _sparse_loss(
+    logits_CV, tokens, temperature, soft_scale, tail, divergence
+) -> ChunkLoss:
     """Losses against stored pairs: the vocabulary is the K stored ids and the rest.
 
     With z = logits / T, g = d kl / d (log q_stored, log q_rest) and G = sum(g):
@@ -103,13 +107,15 @@ def _sparse_loss(logits_CV, tokens, temperature, soft_scale, tail) -> ChunkLoss:
         log_p_CK = teacher.log_probs_NK
     log_p_CK = jnp.where(used_CK, log_p_CK, -jnp.inf)
 
-    def divergence(log_q_CK, log_q_rest):
+    def soft_loss(log_q_CK, log_q_rest):
         if teacher.entropy_N is not None:
             return sampled_forward_kl(log_q_CK, log_p_CK, teacher.entropy_N)
-        return sparse_forward_kl(log_q_CK, log_q_rest, log_p_CK, tail=tail)
+        return sparse_divergence(
+            log_q_CK, log_q_rest, log_p_CK, divergence=divergence, tail=tail
+        )
 
     def d_logits():
-        _, pull = jax.vjp(divergence, log_q_CK, log_q_rest)
+        _, pull = jax.vjp(soft_loss, log_q_CK, log_q_rest)
         g_CK, g_rest = pull(jnp.ones_like(log_q_rest))
         g_sum = g_CK.sum(-1) + g_rest
         scale = soft * (soft_scale / temperature)
@@ -127,12 +133,12 @@ def _sparse_loss(logits_CV, tokens, temperature, soft_scale, tail) -> ChunkLoss:
         d_CV = d_CV.at[rows, ids].add(d_stored, mode="drop")
         return d_CV.at[rows[:, 0], targets].add(-hard)
 
-    return ChunkLoss(
-        total_1 - target_logits, divergence(log_q_CK, log_q_rest), d_logits
-    )
+    return ChunkLoss(total_1 - target_logits, soft_loss(log_q_CK, log_q_rest), d_logits)
 
 
-def _dense_loss(logits_CV, tokens, temperature, soft_scale, tail) -> ChunkLoss:
+def _dense_loss(
+    logits_CV, tokens, temperature, soft_scale, tail, divergence
+) -> ChunkLoss:
     """Losses against whole rows of the teacher; there is no tail."""
     del tail
     targets, hard, soft, teacher = tokens
@@ -146,7 +152,7 @@ def _dense_loss(logits_CV, tokens, temperature, soft_scale, tail) -> ChunkLoss:
     log_p_CV = jnp.where((soft != 0)[:, None], log_p_CV, log_q_CV)
 
     def d_logits():
-        _, pull = jax.vjp(lambda log_q: forward_kl(log_q, log_p_CV), log_q_CV)
+        _, pull = jax.vjp(lambda log_q: divergence(log_q, log_p_CV), log_q_CV)
         (g_CV,) = pull(jnp.ones_like(soft))
         d_z = g_CV - g_CV.sum(-1, keepdims=True) * jnp.exp(log_q_CV)
         scale = soft * (soft_scale / temperature)
@@ -155,7 +161,7 @@ def _dense_loss(logits_CV, tokens, temperature, soft_scale, tail) -> ChunkLoss:
 
     return ChunkLoss(
         total_1[:, 0] - _pick(logits_CV, targets),
-        forward_kl(log_q_CV, log_p_CV),
+        divergence(log_q_CV, log_p_CV),
         d_logits,
     )
 

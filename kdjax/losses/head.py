@@ -24,8 +24,9 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from kdjax.losses.chunk import Teacher, Tokens, chunk_label, chunk_loss
+from kdjax.losses.divergence import Divergence
 from kdjax.losses.scan import Placement, scan_tokens
-from kdjax.losses.sparse import check_tail
+from kdjax.losses.sparse import FORWARD_KL, check_tail
 
 __all__ = [
     "Placement",
@@ -50,6 +51,7 @@ class _Options:
     chunk_size: int
     num_valid: int | None
     placement: Placement | None
+    divergence: Divergence = FORWARD_KL
 
     @property
     def soft_scale(self) -> float:
@@ -76,6 +78,7 @@ def fused_loss(
     *,
     temperature: float = 1.0,
     scale_by_t2: bool = True,
+    divergence: Divergence = FORWARD_KL,
     tail: str = "bucket",
     chunk_size: int,
     num_valid: int | None = None,
@@ -85,7 +88,8 @@ def fused_loss(
 
       loss  = sum_n hard_n * nll_n + soft_n * kl_n * (T^2 if scale_by_t2 else 1)
       nll_n = -log softmax(hidden_n W^T)[target_n]
-      kl_n  = KL(teacher_n at T || softmax(hidden_n W^T / T)); `sparse` has the tails
+      kl_n  = divergence(softmax(hidden_n W^T / T), teacher_n at T), the forward KL
+              unless another is given; `sparse` has the tails
 
     Differentiable once, in `hidden_ND` and `weight_VD`; everything else is constant.
     Gradients are made in the forward pass, and only when asked for.
@@ -100,6 +104,7 @@ def fused_loss(
       teacher: stored outputs, or None for cross-entropy alone.
       temperature: T of the soft term, > 0; `teacher.log_z_N` must be for this T.
       scale_by_t2: keep the size of the soft gradient independent of T.
+      divergence: of the soft term; draws have the forward KL alone.
       tail: what stands for ids that are not stored, one of `sparse.TAILS`.
       chunk_size: most tokens whose logits are alive at once, per device.
       num_valid: rows of `weight_VD` from here on are padding of the vocabulary and
@@ -117,7 +122,9 @@ def fused_loss(
     Source: gradient in the forward pass: Hsu et al., 2024, Liger Kernel, arXiv
     2410.10989, section 3.2; T^2: Hinton et al., 2015, arXiv 1503.02531, section 2.
     """
-    options = _Options(temperature, scale_by_t2, tail, chunk_size, num_valid, placement)
+    options = _Options(
+        temperature, scale_by_t2, tail, chunk_size, num_valid, placement, divergence
+    )
     if teacher is None:
         soft_weights_N = jnp.zeros_like(soft_weights_N)
     tokens = Tokens(
@@ -331,6 +338,7 @@ def _chunk_loss(options, logits_CV, tokens):
         temperature=options.temperature,
         soft_scale=options.soft_scale,
         tail=options.tail,
+        divergence=options.divergence,
     )
 
 
@@ -352,7 +360,7 @@ def _stored(teacher: Teacher | None, targets_N: jax.Array) -> Teacher:
 
 def _check(options: _Options, hidden_ND, weight_VD, tokens: Any) -> None:
     """Raise ValueError for what would otherwise fail late, or not at all."""
-    check_tail(options.tail)
+    check_tail(options.tail, options.divergence)
     if not options.temperature > 0:
         raise ValueError(f"temperature={options.temperature} must be > 0: use 1.0")
     if options.chunk_size < 1:
@@ -375,6 +383,12 @@ def _check(options: _Options, hidden_ND, weight_VD, tokens: Any) -> None:
                 f"{hidden_ND.shape[0]} tokens: flatten batch and time alike"
             )
     teacher = getattr(tokens, "teacher", None)
+    drawn = teacher is not None and teacher.entropy_N is not None
+    if drawn and options.divergence.name != "forward_kl":
+        raise ValueError(
+            f"divergence={options.divergence.name!r} with draws of the teacher: they "
+            "estimate 'forward_kl' alone; use it, or label with cache.kind='top_k'"
+        )
     if teacher is not None and teacher.ids_NK is None:
         num_columns = teacher.log_probs_NK.shape[1]
         if num_columns != vocab_size:

@@ -1,16 +1,16 @@
-"""Forward KL to a teacher of which few ids a token are stored.
+"""Divergences from a teacher of which few ids a token are stored.
 
-`sparse_forward_kl` is for the top k (k + 1 events), `sampled_forward_kl` for draws.
+`sparse_divergence` is for the top k (k + 1 events), `sampled_forward_kl` for draws.
 
 Shapes: N tokens, K stored pairs. An unused slot has log-probability -inf on both sides.
 
 What stands for the ids outside the top k is the tail policy:
-  bucket               one event more, with the mass that is left on each side: a KL,
-                       and a lower bound of the KL over the whole vocabulary
+  bucket               one event more, with the mass that is left on each side: a
+                       divergence, never above that over the whole vocabulary
   renormalize_teacher  the teacher's stored probabilities divided by their sum, against
                        the student's whole softmax
   renormalize_both     both conditioned on the stored ids; ids outside get no gradient
-  drop                 the stored terms of the sum only: not a divergence, can be
+  drop                 the stored terms of the forward KL only: not a divergence, can be
                        negative (>= P log P for a stored mass P)
 """
 
@@ -18,9 +18,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kdjax.losses.divergence import forward_kl
+from kdjax.losses.divergence import Divergence
 
 TAILS = ("bucket", "renormalize_teacher", "renormalize_both", "drop")
+FORWARD_KL = Divergence()
 
 
 def teacher_at_temperature(
@@ -42,17 +43,18 @@ def teacher_at_temperature(
     return log_probs_NK.astype(jnp.float32) / temperature - log_z_N[:, None]
 
 
-def sparse_forward_kl(
+def sparse_divergence(
     student_stored_logp_NK: Float[Array, "N K"],
     student_tail_log_mass_N: Float[Array, "N"],
     teacher_stored_logp_NK: Float[Array, "N K"],
     *,
+    divergence: Divergence = FORWARD_KL,
     tail: str = "bucket",
 ) -> Float[Array, "N"]:
-    """Return the forward KL over the stored ids and what stands for the others.
+    """Return a divergence over the stored ids and what stands for the others.
 
     The teacher's tail mass is max(0, 1 - sum of its stored probabilities), and 0 where
-    the student has no id left (k = V), so that k = V is the dense KL.
+    the student has no id left (k = V), so that k = V is the dense divergence.
 
     Args:
       student_stored_logp_NK: log q of the stored ids, temperature applied.
@@ -60,18 +62,19 @@ def sparse_forward_kl(
         log-sum-exp over the other ids, not 1 - sum, whose gradient cancels.
       teacher_stored_logp_NK: log p of the stored ids at the same temperature. No
         gradient flows to the teacher.
+      divergence: of the events.
       tail: one of TAILS.
 
     Returns:
       Nats per token, float32; >= 0 for every policy but "drop".
 
     Raises:
-      ValueError: an unknown `tail`.
+      ValueError: an unknown `tail`, or one that this divergence cannot have.
 
     Source: bucket: Anshumann et al., 2025, Sparse Logit Sampling, arXiv 2503.16870,
     section 3 ("ghost token").
     """
-    check_tail(tail)
+    check_tail(tail, divergence)
     student = student_stored_logp_NK.astype(jnp.float32)
     teacher = jax.lax.stop_gradient(teacher_stored_logp_NK.astype(jnp.float32))
     if tail == "drop":
@@ -79,7 +82,7 @@ def sparse_forward_kl(
         ratio = jnp.where(p > 0, teacher - student, 0.0)
         return (p * ratio).sum(-1)
     if tail == "renormalize_both":
-        return forward_kl(_renormalize(student), _renormalize(teacher))
+        return divergence(_renormalize(student), _renormalize(teacher))
     if tail == "renormalize_teacher":
         teacher = _renormalize(teacher)
         teacher_tail = jnp.full_like(student_tail_log_mass_N, -jnp.inf)
@@ -88,7 +91,7 @@ def sparse_forward_kl(
         teacher_tail = jnp.where(
             student_tail_log_mass_N > -jnp.inf, jnp.log(left), -jnp.inf
         )
-    return forward_kl(
+    return divergence(
         _append(student, student_tail_log_mass_N), _append(teacher, teacher_tail)
     )
 
@@ -120,10 +123,21 @@ def sampled_forward_kl(
     return -(shares * student).sum(-1) - entropy_N
 
 
-def check_tail(tail: str) -> None:
-    """Raise ValueError unless `tail` is a tail policy."""
+def check_tail(tail: str, divergence: Divergence = FORWARD_KL) -> None:
+    """Raise ValueError unless `tail` is a policy that `divergence` can have."""
     if tail not in TAILS:
         raise ValueError(f"tail={tail!r} is not a tail policy: use one of {TAILS}")
+    if tail == "drop" and divergence.name != "forward_kl":
+        raise ValueError(
+            f"tail='drop' with divergence={divergence.name!r}: it is made for "
+            "'forward_kl' alone; use 'bucket'"
+        )
+    if tail == "renormalize_teacher" and divergence.is_reverse:
+        raise ValueError(
+            f"tail='renormalize_teacher' with divergence={divergence.name!r} is "
+            "infinite, the teacher having no probability outside its stored ids: use "
+            "'bucket' or 'renormalize_both'"
+        )
 
 
 def _append(logp_NK: jax.Array, tail_N: jax.Array) -> jax.Array:

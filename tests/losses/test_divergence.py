@@ -6,8 +6,17 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from kdjax.losses.divergence import DIVERGENCES, forward_kl, reverse_kl, tvd
-from kdjax.losses.sparse import TAILS, sparse_forward_kl, teacher_at_temperature
+from kdjax.losses.divergence import (
+    DIVERGENCES,
+    Divergence,
+    forward_kl,
+    jsd,
+    reverse_kl,
+    skew_forward_kl,
+    skew_reverse_kl,
+    tvd,
+)
+from kdjax.losses.sparse import TAILS, sparse_divergence, teacher_at_temperature
 
 
 def log_softmax(z):
@@ -38,6 +47,66 @@ def test_definitions(pair):
     np.testing.assert_allclose(reverse_kl(student, teacher), reverse, **close)
     distance = 0.5 * np.abs(p - q).sum(-1)
     np.testing.assert_allclose(tvd(student, teacher), distance, **close)
+    for share in (0.1, 0.5, 0.9):
+        m = share * p + (1 - share) * q
+        mixed = share * p * np.log(p / m) + (1 - share) * q * np.log(q / m)
+        for rescale, factor in ((False, 1), (True, 1 / (share * (1 - share)))):
+            value = jsd(student, teacher, beta=share, rescale=rescale)
+            np.testing.assert_allclose(value, factor * mixed.sum(-1), **close)
+        value = skew_forward_kl(student, teacher, alpha=share)
+        np.testing.assert_allclose(value, (p * np.log(p / m)).sum(-1), **close)
+        n = share * q + (1 - share) * p
+        value = skew_reverse_kl(student, teacher, alpha=share)
+        np.testing.assert_allclose(value, (q * np.log(q / n)).sum(-1), **close)
+
+
+def test_the_ends_of_jsd_and_the_skewed_are_the_kls(pair):
+    student, teacher = jnp.float32(pair)
+    forward, reverse = forward_kl(student, teacher), reverse_kl(student, teacher)
+    for function, name, end, wanted in (
+        (jsd, "beta", 0.0, forward),
+        (jsd, "beta", 1.0, reverse),
+        (skew_forward_kl, "alpha", 0.0, forward),
+        (skew_reverse_kl, "alpha", 0.0, reverse),
+    ):
+        at_end = function(student, teacher, **{name: end})
+        np.testing.assert_array_equal(at_end, wanted)
+        near = function(student, teacher, **{name: abs(end - 1e-3)})
+        np.testing.assert_allclose(near, wanted, rtol=1e-2)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_never_negative_also_when_nearly_equal(name):
+    rng = np.random.default_rng(2)
+    z = 4 * rng.normal(size=(200, 50))
+    for step in (0.0, 1e-4, 1e-2, 10.0):
+        near = log_softmax(z + step * rng.normal(size=z.shape))
+        value = DIVERGENCES[name](jnp.float32(near), jnp.float32(log_softmax(z)))
+        assert (np.asarray(value) >= 0).all() and np.isfinite(value).all()
+
+
+@pytest.mark.parametrize("name", ["jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"])
+def test_mixtures_are_finite_where_probabilities_are_zero(name):
+    inf = np.inf
+    teacher = jnp.float32([[0.0, -inf, -inf], [np.log(0.5), np.log(0.5), -inf]])
+    student = jnp.float32([[-inf, 0.0, -inf], [np.log(0.2), np.log(0.8), -inf]])
+    value, grad = jax.value_and_grad(lambda s: DIVERGENCES[name](s, teacher).sum())(
+        student
+    )
+    assert np.isfinite(value) and np.isfinite(grad).all()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"name": "other"}, "divergence='other' is unknown"),
+        ({"alpha": 1.0}, "alpha=1.0 must lie in"),
+        ({"beta": -0.1}, "beta=-0.1 in"),
+    ],
+)
+def test_a_divergence_checks_itself(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Divergence(**fields)
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
@@ -101,16 +170,37 @@ def test_tails(tail, pair):
         "renormalize_both": (p_k / p_sum * np.log(p_k / p_sum / (q_k / q_sum))).sum(-1),
         "drop": (p_k * np.log(p_k / q_k)).sum(-1),
     }[tail]
-    value = sparse_forward_kl(*split(student, k), split(teacher, k)[0], tail=tail)
+    value = sparse_divergence(*split(student, k), split(teacher, k)[0], tail=tail)
     np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", DIVERGENCES)
 @pytest.mark.parametrize("tail", TAILS)
-def test_whole_vocabulary_is_dense(tail, pair):
+def test_whole_vocabulary_is_dense(name, tail, pair):
     student, teacher = pair
-    value = sparse_forward_kl(*split(student, 11), split(teacher, 11)[0], tail=tail)
-    dense = forward_kl(jnp.float32(student), jnp.float32(teacher))
+    divergence = Divergence(name=name)
+    arguments = (*split(student, 11), split(teacher, 11)[0])
+    if (tail, name) == ("renormalize_teacher", "reverse_kl") or (
+        tail == "drop" and name != "forward_kl"
+    ):
+        with pytest.raises(ValueError, match=f"tail='{tail}' with divergence="):
+            sparse_divergence(*arguments, divergence=divergence, tail=tail)
+        return
+    value = sparse_divergence(*arguments, divergence=divergence, tail=tail)
+    dense = divergence(jnp.float32(student), jnp.float32(teacher))
     np.testing.assert_allclose(value, dense, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["jsd", "skew_reverse_kl", "tvd"])
+def test_bucket_is_the_divergence_of_the_events(name, pair):
+    student, teacher = pair
+    parts = [split(logp, 4) for logp in (student, teacher)]
+    joined = [jnp.concatenate([s, t[:, None]], axis=1) for s, t in parts]
+    value = sparse_divergence(
+        *parts[0], parts[1][0], divergence=Divergence(name=name), tail="bucket"
+    )
+    wanted = Divergence(name=name)(*joined)
+    np.testing.assert_allclose(value, wanted, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("tail", TAILS)
@@ -119,7 +209,7 @@ def test_rows_without_stored_pairs_are_finite(tail):
     full = jnp.zeros(2)
 
     def total(student, student_tail):
-        return sparse_forward_kl(student, student_tail, empty, tail=tail).sum()
+        return sparse_divergence(student, student_tail, empty, tail=tail).sum()
 
     value, grads = jax.value_and_grad(total, (0, 1))(empty, full)
     assert np.isfinite(value)
@@ -130,7 +220,7 @@ def test_bucket_is_a_lower_bound(pair):
     student, teacher = pair
     full = forward_kl(jnp.float32(student), jnp.float32(teacher))
     for k in range(1, 11):
-        value = sparse_forward_kl(*split(student, k), split(teacher, k)[0])
+        value = sparse_divergence(*split(student, k), split(teacher, k)[0])
         assert (value >= 0).all()
         assert (value <= full + 1e-6).all()
 
@@ -145,4 +235,4 @@ def test_teacher_at_temperature(pair):
 def test_unknown_tail(pair):
     student, teacher = pair
     with pytest.raises(ValueError, match="tail='other' is not a tail policy"):
-        sparse_forward_kl(*split(student, 4), split(teacher, 4)[0], tail="other")
+        sparse_divergence(*split(student, 4), split(teacher, 4)[0], tail="other")

@@ -21,6 +21,7 @@ from head_cases import (
 from jax.test_util import check_grads
 
 from kdjax.losses import head
+from kdjax.losses.divergence import DIVERGENCES, Divergence
 from kdjax.losses.sparse import TAILS
 
 
@@ -220,7 +221,7 @@ def test_num_valid(k):
 def test_unused_slots(tail):
     """Slots with id -1 change nothing."""
     arrays, _, teacher = make(temperature=2.0)
-    ids, log_probs, log_z = teacher
+    ids, log_probs, log_z, _ = teacher
     wide = head.Teacher(
         jnp.pad(ids, ((0, 0), (0, 2)), constant_values=-1),
         jnp.pad(log_probs, ((0, 0), (0, 2)), constant_values=-jnp.inf),
@@ -296,3 +297,47 @@ def test_memory():
     memory = lowered.compile().memory_analysis().temp_size_in_bytes
     memory -= vocab_size * width * 4
     assert memory <= 0.15 * num_tokens * vocab_size * 4
+
+
+@pytest.mark.parametrize("k", [K, None])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("name", [n for n in DIVERGENCES if n != "forward_kl"])
+def test_every_divergence_fused_is_the_dense_one(name, temperature, k):
+    """Value and gradients against plain autodiff of whole logits."""
+    arrays, _, teacher = make(k=k, temperature=temperature)
+    arrays = as_jax(arrays)
+    divergence = Divergence(name=name, alpha=0.2, beta=0.3)
+    fused = value_and_grads(
+        arrays, teacher, temperature=temperature, divergence=divergence, chunk_size=8
+    )
+
+    def plain(hidden, weight, targets, hard, soft, teacher, **_):
+        logits = hidden @ weight.T
+        log_q = jax.nn.log_softmax(logits)
+        nll = -jnp.take_along_axis(log_q, targets[:, None], 1)[:, 0]
+        log_qt = jax.nn.log_softmax(logits / temperature)
+        log_pt = teacher.log_probs_NK / temperature - teacher.log_z_N[:, None]
+        if teacher.ids_NK is not None:
+            stored = jnp.zeros(logits.shape, bool)
+            stored = stored.at[jnp.arange(N)[:, None], teacher.ids_NK].set(True)
+            tail = jax.nn.logsumexp(jnp.where(stored, -jnp.inf, log_qt), axis=1)
+            log_qt = jnp.take_along_axis(log_qt, teacher.ids_NK, 1)
+            log_qt = jnp.concatenate([log_qt, tail[:, None]], 1)
+            left = jnp.log1p(-jnp.exp(log_pt).sum(1))
+            log_pt = jnp.concatenate([log_pt, left[:, None]], 1)
+        value = divergence(log_qt, log_pt)
+        value = jnp.where(soft != 0, value, 0.0)
+        total = (hard * nll + soft * value * temperature**2).sum()
+        nll = jnp.where((hard != 0) | (soft != 0), nll, 0.0)
+        return total, {"nll": nll, "kl": value}
+
+    assert_close(fused, value_and_grads(arrays, teacher, loss=plain), tol=2e-5)
+
+
+def test_draws_refuse_another_divergence():
+    arrays, _, teacher = make()
+    drawn = teacher._replace(entropy_N=jnp.ones(N))
+    with pytest.raises(ValueError, match="divergence='jsd' with draws"):
+        head.fused_loss(
+            *as_jax(arrays), drawn, divergence=Divergence(name="jsd"), chunk_size=8
+        )
