@@ -263,9 +263,7 @@ def make_label_step(
             k=k,
             temperatures=temperatures,
             chunk_size=chunk_size,
-            points_NSP=None
-            if points is None
-            else points.reshape(-1, *points.shape[2:]),
+            points_NSP=points,
             active_N=batch["view"].reshape(-1) >= 0,
         )
 

@@ -211,6 +211,11 @@ def label(
     """
     options = _Options(1.0, False, "bucket", chunk_size, num_valid, placement)
     tokens = (targets_N, points_NSP)
+    if points_NSP is not None and points_NSP.shape[1:-1] != (len(temperatures),):
+        raise ValueError(
+            f"points_NSP of shape {points_NSP.shape} must be [N, {len(temperatures)}, "
+            f"P], one row a temperature of {temperatures}"
+        )
     _check(options, hidden_ND, weight_VD, tokens)
     limit = weight_VD.shape[0] if num_valid is None else num_valid
     if k is not None and not 1 <= k <= limit:
