@@ -4,12 +4,13 @@
     verify FOLDER                          reads and checks everything
     export FOLDER --out=FILE.parquet       one row a record, for other tools
     merge FOLDER FOLDER ... --out=FOLDER   one cache of disjoint examples
-    import FILES --layout=NAME --config=FILE.py --split=train --out=FOLDER
+    import PATH --layout=NAME --config=FILE.py --split=train --out=FOLDER
                                            another tool's teacher outputs as a cache
 
 FOLDER holds a manifest.json: DIR/cache/train and DIR/cache/eval of a run.
 """
 
+import pathlib
 import sys
 from typing import Any
 
@@ -18,11 +19,14 @@ from absl import flags
 from kdjax import cli, experiment
 from kdjax.config import Config
 from kdjax.data import tokenizer as tokenizers
+from kdjax.models import hf
 from kdjax.teacher import inspection, records, transfer
 from kdjax.teacher.foreign import convert
 from kdjax.teacher.manifest import Manifest
 from kdjax.writer import print_table, progress
 
+for _name in ("config", "workdir"):
+    flags.declare_key_flag(_name)
 _OUT = flags.DEFINE_string("out", None, "New folder (merge, import) or file (export).")
 _PNG = flags.DEFINE_string("png", None, "Where info draws what it prints.")
 _LAYOUT = flags.DEFINE_enum(
@@ -90,7 +94,10 @@ def import_(files: list[str]) -> None:
     layout = convert.LAYOUTS[_LAYOUT.value]
     data = experiment.load_data(config, splits=(_SPLIT.value,))
     segments = data.train if _SPLIT.value == "train" else data.evaluation
+    # Ids of a padded vocabulary may be among the stored ones.
     vocab_size = len(data.tokenizer)
+    if config.teacher.path:
+        vocab_size = hf.read_config(hf.resolve(config.teacher.path)).vocab_size
     rows = layout.read(path, k=min(config.cache.k, vocab_size), vocab_size=vocab_size)
     num_tokens = sum(len(segment.target_ids) for segment in segments)
     with progress(num_tokens, f"import {_SPLIT.value}") as advance:
@@ -102,7 +109,11 @@ def import_(files: list[str]) -> None:
             shard_size=config.cache.shard_size,
             advance=advance,
         )
-    found = records.verify(records.open_cache(_out()))
+    try:
+        found = records.verify(records.open_cache(_out()))
+    except ValueError:  # what was refused must not be trained on
+        (pathlib.Path(_out()) / records.MANIFEST).unlink()
+        raise
     print_table(f"imported {manifest.data} into {_out()}", [found])
 
 

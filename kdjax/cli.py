@@ -32,7 +32,7 @@ def run(main: Callable[[Config, pathlib.Path], None]) -> None:
     """Parses the flags, validates the config and calls `main(config, workdir)`.
 
     What the user can mend (ValueError, a missing file) becomes one line on stderr and
-    exit code 2; a bug keeps its traceback.
+    exit code 1; a bug keeps its traceback.
     """
 
     def start(arguments: list[str]) -> None:

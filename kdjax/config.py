@@ -125,7 +125,7 @@ class MethodConfig:
     soft_weight: float = 0.5  # weight of the teacher's term; 0 needs no cache
     divergence: str = "forward_kl"  # of the soft term: key of losses.divergence
     alpha: float = 0.1  # share of the first distribution in the mixture (skew_*)
-    beta: float = 0.5  # 0 forward to 1 reverse KL (jsd)
+    beta: float = 0.5  # 0 forward to 1 reverse KL (jsd, divided by beta (1 - beta))
     temperature: float = 1.0  # T of the soft term; must be declared in the cache
     scale_by_t2: bool = True  # multiply the soft term by T^2
     tail: str = "bucket"  # what stands for ids outside the top k: one of TAILS

@@ -149,10 +149,14 @@ def validate(config: Config) -> None:
             f"optim.warmup_steps={config.optim.warmup_steps} exceeds "
             f"train.steps={train.steps}: lower it"
         )
-    if any(not t > 0 for t in (*cache.temperatures, method.temperature)):
+    if cache.num_draws > 0xFFFF:
+        raise ValueError(
+            f"cache.num_draws={cache.num_draws} exceeds 65535: use several num_rounds"
+        )
+    if any(not 0 < t < math.inf for t in (*cache.temperatures, method.temperature)):
         raise ValueError(
             f"cache.temperatures={cache.temperatures}, method.temperature="
-            f"{method.temperature}: temperatures are positive"
+            f"{method.temperature}: temperatures are positive and finite"
         )
     if method.soft_weight and method.temperature not in cache.temperatures:
         raise ValueError(

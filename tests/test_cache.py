@@ -209,6 +209,23 @@ def test_an_import_of_shifted_rows_is_refused(finished, tmp_path, shift):
         records.verify(records.open_cache(out))
 
 
+def test_sequences_without_tokens_must_be_as_many_as_examples(finished, tmp_path):
+    config, workdir = finished
+    cache = cache_of(workdir)
+    sequences = [
+        rows._replace(token_ids=None) for rows in whole_sequences(config, cache)
+    ]
+    segments = experiment.load_data(config).train
+    with pytest.raises(ValueError, match="matched by their place"):
+        transfer.import_rows(
+            sequences + sequences[:1],
+            segments,
+            tmp_path / "c",
+            cache.manifest,
+            shard_size=16,
+        )
+
+
 def test_import_names_the_example_without_a_sequence(finished, tmp_path):
     config, workdir = finished
     cache = cache_of(workdir)

@@ -176,6 +176,18 @@ def test_draws_train_the_student_and_held_out_measures_stay_exact(finished, tmp_
     assert found["sampled"]["kl"] > 0
 
 
+def test_a_cache_of_another_teacher_is_refused(finished, tmp_path):
+    _, workdir = finished
+    other = small.config(teacher_seed=1)
+    train.run(other, tmp_path / "other")
+    config = small.config(
+        teacher={"path": str(tmp_path / "other" / "teacher")},
+        cache={"path": str(workdir / "cache")},
+    )
+    with pytest.raises(ValueError, match="is not the teacher that"):
+        train.run(config, tmp_path / "run")
+
+
 def test_another_divergence_trains_and_is_named(finished, tmp_path):
     _, workdir = finished
     config = small.config(

@@ -15,8 +15,6 @@ S temperatures.
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +23,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kdjax.losses.chunk import Teacher, Tokens, chunk_label, chunk_loss
 from kdjax.losses.divergence import Divergence
+from kdjax.losses.options import Options, check
 from kdjax.losses.scan import Placement, scan_tokens
-from kdjax.losses.sparse import FORWARD_KL, check_tail
+from kdjax.losses.sparse import FORWARD_KL
 
 __all__ = [
     "Placement",
@@ -39,23 +38,6 @@ __all__ = [
     "sharded_label",
     "sharded_score",
 ]
-
-
-@dataclass(frozen=True)
-class _Options:
-    """Everything about the loss that is fixed when it is compiled."""
-
-    temperature: float
-    scale_by_t2: bool
-    tail: str
-    chunk_size: int
-    num_valid: int | None
-    placement: Placement | None
-    divergence: Divergence = FORWARD_KL
-
-    @property
-    def soft_scale(self) -> float:
-        return self.temperature**2 if self.scale_by_t2 else 1.0
 
 
 def chunk_size(memory_mib: float, vocab_size: int) -> int:
@@ -122,7 +104,7 @@ def fused_loss(
     Source: gradient in the forward pass: Hsu et al., 2024, Liger Kernel, arXiv
     2410.10989, section 3.2; T^2: Hinton et al., 2015, arXiv 1503.02531, section 2.
     """
-    options = _Options(
+    options = Options(
         temperature, scale_by_t2, tail, chunk_size, num_valid, placement, divergence
     )
     if teacher is None:
@@ -130,7 +112,7 @@ def fused_loss(
     tokens = Tokens(
         targets_N, hard_weights_N, soft_weights_N, _stored(teacher, targets_N)
     )
-    _check(options, hidden_ND, weight_VD, tokens)
+    check(options, hidden_ND, weight_VD, tokens)
     return _weighted_loss(options, hidden_ND, weight_VD, tokens)
 
 
@@ -156,11 +138,11 @@ def score(
       {"nll": float32 [N], nats, "kl": float32 [N], nats at T, unscaled, 0 without a
       teacher, "top1_ids": int32 [N], the most probable id}.
     """
-    options = _Options(temperature, False, tail, chunk_size, num_valid, placement)
+    options = Options(temperature, False, tail, chunk_size, num_valid, placement)
     hard_N = jnp.ones(targets_N.shape, jnp.float32)
     soft_N = jnp.zeros_like(hard_N) if teacher is None else hard_N
     tokens = Tokens(targets_N, hard_N, soft_N, _stored(teacher, targets_N))
-    _check(options, hidden_ND, weight_VD, tokens)
+    check(options, hidden_ND, weight_VD, tokens)
 
     def step(carry, weight_VD, hidden_CD, tokens):
         logits_CV = _logits(hidden_CD, weight_VD, num_valid)
@@ -209,14 +191,14 @@ def label(
     Raises:
       ValueError: an option out of range, or arrays whose shapes do not belong together.
     """
-    options = _Options(1.0, False, "bucket", chunk_size, num_valid, placement)
+    options = Options(1.0, False, "bucket", chunk_size, num_valid, placement)
     tokens = (targets_N, points_NSP)
     if points_NSP is not None and points_NSP.shape[1:-1] != (len(temperatures),):
         raise ValueError(
             f"points_NSP of shape {points_NSP.shape} must be [N, {len(temperatures)}, "
             f"P], one row a temperature of {temperatures}"
         )
-    _check(options, hidden_ND, weight_VD, tokens)
+    check(options, hidden_ND, weight_VD, tokens)
     limit = weight_VD.shape[0] if num_valid is None else num_valid
     if k is not None and not 1 <= k <= limit:
         raise ValueError(
@@ -361,43 +343,3 @@ def _stored(teacher: Teacher | None, targets_N: jax.Array) -> Teacher:
         return teacher
     zeros_N = jnp.zeros(targets_N.shape, jnp.float32)
     return Teacher(jnp.full_like(targets_N, -1)[:, None], zeros_N[:, None], zeros_N)
-
-
-def _check(options: _Options, hidden_ND, weight_VD, tokens: Any) -> None:
-    """Raise ValueError for what would otherwise fail late, or not at all."""
-    check_tail(options.tail, options.divergence)
-    if not options.temperature > 0:
-        raise ValueError(f"temperature={options.temperature} must be > 0: use 1.0")
-    if options.chunk_size < 1:
-        raise ValueError(f"chunk_size={options.chunk_size} must be >= 1: use 128")
-    vocab_size, width = weight_VD.shape
-    if options.num_valid is not None and not 1 <= options.num_valid <= vocab_size:
-        raise ValueError(
-            f"num_valid={options.num_valid} must lie in 1..{vocab_size}, the rows of "
-            "weight_VD: use None if no row is padding"
-        )
-    if hidden_ND.shape[1] != width:
-        raise ValueError(
-            f"hidden_ND has width {hidden_ND.shape[1]} and weight_VD {width}: pass the "
-            "head of the same model"
-        )
-    for leaf in jax.tree.leaves(tokens):
-        if leaf.shape[0] != hidden_ND.shape[0]:
-            raise ValueError(
-                f"a token array of shape {leaf.shape} does not belong to "
-                f"{hidden_ND.shape[0]} tokens: flatten batch and time alike"
-            )
-    teacher = getattr(tokens, "teacher", None)
-    drawn = teacher is not None and teacher.entropy_N is not None
-    if drawn and options.divergence.name != "forward_kl":
-        raise ValueError(
-            f"divergence={options.divergence.name!r} with draws of the teacher: they "
-            "estimate 'forward_kl' alone; use it, or label with cache.kind='top_k'"
-        )
-    if teacher is not None and teacher.ids_NK is None:
-        num_columns = teacher.log_probs_NK.shape[1]
-        if num_columns != vocab_size:
-            raise ValueError(
-                f"a dense teacher of {num_columns} columns does not fit {vocab_size} "
-                "rows of weight_VD: pad its log-probabilities with -inf"
-            )

@@ -22,6 +22,7 @@ from kdjax.losses.divergence import Divergence
 
 TAILS = ("bucket", "renormalize_teacher", "renormalize_both", "drop")
 FORWARD_KL = Divergence()
+_LEAST_TAIL = 2.0**-24  # half the distance of 1 to the next smaller float32
 
 
 def teacher_at_temperature(
@@ -53,8 +54,8 @@ def sparse_divergence(
 ) -> Float[Array, "N"]:
     """Return a divergence over the stored ids and what stands for the others.
 
-    The teacher's tail mass is max(0, 1 - sum of its stored probabilities), and 0 where
-    the student has no id left (k = V), so that k = V is the dense divergence.
+    The teacher's tail mass is max(2^-24, 1 - sum of its stored probabilities), and 0
+    where the student has no id left (k = V), so that k = V is the dense divergence.
 
     Args:
       student_stored_logp_NK: log q of the stored ids, temperature applied.
@@ -87,7 +88,9 @@ def sparse_divergence(
         teacher = _renormalize(teacher)
         teacher_tail = jnp.full_like(student_tail_log_mass_N, -jnp.inf)
     else:
-        left = jnp.maximum(0.0, 1.0 - jnp.exp(teacher).sum(-1))
+        # Below the rounding of 1 - sum nothing is known of the tail but that it is
+        # there: 0 would make divergences infinite that are not.
+        left = jnp.maximum(_LEAST_TAIL, 1.0 - jnp.exp(teacher).sum(-1))
         teacher_tail = jnp.where(
             student_tail_log_mass_N > -jnp.inf, jnp.log(left), -jnp.inf
         )

@@ -96,6 +96,8 @@ def ensure(
     distributed.barrier("look")
     if todo:
         _build(config, data, workdir, teacher_path, todo)
+    if set(splits) - set(todo):
+        _check_teacher(config, workdir, teacher_path, set(splits) - set(todo))
     return {
         split: _open(config, data, workdir, split, segments)
         for split, segments in splits.items()
@@ -115,11 +117,28 @@ def _open(
         tokenizer_fingerprint=tokenizers.fingerprint(data.tokenizer),
         kind=kind,
         k=k,
+        num_rounds=config.cache.num_rounds,
         temperatures=(config.method.temperature, 1.0),
         tail=config.method.tail,
     )
     soft.check_cache(segments, cache, set(range(len(data.views))))
     return cache
+
+
+def _check_teacher(
+    config: Config, workdir: pathlib.Path, teacher_path: str, splits: set[str]
+) -> None:
+    """Refuses caches of another teacher; an import's is only known by name."""
+    fingerprint = hf.fingerprint(teacher_path)
+    for split in sorted(splits):
+        path = folder(config, workdir, split)
+        manifest = records.read_manifest(path)
+        if not manifest.missing and manifest.teacher_fingerprint != fingerprint:
+            raise ValueError(
+                f"teacher.path={teacher_path!r} is not the teacher that {path} was "
+                f"labelled with ({manifest.teacher_path!r}): name that one, or another "
+                "cache.path"
+            )
 
 
 def _kind(config: Config, data: Data, split: str) -> tuple[str, int]:
@@ -183,7 +202,10 @@ def _build(
             k=vocab_size if kind == "dense" else k,
             num_rounds=settings.num_rounds if kind == "sampled" else 0,
             data=f"{config.data.source} {config.data.path} {split} "
-            f"{'+'.join(data.views)} {content.hexdigest()}",
+            f"{'+'.join(data.views)}",
+            content=content.hexdigest(),
+            dtype=config.train.dtype,
+            shard_size=settings.shard_size,
         )
         with progress(
             num_tokens, f"label {split}", is_main=distributed.is_main()

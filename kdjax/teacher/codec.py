@@ -266,6 +266,8 @@ def _check_draws(record: Record, vocab_size: int) -> None:
             f"ids {record.ids.shape} and counts {record.counts.shape} must be "
             f"[T, S, R, K] with (T, S)={shape}"
         )
+    if record.ids.shape[-1] > 0xFFFF:
+        raise ValueError(f"{record.ids.shape[-1]} slots of draws: draw at most 65535")
     totals = record.counts.sum(axis=-1)
     if (np.diff(record.counts, axis=-1) > 0).any() or len(np.unique(totals)) > 1:
         raise ValueError(

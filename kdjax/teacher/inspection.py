@@ -76,7 +76,9 @@ def describe(
 
 def histogram_lines(found: dict[str, Any]) -> list[str]:
     """The histogram of entropies as text; empty if there is none."""
-    counts = found.get("histogram", [])
+    counts = found.get("histogram")
+    if not counts:
+        return []
     total, peak = sum(counts), max(counts, default=0)
     last = max((i for i, count in enumerate(counts) if count), default=-1)
     return [

@@ -37,6 +37,9 @@ class Manifest:
     teacher_fingerprint: str  # of its config and weights
     missing: tuple[str, ...] = ()  # of MISSING: what the origin could not give
     data: str = ""  # the labelled examples, in words
+    content: str = ""  # digest of their keys, in order
+    dtype: str = "float32"  # in which the teacher computed
+    shard_size: int = 0  # records of a shard when labelled; 0 = put together otherwise
     format_version: int = FORMAT_VERSION
     versions: dict[str, str] = dataclasses.field(default_factory=dict)  # of libraries
     shards: tuple[Shard, ...] = ()  # filled by `finish`
@@ -54,10 +57,11 @@ class Manifest:
     def identity(self) -> dict[str, Any]:
         """The fields that every shard of one cache must share, as JSON values.
 
-        A teacher that was moved is the same teacher: its fingerprint counts.
+        Teachers and data that were moved are the same: fingerprint and content count.
         """
         fields = dataclasses.asdict(self)
-        del fields["versions"], fields["shards"], fields["teacher_path"]
+        for name in ("versions", "shards", "teacher_path", "data"):
+            del fields[name]
         return json.loads(json.dumps(fields))
 
 

@@ -66,6 +66,9 @@ __all__ = [
 ]
 
 
+_MAX_OPEN = 256  # shards held open at a time: a process may have 1,024 files
+
+
 def finish(
     folder: str | os.PathLike, manifest: Manifest, *, num_shards: int
 ) -> Manifest:
@@ -113,6 +116,7 @@ def open_cache(
     vocab_size: int | None = None,
     kind: str | None = None,
     k: int | None = None,
+    num_rounds: int | None = None,
     temperatures: Iterable[float] = (),
     tail: str | None = None,
 ) -> "Cache":
@@ -124,6 +128,7 @@ def open_cache(
         vocab_size: of the teacher.
         kind: "top_k", "sampled" or "dense".
         k: pairs per token, or draws a round; not checked in a dense cache.
+        num_rounds: of a sampled cache.
         temperatures: each must have been declared when labelling.
         tail: policy for what is not stored; some need the tail's mass.
 
@@ -136,6 +141,7 @@ def open_cache(
         "vocab_size": vocab_size,
         "kind": kind,
         "k": None if manifest.kind == "dense" else k,
+        "num_rounds": num_rounds if manifest.kind == "sampled" else None,
     }
     for name, value in wanted.items():
         found = getattr(manifest, name)
@@ -163,8 +169,9 @@ def open_cache(
 class Cache:
     """A finished cache, open for reading: random access, safe under threads.
 
-    All indices are read when the first key is looked up. Nothing of a shard is believed
-    before the checksum of the whole file was compared, once, at its first record.
+    All indices are read when the first key is looked up, each checked by itself. No
+    record of a shard is believed before the checksum of the whole file was compared,
+    once, at its first record.
     """
 
     def __init__(self, folder: pathlib.Path, manifest: Manifest) -> None:
@@ -250,7 +257,7 @@ class Cache:
         coders = []
         for number, shard in enumerate(self.manifest.shards):
             path = self.folder / shard.name
-            entry = read_index(path, self._reader(number))
+            entry = read_index(path)
             refuse_other_identity(path, entry.identity, self.manifest)
             if entry.digest != shard.digest:  # another shard of the same cache
                 raise DamagedShardError(damage(path, None))
@@ -269,10 +276,14 @@ class Cache:
 
     def _reader(self, shard: int) -> Any:
         with self._lock:
-            if shard not in self._readers:
+            reader = self._readers.pop(shard, None)
+            if reader is None:
+                if len(self._readers) >= _MAX_OPEN:
+                    del self._readers[next(iter(self._readers))]  # least lately used
                 path = self.folder / self.manifest.shards[shard].name
-                self._readers[shard] = open_reader(path)
-            return self._readers[shard]
+                reader = open_reader(path)
+            self._readers[shard] = reader
+            return reader
 
 
 def verify(

@@ -148,7 +148,8 @@ def _with_coder(
     for pair in records:
         first.append(pair)
         num_tokens += pair[1].num_tokens
-        if num_tokens >= _ORDER_TOKENS:
+        # A dense record is large, and has no ids but its targets.
+        if num_tokens >= (64 if pair[1].kind == "dense" else _ORDER_TOKENS):
             break
     used = np.concatenate(
         [np.r_[r.target_ids, r.ids.ravel()] for _, r in first] or [[0]]

@@ -43,7 +43,7 @@ def merge(
     for cache in caches:
         for name, wanted in first.identity().items():
             found = cache.manifest.identity()[name]
-            if name != "data" and found != wanted:
+            if name not in ("content", "shard_size") and found != wanted:
                 raise ValueError(
                     f"{name}={found!r} of {cache.folder!s} differs from {wanted!r} of "
                     f"{caches[0].folder!s}: only caches labelled alike can be merged"
@@ -57,7 +57,10 @@ def merge(
             seen[key] = str(cache.folder)
     new_folder(out)
     manifest = dataclasses.replace(
-        first, data=" and ".join(cache.manifest.data for cache in caches)
+        first,
+        data=" and ".join(cache.manifest.data for cache in caches),
+        content=" ".join(cache.manifest.content for cache in caches),
+        shard_size=0,
     )
     sources = [
         (cache.folder / shard.name, shard.num_records)
@@ -92,8 +95,9 @@ def export(cache: records.Cache, out: str | os.PathLike) -> int:
     Raises:
       ValueError: the file exists.
     """
-    if pathlib.Path(out).exists():
-        raise ValueError(f"out={out!s} exists: name a new file")
+    path = pathlib.Path(out)
+    if path.exists() or not path.parent.is_dir():
+        raise ValueError(f"out={out!s} exists, or its folder does not: name a new file")
 
     def rows() -> Iterator[dict[str, Any]]:
         for key in cache:
@@ -101,9 +105,14 @@ def export(cache: records.Cache, out: str | os.PathLike) -> int:
 
     scratch = tempfile.mkdtemp(prefix="kdjax-export-")
     try:
-        found = datasets.Dataset.from_generator(
-            rows, features=_features(cache.kind), cache_dir=scratch
-        )
+        try:
+            found = datasets.Dataset.from_generator(
+                rows, features=_features(cache.kind), cache_dir=scratch
+            )
+        except datasets.exceptions.DatasetGenerationError as error:
+            if isinstance(error.__cause__, ValueError):  # a damaged record
+                raise error.__cause__ from None
+            raise
         found.to_parquet(os.fspath(out))
         return len(found)
     finally:
@@ -185,8 +194,10 @@ def import_rows(
     for index, segment in enumerate(segments):
         by_tokens.setdefault(_tokens(segment).tobytes(), []).append(index)
     found: dict[int, Record] = {}
+    num_placed = 0
     for number, rows in enumerate(sequences):
         if rows.token_ids is None:
+            num_placed += 1
             places = [number] if number < len(segments) else []
         else:
             # A tool may have appended an end of sequence to the tokens it was given.
@@ -196,6 +207,11 @@ def import_rows(
         for index in places:
             found[index] = _record(rows, segments[index], manifest)
             advance(found[index].num_tokens)
+    if num_placed not in (0, len(segments)):
+        raise ValueError(
+            f"{num_placed} sequences without token ids for {len(segments)} examples: "
+            "they are matched by their place, so there must be one for each, in order"
+        )
     absent = [s for i, s in enumerate(segments) if i not in found]
     if absent:
         raise ValueError(

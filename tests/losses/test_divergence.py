@@ -191,6 +191,18 @@ def test_whole_vocabulary_is_dense(name, tail, pair):
     np.testing.assert_allclose(value, dense, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_a_tail_lost_to_rounding_stays_finite(name):
+    """A teacher whose stored mass rounds to 1, a student with something left."""
+    teacher = jnp.log(jnp.float32([[0.75, 0.25]]))
+    student = jnp.log(jnp.float32([[0.7, 0.2]]))
+    divergence = Divergence(name=name, alpha=0.0, beta=1.0)
+    value = sparse_divergence(
+        student, jnp.log(jnp.float32([0.1])), teacher, divergence=divergence
+    )
+    assert np.isfinite(value).all() and (np.asarray(value) > 0).all()
+
+
 @pytest.mark.parametrize("name", ["jsd", "skew_reverse_kl", "tvd"])
 def test_bucket_is_the_divergence_of_the_events(name, pair):
     student, teacher = pair

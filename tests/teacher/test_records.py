@@ -304,6 +304,22 @@ def test_shards_of_another_teacher_are_refused(tmp_path):
             call()
 
 
+def test_another_size_of_shards_is_refused(tmp_path):
+    records.write_shard(tmp_path, 0, 1, _pairs(0), MANIFEST)
+    other = dataclasses.replace(MANIFEST, shard_size=7)
+    with pytest.raises(ValueError, match="shard_size=7 is wanted"):
+        records.complete_shards(tmp_path, other)
+
+
+def test_many_shards_are_read_with_few_files_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "_MAX_OPEN", 2)
+    pairs = _write_cache(tmp_path, num_shards=5)
+    cache = records.open_cache(tmp_path)
+    for key, record in pairs + pairs[::-1]:
+        np.testing.assert_array_equal(cache.read(key).ids, record.ids)
+    assert len(cache._readers) == 2
+
+
 def test_shards_of_two_sizes_are_refused(tmp_path):
     records.write_shard(tmp_path, 0, 2, _pairs(0), MANIFEST)
     records.write_shard(tmp_path, 0, 3, _pairs(0), MANIFEST)
