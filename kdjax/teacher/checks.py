@@ -27,15 +27,12 @@ def problem(record: Record, manifest: Manifest) -> str:
 
 def _rows(record: Record, manifest: Manifest) -> str:
     log_probs_TK = record.log_probs
-    mass_T = np.exp(log_probs_TK).sum(axis=1, dtype=np.float64)
-    # Other tools round log-probabilities, some to bfloat16.
-    limit = 1.02 if manifest.missing else 1.001
-    if (mass_T > limit).any():
-        return f"probabilities sum to {mass_T.max():.4f}: no distribution"
-    if (np.diff(log_probs_TK, axis=1) > 1e-3).any() and record.kind == "top_k":
+    with np.errstate(invalid="ignore"):  # unused slots: -inf minus -inf
+        ascends = (np.diff(log_probs_TK, axis=1) > 1e-3).any()
+    if record.kind == "top_k" and ascends:
         return "log-probabilities do not descend"
     if "target_log_probs" in manifest.missing:
-        return ""
+        return _masses(record, manifest)
     rows = np.arange(record.num_tokens)
     target_T = record.target_log_probs
     if record.kind == "dense":
@@ -48,7 +45,26 @@ def _rows(record: Record, manifest: Manifest) -> str:
     wrong_T = is_stored_T & (np.abs(stored_T - target_T) > slack_T)
     # A token that is not stored cannot be likelier than the least likely one that is.
     wrong_T |= ~is_stored_T & (target_T > _last(log_probs_TK) + slack_T)
-    return _refuse(wrong_T, "the stored row gives the token that came another")
+    return _refuse(
+        wrong_T, "the stored row gives the token that came another"
+    ) or _masses(record, manifest)
+
+
+def _masses(record: Record, manifest: Manifest) -> str:
+    """Whether the stored probabilities of some row sum to more than 1."""
+    # Other tools round log-probabilities, some to bfloat16.
+    limit = 1.02 if manifest.missing else 1.001
+    for column, temperature in enumerate((1.0, *manifest.temperatures)):
+        log_p_TK = record.log_probs / np.float32(temperature)
+        if column:
+            log_p_TK = log_p_TK - record.log_z[:, [column - 1]]
+        mass_T = np.exp(log_p_TK).sum(axis=1, dtype=np.float64)
+        if (mass_T > limit).any():
+            return (
+                f"probabilities at temperature {temperature} sum to "
+                f"{mass_T.max():.4f}: no distribution"
+            )
+    return ""
 
 
 def _last(log_probs_TK: np.ndarray) -> np.ndarray:

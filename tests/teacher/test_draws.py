@@ -201,3 +201,11 @@ def test_rows_shifted_by_one_token_are_noticed(kind):
         assert "shifted against" in checks.problem(shifted, manifest)
         moved = record._replace(target_ids=np.roll(record.target_ids, shift))
         assert "shifted against" in checks.problem(moved, manifest)
+
+
+@pytest.mark.parametrize("kind", ["top_k", "dense"])
+def test_a_wrong_log_z_is_noticed(kind):
+    record = labelled(20, k=8 if kind == "top_k" else None)
+    assert checks.problem(record, MANIFEST) == ""
+    wrong = record._replace(log_z=record.log_z - np.float32([0, 0.9]))
+    assert "at temperature 2.0 sum to" in checks.problem(wrong, MANIFEST)
