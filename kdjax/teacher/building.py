@@ -181,21 +181,25 @@ def _build(
         teacher_path=config.teacher.path or "teacher",
         teacher_fingerprint=hf.fingerprint(teacher_path),
     )
+
+    @functools.cache  # splits of one kind share what was compiled
+    def label_step(k: int | None) -> Any:
+        return step.make_label_step(
+            model.graphdef,
+            mesh,
+            model.abstract,
+            k=k,
+            temperatures=settings.temperatures,
+            chunk_size=settings.chunk_size
+            or head.chunk_size(settings.memory_mib, vocab_size),
+        )
+
     for split, segments in todo.items():
         path = folder(config, workdir, split)
         num_tokens = sum(len(s.target_ids) for s in segments)
         # Shards of a killed run over other examples are refused, not mixed in.
         content = hashlib.blake2b(b"".join(s.key for s in segments), digest_size=16)
         kind, k = _kind(config, data, split)
-        label_step = step.make_label_step(
-            model.graphdef,
-            mesh,
-            model.abstract,
-            k=k if kind == "top_k" else None,
-            temperatures=settings.temperatures,
-            chunk_size=settings.chunk_size
-            or head.chunk_size(settings.memory_mib, vocab_size),
-        )
         manifest = dataclasses.replace(
             base,
             kind=kind,
@@ -215,7 +219,12 @@ def _build(
                 path,
                 manifest,
                 settings,
-                functools.partial(_place_and_run, label_step, params, rows),
+                functools.partial(
+                    _place_and_run,
+                    label_step(k if kind == "top_k" else None),
+                    params,
+                    rows,
+                ),
                 advance=advance,
             )
         distributed.barrier(f"label {split}")
