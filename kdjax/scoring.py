@@ -13,7 +13,7 @@ from kdjax import generate, methods, metrics, sharding, step
 from kdjax.config import Config
 from kdjax.data import loader, templates, views
 from kdjax.experiment import Data, Model, num_valid
-from kdjax.losses import head
+from kdjax.program import chunk_size
 
 
 class Scorer:
@@ -45,8 +45,7 @@ class Scorer:
             mesh,
             model.abstract,
             tail=config.method.tail,
-            chunk_size=config.train.chunk_size
-            or head.chunk_size(config.train.memory_mib, model.shape.vocab_size),
+            chunk_size=chunk_size(config, model),
             num_valid=num_valid(model.shape, cache),
         )
         self._generate: dict[Any, Any] = {}  # compiled once, whatever the call

@@ -11,13 +11,13 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from kdjax import cli, distributed, experiment, methods, optim, sharding, state, step
+from kdjax import cli, distributed, experiment, methods, sharding, state
 from kdjax.checkpoint import Checkpoints
 from kdjax.config import Config, to_json
 from kdjax.data import loader
 from kdjax.experiment import Data, Model
-from kdjax.losses import head
 from kdjax.models import hf
+from kdjax.program import make_program
 from kdjax.reporting import Meter, evaluation_row, run_summary
 from kdjax.scoring import Scorer, exact_match
 from kdjax.teacher import building
@@ -55,10 +55,11 @@ def fit(
       ValueError: a non-finite loss with train.non_finite="stop".
     """
     train, method = config.train, config.method
-    optimizer = optim.make_optimizer(config.optim, steps=train.steps)
-    abstract = state.abstract_state(model.abstract, optimizer, mesh)
+    program = make_program(
+        config, model, mesh, num_valid=experiment.num_valid(model.shape, cache)
+    )
+    abstract, num_rows = program.abstract, program.num_rows
     plan = experiment.make_plan(config, data.train)
-    num_rows = train.batch_size // train.num_microbatches
     rows = sharding.local_rows(mesh, num_rows)
     terms = methods.terms(method)
 
@@ -72,21 +73,6 @@ def fit(
             rows=rows,
         )
 
-    train_step = step.make_train_step(
-        model.graphdef,
-        optimizer,
-        optim.make_schedule(config.optim, steps=train.steps),
-        mesh,
-        abstract,
-        num_views=len(data.views),
-        temperature=method.temperature,
-        scale_by_t2=method.scale_by_t2,
-        divergence=methods.divergence(method),
-        tail=method.tail,
-        chunk_size=train.chunk_size
-        or head.chunk_size(train.memory_mib, model.shape.vocab_size),
-        num_valid=experiment.num_valid(model.shape, cache),
-    )
     checkpoints = Checkpoints(
         workdir / "checkpoints",
         keep_last=train.keep_last,
@@ -97,7 +83,7 @@ def fit(
     current = (
         checkpoints.restore(abstract)
         if start
-        else state.init_state(abstract, optimizer, make_params)
+        else state.init_state(abstract, program.optimizer, make_params)
     )
     preemption = distributed.Preemption()
     writer = Writer(
@@ -118,7 +104,7 @@ def fit(
     )
     with writer:
         for index, batch in meter.timed(batches):
-            current, found = train_step(
+            current, found = program.step(
                 current, sharding.global_batch(batch, mesh, num_rows)
             )
             # The device is busy with this step while the last one is written.
