@@ -1,6 +1,6 @@
-"""Loss and gradient of one chunk of tokens, given its logits. Pure, not sharded.
+"""Loss and gradient of one chunk of tokens, given its logits. Pure.
 
-Shapes: C tokens of the chunk, V vocabulary, K stored pairs, S temperatures.
+Shapes: C tokens of the chunk, V vocabulary rows of this device, K stored pairs.
 """
 
 from collections.abc import Callable
@@ -10,12 +10,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kdjax.losses.divergence import Divergence
+from kdjax.losses.options import Options
+from kdjax.losses.part import Part
 from kdjax.losses.sparse import (
-    FORWARD_KL,
+    RESTS,
     sampled_forward_kl,
-    sparse_divergence,
+    stored_events,
     teacher_at_temperature,
+    teacher_events,
 )
 
 
@@ -28,13 +30,15 @@ class Teacher(NamedTuple):
 
     ids_NK: Int[Array, "N K"] | None
     """Stored ids, int32."""
-    log_probs_NK: Float[Array, "N K"]
+    log_probs_NK: Float[Array, "N K"] | None
     """Their log-probabilities at temperature 1, float32, never renormalised."""
-    log_z_N: Float[Array, "N"]
+    log_z_N: Float[Array, "N"] | None
     """log sum_v p_v^(1/T) over the whole vocabulary at the temperature used, nats."""
     entropy_N: Float[Array, "N"] | None = None
     """Given for draws alone: the teacher's entropy at the temperature used, nats. Then
     `log_probs_NK` are logs of the shares of the draws at that temperature."""
+    hidden_NE: Float[Array, "N E"] | None = None
+    """Given for a live teacher alone, in place of everything above."""
 
 
 class Tokens(NamedTuple):
@@ -51,30 +55,33 @@ class ChunkLoss(NamedTuple):
 
     nll_C: Float[Array, "C"]
     """-log q(target) at temperature 1, nats."""
+    hard_C: Float[Array, "C"]
+    """The hard loss: (1 - e) nll + e * the mean of -log q, e the label smoothing."""
     kl_C: Float[Array, "C"]
     """The divergence at the temperature, nats, not scaled; 0 without soft weight."""
     d_logits: Callable[[], Float[Array, "C V"]]
-    """Returns the gradient of sum(hard * nll + soft * soft_scale * kl)."""
+    """Returns the gradient of sum(hard * hard_C + soft * soft_scale * kl)."""
+
+
+class _Soft(NamedTuple):
+    """The divergence of a chunk from stored pairs, as a function of log q."""
+
+    kl_C: Float[Array, "C"]
+    pull: Callable[[], tuple[jax.Array, jax.Array, jax.Array]]
+    """Returns d kl / d log q of the stored ids [C, K] and of the rest [C], and the sum
+    of all of them [C]."""
 
 
 def chunk_loss(
-    logits_CV: Float[Array, "C V"],
-    tokens: Tokens,
-    *,
-    temperature: float,
-    soft_scale: float,
-    tail: str,
-    divergence: Divergence = FORWARD_KL,
+    logits_CV: Float[Array, "C V"], tokens: Tokens, options: Options, part: Part
 ) -> ChunkLoss:
-    """Return the losses of one chunk from its float32 logits."""
+    """Return the losses of one chunk from the float32 logits of this device."""
     rule = _dense_loss if tokens.teacher.ids_NK is None else _sparse_loss
-    loss = rule(logits_CV, tokens, temperature, soft_scale, tail, divergence)
+    loss = rule(logits_CV, tokens, options, part)
     return loss._replace(kl_C=jnp.where(tokens.soft_weights_N != 0, loss.kl_C, 0.0))
 
 
-def _sparse_loss(
-    logits_CV, tokens, temperature, soft_scale, tail, divergence
-) -> ChunkLoss:
+def _sparse_loss(logits_CV, tokens, options, part) -> ChunkLoss:
     """Losses against stored pairs: the vocabulary is the K stored ids and the rest.
 
     With z = logits / T, g = d kl / d (log q_stored, log q_rest) and G = sum(g):
@@ -83,149 +90,169 @@ def _sparse_loss(
     r_j q_rest instead of q_j keeps the rest's gradient exact when its mass is tiny.
     """
     targets, hard, soft, teacher = tokens
-    vocab_size = logits_CV.shape[-1]
+    t = options.temperature
     used_CK = (teacher.ids_NK >= 0) & (soft != 0)[:, None]
     rows = jnp.arange(logits_CV.shape[0])[:, None]
-    ids = jnp.where(used_CK, teacher.ids_NK, vocab_size)  # out of range: dropped
-    stored_CK = logits_CV.at[rows, ids].get(mode="fill", fill_value=-jnp.inf)
-    target_logits = _pick(logits_CV, targets)
-    rest_CV = logits_CV.at[rows, ids].set(-jnp.inf, mode="drop")
+    slots_CK = jnp.where(used_CK, part.local(teacher.ids_NK), part.size)
+    ids_CX = jnp.concatenate([slots_CK, part.local(targets)[:, None]], axis=1)
+    found_CX = logits_CV.at[rows, ids_CX].get(mode="fill", fill_value=-jnp.inf)
+    stored_CK, target_logits = found_CX[:, :-1], part.max(found_CX[:, -1])
+    # -inf by way of what was read: so the reading comes first, and the logits are
+    # overwritten where they lie instead of being copied.
+    gone_CK = jnp.minimum(stored_CK, -jnp.inf)
+    rest_CV = logits_CV.at[rows, slots_CK].set(gone_CK, mode="drop")
+    rest_peak, stored_peak = part.peak(rest_CV), part.peak(stored_CK)
 
     def log_masses(t):
-        rest = _logsumexp(rest_CV, t)
-        return rest, jnp.logaddexp(rest, _logsumexp(stored_CK, t))
+        rest = part.logsumexp(rest_CV, rest_peak, t)
+        stored = part.logsumexp(stored_CK, stored_peak, t)
+        return rest, stored, jnp.logaddexp(rest, stored)
 
-    rest_1, total_1 = log_masses(1.0)
-    rest_t, total_t = log_masses(temperature)
-    log_q_CK = stored_CK / temperature - total_t[:, None]
+    rest_1, _, total_1 = log_masses(1.0)
+    rest_t, stored_t, total_t = log_masses(t)
+    log_q_CK = stored_CK / t - total_t[:, None]
     log_q_rest = rest_t - total_t
-    if teacher.entropy_N is None:
-        log_p_CK = teacher_at_temperature(
-            teacher.log_probs_NK, teacher.log_z_N, temperature
-        )
-    else:
-        log_p_CK = teacher.log_probs_NK
-    log_p_CK = jnp.where(used_CK, log_p_CK, -jnp.inf)
-
-    def soft_loss(log_q_CK, log_q_rest):
-        if teacher.entropy_N is not None:
-            return sampled_forward_kl(log_q_CK, log_p_CK, teacher.entropy_N)
-        return sparse_divergence(
-            log_q_CK, log_q_rest, log_p_CK, divergence=divergence, tail=tail
-        )
+    log_q = (log_q_CK, log_q_rest, stored_t - total_t)
+    soft_loss = _soft_loss(*log_q, used_CK, slots_CK, teacher, options, part)
+    nll_C = total_1 - target_logits
+    hard_C, d_uniform = _smoothed(logits_CV, nll_C, total_1, hard, options, part)
 
     def d_logits():
-        _, pull = jax.vjp(soft_loss, log_q_CK, log_q_rest)
-        g_CK, g_rest = pull(jnp.ones_like(log_q_rest))
-        g_sum = g_CK.sum(-1) + g_rest
-        scale = soft * (soft_scale / temperature)
+        g_CK, g_rest, g_sum = soft_loss.pull()
+        scale = soft * (options.soft_scale / t)
         d_stored = hard[:, None] * jnp.exp(stored_CK - total_1[:, None]) + scale[
             :, None
         ] * (g_CK - g_sum[:, None] * jnp.exp(log_q_CK))
         d_rest_1 = hard * jnp.exp(rest_1 - total_1)
         d_rest_t = scale * (g_rest - g_sum * jnp.exp(log_q_rest))
-        if temperature == 1.0:
-            d_CV = _spread(rest_CV, rest_1, d_rest_1 + d_rest_t, 1.0)
-        else:
-            d_CV = _spread(rest_CV, rest_1, d_rest_1, 1.0) + _spread(
-                rest_CV, rest_t, d_rest_t, temperature
-            )
-        d_CV = d_CV.at[rows, ids].add(d_stored, mode="drop")
-        return d_CV.at[rows[:, 0], targets].add(-hard)
+        d_CV = _spread(rest_CV, rest_peak, (d_rest_1, rest_1), (d_rest_t, rest_t), t)
+        d_CV = d_uniform(d_CV)
+        d_target = -(1 - options.label_smoothing) * hard
+        d_CX = jnp.concatenate([d_stored, d_target[:, None]], axis=1)
+        return d_CV.at[rows, ids_CX].add(d_CX, mode="drop")
 
-    return ChunkLoss(total_1 - target_logits, soft_loss(log_q_CK, log_q_rest), d_logits)
+    return ChunkLoss(nll_C, hard_C, soft_loss.kl_C, d_logits)
 
 
-def _dense_loss(
-    logits_CV, tokens, temperature, soft_scale, tail, divergence
-) -> ChunkLoss:
-    """Losses against whole rows of the teacher; there is no tail."""
-    del tail
-    targets, hard, soft, teacher = tokens
-    total_1 = _logsumexp(logits_CV, 1.0)[:, None]
-    total_t = _logsumexp(logits_CV, temperature)[:, None]
-    log_q_CV = logits_CV / temperature - total_t
-    log_p_CV = teacher_at_temperature(
-        teacher.log_probs_NK, teacher.log_z_N, temperature
+def _soft_loss(
+    log_q_CK, log_q_rest, log_q_stored, used_CK, slots_CK, teacher, options, part
+) -> _Soft:
+    """The divergence from stored pairs, each counted by the device that has its id."""
+    here_CK = slots_CK < part.size
+    tail, divergence = options.tail, options.divergence
+    ones_C = jnp.ones_like(log_q_rest)
+    if teacher.entropy_N is not None:
+        log_shares_CK = jnp.where(here_CK, teacher.log_probs_NK, -jnp.inf)
+        found_C, pull = jax.vjp(
+            lambda log_q: sampled_forward_kl(log_q, log_shares_CK, 0.0), log_q_CK
+        )
+
+        def pull_draws():
+            (g_CK,) = pull(ones_C)
+            return g_CK, jnp.zeros_like(ones_C), part.sum(g_CK.sum(-1))
+
+        return _Soft(part.sum(found_C) - teacher.entropy_N, pull_draws)
+
+    log_p_CK = teacher_at_temperature(
+        teacher.log_probs_NK, teacher.log_z_N, options.temperature
     )
+    log_p_CK, log_p_rest = teacher_events(
+        jnp.where(used_CK, log_p_CK, -jnp.inf), log_q_rest > -jnp.inf, tail=tail
+    )
+    log_p_CK = jnp.where(here_CK, log_p_CK, -jnp.inf)
+    conditional = tail == "renormalize_both"
+    if conditional:  # a row without stored ids stays so
+        known = log_q_stored > -jnp.inf
+        log_q_CK = log_q_CK - jnp.where(known, log_q_stored, 0.0)[:, None]
+    found_C, pull = jax.vjp(
+        lambda log_q: stored_events(log_q, log_p_CK, divergence=divergence, tail=tail),
+        log_q_CK,
+    )
+    kl_C = part.sum(found_C)
+    if tail in RESTS:
+        rest_C, pull_rest = jax.vjp(
+            lambda log_q: divergence(log_q[:, None], log_p_rest[:, None]), log_q_rest
+        )
+        kl_C += rest_C
+
+    def pull_pairs():
+        (g_CK,) = pull(ones_C)
+        g_sum = part.sum(g_CK.sum(-1))
+        if conditional:
+            g_CK -= jnp.exp(log_q_CK) * g_sum[:, None]
+            return g_CK, jnp.zeros_like(ones_C), jnp.zeros_like(ones_C)
+        g_rest = pull_rest(ones_C)[0] if tail in RESTS else jnp.zeros_like(ones_C)
+        return g_CK, g_rest, g_sum + g_rest
+
+    return _Soft(kl_C, pull_pairs)
+
+
+def _dense_loss(logits_CV, tokens, options, part) -> ChunkLoss:
+    """Losses against whole rows of the teacher; there is no tail."""
+    targets, hard, soft, teacher = tokens
+    t = options.temperature
+    peak = part.peak(logits_CV)
+    total_1 = part.logsumexp(logits_CV, peak, 1.0)
+    total_t = part.logsumexp(logits_CV, peak, t)
+    log_q_CV = logits_CV / t - total_t[:, None]
+    log_p_CV = teacher_at_temperature(teacher.log_probs_NK, teacher.log_z_N, t)
     # A token without soft weight may come without a teacher row.
     log_p_CV = jnp.where((soft != 0)[:, None], log_p_CV, log_q_CV)
+    found_C, pull = jax.vjp(lambda log_q: options.divergence(log_q, log_p_CV), log_q_CV)
+    nll_C = total_1 - part.pick(logits_CV, targets)
+    hard_C, d_uniform = _smoothed(logits_CV, nll_C, total_1, hard, options, part)
 
     def d_logits():
-        _, pull = jax.vjp(lambda log_q: divergence(log_q, log_p_CV), log_q_CV)
         (g_CV,) = pull(jnp.ones_like(soft))
-        d_z = g_CV - g_CV.sum(-1, keepdims=True) * jnp.exp(log_q_CV)
-        scale = soft * (soft_scale / temperature)
-        d_CV = hard[:, None] * jnp.exp(logits_CV - total_1) + scale[:, None] * d_z
-        return d_CV.at[jnp.arange(targets.shape[0]), targets].add(-hard)
+        g_sum = part.sum(g_CV.sum(-1))
+        d_z = g_CV - g_sum[:, None] * jnp.exp(log_q_CV)
+        scale = soft * (options.soft_scale / t)
+        q_CV = jnp.exp(logits_CV - total_1[:, None])
+        d_CV = d_uniform(hard[:, None] * q_CV + scale[:, None] * d_z)
+        d_target = -(1 - options.label_smoothing) * hard
+        rows = jnp.arange(targets.shape[0])
+        return d_CV.at[rows, part.local(targets)].add(d_target, mode="drop")
 
-    return ChunkLoss(
-        total_1[:, 0] - _pick(logits_CV, targets),
-        divergence(log_q_CV, log_p_CV),
-        d_logits,
-    )
-
-
-def chunk_label(
-    logits_CV: Float[Array, "C V"],
-    targets_C: Int[Array, "C"],
-    *,
-    k: int | None,
-    temperatures: tuple[float, ...],
-    points_CSP: Float[Array, "C S P"] | None = None,
-) -> dict[str, jax.Array]:
-    """Return what the teacher cache stores for one chunk; see `head.label`."""
-    log_p_CV = logits_CV - _logsumexp(logits_CV, 1.0)[:, None]
-    log_z, entropy, drawn = [], [], []
-    for column, t in enumerate(temperatures):
-        # log Z is 0 by definition at temperature 1, also when rounding says 1e-7.
-        log_z_C = (
-            jnp.zeros_like(log_p_CV[:, 0]) if t == 1.0 else _logsumexp(log_p_CV, t)
-        )
-        log_pt_CV = log_p_CV / t - log_z_C[:, None]
-        terms_CV = jnp.where(log_p_CV > -jnp.inf, jnp.exp(log_pt_CV) * log_pt_CV, 0.0)
-        log_z.append(log_z_C)
-        entropy.append(-terms_CV.sum(-1))
-        if points_CSP is not None:
-            drawn.append(_look_up(jnp.exp(log_pt_CV), points_CSP[:, column]))
-    out = {
-        "target_log_probs_N": _pick(log_p_CV, targets_C),
-        "log_z_NS": jnp.stack(log_z, axis=-1),
-        "entropy_NS": jnp.stack(entropy, axis=-1),
-    }
-    if points_CSP is not None:
-        return out | {"drawn_ids_NSP": jnp.stack(drawn, axis=1)}
-    if k is None:
-        return out | {"log_probs_NK": log_p_CV}
-    log_probs_CK, ids_CK = jax.lax.top_k(log_p_CV, k)
-    return out | {"log_probs_NK": log_probs_CK, "ids_NK": ids_CK.astype(jnp.int32)}
+    return ChunkLoss(nll_C, hard_C, part.sum(found_C), d_logits)
 
 
-def _look_up(p_CV: jax.Array, points_CP: jax.Array) -> Int[Array, "C P"]:
-    """Return the ids at `points_CP` of the cumulative distributions, int32."""
-    totals_CV = jnp.cumsum(p_CV, axis=-1)
-    # An id without probability is never met: its total is that of the one before.
-    targets_CP = points_CP * totals_CV[:, -1:]
-    found = jax.vmap(lambda a, v: jnp.searchsorted(a, v, side="right"))(
-        totals_CV, targets_CP
-    )
-    last_C = p_CV.shape[-1] - 1 - jnp.argmax(p_CV[:, ::-1] > 0, axis=-1)
-    return jnp.minimum(found, last_C[:, None]).astype(jnp.int32)
+def _smoothed(logits_CV, nll_C, total_C, hard, options, part):
+    """The hard loss with label smoothing, and what it adds to the gradient.
+
+    hard = (1 - e) nll - e / V sum_v log q_v over the V ids that are not padding.
+
+    Source: Szegedy et al., 2015, arXiv 1512.00567, section 7.
+    """
+    share = options.label_smoothing
+    if not share:
+        return nll_C, lambda d_CV: d_CV
+    valid_CV = logits_CV > -jnp.inf
+    sum_C = part.sum(jnp.where(valid_CV, logits_CV, 0.0).sum(-1))
+    hard_C = (1 - share) * nll_C + share * (total_C - sum_C / part.num_valid)
+    d_each = hard * (share / part.num_valid)
+    return hard_C, lambda d_CV: jnp.where(valid_CV, d_CV - d_each[:, None], d_CV)
 
 
-def _pick(values_CV: jax.Array, ids_C: jax.Array) -> jax.Array:
-    return values_CV[jnp.arange(ids_C.shape[0]), ids_C]
+def _spread(rest_CV, peak_C, at_1, at_t, t) -> jax.Array:
+    """Each amount split over its row in proportion to exp(rest / temperature).
 
+    Args:
+      rest_CV: logits.
+      peak_C: their maximum over the whole row.
+      at_1: (amount, log of the mass) at temperature 1, each [C].
+      at_t: the same at temperature t.
+      t: temperature.
+    """
 
-def _logsumexp(values: jax.Array, temperature: float) -> jax.Array:
-    """Return log sum exp(values / temperature) over the last axis; -inf if empty."""
-    peak = values.max(-1, keepdims=True)
-    peak = jnp.where(peak > -jnp.inf, peak, 0.0)
-    mass = jnp.exp((values - peak) / temperature).sum(-1)
-    return jnp.log(mass) + peak[:, 0] / temperature
+    def per_mass(amount_C, log_mass_C, t):
+        mass_C = jnp.where(log_mass_C > -jnp.inf, log_mass_C, jnp.inf) - peak_C / t
+        return (amount_C * jnp.exp(-mass_C))[:, None]
 
-
-def _spread(rest_CV, log_mass_C, amount_C, temperature) -> jax.Array:
-    """Return amount_C split over the row in proportion to exp(rest / temperature)."""
-    log_mass_C = jnp.where(log_mass_C > -jnp.inf, log_mass_C, 0.0)
-    return amount_C[:, None] * jnp.exp(rest_CV / temperature - log_mass_C[:, None])
+    x_CV = rest_CV - peak_C[:, None]
+    if t == 1.0:
+        return per_mass(at_1[0] + at_t[0], at_1[1], 1.0) * jnp.exp(x_CV)
+    first, other = per_mass(*at_1, 1.0), per_mass(*at_t, t)
+    shared_CV = jnp.exp(x_CV / t)
+    if t == round(t) and t <= 4:  # one exponential for both
+        return shared_CV * (other + first * shared_CV ** (int(t) - 1))
+    return other * shared_CV + first * jnp.exp(x_CV)

@@ -6,13 +6,14 @@ each of the three matmuls (logits, d_hidden, d_weight) runs once.
 
 On a mesh each device gathers the head once, scans over its own tokens without
 communication, and the gradient of the head is reduced once at the end. (Left to
-automatic partitioning, the loop holds an all-reduce of logits.)
+automatic partitioning, the loop holds an all-reduce of logits.) With a vocabulary axis
+each device keeps its slice of the vocabulary for the tokens of its group, which
+exchanges a few numbers a token in the loop, and the hidden states' gradient at its end.
 
-Shapes: N tokens, C tokens of a chunk, V vocabulary, D width, K stored pairs,
-S temperatures.
+Shapes: N tokens, C tokens of a chunk, V vocabulary, D width, E width of a live teacher,
+K stored pairs, S temperatures.
 """
 
-import functools
 import math
 from collections.abc import Callable
 
@@ -21,13 +22,26 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from kdjax.losses.chunk import Teacher, Tokens, chunk_label, chunk_loss
+from kdjax.losses.chunk import Teacher, Tokens, chunk_loss
 from kdjax.losses.divergence import Divergence
-from kdjax.losses.options import Options, check
-from kdjax.losses.scan import Placement, scan_tokens
+from kdjax.losses.fused import (
+    Head,
+    LiveTeacher,
+    logits_of,
+    part_of,
+    scan,
+    stored,
+    weighted_loss,
+    whole,
+)
+from kdjax.losses.options import PLAIN, LogitRule, Options, check
+from kdjax.losses.rows import chunk_label
+from kdjax.losses.scan import Placement
 from kdjax.losses.sparse import FORWARD_KL
 
 __all__ = [
+    "LiveTeacher",
+    "LogitRule",
     "Placement",
     "Teacher",
     "chunk_size",
@@ -56,12 +70,16 @@ def fused_loss(
     targets_N: Int[Array, "N"],
     hard_weights_N: Float[Array, "N"],
     soft_weights_N: Float[Array, "N"],
-    teacher: Teacher | None,
+    teacher: Teacher | LiveTeacher | None,
     *,
+    bias_V: Float[Array, "V"] | None = None,
     temperature: float = 1.0,
     scale_by_t2: bool = True,
     divergence: Divergence = FORWARD_KL,
     tail: str = "bucket",
+    label_smoothing: float = 0.0,
+    logit_rule: LogitRule = PLAIN,
+    teacher_rule: LogitRule = PLAIN,
     chunk_size: int,
     num_valid: int | None = None,
     placement: Placement | None = None,
@@ -69,11 +87,12 @@ def fused_loss(
     """Return the weighted sum of cross-entropy and distillation loss over tokens.
 
       loss  = sum_n hard_n * nll_n + soft_n * kl_n * (T^2 if scale_by_t2 else 1)
-      nll_n = -log softmax(hidden_n W^T)[target_n]
-      kl_n  = divergence(softmax(hidden_n W^T / T), teacher_n at T), the forward KL
-              unless another is given; `sparse` has the tails
+      nll_n = -log softmax(z_n)[target_n],  z_n = logit_rule(hidden_n W^T + b)
+      kl_n  = divergence(softmax(z_n / T), teacher_n at T), the forward KL unless
+              another is given; `sparse` has the tails
 
-    Differentiable once, in `hidden_ND` and `weight_VD`; everything else is constant.
+    Differentiable once, in `hidden_ND`, `weight_VD` and `bias_V`; everything else is
+    constant.
     Gradients are made in the forward pass, and only when asked for.
 
     Args:
@@ -83,15 +102,21 @@ def fused_loss(
       hard_weights_N: float32 weight of each token's nll.
       soft_weights_N: float32 weight of each token's kl. Tokens with both weights 0
         (padding) add exactly 0 to the loss and to every gradient.
-      teacher: stored outputs, or None for cross-entropy alone.
+      teacher: stored outputs, a live one, or None for cross-entropy alone.
+      bias_V: added to the products, float32; None = none.
       temperature: T of the soft term, > 0; `teacher.log_z_N` must be for this T.
       scale_by_t2: keep the size of the soft gradient independent of T.
       divergence: of the soft term; draws have the forward KL alone.
       tail: what stands for ids that are not stored, one of `sparse.TAILS`.
+      label_smoothing: e, the share of the hard target spread evenly over the
+        vocabulary; the nll that is returned is without it.
+      logit_rule: scale and softcap of the student's logits.
+      teacher_rule: those of a live teacher.
       chunk_size: most tokens whose logits are alive at once, per device.
       num_valid: rows of `weight_VD` from here on are padding of the vocabulary and
         have probability 0; None = all rows are real.
-      placement: split the tokens over a mesh; None = leave the arrays where they are.
+      placement: split tokens, and with a vocabulary axis the vocabulary, over a mesh;
+        None = leave the arrays where they are.
 
     Returns:
       The loss (float32) and {"nll", "kl"}: float32 [N] in nats, neither weighted nor
@@ -105,15 +130,29 @@ def fused_loss(
     2410.10989, section 3.2; T^2: Hinton et al., 2015, arXiv 1503.02531, section 2.
     """
     options = Options(
-        temperature, scale_by_t2, tail, chunk_size, num_valid, placement, divergence
+        chunk_size=chunk_size,
+        temperature=temperature,
+        scale_by_t2=scale_by_t2,
+        divergence=divergence,
+        tail=tail,
+        label_smoothing=label_smoothing,
+        logit_rule=logit_rule,
+        teacher_rule=teacher_rule,
+        num_valid=weight_VD.shape[0] if num_valid is None else num_valid,
+        placement=placement,
     )
     if teacher is None:
         soft_weights_N = jnp.zeros_like(soft_weights_N)
-    tokens = Tokens(
-        targets_N, hard_weights_N, soft_weights_N, _stored(teacher, targets_N)
-    )
-    check(options, hidden_ND, weight_VD, tokens)
-    return _weighted_loss(options, hidden_ND, weight_VD, tokens)
+    rows, live = stored(teacher, targets_N)
+    tokens = Tokens(targets_N, hard_weights_N, soft_weights_N, rows)
+    student = Head(weight_VD, bias_V)
+    check(options, hidden_ND, student, tokens)
+    if live is not None and live.weight_VD.shape[0] != weight_VD.shape[0]:
+        raise ValueError(
+            f"a live teacher's head of {live.weight_VD.shape[0]} rows does not fit "
+            f"{weight_VD.shape[0]} rows of weight_VD: pad it, and set num_valid"
+        )
+    return weighted_loss(options, hidden_ND, student, live, tokens)
 
 
 def score(
@@ -122,8 +161,10 @@ def score(
     targets_N: Int[Array, "N"],
     teacher: Teacher | None,
     *,
+    bias_V: Float[Array, "V"] | None = None,
     temperature: float = 1.0,
     tail: str = "bucket",
+    logit_rule: LogitRule = PLAIN,
     chunk_size: int,
     num_valid: int | None = None,
     active_N: Bool[Array, "N"] | None = None,
@@ -138,19 +179,29 @@ def score(
       {"nll": float32 [N], nats, "kl": float32 [N], nats at T, unscaled, 0 without a
       teacher, "top1_ids": int32 [N], the most probable id}.
     """
-    options = Options(temperature, False, tail, chunk_size, num_valid, placement)
+    options = Options(
+        chunk_size=chunk_size,
+        temperature=temperature,
+        tail=tail,
+        logit_rule=logit_rule,
+        num_valid=weight_VD.shape[0] if num_valid is None else num_valid,
+        placement=whole(placement),
+    )
     hard_N = jnp.ones(targets_N.shape, jnp.float32)
     soft_N = jnp.zeros_like(hard_N) if teacher is None else hard_N
-    tokens = Tokens(targets_N, hard_N, soft_N, _stored(teacher, targets_N))
-    check(options, hidden_ND, weight_VD, tokens)
+    tokens = Tokens(targets_N, hard_N, soft_N, stored(teacher, targets_N)[0])
+    student = Head(weight_VD, bias_V)
+    check(options, hidden_ND, student, tokens)
 
-    def step(carry, weight_VD, hidden_CD, tokens):
-        logits_CV = _logits(hidden_CD, weight_VD, num_valid)
+    def step(carry, heads, hidden_CD, tokens):
+        part = part_of(options, heads[0])
+        logits_CV = logits_of(hidden_CD, heads[0], options.logit_rule, part)
         top1_ids = jnp.argmax(logits_CV, axis=-1).astype(jnp.int32)
-        loss = _chunk_loss(options, logits_CV, tokens)
-        return carry, {"nll": loss.nll_C, "kl": loss.kl_C, "top1_ids": top1_ids}
+        loss = chunk_loss(logits_CV, tokens, options, part)
+        out = {"nll": loss.nll_C, "kl": loss.kl_C, "top1_ids": top1_ids}
+        return carry, (out, None)
 
-    return _scan(step, options, hidden_ND, weight_VD, tokens, active_N=active_N)[1]
+    return scan(step, options, hidden_ND, (student, None), tokens, active_N=active_N)[1]
 
 
 def label(
@@ -160,6 +211,8 @@ def label(
     *,
     k: int | None,
     temperatures: tuple[float, ...],
+    bias_V: Float[Array, "V"] | None = None,
+    logit_rule: LogitRule = PLAIN,
     chunk_size: int,
     num_valid: int | None = None,
     points_NSP: Float[Array, "N S P"] | None = None,
@@ -175,6 +228,8 @@ def label(
       active_N: tokens to label; the result is 0 for the others. None = all.
       k: pairs stored per token, at most the valid vocabulary; None = the whole row.
       temperatures: S declared temperatures.
+      bias_V: added to the products; None = none.
+      logit_rule: scale and softcap of the logits.
       chunk_size: most tokens whose logits are alive at once, per device.
       num_valid: rows of `weight_VD` from here on are padding.
       points_NSP: P numbers in [0, 1) for each temperature: draws ids instead of
@@ -191,14 +246,19 @@ def label(
     Raises:
       ValueError: an option out of range, or arrays whose shapes do not belong together.
     """
-    options = Options(1.0, False, "bucket", chunk_size, num_valid, placement)
-    tokens = (targets_N, points_NSP)
+    options = Options(
+        chunk_size=chunk_size,
+        logit_rule=logit_rule,
+        num_valid=weight_VD.shape[0] if num_valid is None else num_valid,
+        placement=whole(placement),
+    )
+    tokens, teacher = (targets_N, points_NSP), Head(weight_VD, bias_V)
     if points_NSP is not None and points_NSP.shape[1:-1] != (len(temperatures),):
         raise ValueError(
             f"points_NSP of shape {points_NSP.shape} must be [N, {len(temperatures)}, "
             f"P], one row a temperature of {temperatures}"
         )
-    check(options, hidden_ND, weight_VD, tokens)
+    check(options, hidden_ND, teacher, tokens)
     limit = weight_VD.shape[0] if num_valid is None else num_valid
     if k is not None and not 1 <= k <= limit:
         raise ValueError(
@@ -209,32 +269,42 @@ def label(
             f"temperatures={temperatures} must be > 0: declare one or more"
         )
 
-    def step(carry, weight_VD, hidden_CD, tokens):
-        logits_CV = _logits(hidden_CD, weight_VD, num_valid)
+    def step(carry, heads, hidden_CD, tokens):
+        part = part_of(options, heads[0])
+        logits_CV = logits_of(hidden_CD, heads[0], options.logit_rule, part)
         targets_C, points_CSP = tokens
-        return carry, chunk_label(
+        out = chunk_label(
             logits_CV,
             targets_C,
             k=k,
             temperatures=temperatures,
             points_CSP=points_CSP,
         )
+        return carry, (out, None)
 
-    return _scan(step, options, hidden_ND, weight_VD, tokens, active_N=active_N)[1]
+    return scan(step, options, hidden_ND, (teacher, None), tokens, active_N=active_N)[1]
 
 
 def _sharded(function: Callable) -> Callable:
     """Return `function` with leading argument `mesh` and keyword `weight_spec`."""
 
-    def sharded(mesh: Mesh, *arguments, weight_spec: PartitionSpec, **keywords):
-        return function(*arguments, **keywords, placement=Placement(mesh, weight_spec))
+    def sharded(
+        mesh: Mesh,
+        *arguments,
+        weight_spec: PartitionSpec,
+        vocab_axis: str | None = None,
+        **keywords,
+    ):
+        placement = Placement(mesh, weight_spec, vocab_axis)
+        return function(*arguments, **keywords, placement=placement)
 
     name = function.__name__
     sharded.__name__ = sharded.__qualname__ = f"sharded_{name}"
     sharded.__doc__ = (
-        f"Return `{name}` of the later arguments, tokens split over all axes of `mesh`."
+        f"Return `{name}` of the later arguments, tokens split over the axes of `mesh`."
         "\n\nThe weight, and its gradient, are laid out by `weight_spec`. N need not"
-        "\ndivide by the number of devices."
+        "\ndivide by the number of devices. Of `vocab_axis` see `scan.Placement`;"
+        "\nscoring and labelling never split the vocabulary."
     )
     return sharded
 
@@ -242,104 +312,3 @@ def _sharded(function: Callable) -> Callable:
 sharded_fused_loss = _sharded(fused_loss)
 sharded_score = _sharded(score)
 sharded_label = _sharded(label)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _weighted_loss(options, hidden_ND, weight_VD, tokens):
-    def step(carry, weight_VD, hidden_CD, tokens):
-        logits_CV = _logits(hidden_CD, weight_VD, options.num_valid)
-        loss = _chunk_loss(options, logits_CV, tokens)
-        return carry, {"nll": loss.nll_C, "kl": loss.kl_C}
-
-    active_N = _weighted(tokens)
-    _, per_token = _scan(step, options, hidden_ND, weight_VD, tokens, active_N=active_N)
-    return _total(options, per_token, tokens), per_token
-
-
-def _weighted_loss_forward(options, hidden_ND, weight_VD, tokens):
-    def step(d_weight_VD, weight_VD, hidden_CD, tokens):
-        logits_CV = _logits(hidden_CD, weight_VD, options.num_valid)
-        loss = _chunk_loss(options, logits_CV, tokens)
-        d_logits_CV = loss.d_logits().astype(hidden_CD.dtype)
-        d_hidden_CD = _matmul("cv,vd->cd", d_logits_CV, weight_VD)
-        d_weight_VD += _matmul("cv,cd->vd", d_logits_CV, hidden_CD)
-        out = {"nll": loss.nll_C, "kl": loss.kl_C}
-        return d_weight_VD, (out, d_hidden_CD.astype(hidden_CD.dtype))
-
-    d_weight_VD, (per_token, d_hidden_ND) = _scan(
-        step,
-        options,
-        hidden_ND,
-        weight_VD,
-        tokens,
-        active_N=_weighted(tokens),
-        accumulate=True,
-    )
-    total = _total(options, per_token, tokens)
-    d_weight_VD = d_weight_VD.astype(weight_VD.dtype)
-    return (total, per_token), (d_hidden_ND, d_weight_VD)
-
-
-def _weighted_loss_backward(options, gradients, cotangents):
-    del options
-    scale, _ = cotangents  # the per-token outputs carry no gradient
-    d_hidden_ND, d_weight_VD = jax.tree.map(
-        lambda g: (scale * g.astype(jnp.float32)).astype(g.dtype), gradients
-    )
-    return d_hidden_ND, d_weight_VD, None
-
-
-_weighted_loss.defvjp(_weighted_loss_forward, _weighted_loss_backward)
-
-
-def _weighted(tokens: Tokens) -> jax.Array:
-    """Return which tokens count: the head runs for no other."""
-    return (tokens.hard_weights_N != 0) | (tokens.soft_weights_N != 0)
-
-
-def _scan(step, options, *arrays, **keywords):
-    return scan_tokens(
-        step,
-        *arrays,
-        chunk_size=options.chunk_size,
-        placement=options.placement,
-        **keywords,
-    )
-
-
-def _logits(hidden_CD, weight_VD, num_valid: int | None) -> jax.Array:
-    logits_CV = _matmul("cd,vd->cv", hidden_CD, weight_VD)
-    if num_valid is not None and num_valid < weight_VD.shape[0]:
-        logits_CV = logits_CV.at[:, num_valid:].set(-jnp.inf)
-    return logits_CV
-
-
-def _matmul(formula: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    return jnp.einsum(formula, x, y, preferred_element_type=jnp.float32)
-
-
-def _chunk_loss(options, logits_CV, tokens):
-    return chunk_loss(
-        logits_CV,
-        tokens,
-        temperature=options.temperature,
-        soft_scale=options.soft_scale,
-        tail=options.tail,
-        divergence=options.divergence,
-    )
-
-
-def _total(options, per_token, tokens) -> jax.Array:
-    """Return the loss; a token without weight counts 0 whatever its loss is."""
-    hard, soft = tokens.hard_weights_N, tokens.soft_weights_N * options.soft_scale
-    hard_N = jnp.where(hard != 0, hard * per_token["nll"], 0.0)
-    soft_N = jnp.where(soft != 0, soft * per_token["kl"], 0.0)
-    return (hard_N + soft_N).sum()
-
-
-def _stored(teacher: Teacher | None, targets_N: jax.Array) -> Teacher:
-    """Return `teacher`, or one unused slot per token where there is none."""
-    if teacher is not None:
-        return teacher
-    zeros_N = jnp.zeros(targets_N.shape, jnp.float32)
-    return Teacher(jnp.full_like(targets_N, -1)[:, None], zeros_N[:, None], zeros_N)

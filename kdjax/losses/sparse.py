@@ -16,11 +16,12 @@ What stands for the ids outside the top k is the tail policy:
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from kdjax.losses.divergence import Divergence
 
 TAILS = ("bucket", "renormalize_teacher", "renormalize_both", "drop")
+RESTS = ("bucket", "renormalize_teacher")  # those with an event for the other ids
 FORWARD_KL = Divergence()
 _LEAST_TAIL = 2.0**-24  # half the distance of 1 to the next smaller float32
 
@@ -77,32 +78,62 @@ def sparse_divergence(
     """
     check_tail(tail, divergence)
     student = student_stored_logp_NK.astype(jnp.float32)
-    teacher = jax.lax.stop_gradient(teacher_stored_logp_NK.astype(jnp.float32))
-    if tail == "drop":
-        p = jnp.exp(teacher)
-        ratio = jnp.where(p > 0, teacher - student, 0.0)
-        return (p * ratio).sum(-1)
-    if tail == "renormalize_both":
-        return divergence(_renormalize(student), _renormalize(teacher))
-    if tail == "renormalize_teacher":
-        teacher = _renormalize(teacher)
-        teacher_tail = jnp.full_like(student_tail_log_mass_N, -jnp.inf)
-    else:
-        # Below the rounding of 1 - sum nothing is known of the tail but that it is
-        # there: 0 would make divergences infinite that are not.
-        left = jnp.maximum(_LEAST_TAIL, 1.0 - jnp.exp(teacher).sum(-1))
-        teacher_tail = jnp.where(
-            student_tail_log_mass_N > -jnp.inf, jnp.log(left), -jnp.inf
-        )
-    return divergence(
-        _append(student, student_tail_log_mass_N), _append(teacher, teacher_tail)
+    has_rest_N = student_tail_log_mass_N > -jnp.inf
+    teacher, teacher_tail_N = teacher_events(
+        teacher_stored_logp_NK, has_rest_N, tail=tail
     )
+    if tail == "renormalize_both":
+        student = _renormalize(student)
+    stored_N = stored_events(student, teacher, divergence=divergence, tail=tail)
+    if tail not in RESTS:
+        return stored_N
+    return stored_N + divergence(
+        student_tail_log_mass_N.astype(jnp.float32)[:, None], teacher_tail_N[:, None]
+    )
+
+
+def teacher_events(
+    stored_logp_NK: Float[Array, "N K"], has_rest_N: Bool[Array, "N"], *, tail: str
+) -> tuple[Float[Array, "N K"], Float[Array, "N"]]:
+    """Return log p of the stored ids and of the rest, as the tail policy has them.
+
+    Args:
+      stored_logp_NK: log p of the stored ids, temperature applied.
+      has_rest_N: whether the student has ids outside them.
+      tail: one of TAILS; only those of RESTS have an event for the rest.
+    """
+    teacher = jax.lax.stop_gradient(stored_logp_NK.astype(jnp.float32))
+    if tail != "bucket":
+        if tail != "drop":
+            teacher = _renormalize(teacher)
+        return teacher, jnp.full_like(teacher[:, 0], -jnp.inf)
+    # Below the rounding of 1 - sum nothing is known of the tail but that it is
+    # there: 0 would make divergences infinite that are not.
+    left = jnp.maximum(_LEAST_TAIL, 1.0 - jnp.exp(teacher).sum(-1))
+    return teacher, jnp.where(has_rest_N, jnp.log(left), -jnp.inf)
+
+
+def stored_events(
+    student_NK: Float[Array, "N K"],
+    teacher_NK: Float[Array, "N K"],
+    *,
+    divergence: Divergence,
+    tail: str,
+) -> Float[Array, "N"]:
+    """Return the part of a divergence that comes from these stored ids.
+
+    Divergences are sums over events: parts of several disjoint sets of ids add.
+    """
+    if tail == "drop":
+        p = jnp.exp(teacher_NK)
+        return (p * jnp.where(p > 0, teacher_NK - student_NK, 0.0)).sum(-1)
+    return divergence(student_NK, teacher_NK)
 
 
 def sampled_forward_kl(
     student_logp_NK: Float[Array, "N K"],
     log_shares_NK: Float[Array, "N K"],
-    entropy_N: Float[Array, "N"],
+    entropy_N: Float[Array, "N"] | float,
 ) -> Float[Array, "N"]:
     """Return the forward KL estimated from draws of the teacher's distribution.
 
@@ -141,10 +172,6 @@ def check_tail(tail: str, divergence: Divergence = FORWARD_KL) -> None:
             "infinite, the teacher having no probability outside its stored ids: use "
             "'bucket' or 'renormalize_both'"
         )
-
-
-def _append(logp_NK: jax.Array, tail_N: jax.Array) -> jax.Array:
-    return jnp.concatenate([logp_NK, tail_N.astype(jnp.float32)[:, None]], axis=-1)
 
 
 def _renormalize(logp_NK: jax.Array) -> jax.Array:

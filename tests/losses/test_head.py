@@ -221,7 +221,7 @@ def test_num_valid(k):
 def test_unused_slots(tail):
     """Slots with id -1 change nothing."""
     arrays, _, teacher = make(temperature=2.0)
-    ids, log_probs, log_z, _ = teacher
+    ids, log_probs, log_z, *_ = teacher
     wide = head.Teacher(
         jnp.pad(ids, ((0, 0), (0, 2)), constant_values=-1),
         jnp.pad(log_probs, ((0, 0), (0, 2)), constant_values=-jnp.inf),
@@ -259,7 +259,7 @@ def test_value_alone_makes_no_gradients():
     hidden, weight, *rest = as_jax(arrays)
 
     def value(hidden, weight):
-        return head.fused_loss(hidden, weight, *rest, teacher, chunk_size=8)
+        return head.fused_loss(hidden, weight, *rest, teacher, chunk_size=N)
 
     def num_matmuls(function):
         return str(jax.make_jaxpr(function)(hidden, weight)).count("dot_general")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kdjax.losses import head
-from kdjax.losses.chunk import chunk_label
+from kdjax.losses.rows import chunk_label
 from kdjax.teacher import checks, codec, draws
 from kdjax.teacher.manifest import Manifest
 from kdjax.teacher.planes import IdCoder

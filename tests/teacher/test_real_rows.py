@@ -11,7 +11,10 @@ import pytest
 from kdjax import experiment, sharding
 from kdjax.config import MeshConfig
 from kdjax.data import tokenizer as tokenizers
-from kdjax.losses.chunk import Teacher, Tokens, chunk_label, chunk_loss
+from kdjax.losses.chunk import Teacher, Tokens, chunk_loss
+from kdjax.losses.options import Options
+from kdjax.losses.part import Part
+from kdjax.losses.rows import chunk_label
 from kdjax.models import decoder
 from kdjax.teacher import codec
 from kdjax.teacher.planes import IdCoder
@@ -84,9 +87,8 @@ def test_decoded_rows_are_the_teachers(smollm2, real_data):
         loss = chunk_loss(
             jnp.asarray(logits_TV),
             Tokens(jnp.asarray(targets), 0 * ones_T, ones_T, teacher),
-            temperature=temperature,
-            soft_scale=1.0,
-            tail="bucket",
+            Options(chunk_size=1, num_valid=vocab_size, temperature=temperature),
+            Part(size=vocab_size, num_valid=vocab_size),
         )
         kl_T = np.asarray(loss.kl_C)
         assert kl_T.min() >= 0 and kl_T.mean() < 1e-4, (temperature, kl_T.mean())
