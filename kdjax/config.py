@@ -81,6 +81,7 @@ class TeacherConfig:
     """The model that writes the soft labels."""
 
     path: str = ""  # Hugging Face folder or hub name; "" trains `decoder` first
+    online: bool = False  # runs beside the student; no cache of the training split
     decoder: DecoderConfig = field(default_factory=DecoderConfig)  # when path is ""
     num_train: int = 20000  # examples the trained teacher sees (kinship)
     label_noise: float = 0.0  # share of wrong answers among those (kinship)
@@ -123,10 +124,16 @@ class MethodConfig:
     label_weight: float = 0.5  # a: label view a, rationale view 1 - a (multitask)
     hard_weight: float = 0.5  # weight of cross-entropy with the data
     soft_weight: float = 0.5  # weight of the teacher's term; 0 needs no cache
+    weight_schedule: str = "constant"  # of both weights over the run: one of SCHEDULES
+    final_hard_weight: float = 0.5  # at the last step, unless constant
+    final_soft_weight: float = 0.5  # at the last step, unless constant
+    label_smoothing: float = 0.0  # share of the hard target spread over the vocabulary
     divergence: str = "forward_kl"  # of the soft term: key of losses.divergence
     alpha: float = 0.1  # share of the first distribution in the mixture (skew_*)
     beta: float = 0.5  # 0 forward to 1 reverse KL (jsd, divided by beta (1 - beta))
     temperature: float = 1.0  # T of the soft term; must be declared in the cache
+    temperature_schedule: str = "constant"  # over the run: one of SCHEDULES
+    final_temperature: float = 1.0  # at the last step, unless constant; also declared
     scale_by_t2: bool = True  # multiply the soft term by T^2
     tail: str = "bucket"  # what stands for ids outside the top k: one of TAILS
 

@@ -16,7 +16,7 @@ from kdjax.config import Config, DecoderConfig, StudentConfig
 from kdjax.data import loader, sources, views
 from kdjax.data import tokenizer as tokenizers
 from kdjax.data.views import Segment
-from kdjax.models import decoder, hf
+from kdjax.models import attention, decoder, hf
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,10 +78,19 @@ def load_data(config: Config, *, splits: tuple[str, ...] = ("train", "eval")) ->
 
 
 def make_model(
-    shape: DecoderConfig, mesh: Mesh, *, dtype: str, remat: str = "none"
+    shape: DecoderConfig,
+    mesh: Mesh,
+    *,
+    dtype: str,
+    remat: str = "none",
+    kernel: str = "auto",
 ) -> Model:
-    """A model whose parameters are split over `mesh` by the table; no memory yet."""
-    graphdef, shapes = decoder.create(shape, dtype=dtype, remat=remat)
+    """A model whose parameters are split over `mesh` by the table; no memory yet.
+
+    What attends is chosen here, for the devices of the mesh: `attention.choose`.
+    """
+    chosen = attention.choose(shape, mesh, dtype=dtype, name=kernel)
+    graphdef, shapes = decoder.create(shape, dtype=dtype, remat=remat, kernel=chosen)
     shardings = sharding.param_shardings(shapes, mesh)
     abstract = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
@@ -172,20 +181,24 @@ def load_student(
     return model, params
 
 
-def num_valid(shape: DecoderConfig, cache: Any) -> int | None:
+def num_valid(shape: DecoderConfig, teacher: Any) -> int | None:
     """Vocabulary rows of the student that the teacher has too; None = all.
+
+    Args:
+      shape: the student's.
+      teacher: a cache or a shape, with `vocab_size`; None = no teacher.
 
     Raises:
       ValueError: the teacher's ids do not fit the student's vocabulary.
     """
-    if cache is None or cache.vocab_size == shape.vocab_size:
+    if teacher is None or teacher.vocab_size == shape.vocab_size:
         return None
-    if cache.vocab_size > shape.vocab_size:
+    if teacher.vocab_size > shape.vocab_size:
         raise ValueError(
             f"the student's vocab_size={shape.vocab_size} is below the teacher's "
-            f"{cache.vocab_size}: the cache's ids need at least as many rows"
+            f"{teacher.vocab_size}: its ids need at least as many rows"
         )
-    return cache.vocab_size
+    return teacher.vocab_size
 
 
 def make_plan(config: Config, segments: list[Segment]) -> loader.BatchPlan:

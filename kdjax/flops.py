@@ -6,6 +6,7 @@ utilisation (MFU). Recomputation (remat) is not useful work and is not counted.
 """
 
 import time
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +36,39 @@ _PEAK_FLOPS = {
     "v100": {"float32": 15.7e12},
     "t4": {"float32": 8.1e12},
 }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chip:
+    """What bounds a step on one TPU chip."""
+
+    peak: float  # bfloat16 FLOP/s
+    hbm_bytes: float  # of main memory that a program gets
+    hbm_rate: float  # bytes/s between it and the core
+    ici_rate: float  # bytes/s sent over all links to neighbours together
+
+
+# Source: the pages "TPU v4", "TPU v5e", "TPU v5p" and "TPU v6e" of
+# cloud.google.com/tpu/docs, "Key chip specifications"; "Interchip Interconnect BW" of
+# 2400, 1600, 4800 and 3584 Gbps, one way, over 8. Of a capacity of 32, 16, 95 and 32 GB
+# the compiler of libtpu 0.0.42 grants programs the bytes below.
+_CHIPS = {
+    "v4": Chip(peak=275e12, hbm_bytes=30.75 * 2**30, hbm_rate=1228e9, ici_rate=300e9),
+    "v5e": Chip(peak=197e12, hbm_bytes=15.75 * 2**30, hbm_rate=819e9, ici_rate=200e9),
+    "v5p": Chip(peak=459e12, hbm_bytes=95.74 * 2**30, hbm_rate=2765e9, ici_rate=600e9),
+    "v6e": Chip(peak=918e12, hbm_bytes=31.25 * 2**30, hbm_rate=1640e9, ici_rate=448e9),
+}
+
+
+def chip(name: str) -> Chip:
+    """A TPU generation, by the name that its topologies begin with.
+
+    Raises:
+      ValueError: it is not in the table.
+    """
+    if name not in _CHIPS:
+        raise ValueError(f"chip {name!r} is unknown: use one of {list(_CHIPS)}")
+    return _CHIPS[name]
 
 
 def matmul_params(config: DecoderConfig) -> int:

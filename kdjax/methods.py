@@ -4,6 +4,8 @@ A method is a tuple of views and a share for each; a term is (view, kind, weight
 step knows no method, only the weights that the loader has put on each token.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kdjax.config import MethodConfig
@@ -45,22 +47,73 @@ def views(config: MethodConfig) -> tuple[str, ...]:
     return METHODS[config.name]
 
 
-def terms(config: MethodConfig) -> tuple[Term, ...]:
-    """The terms of a method; those of weight zero are left out.
+def terms(config: MethodConfig, progress: float = 0.0) -> tuple[Term, ...]:
+    """The terms of a method; those whose weight is zero all along are left out.
 
     Two views share the loss as a * label + (1 - a) * rationale, a = `label_weight`;
-    within a view hard and soft terms have `hard_weight` and `soft_weight`.
+    within a view hard and soft terms have `hard_weight` and `soft_weight`, or what
+    their schedule says.
+
+    Args:
+      config: the method.
+      progress: 0 at the first step, 1 at the last.
     """
     names = views(config)
     shares = (
         (1.0,) if len(names) == 1 else (config.label_weight, 1 - config.label_weight)
     )
+    kind = config.weight_schedule
+    weights = {
+        "hard": (config.hard_weight, config.final_hard_weight),
+        "soft": (config.soft_weight, config.final_soft_weight),
+    }
     return tuple(
-        Term(name=f"{name}/{kind}", view=index, kind=kind, weight=share * weight)
-        for index, (name, share) in enumerate(zip(names, shares, strict=True))
-        for kind, weight in (("hard", config.hard_weight), ("soft", config.soft_weight))
-        if share * weight > 0
+        Term(
+            name=f"{view}/{term}",
+            view=index,
+            kind=term,
+            weight=share * scheduled(kind, *ends, progress),
+        )
+        for index, (view, share) in enumerate(zip(names, shares, strict=True))
+        for term, ends in weights.items()
+        if share * max(ends[:1] if kind == "constant" else ends) > 0
     )
+
+
+def scheduled(kind: str, start: float, end: float, progress: float) -> float:
+    """The value of a schedule: start at progress 0, end at 1; a constant has no end."""
+    if kind == "constant":
+        return start
+    if kind == "cosine":
+        progress = (1 - math.cos(math.pi * progress)) / 2
+    return start + (end - start) * progress
+
+
+def temperature(
+    config: MethodConfig, declared: Sequence[float], progress: float
+) -> float:
+    """The temperature of a step: the declared one next to what the schedule says.
+
+    Probabilities are exact at declared temperatures alone, so a schedule moves among
+    them, in steps.
+    """
+    if config.temperature_schedule == "constant":
+        return config.temperature
+    ends = (config.temperature, config.final_temperature)
+    wanted = scheduled(config.temperature_schedule, *ends, progress)
+    return min(declared, key=lambda t: abs(math.log(t / wanted)))
+
+
+def temperatures(config: MethodConfig) -> tuple[float, ...]:
+    """The temperatures that must be declared."""
+    if config.temperature_schedule == "constant":
+        return (config.temperature,)
+    return config.temperature, config.final_temperature
+
+
+def has_soft_terms(config: MethodConfig) -> bool:
+    """Whether the teacher is needed in training."""
+    return any(term.kind == "soft" for term in terms(config))
 
 
 def divergence(config: MethodConfig) -> Divergence:

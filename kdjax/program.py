@@ -1,12 +1,10 @@
 """The compiled training step that a config stands for, and the shapes that it takes."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh, NamedSharding
 
 from kdjax import methods, optim, sharding, state, step
@@ -15,51 +13,111 @@ from kdjax.experiment import Model
 from kdjax.losses import head
 from kdjax.state import TrainState
 
+TrainStep = Callable[..., tuple[TrainState, dict[str, Any]]]
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+
 class Program:
-    """A training step, compiled when it is first called (or lowered ahead of time)."""
+    """The training step of a config; nothing is compiled before it is called.
 
-    step: Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]
-    abstract: TrainState  # shapes and shardings of the state
-    optimizer: optax.GradientTransformation
-    num_rows: int  # rows of a microbatch, over all hosts
+    Attributes:
+      abstract: shapes and shardings of the state.
+      optimizer: of the state.
+      num_rows: rows of a microbatch, over all hosts.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        model: Model,
+        mesh: Mesh,
+        *,
+        num_valid: int | None = None,
+        teacher: Model | None = None,
+    ) -> None:
+        """See the class.
+
+        Args:
+          config: the run.
+          model: the student's structure and shardings.
+          mesh: devices, real or described.
+          num_valid: vocabulary rows of the student from here on are padding; None =
+            none.
+          teacher: one that runs in the step (teacher.online); else None.
+        """
+        self._config, self._model, self._mesh = config, model, mesh
+        self._num_valid, self._teacher = num_valid, teacher
+        self.optimizer = optim.make_optimizer(config.optim, steps=config.train.steps)
+        self.abstract = state.abstract_state(model.abstract, self.optimizer, mesh)
+        self.num_rows = config.train.batch_size // config.train.num_microbatches
+        self._steps: dict[float, TrainStep] = {}
+
+    @property
+    def step(self) -> TrainStep:
+        """The step at the first temperature of the run."""
+        return self.step_at(self._config.method.temperature)
+
+    def progress(self, index: int) -> float:
+        """How far a step of the run is: 0 for the first, 1 for the last."""
+        return index / max(1, self._config.train.steps - 1)
+
+    def temperature(self, index: int) -> float:
+        """The temperature of a step of the run."""
+        config = self._config
+        declared = config.cache.temperatures
+        return methods.temperature(config.method, declared, self.progress(index))
+
+    def terms(self, index: int) -> tuple[methods.Term, ...]:
+        """The loss's terms in a step of the run."""
+        return methods.terms(self._config.method, self.progress(index))
+
+    def step_at(self, temperature: float) -> TrainStep:
+        """(state, batch, parameters of a live teacher) -> (state, metrics)."""
+        if temperature not in self._steps:
+            self._steps[temperature] = self._make(temperature)
+        return self._steps[temperature]
+
+    def _make(self, temperature: float) -> TrainStep:
+        config, teacher = self._config, self._teacher
+        live = None
+        if teacher is not None:
+            whole = config.cache.kind == "dense"
+            pairs = stored_pairs(config.cache, teacher.shape.vocab_size)
+            live = step.LiveTeacher(
+                teacher.graphdef, teacher.abstract, None if whole else pairs
+            )
+        return step.make_train_step(
+            self._model.graphdef,
+            self.optimizer,
+            optim.make_schedule(config.optim, steps=config.train.steps),
+            self._mesh,
+            self.abstract,
+            num_views=len(methods.views(config.method)),
+            loss=loss_options(config, self._model, temperature, self._num_valid),
+            teacher=live,
+        )
+
+
+def loss_options(
+    config: Config, model: Model, temperature: float, num_valid: int | None
+) -> dict[str, Any]:
+    """Keywords of `losses.head.fused_loss` for a config."""
+    method = config.method
+    return {
+        "temperature": temperature,
+        "scale_by_t2": method.scale_by_t2,
+        "divergence": methods.divergence(method),
+        "tail": method.tail,
+        "label_smoothing": method.label_smoothing,
+        "chunk_size": chunk_size(config, model),
+        "num_valid": num_valid,
+    }
 
 
 def make_program(
     config: Config, model: Model, mesh: Mesh, *, num_valid: int | None = None
 ) -> Program:
-    """The step that `kdjax.train` runs; nothing is compiled or allocated yet.
-
-    Args:
-      config: the run.
-      model: the student's structure and shardings.
-      mesh: devices, real or described.
-      num_valid: vocabulary rows of the student from here on are padding; None = none.
-    """
-    train, method = config.train, config.method
-    optimizer = optim.make_optimizer(config.optim, steps=train.steps)
-    abstract = state.abstract_state(model.abstract, optimizer, mesh)
-    train_step = step.make_train_step(
-        model.graphdef,
-        optimizer,
-        optim.make_schedule(config.optim, steps=train.steps),
-        mesh,
-        abstract,
-        num_views=len(methods.views(method)),
-        temperature=method.temperature,
-        scale_by_t2=method.scale_by_t2,
-        divergence=methods.divergence(method),
-        tail=method.tail,
-        chunk_size=chunk_size(config, model),
-        num_valid=num_valid,
-    )
-    return Program(
-        step=train_step,
-        abstract=abstract,
-        optimizer=optimizer,
-        num_rows=train.batch_size // train.num_microbatches,
-    )
+    """The step that `kdjax.train` runs."""
+    return Program(config, model, mesh, num_valid=num_valid)
 
 
 def chunk_size(config: Config, model: Model) -> int:
@@ -90,7 +148,7 @@ def abstract_batch(
     batch = {name: array(lead, jnp.int32) for name in names}
     for name in ("hard_weights", "soft_weights"):
         batch[name] = array(lead, jnp.float32)
-    if config.method.soft_weight:
+    if methods.has_soft_terms(config.method) and not config.teacher.online:
         kind, pairs = config.cache.kind, stored_pairs(config.cache, vocab_size)
         batch["teacher_log_probs"] = array((*lead, pairs), jnp.float32)
         batch["teacher_log_z"] = array(lead, jnp.float32)

@@ -13,10 +13,9 @@ import jax
 import numpy as np
 
 import kdjax
-from kdjax import cli, flops
+from kdjax import cli, flops, methods
 from kdjax.config import Config, DecoderConfig
 from kdjax.data.loader import BatchPlan
-from kdjax.methods import Term
 from kdjax.writer import Writer
 
 _LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
@@ -29,7 +28,6 @@ class Meter:
       config: the run.
       shape: the trained model's, for its FLOPs.
       plan: to name the examples of a step.
-      terms: the loss's terms.
       views: names of the views.
       writer: gets one object every `train.log_every` steps.
     """
@@ -39,11 +37,11 @@ class Meter:
         config: Config,
         shape: DecoderConfig,
         plan: BatchPlan,
-        terms: Sequence[Term],
         views: Sequence[str],
         writer: Writer,
     ) -> None:
-        self._config, self._plan, self._terms = config, plan, terms
+        self._config, self._plan = config, plan
+        self._terms = methods.terms(config.method)
         self._views, self._writer = views, writer
         divergence = config.method.divergence
         self._soft_name = "kl" if divergence == "forward_kl" else divergence

@@ -4,8 +4,8 @@ Legend: M microbatches, B rows of a microbatch, T time, V vocabulary, D width,
 N = B * T tokens, K stored pairs.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import flax.nnx as nnx
 import jax
@@ -15,12 +15,18 @@ from jax.sharding import Mesh, NamedSharding
 
 from kdjax import sharding
 from kdjax.losses import head
-from kdjax.losses.divergence import Divergence
-from kdjax.losses.sparse import FORWARD_KL
 from kdjax.models import decoder
 from kdjax.state import TrainState
 
 Batch = dict[str, Any]
+
+
+class LiveTeacher(NamedTuple):
+    """A teacher that runs beside the student."""
+
+    graphdef: nnx.GraphDef
+    abstract: Any  # its parameters' shapes and shardings
+    num_pairs: int | None  # the top k serve as its rows; None = the whole rows
 
 
 def _teacher(rows: Batch) -> head.Teacher | None:
@@ -47,14 +53,12 @@ def make_train_step(
     abstract: TrainState,
     *,
     num_views: int,
-    temperature: float,
-    scale_by_t2: bool,
-    tail: str,
-    chunk_size: int,
-    divergence: Divergence = FORWARD_KL,
-    num_valid: int | None = None,
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]:
-    """Compiles (state, batch) -> (state, metrics); the state's memory is reused.
+    loss: Mapping[str, Any],
+    teacher: LiveTeacher | None = None,
+) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
+    """Compiles (state, batch, the teacher's parameters or None) -> (state, metrics).
+
+    The state's memory is reused.
 
     loss = sum over tokens of hard_weights * nll + soft_weights * kl, the weights having
     been divided by the term's count in the whole global batch by the loader, so that
@@ -67,40 +71,39 @@ def make_train_step(
       mesh: devices; the batch is split over (data, fsdp).
       abstract: shapes and shardings of the state.
       num_views: views are numbered 0..num_views-1 in batch["view"].
-      temperature: T of the soft term.
-      scale_by_t2: multiply it by T^2.
-      tail: what stands for ids that are not stored.
-      chunk_size: tokens of a chunk of the fused head.
-      divergence: of the soft term.
-      num_valid: vocabulary rows from here on are padding; None = none.
+      loss: keywords of `losses.head.fused_loss`.
+      teacher: one that runs in the step, outside of what is differentiated; else the
+        batch brings the cache's records where there are soft terms.
 
     Returns:
       The compiled function. metrics has "loss", "grad_norm", "learning_rate", "finite"
       (1 or 0), "finite_rows" [M, B], "num_tokens" (padding not counted), and "nll",
       "kl", "count" [num_views]: sums in nats and numbers of target tokens of each view.
     """
-    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    shardings = _placed(abstract)
 
-    def loss_of(params: Any, rows: Batch) -> tuple[jax.Array, Any]:
+    def live(teacher_params: Any, rows: Batch) -> Any:
+        if teacher is None:
+            return None
+        num_rows = abstract.params["embed"]["embedding"].shape[0]
+        return _live(mesh, teacher, teacher_params, rows, loss, num_rows=num_rows)
+
+    def loss_of(params: Any, rows: Batch, rows_teacher: Any) -> tuple[jax.Array, Any]:
         hidden_BTD = decoder.hidden_states(
             graphdef, params, rows["tokens"], rows["positions"], rows["segments"]
         )
         num_rows, length, width = hidden_BTD.shape
-        loss, tokens = head.sharded_fused_loss(
+        total, tokens = head.sharded_fused_loss(
             mesh,
             hidden_BTD.reshape(num_rows * length, width),
             decoder.head_weight(params),
             rows["targets"].reshape(-1),
             rows["hard_weights"].reshape(-1),
             rows["soft_weights"].reshape(-1),
-            _teacher(rows),
+            rows_teacher or _teacher(rows),
             weight_spec=sharding.HEAD_SPEC,
-            temperature=temperature,
-            scale_by_t2=scale_by_t2,
-            divergence=divergence,
-            tail=tail,
-            chunk_size=chunk_size,
-            num_valid=num_valid,
+            vocab_axis="tensor",
+            **loss,
         )
         # Not a product: a non-finite value on a token of another view would spoil it.
         members = [rows["view"].reshape(-1) == view for view in range(num_views)]
@@ -111,28 +114,31 @@ def make_train_step(
         per_row = (tokens["nll"] + tokens["kl"]).reshape(num_rows, length).sum(1)
         sums["count"] = jnp.stack([m.sum(dtype=jnp.int32) for m in members])
         sums["finite_rows"] = jnp.isfinite(per_row)
-        return loss, sums
+        return total, sums
 
     grad_of = jax.value_and_grad(loss_of, has_aux=True)
 
-    def gradients(params: Any, batch: Batch) -> tuple[jax.Array, Any, Any]:
+    def gradients(params: Any, batch: Batch, frozen: Any) -> tuple[Any, Any, Any]:
         num_microbatches = batch["tokens"].shape[0]
         if num_microbatches == 1:
-            (loss, sums), grads = grad_of(params, jax.tree.map(lambda x: x[0], batch))
-            return loss, jax.tree.map(lambda x: x[None], sums), grads
+            rows = jax.tree.map(lambda x: x[0], batch)
+            (total, sums), grads = grad_of(params, rows, live(frozen, rows))
+            return total, jax.tree.map(lambda x: x[None], sums), grads
 
         def add(carry: Any, rows: Batch) -> tuple[Any, Any]:
-            (loss, sums), grads = grad_of(params, rows)
-            return jax.tree.map(jnp.add, carry, (loss, grads)), sums
+            (total, sums), grads = grad_of(params, rows, live(frozen, rows))
+            return jax.tree.map(jnp.add, carry, (total, grads)), sums
 
         zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
-        (loss, grads), sums = jax.lax.scan(add, zero, batch)
-        return loss, sums, grads
+        (total, grads), sums = jax.lax.scan(add, zero, batch)
+        return total, sums, grads
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Any]:
-        loss, sums, grads = gradients(state.params, batch)
+    def train_step(
+        state: TrainState, batch: Batch, frozen: Any = None
+    ) -> tuple[TrainState, Any]:
+        total, sums, grads = gradients(state.params, batch, frozen)
         grad_norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        finite = jnp.isfinite(total) & jnp.isfinite(grad_norm)
         # Ours is written for strict promotion, optax is not.
         with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -144,7 +150,7 @@ def make_train_step(
             (state.params, state.opt_state),
         )
         metrics = {
-            "loss": loss,
+            "loss": total,
             "grad_norm": grad_norm,
             "learning_rate": learning_rate,
             "finite": finite.astype(jnp.float32),
@@ -156,8 +162,52 @@ def make_train_step(
     return jax.jit(
         train_step,
         donate_argnums=0,
-        in_shardings=(shardings, NamedSharding(mesh, sharding.BATCH_SPEC)),
+        in_shardings=(
+            shardings,
+            NamedSharding(mesh, sharding.BATCH_SPEC),
+            *(() if teacher is None else (_placed(teacher.abstract),)),
+        ),
         out_shardings=(shardings, sharding.replicated(mesh)),
+    )
+
+
+def _placed(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.sharding, tree)
+
+
+def _live(
+    mesh: Mesh,
+    teacher: LiveTeacher,
+    params: Any,
+    rows: Batch,
+    loss: Mapping[str, Any],
+    *,
+    num_rows: int,
+) -> head.Teacher | head.LiveTeacher:
+    """What the teacher says of the tokens of a microbatch that have a soft weight."""
+    hidden_BTE = decoder.hidden_states(
+        teacher.graphdef, params, rows["tokens"], rows["positions"], rows["segments"]
+    )
+    hidden_NE = hidden_BTE.reshape(-1, hidden_BTE.shape[-1])
+    weight_VE = decoder.head_weight(params)
+    if teacher.num_pairs is None:
+        missing = num_rows - weight_VE.shape[0]
+        return head.LiveTeacher(hidden_NE, jnp.pad(weight_VE, ((0, missing), (0, 0))))
+    found = head.sharded_label(
+        mesh,
+        hidden_NE,
+        weight_VE,
+        rows["targets"].reshape(-1),
+        weight_spec=sharding.HEAD_SPEC,
+        k=teacher.num_pairs,
+        temperatures=(loss["temperature"],),
+        chunk_size=loss["chunk_size"],
+        active_N=rows["soft_weights"].reshape(-1) != 0,
+    )
+    return head.Teacher(
+        ids_NK=found["ids_NK"],
+        log_probs_NK=found["log_probs_NK"],
+        log_z_N=found["log_z_NS"][:, 0],
     )
 
 
@@ -205,7 +255,8 @@ def make_score_step(
         )
         found = {"nll": scores["nll"]}
         if teacher is not None:
-            best = jnp.argmax(teacher.log_probs_NK, axis=-1).astype(jnp.int32)
+            log_probs_NK = batch["teacher_log_probs"].reshape(len(scores["nll"]), -1)
+            best = jnp.argmax(log_probs_NK, axis=-1).astype(jnp.int32)
             if teacher.ids_NK is not None:
                 best = jnp.take_along_axis(teacher.ids_NK, best[:, None], axis=-1)[:, 0]
             found["kl"] = scores["kl"]
@@ -215,7 +266,7 @@ def make_score_step(
     return jax.jit(
         score_step,
         in_shardings=(
-            jax.tree.map(lambda x: x.sharding, params),
+            _placed(params),
             NamedSharding(mesh, sharding.BATCH_SPEC),
         ),
         out_shardings=sharding.replicated(mesh),
@@ -270,7 +321,7 @@ def make_label_step(
     return jax.jit(
         label_step,
         in_shardings=(
-            jax.tree.map(lambda x: x.sharding, params),
+            _placed(params),
             NamedSharding(mesh, sharding.BATCH_SPEC),
         ),
         out_shardings=sharding.replicated(mesh),

@@ -11,13 +11,13 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from kdjax import cli, distributed, experiment, methods, sharding, state
+from kdjax import cli, distributed, experiment, sharding, state
 from kdjax.checkpoint import Checkpoints
 from kdjax.config import Config, to_json
 from kdjax.data import loader
 from kdjax.experiment import Data, Model
 from kdjax.models import hf
-from kdjax.program import make_program
+from kdjax.program import Program
 from kdjax.reporting import Meter, evaluation_row, run_summary
 from kdjax.scoring import Scorer, exact_match
 from kdjax.teacher import building
@@ -33,6 +33,7 @@ def fit(
     model: Model,
     make_params: Callable[[], Any],
     cache: Any = None,
+    teacher: tuple[Model, Any] | None = None,
     scorer: Scorer | None = None,
 ) -> tuple[Any, dict[str, float], dict[str, float]]:
     """Trains a model to the last step, from its newest checkpoint if it has one.
@@ -45,6 +46,7 @@ def fit(
       model: structure and shardings.
       make_params: makes the initial parameters, sharded.
       cache: the teacher's records; None without soft terms.
+      teacher: with its parameters, where it runs beside the student.
       scorer: held-out evaluation every `train.eval_every` steps.
 
     Returns:
@@ -54,23 +56,29 @@ def fit(
     Raises:
       ValueError: a non-finite loss with train.non_finite="stop".
     """
-    train, method = config.train, config.method
-    program = make_program(
-        config, model, mesh, num_valid=experiment.num_valid(model.shape, cache)
+    train = config.train
+    frozen = () if teacher is None else (teacher[1],)
+    source = cache if teacher is None else teacher[0].shape
+    program = Program(
+        config,
+        model,
+        mesh,
+        num_valid=experiment.num_valid(model.shape, source),
+        teacher=teacher[0] if teacher is not None else None,
     )
     abstract, num_rows = program.abstract, program.num_rows
     plan = experiment.make_plan(config, data.train)
     rows = sharding.local_rows(mesh, num_rows)
-    terms = methods.terms(method)
 
     def make_batch(index: int) -> loader.Batch:
         return loader.make_batch(
             plan,
             index,
-            terms=terms,
+            terms=program.terms(index),
             cache=cache,
-            temperature=method.temperature,
+            temperature=program.temperature(index),
             rows=rows,
+            online=bool(frozen),
         )
 
     checkpoints = Checkpoints(
@@ -92,7 +100,7 @@ def fit(
         is_main=distributed.is_main(),
         resume_step=start,
     )
-    meter = Meter(config, model.shape, plan, terms, data.views, writer)
+    meter = Meter(config, model.shape, plan, data.views, writer)
     pending: tuple[int, Any] | None = None
     held_out: dict[str, float] = {}
     batches = loader.iterate(
@@ -104,8 +112,9 @@ def fit(
     )
     with writer:
         for index, batch in meter.timed(batches):
-            current, found = program.step(
-                current, sharding.global_batch(batch, mesh, num_rows)
+            step = program.step_at(program.temperature(index))
+            current, found = step(
+                current, sharding.global_batch(batch, mesh, num_rows), *frozen
             )
             # The device is busy with this step while the last one is written.
             if pending is not None:
@@ -175,6 +184,12 @@ def run(config: Config, workdir: pathlib.Path) -> None:
     train_teacher(config, workdir, mesh)
     teacher_path = experiment.teacher_folder(config, workdir)
     caches = building.ensure(config, data, workdir, teacher_path)
+    dtype = config.train.dtype
+    live = (
+        experiment.load_model(teacher_path, mesh, dtype=dtype)
+        if config.teacher.online
+        else None
+    )
     scorer = Scorer(config, data, model, mesh, cache=caches["eval"])
     params, throughput, student = fit(
         config,
@@ -184,14 +199,15 @@ def run(config: Config, workdir: pathlib.Path) -> None:
         model=model,
         make_params=experiment.student_params(config, model, teacher_path),
         cache=caches.get("train"),
+        teacher=live,
         scorer=scorer,
     )
 
     student = student or scorer(params)
     generations = scorer.generations(params)
     student |= exact_match(generations)
-    teacher_model, teacher_params = experiment.load_model(
-        teacher_path, mesh, dtype=config.train.dtype
+    teacher_model, teacher_params = live or experiment.load_model(
+        teacher_path, mesh, dtype=dtype
     )
     teacher = Scorer(config, data, teacher_model, mesh, cache=caches["eval"])(
         teacher_params

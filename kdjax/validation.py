@@ -80,6 +80,8 @@ def validate(config: Config) -> None:
         (method.tail, "method.tail", TAILS),
         (config.optim.name, "optim.name", OPTIMIZERS),
         (config.optim.schedule, "optim.schedule", SCHEDULES),
+        (method.weight_schedule, "method.weight_schedule", SCHEDULES),
+        (method.temperature_schedule, "method.temperature_schedule", SCHEDULES),
         (train.dtype, "train.dtype", DTYPES),
         (train.remat, "train.remat", REMATS),
         (train.non_finite, "train.non_finite", NON_FINITE),
@@ -112,6 +114,8 @@ def validate(config: Config) -> None:
         (data.num_eval, "data.num_eval"),
         (method.hard_weight, "method.hard_weight"),
         (method.soft_weight, "method.soft_weight"),
+        (method.final_hard_weight, "method.final_hard_weight"),
+        (method.final_soft_weight, "method.final_soft_weight"),
         (train.eval_every, "train.eval_every"),
         (train.save_every, "train.save_every"),
         (evaluation.num_generations, "evaluation.num_generations"),
@@ -129,7 +133,7 @@ def validate(config: Config) -> None:
         raise ValueError(
             f"method.label_weight={method.label_weight} is a share: use 0 to 1"
         )
-    if method.hard_weight + method.soft_weight == 0:
+    if not methods.terms(method):
         raise ValueError(
             "method.hard_weight=0 and method.soft_weight=0 leave nothing to train on: "
             "raise one of them"
@@ -153,16 +157,31 @@ def validate(config: Config) -> None:
         raise ValueError(
             f"cache.num_draws={cache.num_draws} exceeds 65535: use several num_rounds"
         )
-    if any(not 0 < t < math.inf for t in (*cache.temperatures, method.temperature)):
+    used = methods.temperatures(method)
+    if any(not 0 < t < math.inf for t in (*cache.temperatures, *used)):
         raise ValueError(
             f"cache.temperatures={cache.temperatures}, method.temperature="
-            f"{method.temperature}: temperatures are positive and finite"
+            f"{method.temperature}, method.final_temperature="
+            f"{method.final_temperature}: temperatures are positive and finite"
         )
-    if method.soft_weight and method.temperature not in cache.temperatures:
+    if methods.has_soft_terms(method):
+        for t in used:
+            if t not in cache.temperatures:
+                name = "temperature" if t == used[0] else "final_temperature"
+                raise ValueError(
+                    f"method.{name}={t} is not declared in "
+                    f"cache.temperatures={cache.temperatures}: add it there and label "
+                    "again, or train at a declared one"
+                )
+    if not 0 <= method.label_smoothing < 1:
         raise ValueError(
-            f"method.temperature={method.temperature} is not declared in "
-            f"cache.temperatures={cache.temperatures}: add it there and label "
-            "again, or train at a declared one"
+            f"method.label_smoothing={method.label_smoothing} is a share: use 0 to "
+            "below 1"
+        )
+    if config.teacher.online and cache.kind == "sampled":
+        raise ValueError(
+            "teacher.online=True with cache.kind='sampled': an online teacher gives "
+            "its top k or whole rows; use cache.kind='top_k' or 'dense'"
         )
     if 1.0 not in cache.temperatures:
         raise ValueError(

@@ -31,5 +31,5 @@ def test_the_abstract_batch_is_the_real_one(soft_weight):
     described = {name: (x.shape, x.dtype) for name, x in abstract.items()}
     assert described == {name: (x.shape, x.dtype) for name, x in batch.items()}
     model = experiment.make_model(shape, mesh, dtype="float32")
-    made = program.make_program(config, model, mesh)
+    made = program.Program(config, model, mesh)
     assert made.step.lower(made.abstract, abstract).compile().memory_analysis()

@@ -5,8 +5,18 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
-from kdjax import experiment, methods, optim, sharding, state, step
+from kdjax import (
+    experiment,
+    methods,
+    optim,
+    program,
+    sharding,
+    state,
+    step,
+    validation,
+)
 from kdjax.config import MeshConfig
 from kdjax.data import loader
 from kdjax.losses import head
@@ -64,10 +74,7 @@ def run(config, *, steps=2, mesh_config=None, devices=None, poison=False):
         mesh,
         abstract,
         num_views=2,
-        temperature=2.0,
-        scale_by_t2=True,
-        tail="bucket",
-        chunk_size=32,
+        loss={"temperature": 2.0, "chunk_size": 32},
     )
     current = state.init_state(
         abstract, optimizer, experiment.student_params(config, model, "")
@@ -204,3 +211,118 @@ def test_soft_weight_zero_is_cross_entropy():
 
 def test_chunk_size_from_memory():
     assert head.chunk_size(16, 32000) == 128
+
+
+def online(config, *, whole=False, mesh_config=None, devices=None):
+    """Loss and gradient norm of a first step, with the teacher in it or in a cache."""
+    mesh = sharding.make_mesh(mesh_config or MeshConfig(), devices=devices)
+    data = experiment.load_data(config, splits=("train",))
+    shape = experiment.student_shape(config, data.tokenizer)
+    model = experiment.make_model(shape, mesh, dtype="float32")
+    teacher_shape = experiment.teacher_shape(config, data.tokenizer)
+    teacher = experiment.make_model(teacher_shape, mesh, dtype="float32")
+    frozen = jax.jit(
+        lambda key: decoder.init_params(teacher_shape, key),
+        out_shardings=teacher.shardings,
+    )(jax.random.key(7))
+    # Random weights of the usual size make nearly uniform rows.
+    frozen["embed"]["embedding"] *= np.float32(30.0)
+    plan = experiment.make_plan(config, data.train)
+    results = []
+    for live in (True, False):
+        made = program.Program(config, model, mesh, teacher=teacher if live else None)
+        batch = loader.make_batch(
+            plan,
+            0,
+            terms=made.terms(0),
+            rows=sharding.local_rows(mesh, made.num_rows),
+            online=True,
+        )
+        batch = sharding.global_batch(batch, mesh, made.num_rows)
+        current = state.init_state(
+            made.abstract, made.optimizer, experiment.student_params(config, model, "")
+        )
+        if live:
+            _, metrics = made.step(current, batch, frozen)
+        else:
+            label = step.make_label_step(
+                teacher.graphdef,
+                mesh,
+                teacher.abstract,
+                k=None if whole else config.cache.k,
+                temperatures=(config.method.temperature,),
+                chunk_size=16,
+            )(frozen, batch)
+            lead = batch["tokens"].shape
+            batch["teacher_log_probs"] = label["log_probs_NK"].reshape(*lead, -1)
+            batch["teacher_log_z"] = label["log_z_NS"].reshape(lead)
+            if not whole:
+                batch["teacher_ids"] = label["ids_NK"].reshape(*lead, -1)
+            batch = jax.device_put(batch, NamedSharding(mesh, sharding.BATCH_SPEC))
+            _, metrics = made.step(current, batch)
+        results.append(jax.tree.map(np.asarray, metrics))
+    return results
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("kind", ["top_k", "dense"])
+def test_online_is_offline(kind, shape):
+    """A teacher in the step gives what its labels in the batch give."""
+    config = gradient_config(num_microbatches=2)
+    config.teacher.online, config.cache.kind = True, kind
+    mesh = MeshConfig(data=shape[0], fsdp=shape[1], tensor=shape[2])
+    devices = jax.devices()[: int(np.prod(shape))]
+    live, stored = online(
+        config, whole=kind == "dense", mesh_config=mesh, devices=devices
+    )
+    assert live["kl"].sum() / live["count"].sum() > 0.1
+    assert_same(([live],), ([stored],))
+
+
+def test_schedules_reach_the_batch_and_the_step():
+    config = gradient_config(steps=5)
+    config.method = dataclasses.replace(
+        config.method,
+        hard_weight=0.0,
+        soft_weight=1.0,
+        weight_schedule="linear",
+        final_hard_weight=1.0,
+        final_soft_weight=0.0,
+        temperature=2.0,
+        temperature_schedule="cosine",
+        final_temperature=1.0,
+    )
+    validation.validate(config)
+    mesh = sharding.make_mesh(MeshConfig(), devices=jax.devices()[:1])
+    data = experiment.load_data(config, splits=("train",))
+    shape = experiment.student_shape(config, data.tokenizer)
+    model = experiment.make_model(shape, mesh, dtype="float32")
+    made = program.Program(config, model, mesh)
+    found = [
+        {t.kind: t.weight for t in made.terms(index) if t.view == 0}
+        for index in range(5)
+    ]
+    assert [w["hard"] for w in found] == pytest.approx([0, 0.125, 0.25, 0.375, 0.5])
+    assert [w["soft"] for w in found] == pytest.approx([0.5, 0.375, 0.25, 0.125, 0])
+    assert [made.temperature(i) for i in range(5)] == [2.0, 2.0, 2.0, 1.0, 1.0]
+    assert made.step_at(2.0) is made.step and made.step_at(1.0) is not made.step
+    plan = experiment.make_plan(config, data.train)
+    cache = FakeCache(data.train, shape.vocab_size)
+    current = state.init_state(
+        made.abstract, made.optimizer, experiment.student_params(config, model, "")
+    )
+    for index in (0, 4):
+        batch = loader.make_batch(
+            plan,
+            index,
+            terms=made.terms(index),
+            cache=cache,
+            temperature=made.temperature(index),
+        )
+        assert batch["hard_weights"].any() == (index == 4)
+        assert batch["soft_weights"].any() == (index == 0)
+        train_step = made.step_at(made.temperature(index))
+        current, metrics = train_step(
+            current, sharding.global_batch(batch, mesh, made.num_rows)
+        )
+        assert bool(metrics["finite"]) and (metrics["kl"].sum() > 0) == (index == 0)

@@ -155,6 +155,7 @@ def make_batch(
     cache: Any = None,
     temperature: float = 1.0,
     rows: slice = slice(None),
+    online: bool = False,
 ) -> Batch:
     """The arrays of one step.
 
@@ -170,6 +171,7 @@ def make_batch(
       cache: the teacher's records, for the views with a soft term.
       temperature: of the soft terms; one that the cache declares.
       rows: the rows of each microbatch to make (this host's).
+      online: the teacher runs beside the student: soft terms need no cache.
 
     Returns:
       Arrays [M, R, T]. int32: tokens, targets (the next token), positions and segments
@@ -194,10 +196,10 @@ def make_batch(
     batch["view"] = np.full(lead, -1, np.int32)
     batch |= {f"{kind}_weights": np.zeros(lead, np.float32) for kind in weights}
     soft_views = _soft_views(terms)
-    if soft_views and cache is None:
+    if soft_views and cache is None and not online:
         raise ValueError(
             "soft terms need a teacher cache: label the data first, or use "
-            "method.soft_weight=0"
+            "method.soft_weight=0, or teacher.online=True"
         )
     if cache is not None:
         teacher = TeacherRows(cache, temperature, plan.locate(step)[0])
@@ -205,7 +207,7 @@ def make_batch(
     for row, index in enumerate(local.ravel()):
         for number, at in enumerate(placements(plan, contents[index]), 1):
             _write(batch, row, number, at, weights)
-            if at.segment.view in soft_views:
+            if cache is not None and at.segment.view in soft_views:
                 teacher.write(batch, row, at.target, at.segment)
     return {
         name: array.reshape(*local.shape, *array.shape[1:])

@@ -244,14 +244,15 @@ def _spread(rest_CV, peak_C, at_1, at_t, t) -> jax.Array:
       t: temperature.
     """
 
-    def per_mass(amount_C, log_mass_C, t):
+    def per_mass(at, t):
+        amount_C, log_mass_C = at
         mass_C = jnp.where(log_mass_C > -jnp.inf, log_mass_C, jnp.inf) - peak_C / t
         return (amount_C * jnp.exp(-mass_C))[:, None]
 
     x_CV = rest_CV - peak_C[:, None]
     if t == 1.0:
-        return per_mass(at_1[0] + at_t[0], at_1[1], 1.0) * jnp.exp(x_CV)
-    first, other = per_mass(*at_1, 1.0), per_mass(*at_t, t)
+        return per_mass((at_1[0] + at_t[0], at_1[1]), 1.0) * jnp.exp(x_CV)
+    first, other = per_mass(at_1, 1.0), per_mass(at_t, t)
     shared_CV = jnp.exp(x_CV / t)
     if t == round(t) and t <= 4:  # one exponential for both
         return shared_CV * (other + first * shared_CV ** (int(t) - 1))

@@ -15,12 +15,16 @@ D width, H query heads, G key/value heads, K per head, F inner width, L layers,
 V vocabulary.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from kdjax.config import DTYPES, REMATS, DecoderConfig
+from kdjax.models import attention
+from kdjax.models.attention import Kernel
 from kdjax.models.layers import MLP, Attention, Embedding, Head, RMSNorm, rotary_angles
 
 Params = dict  # nested: name -> dict or array
@@ -45,10 +49,10 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(config.width, eps=config.norm_eps)
         self.mlp = MLP(config.width, config.mlp_width, std=std, rngs=rngs)
 
-    def __call__(self, x_BTD, angles, mask_B1TS, cache, slots_BT):
+    def __call__(self, x_BTD, angles, attend, cache, slots_BT):
         """One layer; `cache` is this layer's slice or None."""
         attended, cache = self.attention(
-            self.attention_norm(x_BTD), angles, mask_B1TS, cache, slots_BT
+            self.attention_norm(x_BTD), angles, attend, cache, slots_BT
         )
         x_BTD = x_BTD + attended
         return x_BTD + self.mlp(self.mlp_norm(x_BTD)), cache
@@ -58,10 +62,16 @@ class Decoder(nnx.Module):
     """Embedding, a scan over stacked blocks, final norm."""
 
     def __init__(
-        self, config: DecoderConfig, *, dtype: str, remat: str, rngs: nnx.Rngs
+        self,
+        config: DecoderConfig,
+        *,
+        dtype: str,
+        remat: str,
+        kernel: Kernel,
+        rngs: nnx.Rngs,
     ):
         """Draw all parameters."""
-        self.dtype, self.remat = dtype, remat
+        self.dtype, self.remat, self.kernel = dtype, remat, kernel
         self.head_dim, self.rope_theta = config.head_dim, config.rope_theta
         shape = (config.vocab_size, config.width)
         self.embed = Embedding(*shape, std=config.init_std, rngs=rngs)
@@ -72,7 +82,7 @@ class Decoder(nnx.Module):
         if not config.tie_embeddings:
             self.head = Head(*shape, std=config.init_std, rngs=rngs)
 
-    def __call__(self, tokens_BT, positions_BT, mask_B1TS, cache=None):
+    def __call__(self, tokens_BT, positions_BT, attend, cache=None):
         """Hidden states after the final norm, and the updated cache."""
         block_graphdef, stacked = nnx.split(self.layers)
         angles = rotary_angles(
@@ -82,7 +92,7 @@ class Decoder(nnx.Module):
         def body(x_BTD, layer):
             block_params, layer_cache = layer
             block = nnx.merge(block_graphdef, block_params)
-            return block(x_BTD, angles, mask_B1TS, layer_cache, positions_BT)
+            return block(x_BTD, angles, attend, layer_cache, positions_BT)
 
         if self.remat != "none":
             # A scan's body cannot be merged with its recomputation: no barrier needed.
@@ -95,7 +105,11 @@ class Decoder(nnx.Module):
 
 
 def create(
-    config: DecoderConfig, *, dtype: str = "float32", remat: str = "none"
+    config: DecoderConfig,
+    *,
+    dtype: str = "float32",
+    remat: str = "none",
+    kernel: Kernel = attention.XLA,
 ) -> tuple[nnx.GraphDef, Params]:
     """Describe a model without allocating it.
 
@@ -104,6 +118,7 @@ def create(
       dtype: compute dtype, "float32" or "bfloat16"; parameters are float32.
       remat: what the backward pass recomputes: "none"; "dots" (everything but matmuls
         with parameters); "full" (whole layers, keeping their inputs).
+      kernel: what attends within packed rows, from `attention.choose`.
 
     Returns:
       The graph definition that the functions below take, and the parameters as a
@@ -114,7 +129,9 @@ def create(
     """
     _check(config, dtype, remat)
     model = nnx.eval_shape(
-        lambda: Decoder(config, dtype=dtype, remat=remat, rngs=nnx.Rngs(params=0))
+        lambda: Decoder(
+            config, dtype=dtype, remat=remat, kernel=kernel, rngs=nnx.Rngs(params=0)
+        )
     )
     graphdef, state = nnx.split(model)
     return graphdef, nnx.to_pure_dict(state)
@@ -128,7 +145,9 @@ def init_params(config: DecoderConfig, key: Array) -> Params:
     """
     _check(config, "float32", "none")
     rngs = nnx.Rngs(params=key)
-    model = Decoder(config, dtype="float32", remat="none", rngs=rngs)
+    model = Decoder(
+        config, dtype="float32", remat="none", kernel=attention.XLA, rngs=rngs
+    )
     return nnx.to_pure_dict(nnx.state(model))
 
 
@@ -153,11 +172,9 @@ def hidden_states(
     Returns:
       Hidden states in the compute dtype.
     """
-    time = jnp.arange(tokens_BT.shape[1])
-    causal_1TS = (time[:, None] >= time[None, :])[None]
-    mask_BTS = (segments_BT[:, :, None] == segments_BT[:, None, :]) & causal_1TS
     model = nnx.merge(graphdef, params)
-    return model(tokens_BT, positions_BT, mask_BTS[:, None])[0]
+    attend = attention.within_segments(model.kernel, segments_BT)
+    return model(tokens_BT, positions_BT, attend)[0]
 
 
 def head_weight(params: Params) -> Float[Array, "V D"]:
@@ -202,8 +219,9 @@ def decode(
     """
     slots = jnp.arange(cache["key"].shape[2])
     mask_BTS = slots[None, None, :] <= positions_BT[:, :, None]
+    attend = functools.partial(attention.attend, mask_B1TS=mask_BTS[:, None])
     model = nnx.merge(graphdef, params)
-    return model(tokens_BT, positions_BT, mask_BTS[:, None], cache)
+    return model(tokens_BT, positions_BT, attend, cache)
 
 
 def _check(config: DecoderConfig, dtype: str, remat: str) -> None:

@@ -9,7 +9,9 @@ are computed in float32 whatever the compute dtype.
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
+
+from kdjax.models.attention import Attend
 
 
 def normal(key: Array, shape: tuple[int, ...], std: float) -> nnx.Param:
@@ -112,35 +114,6 @@ class MLP(nnx.Module):
         return self.down(jax.nn.silu(self.gate(x_BTD)) * self.up(x_BTD))
 
 
-def attend(
-    query_BTHK: Float[Array, "B T H K"],
-    key_BSGK: Float[Array, "B S G K"],
-    value_BSGK: Float[Array, "B S G K"],
-    mask_B1TS: Bool[Array, "B 1 T S"],
-) -> Float[Array, "B T H K"]:
-    """Softmax attention where the mask is true, softmax in float32.
-
-    The H / G query heads that share a key head become rows of one matrix product. On a
-    CPU that halves the time of `jax.nn.dot_product_attention` with its gradient.
-    """
-    num_rows, time, num_heads, head_dim = query_BTHK.shape
-    groups = key_BSGK.shape[2]
-    shared = num_heads // groups
-    query = query_BTHK.reshape(num_rows, time, groups, shared, head_dim)
-    query = query.transpose(0, 2, 3, 1, 4).reshape(num_rows, groups, -1, head_dim)
-    key, value = (x.transpose(0, 2, 1, 3) for x in (key_BSGK, value_BSGK))
-    scores = jnp.einsum(
-        "bgtk,bgsk->bgts", query, key, preferred_element_type=jnp.float32
-    )
-    scores = (scores * head_dim**-0.5).reshape(num_rows, groups, shared, time, -1)
-    lowest = jnp.finfo(jnp.float32).min
-    weights = jax.nn.softmax(jnp.where(mask_B1TS[:, :, None], scores, lowest), axis=-1)
-    weights = weights.astype(value.dtype).reshape(num_rows, groups, shared * time, -1)
-    mixed = jnp.einsum("bgts,bgsk->bgtk", weights, value)
-    mixed = mixed.reshape(num_rows, groups, shared, time, head_dim)
-    return mixed.transpose(0, 3, 1, 2, 4).reshape(query_BTHK.shape)
-
-
 class Attention(nnx.Module):
     """Grouped-query attention with rotary positions.
 
@@ -168,11 +141,11 @@ class Attention(nnx.Module):
         self,
         x_BTD: Float[Array, "B T D"],
         angles: tuple[Array, Array],
-        mask_B1TS: Bool[Array, "B 1 T S"],
+        attend: Attend,
         cache: dict[str, Float[Array, "B S G K"]] | None = None,
         slots_BT: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], dict[str, Float[Array, "B S G K"]] | None]:
-        """Attend where the mask is true.
+        """Mix the values by `attend`: (query, key, value) -> mixed values.
 
         With a cache, the new keys and values are written at `slots_BT` of each row
         (a slot beyond the cache is dropped) and attention reads the whole cache.
@@ -195,5 +168,5 @@ class Attention(nnx.Module):
                 "value": write(cache["value"], value),
             }
             key, value = (cache[n].astype(x_BTD.dtype) for n in ("key", "value"))
-        mixed = attend(query, key, value, mask_B1TS)
+        mixed = attend(query, key, value)
         return self.out(mixed.reshape(*x_BTD.shape[:2], -1)), cache

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from kdjax import distributed, experiment, flops, sharding, step
+from kdjax import distributed, experiment, flops, methods, sharding, step
 from kdjax.config import Config, MeshConfig
 from kdjax.data import soft
 from kdjax.data import tokenizer as tokenizers
@@ -29,7 +29,7 @@ def folder(config: Config, workdir: pathlib.Path, split: str) -> pathlib.Path:
 def wanted(config: Config, data: Data) -> dict[str, list[Segment]]:
     """The segments that need records: held-out ones, and training ones if soft."""
     found = {"eval": data.evaluation}
-    if config.method.soft_weight:
+    if methods.has_soft_terms(config.method) and not config.teacher.online:
         found["train"] = data.train
     return found
 
@@ -118,7 +118,7 @@ def _open(
         kind=kind,
         k=k,
         num_rounds=config.cache.num_rounds,
-        temperatures=(config.method.temperature, 1.0),
+        temperatures={*methods.temperatures(config.method), 1.0},
         tail=config.method.tail,
     )
     soft.check_cache(segments, cache, set(range(len(data.views))))
@@ -144,15 +144,15 @@ def _check_teacher(
 def _kind(config: Config, data: Data, split: str) -> tuple[str, int]:
     """The kind of a split's cache, and its pairs or draws a token.
 
-    Held-out measures are exact: that split has the top k where training has draws.
+    Held-out measures are exact: that split has the top k where training has draws, and
+    where it has whole rows of an online teacher.
     There are no more pairs than the vocabulary has.
     """
     kind = config.cache.kind
     if kind == "sampled" and split == "train":
         return kind, config.cache.num_draws
-    return "top_k" if kind == "sampled" else kind, min(
-        config.cache.k, len(data.tokenizer)
-    )
+    whole = kind == "dense" and not config.teacher.online
+    return "dense" if whole else "top_k", min(config.cache.k, len(data.tokenizer))
 
 
 def _build(

@@ -1,0 +1,224 @@
+"""Attention within the segments of packed rows, by the kernel that suits the devices.
+
+    xla     any device: the scores of whole rows, [B, H, T, T] float32, are held at once
+    splash  TPU: blocks of scores stay in vector memory; blocks above the diagonal are
+            skipped; key heads are not repeated. Wants rows of a multiple of 128 tokens,
+            a head_dim that is a multiple of 64 and heads that divide the tensor axis
+    cudnn   NVIDIA GPUs of compute capability 8.0 and later: flash attention in bfloat16
+            with causal skipping and a [B, 1, T, T] mask of segments (cuDNN has an
+            interface of segment offsets, which JAX does not expose for shared key
+            heads). Wants rows of an even length, a head_dim that is a multiple of 8 and
+            at most 128, and heads that divide the tensor axis
+
+All give the same numbers up to rounding. The kernel is chosen once, when a model is
+made; rows whose length it does not take are attended to by xla, which `used` says.
+Decoding with a cache is always xla: its rows are one token long.
+
+Shapes: B rows, T time, S key/value time, H query heads, G key/value heads, K per head.
+"""
+
+import functools
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from kdjax.config import DecoderConfig
+
+Attend = Callable[[Array, Array, Array], Array]  # query, key, value -> mixed values
+
+_ROW_MULTIPLE = {"xla": 1, "splash": 128, "cudnn": 2}
+_BLOCKS = (512, 256, 128)  # tokens of a block of the splash kernel, the best first
+_HEADS_SPEC = PartitionSpec(("data", "fsdp"), None, "tensor", None)
+_ROWS_SPEC = PartitionSpec(("data", "fsdp"), None)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Kernel:
+    """What attends: a static part of a model."""
+
+    name: str = "xla"  # "xla", "splash" or "cudnn"
+    mesh: Mesh | None = None  # (data, fsdp, tensor); needed by splash and cudnn
+    interpret: bool = False  # run splash's kernel in Python, on any device: for tests
+
+
+XLA = Kernel()
+
+
+def choose(
+    shape: DecoderConfig, mesh: Mesh, *, dtype: str, name: str = "auto"
+) -> Kernel:
+    """The kernel of a model on a mesh.
+
+    Args:
+      shape: of the model.
+      mesh: devices, real or described.
+      dtype: compute dtype.
+      name: "auto" takes what the devices have, or "xla" where the model does not fit
+        it; another name insists.
+
+    Raises:
+      ValueError: a name that is unknown, or a kernel that cannot run this model.
+    """
+    device = mesh.devices.flat[0]
+    if name == "auto":
+        name = {"tpu": "splash", "gpu": "cudnn"}.get(device.platform, "xla")
+        if _obstacle(name, shape, mesh, dtype):
+            name = "xla"
+    if name not in _ROW_MULTIPLE:
+        known = ["auto", *_ROW_MULTIPLE]
+        raise ValueError(f"attention={name!r} is unknown: use one of {known}")
+    if obstacle := _obstacle(name, shape, mesh, dtype):
+        raise ValueError(f"attention={name!r}: {obstacle}: use attention='xla'")
+    if name == "xla":
+        return XLA
+    return Kernel(name=name, mesh=mesh, interpret=device.platform == "cpu")
+
+
+def used(kernel: Kernel, row_length: int) -> str:
+    """The name of what attends to rows of `row_length` tokens."""
+    return "xla" if row_length % _ROW_MULTIPLE[kernel.name] else kernel.name
+
+
+def _obstacle(name: str, shape: DecoderConfig, mesh: Mesh, dtype: str) -> str:
+    """Why a kernel cannot run a model, "" if it can."""
+    if name == "xla" or name not in _ROW_MULTIPLE:
+        return ""
+    device, head_dim = mesh.devices.flat[0], shape.head_dim
+    parts = mesh.shape["tensor"]
+    if shape.num_heads % parts or shape.num_kv_heads % parts:
+        return (
+            f"num_heads={shape.num_heads}, num_kv_heads={shape.num_kv_heads} do not "
+            f"divide over mesh.tensor={parts}"
+        )
+    if name == "splash":
+        if device.platform not in ("tpu", "cpu"):
+            return f"it runs on TPU, not on {device.platform}"
+        return f"head_dim={head_dim} is not a multiple of 64" if head_dim % 64 else ""
+    if device.platform != "gpu" or not _has_flash(device):
+        return "it runs on NVIDIA GPUs of compute capability 8.0 and later"
+    if dtype != "bfloat16":
+        return f"dtype={dtype} is not bfloat16"
+    if head_dim % 8 or head_dim > 128:
+        return f"head_dim={head_dim} is not a multiple of 8 up to 128"
+    return ""
+
+
+def _has_flash(device: jax.Device) -> bool:
+    capability = str(getattr(device, "compute_capability", ""))
+    return bool(re.fullmatch(r"\d+\.\d+", capability)) and float(capability) >= 8.0
+
+
+def within_segments(kernel: Kernel, segments_BT: Int[Array, "B T"]) -> Attend:
+    """Causal attention between tokens of the same segment, padding (0) included.
+
+    Args:
+      kernel: from `choose`.
+      segments_BT: 0 for padding, 1, 2, ... for the examples packed in a row.
+
+    Returns:
+      (query_BTHK, key_BTGK, value_BTGK) -> mixed_BTHK.
+    """
+    name = used(kernel, segments_BT.shape[1])
+    if name == "xla":
+        time = jnp.arange(segments_BT.shape[1])
+        causal_1TS = (time[:, None] >= time[None, :])[None]
+        mask_BTS = _same(segments_BT) & causal_1TS
+        return functools.partial(attend, mask_B1TS=mask_BTS[:, None])
+    splash = functools.partial(_splash, interpret=kernel.interpret)
+    # The partitioner cannot look into a kernel: rows and heads are split by hand.
+    mapped = jax.shard_map(
+        splash if name == "splash" else _cudnn,
+        mesh=kernel.mesh,
+        in_specs=(_HEADS_SPEC, _HEADS_SPEC, _HEADS_SPEC, _ROWS_SPEC),
+        out_specs=_HEADS_SPEC,
+        check_vma=False,  # kernels do not say over which axes their results vary
+    )
+    return lambda query, key, value: mapped(query, key, value, segments_BT)
+
+
+def attend(
+    query_BTHK: Float[Array, "B T H K"],
+    key_BSGK: Float[Array, "B S G K"],
+    value_BSGK: Float[Array, "B S G K"],
+    mask_B1TS: Bool[Array, "B 1 T S"],
+) -> Float[Array, "B T H K"]:
+    """Softmax attention where the mask is true, softmax in float32.
+
+    The H / G query heads that share a key head become rows of one matrix product. On a
+    CPU that halves the time of `jax.nn.dot_product_attention` with its gradient.
+    """
+    num_rows, time, num_heads, head_dim = query_BTHK.shape
+    groups = key_BSGK.shape[2]
+    shared = num_heads // groups
+    query = query_BTHK.reshape(num_rows, time, groups, shared, head_dim)
+    query = query.transpose(0, 2, 3, 1, 4).reshape(num_rows, groups, -1, head_dim)
+    key, value = (x.transpose(0, 2, 1, 3) for x in (key_BSGK, value_BSGK))
+    scores = jnp.einsum(
+        "bgtk,bgsk->bgts", query, key, preferred_element_type=jnp.float32
+    )
+    scores = (scores * head_dim**-0.5).reshape(num_rows, groups, shared, time, -1)
+    lowest = jnp.finfo(jnp.float32).min
+    weights = jax.nn.softmax(jnp.where(mask_B1TS[:, :, None], scores, lowest), axis=-1)
+    weights = weights.astype(value.dtype).reshape(num_rows, groups, shared * time, -1)
+    mixed = jnp.einsum("bgts,bgsk->bgtk", weights, value)
+    mixed = mixed.reshape(num_rows, groups, shared, time, head_dim)
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(query_BTHK.shape)
+
+
+def _same(segments_BT: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
+    return segments_BT[:, :, None] == segments_BT[:, None, :]
+
+
+def _splash(query_BTHK, key_BTGK, value_BTGK, segments_BT, *, interpret: bool) -> Array:
+    """Blocks of scores in vector memory; each key head serves H / G query heads.
+
+    Source: `jax.experimental.pallas.ops.tpu.splash_attention`.
+    """
+    # Imported where it runs: the kernel's modules need what only TPU users install.
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    length, num_heads, head_dim = query_BTHK.shape[1:]
+    block = next(b for b in _BLOCKS if length % b == 0)
+    sizes = splash.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_q_dq=block,
+        block_kv_dq=block,
+    )
+    causal = splash.CausalMask((length, length))
+    kernel = splash.make_splash_mha_single_device(
+        splash.MultiHeadMask([causal] * num_heads),
+        block_sizes=sizes,
+        interpret=interpret,
+    )
+    # The kernel takes scaled queries; the factor is exact only in float32.
+    scaled = query_BTHK.astype(jnp.float32) * head_dim**-0.5
+    query, key, value = (
+        x.transpose(0, 2, 1, 3)
+        for x in (scaled.astype(query_BTHK.dtype), key_BTGK, value_BTGK)
+    )
+    mixed_BHTK = jax.vmap(
+        lambda query, key, value, ids: kernel(
+            query, key, value, segment_ids=splash.SegmentIds(ids, ids)
+        )
+    )(query, key, value, segments_BT)
+    return mixed_BHTK.transpose(0, 2, 1, 3)
+
+
+def _cudnn(query_BTHK, key_BTGK, value_BTGK, segments_BT) -> Array:
+    """CuDNN's flash attention; the blocks above the diagonal are skipped."""
+    return jax.nn.dot_product_attention(
+        query_BTHK,
+        key_BTGK,
+        value_BTGK,
+        mask=_same(segments_BT)[:, None],
+        is_causal=True,
+        implementation="cudnn",
+    )

@@ -1,0 +1,274 @@
+"""Compiles a training step for devices nobody has to own, and says what it needs.
+
+    python -m kdjax.plan --config=configs/plan_llama_1b.py --topology=v5e:16x16
+
+Neither data nor a teacher is read: the config gives the shapes. docs/plan.md explains
+every number.
+"""
+
+import json
+import math
+import pathlib
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from absl import flags
+
+from kdjax import cli, flops, forecast, topology
+from kdjax.config import Config
+from kdjax.forecast import Forecast
+from kdjax.writer import print_table
+
+_TOPOLOGY = flags.DEFINE_string(
+    "topology",
+    None,
+    'What to compile for: a TPU slice, "v5e:16x16" (v4, v5e, v5p, v6e), or "cpu:8".',
+)
+_JSON = flags.DEFINE_string("json", None, "Also write the report to this file.")
+_SEARCH = flags.DEFINE_boolean(
+    "search", True, "Look for the largest batch (one more compilation)."
+)
+_EFFORT = flags.DEFINE_float(
+    "effort",
+    -1.0,
+    "Of the TPU compiler: 0 compiles as a run does, -1 answers sooner.",
+    lower_bound=-1.0,
+    upper_bound=0.0,
+)
+
+
+def plan(
+    config: Config,
+    name: str,
+    *,
+    search: bool = True,
+    effort: float = -1.0,
+    devices: Sequence[jax.Device] | None = None,
+) -> dict[str, Any]:
+    """The report of one config on one topology, as plain values.
+
+    Args:
+      config: the run.
+      name: of the topology.
+      search: also look for the largest batch, or for changes that make it fit.
+      effort: of the TPU compiler.
+      devices: those of the topology, if they are known already.
+    """
+    devices = topology.devices(name) if devices is None else devices
+    generation = name.split(":")[0]
+    chip = None if generation == "cpu" else flops.chip(generation)
+    mesh = forecast.make_mesh(config, devices)
+    shape = forecast.student_shape(config)
+    useful, repeated = forecast.model_flops(config, shape)
+    report: dict[str, Any] = {
+        "config": config.name,
+        "topology": name,
+        "num_devices": len(devices),
+        "mesh": dict(mesh.shape),
+        "parameters": flops.params_count(shape),
+        "batch_size": config.train.batch_size,
+        "row_length": config.train.row_length,
+        "num_microbatches": config.train.num_microbatches,
+        "model_flops": useful,
+        "recomputed_flops": repeated,
+    }
+    try:
+        found = forecast.compile_step(config, devices, effort=effort)
+    except forecast.TooBig as error:
+        needs = {"needed_bytes": error.used, "compile_seconds": error.seconds}
+        report |= {"fits": False} | needs
+        if search and chip:
+            report["remedies"] = _remedies(config, mesh, devices, chip, effort)
+        return report
+    report |= {
+        "fits": None if chip is None else found.memory["peak"] <= chip.hbm_bytes,
+        "compile_seconds": found.seconds,
+        "attention": found.attention,
+        "memory_bytes": found.memory,
+        "collectives": _collectives(found),
+        "warnings": _warnings(found),
+        "compiler_flops_loops_once": found.compiler_flops,
+        "written_bytes": found.written,
+    }
+    if chip is None:
+        return report
+    bound = forecast.bound(found, chip)
+    tokens = config.train.batch_size * config.train.row_length
+    report["hbm_bytes"] = chip.hbm_bytes
+    report["bound"] = {
+        "compute_seconds": bound.compute,
+        "hbm_seconds": bound.hbm,
+        "ici_seconds": bound.ici,
+        "seconds": bound.seconds,
+        "tokens_per_second": tokens / bound.seconds,
+        "mfu": useful / (bound.seconds * chip.peak * len(devices)),
+    }
+    if search:
+        report["largest_batch_size"] = forecast.largest_batch(
+            found, devices, chip.hbm_bytes, effort=effort
+        )
+    return report
+
+
+def _collectives(found: Forecast) -> list[dict[str, Any]]:
+    """One row for the collectives that are alike, the most bytes sent first."""
+    rows: dict[tuple, dict[str, Any]] = {}
+    sent: dict[tuple, float] = defaultdict(float)
+    for c in found.collectives:
+        trips = forecast.trips(c, found)
+        arrays = [f"{dtype}{list(dims)}" for dtype, dims in c.shapes]
+        what = ", ".join(arrays[:2]) + (f" +{len(arrays) - 2}" if arrays[2:] else "")
+        if forecast.in_head_loop(c):
+            where = "head's loop"
+        elif not c.loops:
+            where = "outside loops"
+        else:
+            where = "loop" + "".join(f" x {loop.trips or '?'}" for loop in c.loops)
+        key = (c.kind, what, where, c.group_size)
+        row = rows.setdefault(
+            key,
+            {
+                "kind": c.kind,
+                "arrays": what,
+                "where": where,
+                "devices": c.group_size,
+                "count": 0,
+                "bytes": c.num_bytes,
+                "sent_bytes_per_step": 0.0,
+                "logits": forecast.is_logits(c, found),
+            },
+        )
+        row["count"] += trips
+        sent[key] += c.wire_bytes * trips
+        row["sent_bytes_per_step"] = sent[key]
+    return sorted(rows.values(), key=lambda row: -row["sent_bytes_per_step"])
+
+
+def _warnings(found: Forecast) -> list[str]:
+    warnings = []
+    for c in found.collectives:
+        if forecast.is_logits(c, found):
+            warnings.append(f"{c.kind} {c.name} communicates logits: {c.shapes}")
+        elif forecast.in_head_loop(c):
+            warnings.append(f"{c.kind} {c.name} runs once a chunk of the head")
+    return warnings
+
+
+def _remedies(
+    config: Config,
+    mesh: jax.sharding.Mesh,
+    devices: Sequence[jax.Device],
+    chip: flops.Chip,
+    effort: float,
+) -> list[dict[str, Any]]:
+    """Changes in turn, each compiled on top of those before, until one fits."""
+    tried: list[dict[str, Any]] = []
+    for change, changed in forecast.remedies(config, mesh):
+        state = forecast.state_bytes(changed, devices)
+        row: dict[str, Any] = {"change": change, "state_bytes": state, "fits": False}
+        tried.append(row)
+        if state > chip.hbm_bytes:  # whatever the activations take
+            row["needed_bytes"] = state
+            continue
+        try:
+            found = forecast.compile_step(changed, devices, effort=effort)
+        except forecast.TooBig as error:
+            row["needed_bytes"] = error.used
+            continue
+        row |= {"fits": True, "needed_bytes": found.memory["peak"]}
+        break
+    return tried
+
+
+def show(report: dict[str, Any]) -> None:
+    """Prints the report."""
+    title = f"{report['config']} on {report['topology']}"
+    mesh = " ".join(f"{axis}={n}" for axis, n in report["mesh"].items())
+    rows = [
+        ("mesh", mesh),
+        ("parameters", f"{report['parameters']:,}"),
+        (
+            "batch",
+            f"{report['batch_size']} rows of {report['row_length']} tokens in "
+            f"{report['num_microbatches']} microbatch(es)",
+        ),
+        ("attention", report.get("attention", "")),
+        ("fits", {True: "yes", False: "NO", None: "-"}[report["fits"]]),
+    ]
+    if "bound" in report:
+        bound = report["bound"]
+        rows += [
+            ("least seconds, products", f"{bound['compute_seconds']:.4f}"),
+            ("least seconds, memory", f"{bound['hbm_seconds']:.4f}"),
+            ("least seconds, links", f"{bound['ici_seconds']:.4f}"),
+            ("least seconds a step", f"{bound['seconds']:.4f}"),
+            ("tokens/s at most", f"{bound['tokens_per_second']:,.0f}"),
+            ("MFU at most", f"{bound['mfu']:.1%}"),
+        ]
+    if "largest_batch_size" in report:
+        rows.append(("largest batch (line)", f"{report['largest_batch_size']} rows"))
+    if "needed_bytes" in report:
+        rows.append(("needs", f"{_size(report['needed_bytes'])} a device"))
+    rows.append(("compiled in", f"{report['compile_seconds']:.0f} s"))
+    print_table(title, [{"what": what, "value": value} for what, value in rows])
+    if "memory_bytes" in report:
+        memory = report["memory_bytes"] | {"available": report.get("hbm_bytes", 0)}
+        print_table(
+            "memory of a device",
+            [{"kind": kind, "bytes": _size(n)} for kind, n in memory.items() if n],
+        )
+        print_table(
+            "collectives of a step", [_readable(c) for c in report["collectives"]]
+        )
+    if "remedies" in report:
+        print_table(
+            "changes, each on top of those before",
+            [
+                {
+                    "change": row["change"],
+                    "fits": "yes" if row["fits"] else "no",
+                    "needs": _size(row["needed_bytes"]),
+                }
+                for row in report["remedies"]
+            ],
+        )
+    for warning in report.get("warnings", []):
+        print(f"warning: {warning}", file=sys.stderr)
+
+
+def _readable(row: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "kind": row["kind"] + (" LOGITS" if row["logits"] else ""),
+        "arrays": row["arrays"],
+        "where": row["where"],
+        "devices": row["devices"],
+        "a step": row["count"],
+        "bytes": _size(row["bytes"]),
+        "sent a step": _size(row["sent_bytes_per_step"]),
+    }
+
+
+def _size(num_bytes: float) -> str:
+    """A number of bytes for the eye."""
+    power = min(3, max(0, int(math.log2(max(num_bytes, 1)) // 10)))
+    return f"{num_bytes / 2 ** (10 * power):.4g} {('B', 'KiB', 'MiB', 'GiB')[power]}"
+
+
+def run(config: Config, workdir: pathlib.Path) -> None:
+    """Prints the report and writes it where asked."""
+    del workdir  # nothing is run
+    if _TOPOLOGY.value is None:
+        raise ValueError("--topology is missing: give for example --topology=v5e:16x16")
+    report = plan(config, _TOPOLOGY.value, search=_SEARCH.value, effort=_EFFORT.value)
+    show(report)
+    if _JSON.value:
+        cli.write_atomically(
+            pathlib.Path(_JSON.value), json.dumps(report, indent=2) + "\n"
+        )
+
+
+if __name__ == "__main__":
+    cli.run(run)

@@ -1,0 +1,215 @@
+"""Every kernel attends alike, and each mesh and model gets the kernel it can run."""
+
+import dataclasses
+import itertools
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from kdjax import experiment, sharding
+from kdjax.config import DecoderConfig, MeshConfig
+from kdjax.models import attention, decoder
+from kdjax.models.attention import Kernel
+
+SHAPE = DecoderConfig(
+    vocab_size=61,
+    width=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=64,
+    mlp_width=48,
+    init_std=0.2,
+)
+
+
+def mesh_of(data, fsdp, tensor):
+    config = MeshConfig(data=data, fsdp=fsdp, tensor=tensor)
+    return sharding.make_mesh(config, devices=jax.devices()[: data * fsdp * tensor])
+
+
+def fake_mesh(platform, *, tensor=1, capability="9.0"):
+    """A mesh of devices that are not here."""
+    device = types.SimpleNamespace(platform=platform, compute_capability=capability)
+    devices = np.empty((1, 1, tensor), object)
+    devices.fill(device)
+    return types.SimpleNamespace(
+        devices=devices, shape={"data": 1, "fsdp": 1, "tensor": tensor}
+    )
+
+
+def packed(rows, length, seed=0):
+    """Segments of uneven lengths that cross the blocks of 128, then padding."""
+    rng = np.random.default_rng(seed)
+    segments_BT = np.zeros((rows, length), np.int32)
+    for row in segments_BT:
+        ends = np.sort(rng.choice(np.arange(1, length), 4, replace=False))
+        for number, (start, stop) in enumerate(itertools.pairwise(ends), 1):
+            row[start:stop] = number
+        row[: ends[0]] = 4
+    return jnp.asarray(segments_BT)
+
+
+def values_and_grads(attend, query, key, value):
+    def total(*arrays):
+        mixed = attend(*arrays)
+        weights = jnp.cos(jnp.arange(mixed.size, dtype=mixed.dtype))
+        return (mixed * weights.reshape(mixed.shape)).sum(), mixed
+
+    run = jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))
+    (_, mixed), grads = run(query, key, value)
+    return mixed, *grads
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("length", [256, 384])
+def test_splash_is_attend_on_packed_rows(shape, length):
+    keys = jax.random.split(jax.random.key(0), 3)
+    heads = (4, 2, 2)
+    arrays = [
+        jax.random.normal(key, (4, length, h, 64))
+        for key, h in zip(keys, heads, strict=True)
+    ]
+    segments_BT = packed(4, length)
+    kernel = attention.choose(SHAPE, mesh_of(*shape), dtype="float32", name="splash")
+    assert attention.used(kernel, length) == "splash" and kernel.interpret
+    splash = attention.within_segments(kernel, segments_BT)
+    plain = attention.within_segments(attention.XLA, segments_BT)
+    actual = values_and_grads(splash, *arrays)
+    expected = values_and_grads(plain, *arrays)
+    for a, e in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(a, e, rtol=2e-5, atol=2e-5)
+
+
+def test_segments_are_kept_apart():
+    """The comparison above can fail: without segments the rows differ."""
+    arrays = [jax.random.normal(jax.random.key(n), (1, 128, 2, 64)) for n in range(3)]
+    attend = attention.within_segments(attention.XLA, packed(1, 128))
+    merged = attention.within_segments(attention.XLA, jnp.ones((1, 128), jnp.int32))
+    assert not np.allclose(attend(*arrays), merged(*arrays), atol=1e-2)
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_a_model_on_a_mesh_learns_alike(remat):
+    mesh = mesh_of(2, 2, 2)
+    params = decoder.init_params(SHAPE, jax.random.key(0))
+    segments_BT = packed(4, 128)
+    tokens_BT = jax.random.randint(jax.random.key(1), (4, 128), 0, SHAPE.vocab_size)
+    positions_BT = jnp.tile(jnp.arange(128)[None], (4, 1))
+
+    def grads(kernel, dtype):
+        model = experiment.make_model(
+            SHAPE, mesh, dtype=dtype, remat=remat, kernel=kernel
+        )
+
+        def total(params):
+            hidden_BTD = decoder.hidden_states(
+                model.graphdef, params, tokens_BT, positions_BT, segments_BT
+            )
+            return (hidden_BTD.astype(jnp.float32) ** 3).sum()
+
+        placed = jax.device_put(params, model.shardings)
+        return jax.jit(jax.grad(total))(placed)
+
+    actual, expected = grads("splash", "float32"), grads("xla", "float32")
+    jax.tree.map(
+        lambda a, e: np.testing.assert_allclose(
+            a, e, rtol=1e-3, atol=1e-4 * np.abs(e).max()
+        ),
+        actual,
+        expected,
+    )
+
+
+def test_rows_that_do_not_fill_blocks_take_xla():
+    kernel = Kernel(name="splash", mesh=mesh_of(1, 1, 1), interpret=True)
+    assert attention.used(kernel, 128) == "splash"
+    assert attention.used(kernel, 200) == "xla"
+    assert attention.used(Kernel(name="cudnn"), 129) == "xla"
+    arrays = [jax.random.normal(jax.random.key(n), (1, 200, 2, 64)) for n in range(3)]
+    segments_BT = packed(1, 200)
+    np.testing.assert_array_equal(
+        attention.within_segments(kernel, segments_BT)(*arrays),
+        attention.within_segments(attention.XLA, segments_BT)(*arrays),
+    )
+
+
+@pytest.mark.parametrize(
+    ("platform", "changes", "name"),
+    [
+        ("cpu", {}, "xla"),
+        ("tpu", {}, "splash"),
+        ("tpu", {"head_dim": 128}, "splash"),
+        ("tpu", {"head_dim": 80}, "xla"),
+        ("gpu", {}, "cudnn"),
+        ("gpu", {"dtype": "float32"}, "xla"),
+        ("gpu", {"head_dim": 256}, "xla"),
+        ("gpu", {"head_dim": 12}, "xla"),
+        ("gpu", {"capability": "7.0"}, "xla"),
+        ("gpu", {"capability": "gfx90a"}, "xla"),
+        ("tpu", {"tensor": 2}, "splash"),
+        ("tpu", {"tensor": 4}, "xla"),  # 2 key heads
+        ("gpu", {"tensor": 4}, "xla"),
+    ],
+)
+def test_auto_takes_what_devices_and_model_allow(platform, changes, name):
+    changes = dict(changes)
+    mesh = fake_mesh(
+        platform,
+        tensor=changes.pop("tensor", 1),
+        capability=changes.pop("capability", "9.0"),
+    )
+    dtype = changes.pop("dtype", "bfloat16")
+    shape = dataclasses.replace(SHAPE, **changes)
+    kernel = attention.choose(shape, mesh, dtype=dtype)
+    assert (kernel.name, kernel.interpret) == (name, False)
+    if name == "xla" and platform != "cpu":
+        insisted = {"tpu": "splash", "gpu": "cudnn"}[platform]
+        with pytest.raises(ValueError, match=f"attention='{insisted}': .*use"):
+            attention.choose(shape, mesh, dtype=dtype, name=insisted)
+
+
+def test_unknown_kernels_are_refused():
+    with pytest.raises(ValueError, match="attention='flash' is unknown: use one of"):
+        attention.choose(SHAPE, mesh_of(1, 1, 1), dtype="float32", name="flash")
+
+
+def test_the_kernel_is_part_of_the_graph():
+    mesh = mesh_of(1, 2, 2)
+    assert isinstance(mesh, Mesh)
+    graphs = [
+        experiment.make_model(SHAPE, mesh, dtype="float32", kernel=name).graphdef
+        for name in ("xla", "splash", "splash")
+    ]
+    assert graphs[0] != graphs[1] and graphs[1] == graphs[2]
+    assert hash(graphs[1]) == hash(graphs[2])
+
+
+def test_cudnn_lowers_for_cuda(monkeypatch):
+    """CuDNN's calls, in the forward and the backward pass, without a device."""
+    from jax._src.cudnn import fused_attention_stablehlo as fused
+
+    monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91000)
+    kernel = Kernel(name="cudnn", mesh=mesh_of(2, 2, 2))
+    arrays = [
+        jax.ShapeDtypeStruct((4, 256, heads, 64), jnp.bfloat16) for heads in (4, 2, 2)
+    ]
+
+    def total(query, key, value, segments_BT):
+        attend = attention.within_segments(kernel, segments_BT)
+        return attend(query, key, value).astype(jnp.float32).sum()
+
+    lowered = (
+        jax.jit(jax.grad(total, (0, 1, 2)))
+        .trace(*arrays, jax.ShapeDtypeStruct((4, 256), jnp.int32))
+        .lower(lowering_platforms=("cuda",))
+    )
+    text = lowered.as_text()
+    assert "__cudnn$fmhaScaleBiasSoftmax" in text
+    assert "__cudnn$fmhaScaleBiasSoftmaxBackward" in text
+    assert "CAUSAL" in text
+    assert "stablehlo.all_gather" not in text
