@@ -58,6 +58,7 @@ setup(
         "dev": [*test, "ruff>=0.9", "codespell>=2.3", "mypy>=1.15", "pre-commit>=4"],
         "cuda": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],
+        "peers": ["torch>=2.6", "trl>=1.0"],
         "plan": ["libtpu"],  # compiles for TPU slices, also where there is none
         "tfds": ["tensorflow-datasets>=4.9"],
         "report": ["pandas>=2.2", "scipy>=1.14"],

@@ -1,11 +1,13 @@
 """What all verbs share: flags, errors of one line, and the working directory."""
 
+import json
 import os
 import pathlib
 import re
 import sys
 import traceback
 from collections.abc import Callable
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -23,6 +25,7 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where the run writes; runs/<name of the config> by default."
 )
 _FLAG_ERRORS = (flags.Error, KeyError, TypeError, ValueError, OSError, AttributeError)
+_JSON = flags.DEFINE_string("json", None, "Also write the result to this file.")
 STEP = flags.DEFINE_integer(
     "step", None, "Checkpoint of the student; the newest by default.", lower_bound=1
 )
@@ -129,6 +132,12 @@ def claim(folder: pathlib.Path, config: Config) -> None:
     distributed.barrier("claim")
     if distributed.is_main():
         write_atomically(file, config_lib.to_json(config))
+
+
+def write_json(found: Any) -> None:
+    """Writes a result where --json says, if it does."""
+    if _JSON.value:
+        write_atomically(pathlib.Path(_JSON.value), json.dumps(found, indent=2) + "\n")
 
 
 def write_atomically(file: pathlib.Path, text: str) -> None:

@@ -4,7 +4,6 @@
 any Hugging Face folder with the run's tokenizer. All go through the same code.
 """
 
-import json
 import pathlib
 
 from absl import flags
@@ -19,7 +18,7 @@ from kdjax.writer import print_table
 _MODEL = flags.DEFINE_string(
     "model", "student", '"student", "teacher", or a Hugging Face folder.'
 )
-_JSON = flags.DEFINE_string("json", None, "Also write the metrics to this file.")
+flags.declare_key_flag("json")
 flags.declare_key_flag("step")
 
 
@@ -58,9 +57,7 @@ def run(config: Config, workdir: pathlib.Path) -> None:
             f"{config.name}: held-out results",
             [evaluation_row(_MODEL.value, metrics, shape)],
         )
-        if _JSON.value:
-            text = json.dumps({"model": _MODEL.value} | metrics, indent=2) + "\n"
-            cli.write_atomically(pathlib.Path(_JSON.value), text)
+        cli.write_json({"model": _MODEL.value} | metrics)
 
 
 if __name__ == "__main__":

@@ -107,7 +107,7 @@ def compile_step(
     shape, train = student_shape(config), config.train
     check_rows(config, mesh)
     model = experiment.make_model(shape, mesh, dtype=train.dtype, remat=train.remat)
-    made = program.make_program(config, model, mesh)
+    made = program.Program(config, model, mesh)
     batch = program.abstract_batch(config, mesh, vocab_size=shape.vocab_size)
     step: Any = made.step  # a jitted function
     tpu = devices[0].platform == "tpu"
@@ -323,5 +323,5 @@ def state_bytes(config: Config, devices: Sequence[jax.Device]) -> int:
     """Parameters, optimizer state and gradients of one device; nothing is compiled."""
     mesh = make_mesh(config, devices)
     model = experiment.make_model(student_shape(config), mesh, dtype=config.train.dtype)
-    abstract = program.make_program(config, model, mesh).abstract
+    abstract = program.Program(config, model, mesh).abstract
     return bytes_of(abstract) + bytes_of(abstract.params)

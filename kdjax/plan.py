@@ -6,7 +6,6 @@ Neither data nor a teacher is read: the config gives the shapes. docs/plan.md ex
 every number.
 """
 
-import json
 import math
 import pathlib
 import sys
@@ -27,7 +26,7 @@ _TOPOLOGY = flags.DEFINE_string(
     None,
     'What to compile for: a TPU slice, "v5e:16x16" (v4, v5e, v5p, v6e), or "cpu:8".',
 )
-_JSON = flags.DEFINE_string("json", None, "Also write the report to this file.")
+flags.declare_key_flag("json")
 _SEARCH = flags.DEFINE_boolean(
     "search", True, "Look for the largest batch (one more compilation)."
 )
@@ -264,10 +263,7 @@ def run(config: Config, workdir: pathlib.Path) -> None:
         raise ValueError("--topology is missing: give for example --topology=v5e:16x16")
     report = plan(config, _TOPOLOGY.value, search=_SEARCH.value, effort=_EFFORT.value)
     show(report)
-    if _JSON.value:
-        cli.write_atomically(
-            pathlib.Path(_JSON.value), json.dumps(report, indent=2) + "\n"
-        )
+    cli.write_json(report)
 
 
 if __name__ == "__main__":

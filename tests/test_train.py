@@ -332,7 +332,9 @@ def test_the_command_line_fails_in_one_line(flags, message, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("verb", ["train", "label", "evaluate", "export", "cache"])
+@pytest.mark.parametrize(
+    "verb", ["train", "label", "evaluate", "export", "cache", "plan", "benchmark"]
+)
 def test_help_reads_well(verb):
     done = subprocess.run(
         [sys.executable, "-m", f"kdjax.{verb}", "--helpshort"],

@@ -1,0 +1,154 @@
+"""kdjax on a prepared case: python ours.py --folder=FOLDER --mode=MODE [--steps=10].
+
+Modes: "loop" (training's own loop, the top k read from the cache on disk), "step" (the
+top k in memory), "online" (a live teacher, its top k in every step), "dense" (whole
+teacher rows in memory). Prints one line of JSON; "loss" is that of the first batch with
+the initial weights; that of "dense" is the one that the other libraries compute.
+"""
+
+import pathlib
+import sys
+
+import jax
+import numpy as np
+from absl import app, flags
+from cases import peak_rss, read, report, time_steps
+
+from kdjax import experiment, flops, parts, sharding, timing
+from kdjax.config import (
+    CacheConfig,
+    Config,
+    DecoderConfig,
+    MeshConfig,
+    MethodConfig,
+    OptimConfig,
+    StudentConfig,
+    TeacherConfig,
+    TrainConfig,
+)
+from kdjax.data import loader
+from kdjax.data.views import Segment
+from kdjax.models import hf
+from kdjax.teacher import records
+from kdjax.workload import Step, Workload
+
+_MODES = ("loop", "step", "online", "dense")
+
+
+def shape(case: dict, part: str) -> DecoderConfig:
+    """The "student" or "teacher" of a case."""
+    return DecoderConfig(vocab_size=case["vocab_size"], **case[part])
+
+
+def config(case: dict, folder: pathlib.Path) -> Config:
+    """The case as a run of kdjax."""
+    temperatures = tuple(sorted({1.0, case["temperature"]}))
+    return Config(
+        name=case["name"],
+        teacher=TeacherConfig(path=str(folder / "teacher")),
+        student=StudentConfig(init="folder", path=str(folder / "student")),
+        cache=CacheConfig(
+            k=case["k"],
+            temperatures=temperatures,
+            batch_size=case["batch_size"],
+            row_length=case["length"],
+        ),
+        method=MethodConfig(
+            name="text",
+            hard_weight=1 - case["alpha"],
+            soft_weight=case["alpha"],
+            temperature=case["temperature"],
+        ),
+        optim=OptimConfig(
+            learning_rate=case["learning_rate"],
+            schedule="constant",
+            b2=0.999,
+            clip_norm=0.0,
+        ),
+        train=TrainConfig(batch_size=case["batch_size"], row_length=case["length"]),
+    )
+
+
+def segments(folder: pathlib.Path) -> list[Segment]:
+    """The rows of tokens.npy: one token of prompt, the rest are targets."""
+    rows = np.load(folder / "tokens.npy")
+    rows = rows.reshape(-1, rows.shape[-1])
+    return [
+        Segment(f"row-{i}", 0, row[:1], row[1:], i.to_bytes(records.KEY_BYTES, "big"))
+        for i, row in enumerate(rows)
+    ]
+
+
+def workload(case: dict, folder: pathlib.Path) -> Workload:
+    """The case's rows in their order, with its cache."""
+    mesh = sharding.make_mesh(MeshConfig())
+    plan = loader.BatchPlan(
+        segments(folder),
+        batch_size=case["batch_size"],
+        row_length=case["length"],
+        shuffle=False,
+    )
+    return Workload(
+        config=config(case, folder),
+        mesh=mesh,
+        model=experiment.make_model(shape(case, "student"), mesh, dtype="float32"),
+        plan=plan,
+        cache=records.open_cache(folder / "cache"),
+        source="real",
+    )
+
+
+def run(folder: pathlib.Path, mode: str, steps: int) -> None:
+    """Times one mode and prints its line."""
+    before = peak_rss()
+    case = read(str(folder))
+    load = workload(case, folder)
+    model, shardings = load.model, load.model.shardings
+    whole = Step(
+        load,
+        make_params=lambda: hf.load_params(
+            folder / "student", model.shape, shardings=shardings
+        ),
+    )
+    batch = whole.batch
+    if mode in ("online", "dense"):
+        teacher, params = experiment.load_model(
+            load.config.teacher.path, load.mesh, dtype="float32"
+        )
+    if mode == "dense":
+        label = parts.make_live_label(load, teacher, batch, k=None)
+        plain = {x: v for x, v in batch.items() if not x.startswith("teacher_")}
+        batch = plain | jax.block_until_ready(label(params))
+        del params
+        compiled = whole.program.step.lower(whole.program.abstract, batch).compile()
+    else:
+        compiled = whole.compiled
+    if mode == "loop":
+        start_step = whole.loop(3 + steps)
+    elif mode == "online":
+        live = parts.online(load, whole, teacher=(teacher, params))
+        start_step = live["online"]
+    else:
+        start_step = lambda: whole.run(batch)  # noqa: E731
+    loss = float(start_step()["loss"])
+    seconds = time_steps(start_step, jax.block_until_ready, steps=steps)
+    report(
+        case,
+        seconds=seconds,
+        loss=loss,
+        parameters=flops.params_count(model.shape),
+        rss_before_bytes=before,
+        compile_seconds=whole.compile_seconds,
+        temporary_bytes=timing.memory(compiled).get("temporary_bytes"),
+        versions={"jax": jax.__version__},
+    )
+
+
+if __name__ == "__main__":
+    _FOLDER = flags.DEFINE_string("folder", None, "Of prepare.py.", required=True)
+    _MODE = flags.DEFINE_enum("mode", "loop", _MODES, "Where the teacher is.")
+    _STEPS = flags.DEFINE_integer("steps", 10, "Timed steps.", lower_bound=1)
+    app.run(
+        lambda argv: run(pathlib.Path(_FOLDER.value), _MODE.value, _STEPS.value),
+        argv=sys.argv,
+    )

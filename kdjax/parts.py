@@ -1,0 +1,231 @@
+"""The parts of a training step, each compiled and run by itself, to time them.
+
+Legend: M microbatches, N tokens of a microbatch, D width, V vocabulary, K stored pairs.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from kdjax import experiment, program, sharding, step
+from kdjax.config import Config, DecoderConfig
+from kdjax.experiment import Model
+from kdjax.losses import head
+from kdjax.models import decoder, hf
+from kdjax.state import TrainState
+from kdjax.workload import Step, Workload
+
+_TOKEN_SPEC = P(("data", "fsdp"))  # [N, ...]
+
+
+def parts(load: Workload, whole: Step) -> dict[str, Callable[[], Any]]:
+    """The parts of `whole` alone: one microbatch of student and head, one update.
+
+    "student" is the forward and backward pass up to the hidden states, with their sum
+    in place of the loss; "head" the loss and its gradients on given hidden states;
+    "optimizer" the update with given gradients.
+    """
+    carry, mesh = whole.carry, load.mesh
+    placed = NamedSharding(mesh, _TOKEN_SPEC)
+    rows = jax.jit(
+        lambda batch: jax.tree.map(lambda x: x[0], batch), out_shardings=placed
+    )(whole.batch)
+    student = _student_pass(load)
+    fused_head = _head_pass(load)
+    update = _update(whole.program)
+    num_tokens = rows["tokens"].size
+    hidden_ND = jax.jit(
+        lambda key: jax.random.normal(
+            key, (num_tokens, load.model.shape.width), load.config.train.dtype
+        ),
+        out_shardings=placed,
+    )(jax.random.key(0))
+
+    def update_step() -> Any:
+        step, params, opt_state = carry.state
+        params, opt_state, norm = update(params, opt_state)
+        carry.state = TrainState(step, params, opt_state)
+        return norm
+
+    return {
+        "student": lambda: student(carry.state.params, rows)[0],
+        "head": lambda: fused_head(
+            hidden_ND, decoder.head_weight(carry.state.params), rows
+        )[0],
+        "optimizer": update_step,
+    }
+
+
+def _student_pass(load: Workload) -> Callable[[Any, Any], Any]:
+    def loss_of(params: Any, rows: Any) -> jax.Array:
+        hidden_BTD = decoder.hidden_states(
+            load.model.graphdef,
+            params,
+            rows["tokens"],
+            rows["positions"],
+            rows["segments"],
+        )
+        return hidden_BTD.astype(jnp.float32).sum()
+
+    shardings = load.model.shardings
+    everywhere = sharding.replicated(load.mesh)
+    return jax.jit(
+        jax.value_and_grad(loss_of),
+        in_shardings=(shardings, NamedSharding(load.mesh, _TOKEN_SPEC)),
+        out_shardings=(everywhere, shardings),
+    )
+
+
+def _head_pass(load: Workload) -> Callable[[Any, Any, Any], Any]:
+    options = program.loss_options(
+        load.config,
+        load.model,
+        load.config.method.temperature,
+        experiment.num_valid(load.model.shape, load.cache),
+    )
+
+    def loss_of(hidden_ND: Any, weight_VD: Any, rows: Any) -> jax.Array:
+        flat = {name: x.reshape(-1, *x.shape[2:]) for name, x in rows.items()}
+        teacher = None
+        if load.cache is not None:
+            teacher = head.Teacher(
+                ids_NK=flat.get("teacher_ids"),
+                log_probs_NK=flat["teacher_log_probs"],
+                log_z_N=flat["teacher_log_z"],
+                entropy_N=flat.get("teacher_entropy"),
+            )
+        return head.sharded_fused_loss(
+            load.mesh,
+            hidden_ND,
+            weight_VD,
+            flat["targets"],
+            flat["hard_weights"],
+            flat["soft_weights"],
+            teacher,
+            weight_spec=sharding.HEAD_SPEC,
+            vocab_axis="tensor",
+            **options,
+        )[0]
+
+    return jax.jit(jax.value_and_grad(loss_of, argnums=(0, 1)))
+
+
+def _update(made: program.Program) -> Callable[[Any, Any], Any]:
+    """The step's update; the gradients are made from the parameters."""
+    shardings = jax.tree.map(lambda x: x.sharding, made.abstract)
+
+    def update(params: Any, opt_state: Any) -> Any:
+        grads = jax.tree.map(lambda x: x * 1e-3, params)
+        norm = optax.tree.norm(grads)
+        with jax.numpy_dtype_promotion("standard"):  # as the step: optax is not strict
+            updates, new_state = made.optimizer.update(grads, opt_state, params)
+            new_params = optax.apply_updates(params, updates)
+        new, old = (new_params, new_state), (params, opt_state)
+        finite = jnp.isfinite(norm)
+        chosen = jax.tree.map(lambda x, y: jnp.where(finite, x, y), new, old)
+        return *chosen, norm
+
+    return jax.jit(
+        update,
+        donate_argnums=(0, 1),
+        out_shardings=(shardings.params, shardings.opt_state, None),
+    )
+
+
+def online(
+    load: Workload, whole: Step, *, teacher: tuple[Model, Any] | None = None
+) -> dict[str, Callable[[], Any]]:
+    """A live teacher's part of a step, and the step with it.
+
+    "label" is its forward pass and top k (dense: whole rows) on the prepared batch;
+    "online" the training step with the teacher in it. {} without soft terms, or with
+    draws.
+
+    Args:
+      load: the workload.
+      whole: its step.
+      teacher: a model and its parameters; None = of the config's shape, at random.
+    """
+    if load.cache is None or load.cache.kind == "sampled":
+        return {}
+    model, params = teacher or random_teacher(load)
+    k = None if load.cache.kind == "dense" else load.cache.k
+    label = make_live_label(load, model, whole.batch, k=k)
+    made = program.Program(
+        load.config,
+        load.model,
+        load.mesh,
+        num_valid=experiment.num_valid(load.model.shape, model.shape),
+        teacher=model,
+    )
+    soft = "teacher_"
+    batch = {name: x for name, x in whole.batch.items() if not name.startswith(soft)}
+
+    def step_with_teacher() -> Any:
+        whole.carry.state, found = made.step(whole.carry.state, batch, params)
+        return found
+
+    return {"label": lambda: label(params), "online": step_with_teacher}
+
+
+def random_teacher(load: Workload) -> tuple[Model, Any]:
+    """A teacher of the config's shape, its parameters drawn at random."""
+    config, mesh = load.config, load.mesh
+    shape = teacher_shape(config, load.model.shape.vocab_size)
+    model = experiment.make_model(shape, mesh, dtype=config.train.dtype)
+    init = jax.jit(
+        lambda key: decoder.init_params(shape, key), out_shardings=model.shardings
+    )
+    return model, init(jax.random.key(config.teacher_seed))
+
+
+def make_live_label(
+    load: Workload, model: Model, batch: Any, *, k: int | None
+) -> Callable[[Any], dict[str, jax.Array]]:
+    """Compiles the teacher's parameters -> the teacher's arrays of `batch`.
+
+    Args:
+      load: the workload.
+      model: the teacher's.
+      batch: on the devices.
+      k: pairs a token; None = whole rows.
+    """
+    config, mesh = load.config, load.mesh
+    label_step = step.make_label_step(
+        model.graphdef,
+        mesh,
+        model.abstract,
+        k=k,
+        temperatures=(config.method.temperature,),
+        chunk_size=config.cache.chunk_size
+        or head.chunk_size(config.cache.memory_mib, model.shape.vocab_size),
+    )
+    names = ("tokens", "targets", "positions", "segments", "view")
+    read = {name: batch[name] for name in names}
+    lead = batch["tokens"].shape
+    placed = NamedSharding(mesh, sharding.BATCH_SPEC)
+
+    @functools.partial(jax.jit, out_shardings=placed)
+    def as_batch(found: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        soft = {
+            "teacher_log_probs": found["log_probs_NK"],
+            "teacher_log_z": found["log_z_NS"][:, 0],
+        } | ({} if k is None else {"teacher_ids": found["ids_NK"]})
+        return {name: x.reshape(*lead, *x.shape[1:]) for name, x in soft.items()}
+
+    return lambda params: as_batch(label_step(params, read))
+
+
+def teacher_shape(config: Config, vocab_size: int) -> DecoderConfig:
+    """The shape of the config's teacher; only its config.json is read."""
+    if config.teacher.path:
+        return hf.read_config(config.teacher.path)
+    shape = config.teacher.decoder
+    return dataclasses.replace(shape, vocab_size=shape.vocab_size or vocab_size)
