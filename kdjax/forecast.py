@@ -125,7 +125,9 @@ def compile_step(
     module = hlo.parse(compiled.as_text())
     rows = made.num_rows
     chunk = program.chunk_size(config, model)
-    chunks = math.ceil(math.ceil(rows * train.row_length / mesh.size) / chunk)
+    # A tensor axis splits the head's vocabulary, not its tokens.
+    shares = mesh.shape["data"] * mesh.shape["fsdp"]
+    chunks = math.ceil(math.ceil(rows * train.row_length / shares) / chunk)
     stats = compiled.memory_analysis()
     # Peaks count what is alive at once; older compilers give the sum of their parts.
     parts = stats.argument_size_in_bytes + stats.temp_size_in_bytes
@@ -209,6 +211,11 @@ def is_logits(collective: hlo.Collective, forecast: Forecast) -> bool:
 def in_head_loop(collective: hlo.Collective) -> bool:
     """Whether it runs once a chunk of the fused head."""
     return any(_HEAD_LOOP in loop.op_name for loop in collective.loops)
+
+
+def is_per_token(collective: hlo.Collective) -> bool:
+    """Whether nothing but numbers of tokens is exchanged: vectors, no matrices."""
+    return all(sum(dim > 1 for dim in dims) <= 1 for _, dims in collective.shapes)
 
 
 def trips(collective: hlo.Collective, forecast: Forecast) -> int:

@@ -151,7 +151,7 @@ def _warnings(found: Forecast) -> list[str]:
     for c in found.collectives:
         if forecast.is_logits(c, found):
             warnings.append(f"{c.kind} {c.name} communicates logits: {c.shapes}")
-        elif forecast.in_head_loop(c):
+        elif forecast.in_head_loop(c) and not forecast.is_per_token(c):
             warnings.append(f"{c.kind} {c.name} runs once a chunk of the head")
     return warnings
 

@@ -73,6 +73,16 @@ def test_the_fused_head_communicates_no_logits(found):
     assert gathers  # of the head's weight: [V, D] is not logits
 
 
+def test_a_split_vocabulary_exchanges_numbers_of_tokens_alone():
+    mesh = MeshConfig(data=2, fsdp=2, tensor=2)
+    found = forecast.compile_step(config(mesh=mesh), jax.devices())
+    assert found.head_chunks == 256 // 16
+    inside = [c for c in found.collectives if forecast.in_head_loop(c)]
+    assert inside and all(forecast.is_per_token(c) for c in inside)
+    assert not [c for c in found.collectives if forecast.is_logits(c, found)]
+    assert not plan._warnings(found)
+
+
 def test_logits_of_an_unfused_head_are_flagged(found):
     """The check can fail: here the width is split, so logits are summed whole."""
     mesh = forecast.make_mesh(config(), jax.devices())

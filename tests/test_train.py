@@ -204,6 +204,60 @@ def test_another_divergence_trains_and_is_named(finished, tmp_path):
     assert summary(tmp_path)["student"]["kl"] >= 0
 
 
+@pytest.mark.parametrize("kind", ["top_k", "dense"])
+def test_a_teacher_that_runs_beside_the_student(finished, tmp_path, kind):
+    """One field more, no cache of the training split, the same student."""
+    _, workdir = finished
+    config = small.config()
+    config.teacher.path = str(workdir / "teacher")
+    config.teacher.online, config.cache.kind = True, kind
+    config.cache.k = 1000  # the whole vocabulary
+    train.run(config, tmp_path / "online")
+    cached = small.config(cache={"k": 1000})
+    cached.teacher.path = config.teacher.path
+    train.run(cached, tmp_path / "cached")
+    assert not (tmp_path / "online" / "cache" / "train").exists()
+    assert records.read_manifest(tmp_path / "online/cache/eval").kind == "top_k"
+    live, stored = summary(tmp_path / "online"), summary(tmp_path / "cached")
+    # The cache rounds, by less than 1e-4 nats; Adam's first steps make more of it.
+    assert abs(live["student"]["nll"] - stored["student"]["nll"]) < 2e-2
+    first = json.loads((tmp_path / "online/metrics.jsonl").read_text().splitlines()[0])
+    other = json.loads((tmp_path / "cached/metrics.jsonl").read_text().splitlines()[0])
+    assert first["kl"] > 1e-3 and abs(first["kl"] - other["kl"]) < 1e-4
+
+
+def test_scheduled_weights_and_temperature(finished, tmp_path):
+    """From soft to hard labels, and from T = 2 to 1."""
+    _, workdir = finished
+    config = small.config(
+        method={
+            "hard_weight": 0.0,
+            "soft_weight": 1.0,
+            "weight_schedule": "linear",
+            "final_hard_weight": 1.0,
+            "final_soft_weight": 0.0,
+            "temperature": 2.0,
+            "temperature_schedule": "linear",
+            "final_temperature": 1.0,
+        },
+        cache={"path": str(workdir / "cache")},
+    )
+    config.teacher.path = str(workdir / "teacher")
+    train.run(config, tmp_path / "run")
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if "loss" in row]
+    for index, row in enumerate(rows):
+        hard = index / 5
+        temperature = 2.0 if 2 - hard > 2**0.5 else 1.0  # the nearest declared
+        wanted = sum(
+            0.5 * hard * row[f"loss/{view}/hard"]
+            + 0.5 * (1 - hard) * temperature**2 * row[f"loss/{view}/soft"]
+            for view in ("label", "rationale")
+        )
+        # Where a weight is 0 its loss is not computed.
+        np.testing.assert_allclose(row["loss"], wanted, rtol=1e-5, err_msg=str(index))
+
+
 @pytest.mark.slow
 def test_killed_anywhere_it_ends_the_same(finished, tmp_path):
     config, workdir = finished
