@@ -1,5 +1,7 @@
 """What a config compiles to, known before there is any data."""
 
+import dataclasses
+
 import jax
 import pytest
 
@@ -33,3 +35,32 @@ def test_the_abstract_batch_is_the_real_one(soft_weight):
     model = experiment.make_model(shape, mesh, dtype="float32")
     made = program.Program(config, model, mesh)
     assert made.step.lower(made.abstract, abstract).compile().memory_analysis()
+
+
+@pytest.mark.parametrize("kind", ["cache", "top_k", "dense"])
+def test_no_teacher_rows_of_other_microbatches_are_kept(kind):
+    """Temporary memory is that of one microbatch, however many there are."""
+
+    def temporary(num_microbatches):
+        config = small.config(
+            train={
+                "batch_size": 4 * num_microbatches,
+                "row_length": 128,
+                "num_microbatches": num_microbatches,
+                "chunk_size": 32,
+            },
+            student={"decoder": dataclasses.replace(small.SHAPE, vocab_size=512)},
+        )
+        config.teacher.online = kind != "cache"
+        config.cache.kind = "dense" if kind == "dense" else "top_k"
+        mesh = sharding.make_mesh(MeshConfig(), devices=jax.devices()[:1])
+        shape = config.student.decoder
+        model = experiment.make_model(shape, mesh, dtype="float32")
+        teacher = model if config.teacher.online else None
+        made = program.Program(config, model, mesh, teacher=teacher)
+        batch = program.abstract_batch(config, mesh, vocab_size=512)
+        frozen = () if teacher is None else (teacher.abstract,)
+        compiled = made.step.lower(made.abstract, batch, *frozen).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary(8) < 1.05 * temporary(2)
