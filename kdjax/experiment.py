@@ -232,7 +232,13 @@ def teacher_config(config: Config) -> Config:
             ),
         ),
         student=StudentConfig(init="random", decoder=teacher.decoder),
-        method=dataclasses.replace(config.method, hard_weight=1.0, soft_weight=0.0),
+        method=dataclasses.replace(
+            config.method,
+            hard_weight=1.0,
+            soft_weight=0.0,
+            weight_schedule="constant",
+            label_smoothing=0.0,
+        ),
         optim=dataclasses.replace(config.optim, learning_rate=teacher.learning_rate),
         train=dataclasses.replace(config.train, steps=teacher.steps, eval_every=0),
     )

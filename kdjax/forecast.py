@@ -70,23 +70,6 @@ def student_shape(config: Config) -> DecoderConfig:
     return experiment.student_shape(config, range(0))
 
 
-def make_mesh(config: Config, devices: Sequence[jax.Device]) -> Mesh:
-    """The mesh of a run on some devices.
-
-    Raises:
-      ValueError: its axes do not multiply to the devices, or do not suit their torus.
-    """
-    try:
-        return sharding.make_mesh(config.mesh, devices=devices)
-    except NotImplementedError as error:
-        mesh = config.mesh
-        raise ValueError(
-            f"mesh.data={mesh.data}, mesh.fsdp={mesh.fsdp}, mesh.tensor={mesh.tensor} "
-            "do not suit the torus: each axis must be a product of some of the slice's "
-            f"dimensions ({str(error).splitlines()[0].split('. ')[0]})"
-        ) from None
-
-
 def compile_step(
     config: Config, devices: Sequence[jax.Device], *, effort: float = 0.0
 ) -> Forecast:
@@ -103,7 +86,7 @@ def compile_step(
       TooBig: it does not fit.
       ValueError: the mesh does not suit the devices, or the batch the mesh.
     """
-    mesh = make_mesh(config, devices)
+    mesh = sharding.make_mesh(config.mesh, devices=devices)
     shape, train = student_shape(config), config.train
     check_rows(config, mesh)
     model = experiment.make_model(shape, mesh, dtype=train.dtype, remat=train.remat)
@@ -284,7 +267,7 @@ def largest_batch(
         peak = float(compile_step(twice, devices, effort=effort).memory["peak"])
     except TooBig as error:
         peak = max(error.used, limit + 1)
-    mesh = make_mesh(config, devices)
+    mesh = sharding.make_mesh(config.mesh, devices=devices)
     step = mesh.shape["data"] * mesh.shape["fsdp"] * config.train.num_microbatches
     rows = config.train.batch_size // step  # of a device's microbatch
     slope = max((peak - first.memory["peak"]) / rows, 1.0)
@@ -328,7 +311,7 @@ def replace(config: Config, **parts: dict[str, Any]) -> Config:
 
 def state_bytes(config: Config, devices: Sequence[jax.Device]) -> int:
     """Parameters, optimizer state and gradients of one device; nothing is compiled."""
-    mesh = make_mesh(config, devices)
+    mesh = sharding.make_mesh(config.mesh, devices=devices)
     model = experiment.make_model(student_shape(config), mesh, dtype=config.train.dtype)
     abstract = program.Program(config, model, mesh).abstract
     return bytes_of(abstract) + bytes_of(abstract.params)

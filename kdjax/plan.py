@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from kdjax import cli, flops, forecast, topology
+from kdjax import cli, flops, forecast, sharding, topology
 from kdjax.config import Config
 from kdjax.forecast import Forecast
 from kdjax.writer import print_table
@@ -59,7 +59,7 @@ def plan(
     devices = topology.devices(name) if devices is None else devices
     generation = name.split(":")[0]
     chip = None if generation == "cpu" else flops.chip(generation)
-    mesh = forecast.make_mesh(config, devices)
+    mesh = sharding.make_mesh(config.mesh, devices=devices)
     shape = forecast.student_shape(config)
     useful, repeated = forecast.model_flops(config, shape)
     report: dict[str, Any] = {

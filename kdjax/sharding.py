@@ -38,7 +38,8 @@ def make_mesh(config: MeshConfig, *, devices: Any = None) -> Mesh:
       devices: defaults to all devices of all processes.
 
     Raises:
-      ValueError: the axes do not multiply to the number of devices.
+      ValueError: the axes do not multiply to the number of devices, or do not suit the
+        torus that these form.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [config.data, config.fsdp, config.tensor]
@@ -52,9 +53,15 @@ def make_mesh(config: MeshConfig, *, devices: Any = None) -> Mesh:
             f"{len(devices)}, or set one of them to -1"
         )
     sizes = [len(devices) // known if s == -1 else s for s in sizes]
-    return jax.make_mesh(
-        tuple(sizes), AXES, (AxisType.Auto,) * len(AXES), devices=devices
-    )
+    try:
+        return jax.make_mesh(
+            tuple(sizes), AXES, (AxisType.Auto,) * len(AXES), devices=devices
+        )
+    except NotImplementedError as error:  # of TPU slices
+        raise ValueError(
+            f"{named} do not suit the torus: each axis must be a product of some of "
+            f"the slice's dimensions ({str(error).splitlines()[0].split('. ')[0]})"
+        ) from None
 
 
 def path_name(path: Any) -> str:

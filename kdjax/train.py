@@ -11,7 +11,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from kdjax import cli, distributed, experiment, sharding, state
+from kdjax import cli, distributed, experiment, methods, sharding, state
 from kdjax.checkpoint import Checkpoints
 from kdjax.config import Config, to_json
 from kdjax.data import loader
@@ -187,7 +187,7 @@ def run(config: Config, workdir: pathlib.Path) -> None:
     dtype = config.train.dtype
     live = (
         experiment.load_model(teacher_path, mesh, dtype=dtype)
-        if config.teacher.online
+        if config.teacher.online and methods.has_soft_terms(config.method)
         else None
     )
     scorer = Scorer(config, data, model, mesh, cache=caches["eval"])

@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kdjax import flops, forecast, hlo, plan, topology
+from kdjax import flops, forecast, hlo, plan, sharding, topology
 from kdjax.config import DecoderConfig, MeshConfig, StudentConfig
 from tests import small
 
@@ -85,7 +85,7 @@ def test_a_split_vocabulary_exchanges_numbers_of_tokens_alone():
 
 def test_logits_of_an_unfused_head_are_flagged(found):
     """The check can fail: here the width is split, so logits are summed whole."""
-    mesh = forecast.make_mesh(config(), jax.devices())
+    mesh = sharding.make_mesh(config().mesh, devices=jax.devices())
 
     def array(shape, *spec):
         return jax.ShapeDtypeStruct(
@@ -194,7 +194,7 @@ def test_remedies_stack_up_until_one_fits(found, monkeypatch):
 
 
 def test_every_remedy_changes_something():
-    mesh = forecast.make_mesh(config(), jax.devices())
+    mesh = sharding.make_mesh(config().mesh, devices=jax.devices())
     names = [name for name, _ in forecast.remedies(config(), mesh)]
     assert names == [
         "train.remat=full",
@@ -203,7 +203,7 @@ def test_every_remedy_changes_something():
         "optim.name=adafactor",
     ]
     last = forecast.remedies(config(), mesh)[-1][1]
-    mesh = forecast.make_mesh(last, jax.devices())
+    mesh = sharding.make_mesh(last.mesh, devices=jax.devices())
     assert forecast.remedies(last, mesh) == []
     devices = jax.devices()
     assert forecast.state_bytes(last, devices) < forecast.state_bytes(config(), devices)

@@ -64,3 +64,13 @@ def test_no_teacher_rows_of_other_microbatches_are_kept(kind):
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporary(8) < 1.05 * temporary(2)
+
+
+def test_the_built_in_teacher_has_hard_labels_all_along():
+    """Whatever schedule its student has."""
+    config = small.config(
+        method={"weight_schedule": "linear", "final_soft_weight": 1.0}
+    )
+    assert methods.has_soft_terms(config.method)
+    terms = methods.terms(experiment.teacher_config(config).method, progress=1.0)
+    assert {(term.kind, term.weight) for term in terms} == {("hard", 0.5)}
