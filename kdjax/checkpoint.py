@@ -8,7 +8,7 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from kdjax.sharding import path_name
-from kdjax.state import TrainState
+from kdjax.state import PROJECTION, TrainState
 
 
 class Checkpoints:
@@ -81,17 +81,36 @@ class Checkpoints:
           ValueError: there is none, or it does not fit: each path that differs is
             listed with the shape wanted and the shape found.
         """
+        step = self._found(step)
+        self._check(abstract, step)
+        return self._checkpointer.load(step, abstract)
+
+    def restore_params(self, abstract: Any, *, step: int | None = None) -> Any:
+        """Reads a model's parameters alone; arguments and errors as `restore`."""
+        step = self._found(step)
+        self._check({"params": abstract}, step, partial=True)
+        loading = ocp.options.PyTreeOptions.Loading(partial_load=True)
+        with ocp.Context(pytree_options=ocp.options.PyTreeOptions(loading=loading)):
+            return self._checkpointer.load(step, {"params": abstract})["params"]
+
+    def _found(self, step: int | None) -> int:
         step = self.latest_step() if step is None else step
         if step is None:
             raise ValueError(
                 f"{self._checkpointer.directory} has no checkpoint: train first"
             )
-        self._check(abstract, step)
-        return self._checkpointer.load(step, abstract)
+        return step
 
-    def _check(self, abstract: TrainState, step: int) -> None:
+    def _check(self, abstract: Any, step: int, *, partial: bool = False) -> None:
         found = _shapes(self._checkpointer.metadata(step).metadata)
         wanted = _shapes(abstract)
+        if partial:  # of what is stored beside the model nothing is wanted
+            others = f"params/{PROJECTION}/"
+            found = {
+                path: x
+                for path, x in found.items()
+                if path.startswith("params/") and not path.startswith(others)
+            }
         lines = [
             f"  {path}: wanted {wanted.get(path, 'nothing')}, "
             f"found {found.get(path, 'nothing')}"

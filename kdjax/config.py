@@ -22,6 +22,7 @@ DTYPES = ("float32", "bfloat16")
 REMATS = ("none", "dots", "full")
 STUDENT_INITS = ("random", "folder", "teacher_layers")
 NON_FINITE = ("stop", "skip")
+HIDDEN_LOSSES = ("mse", "cosine")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -136,6 +137,11 @@ class MethodConfig:
     final_temperature: float = 1.0  # at the last step, unless constant; also declared
     scale_by_t2: bool = True  # multiply the soft term by T^2
     tail: str = "bucket"  # what stands for ids outside the top k: one of TAILS
+    hidden_weight: float = 0.0  # of the hidden-state term; needs teacher.online
+    hidden_loss: str = "mse"  # of mapped layers' states: one of HIDDEN_LOSSES
+    hidden_projection: bool = False  # learned map to the teacher's width
+    attention_weight: float = 0.0  # of the attention term; needs teacher.online
+    layer_map: tuple[int, ...] = ()  # teacher layer of each student layer; -1 = none
 
 
 @dataclass(kw_only=True, slots=True)

@@ -10,7 +10,7 @@ import flax.nnx as nnx
 import jax
 from jax.sharding import Mesh
 
-from kdjax import methods, optim, sharding, state
+from kdjax import methods, sharding
 from kdjax.checkpoint import Checkpoints
 from kdjax.config import Config, DecoderConfig, StudentConfig
 from kdjax.data import loader, sources, views
@@ -173,10 +173,8 @@ def load_student(
     """The student of a run and its parameters at a checkpoint (None = the newest)."""
     shape = student_shape(config, tokenizer)
     model = make_model(shape, mesh, dtype=config.train.dtype)
-    optimizer = optim.make_optimizer(config.optim, steps=config.train.steps)
-    abstract = state.abstract_state(model.abstract, optimizer, mesh)
     checkpoints = Checkpoints(workdir / "checkpoints")
-    params = checkpoints.restore(abstract, step=step).params
+    params = checkpoints.restore_params(model.abstract, step=step)
     checkpoints.close()
     return model, params
 
@@ -236,6 +234,8 @@ def teacher_config(config: Config) -> Config:
             config.method,
             hard_weight=1.0,
             soft_weight=0.0,
+            hidden_weight=0.0,
+            attention_weight=0.0,
             weight_schedule="constant",
             label_smoothing=0.0,
         ),

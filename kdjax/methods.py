@@ -21,16 +21,21 @@ METHODS: dict[str, tuple[str, ...]] = {
 }
 
 
+# kind of a term -> the step's metric that sums it over target tokens
+SUMS = {"hard": "nll", "soft": "kl", "hidden": "hidden", "attention": "attention"}
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Term:
     """One summand of the loss: `weight` times the mean over one view's target tokens.
 
-    kind "hard" is cross-entropy with the data, "soft" the divergence from the teacher.
+    kind "hard" is cross-entropy with the data, "soft" the divergence from the teacher;
+    "hidden" and "attention" compare mapped layers with a teacher that runs beside.
     """
 
     name: str  # "<view>/<kind>", the key under which its value is reported
     view: int  # index into METHODS[method]
-    kind: str  # "hard" or "soft"
+    kind: str  # key of SUMS
     weight: float
 
 
@@ -52,7 +57,7 @@ def terms(config: MethodConfig, progress: float = 0.0) -> tuple[Term, ...]:
 
     Two views share the loss as a * label + (1 - a) * rationale, a = `label_weight`;
     within a view hard and soft terms have `hard_weight` and `soft_weight`, or what
-    their schedule says.
+    their schedule says; hidden and attention terms have a constant weight.
 
     Args:
       config: the method.
@@ -66,6 +71,8 @@ def terms(config: MethodConfig, progress: float = 0.0) -> tuple[Term, ...]:
     weights = {
         "hard": (config.hard_weight, config.final_hard_weight),
         "soft": (config.soft_weight, config.final_soft_weight),
+        "hidden": (config.hidden_weight, config.hidden_weight),
+        "attention": (config.attention_weight, config.attention_weight),
     }
     return tuple(
         Term(
@@ -112,8 +119,18 @@ def temperatures(config: MethodConfig) -> tuple[float, ...]:
 
 
 def has_soft_terms(config: MethodConfig) -> bool:
-    """Whether the teacher is needed in training."""
+    """Whether the teacher's distributions are needed in training."""
     return any(term.kind == "soft" for term in terms(config))
+
+
+def needs_teacher(config: MethodConfig) -> bool:
+    """Whether training needs the teacher at all."""
+    return has_soft_terms(config) or has_layer_terms(config)
+
+
+def has_layer_terms(config: MethodConfig) -> bool:
+    """Whether layers of a teacher that runs beside the student are needed."""
+    return any(term.kind in ("hidden", "attention") for term in terms(config))
 
 
 def divergence(config: MethodConfig) -> Divergence:

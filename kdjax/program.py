@@ -1,15 +1,17 @@
 """The compiled training step that a config stands for, and the shapes that it takes."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from kdjax import methods, optim, sharding, state, step
-from kdjax.config import CacheConfig, Config
+from kdjax import live, methods, optim, sharding, state, step
+from kdjax.config import CacheConfig, Config, DecoderConfig
 from kdjax.experiment import Model
 from kdjax.losses import head
+from kdjax.state import TrainState
 
 TrainStep = Any  # what jax.jit returns: callable, and it can be lowered
 
@@ -44,10 +46,42 @@ class Program:
         """
         self._config, self._model, self._mesh = config, model, mesh
         self._num_valid, self._teacher = num_valid, teacher
+        beside = None if teacher is None else teacher.shape
+        self._matching = matching(config, model.shape, beside)
         self.optimizer = optim.make_optimizer(config.optim, steps=config.train.steps)
-        self.abstract = state.abstract_state(model.abstract, self.optimizer, mesh)
+        params = model.abstract | self._projection(jax.random.key(0), abstract=True)
+        self.abstract = state.abstract_state(params, self.optimizer, mesh)
         self.num_rows = config.train.batch_size // config.train.num_microbatches
         self._steps: dict[float, TrainStep] = {}
+
+    def init(self, make_params: Callable[[], Any]) -> TrainState:
+        """The state at step 0; `make_params` makes the model's parameters, sharded."""
+        key = jax.random.fold_in(jax.random.key(self._config.seed), 1)
+        return state.init_state(
+            self.abstract,
+            self.optimizer,
+            lambda: make_params() | self._projection(key),
+        )
+
+    def _projection(self, key: jax.Array, *, abstract: bool = False) -> dict[str, Any]:
+        """The learned projection of the hidden-state loss, normal(0, D^-1/2)."""
+        found, teacher = self._matching, self._teacher
+        if found is None or teacher is None or found.hidden is None:
+            return {}
+        if not self._config.method.hidden_projection:
+            return {}
+        width, out = self._model.shape.width, teacher.shape.width
+        shape = (len(found.student_layers), width, out)
+
+        def make(key: jax.Array) -> Any:
+            kernel_nDE = jax.random.normal(key, shape, jnp.float32) * width**-0.5
+            return {state.PROJECTION: {"kernel": kernel_nDE}}
+
+        shapes = jax.eval_shape(make, key)
+        if abstract:
+            return shapes
+        placed = sharding.param_shardings(shapes, self._mesh)
+        return jax.jit(make, out_shardings=placed)(key)
 
     @property
     def step(self) -> TrainStep:
@@ -76,12 +110,15 @@ class Program:
 
     def _make(self, temperature: float) -> TrainStep:
         config, teacher = self._config, self._teacher
-        live = None
+        beside = None
         if teacher is not None:
             whole = config.cache.kind == "dense"
             pairs = stored_pairs(config.cache, teacher.shape.vocab_size)
-            live = step.LiveTeacher(
-                teacher.graphdef, teacher.abstract, None if whole else pairs
+            beside = live.LiveTeacher(
+                teacher.graphdef,
+                teacher.abstract,
+                None if whole else pairs,
+                soft=methods.has_soft_terms(config.method),
             )
         return step.make_train_step(
             self._model.graphdef,
@@ -91,8 +128,49 @@ class Program:
             self.abstract,
             num_views=len(methods.views(config.method)),
             loss=loss_options(config, self._model, temperature, self._num_valid),
-            teacher=live,
+            teacher=beside,
+            matching=self._matching,
         )
+
+
+def matching(
+    config: Config, student: DecoderConfig, teacher: DecoderConfig | None
+) -> live.Matching | None:
+    """Which layers the method compares; None = none.
+
+    Raises:
+      ValueError: a map that does not fit the models, or widths that differ without a
+        projection.
+    """
+    method = config.method
+    if not methods.has_layer_terms(method):
+        return None
+    if teacher is None:
+        raise ValueError(
+            f"method.hidden_weight={method.hidden_weight}, method.attention_weight="
+            f"{method.attention_weight}: layers are compared with a teacher that runs "
+            "beside the student: use teacher.online=True, or weights of 0"
+        )
+    chosen = method.layer_map
+    if len(chosen) != student.num_layers or max(chosen) >= teacher.num_layers:
+        raise ValueError(
+            f"method.layer_map={chosen} must name a layer of the teacher, 0 to "
+            f"{teacher.num_layers - 1}, or -1 for each of the student's "
+            f"{student.num_layers} layers"
+        )
+    mapped = method.hidden_projection or not method.hidden_weight
+    if not mapped and student.width != teacher.width:
+        raise ValueError(
+            f"the student's width={student.width} is not the teacher's "
+            f"{teacher.width}: use method.hidden_projection=True"
+        )
+    layers = tuple(i for i, layer in enumerate(chosen) if layer >= 0)
+    return live.Matching(
+        student_layers=layers,
+        teacher_layers=tuple(chosen[i] for i in layers),
+        hidden=method.hidden_loss if method.hidden_weight else None,
+        attention=method.attention_weight > 0,
+    )
 
 
 def loss_options(
@@ -137,8 +215,9 @@ def abstract_batch(
 
     names = ("tokens", "targets", "positions", "segments", "view")
     batch = {name: array(lead, jnp.int32) for name in names}
-    for name in ("hard_weights", "soft_weights"):
-        batch[name] = array(lead, jnp.float32)
+    kinds = {"hard", "soft"} | {term.kind for term in methods.terms(config.method)}
+    for kind in kinds:
+        batch[f"{kind}_weights"] = array(lead, jnp.float32)
     if methods.has_soft_terms(config.method) and not config.teacher.online:
         kind, pairs = config.cache.kind, stored_pairs(config.cache, vocab_size)
         batch["teacher_log_probs"] = array((*lead, pairs), jnp.float32)

@@ -122,7 +122,11 @@ class Meter:
 
     def _scalars(self, values: dict[str, np.ndarray]) -> dict[str, float]:
         counts = np.maximum(values["count"], 1)
-        means = {"hard": values["nll"] / counts, "soft": values["kl"] / counts}
+        means = {
+            kind: values[name] / counts
+            for kind, name in methods.SUMS.items()
+            if name in values
+        }
         scalars = {
             name: float(values[name]) for name in ("loss", "grad_norm", "learning_rate")
         }
@@ -160,7 +164,7 @@ class Meter:
         bad = [
             t.name
             for t in self._terms
-            if not math.isfinite(values["nll" if t.kind == "hard" else "kl"][t.view])
+            if not math.isfinite(values[methods.SUMS[t.kind]][t.view])
         ]
         rows = [
             items

@@ -25,6 +25,7 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"layers/mlp/(gate|up)/kernel", P(None, "fsdp", "tensor")),
     (r"layers/mlp/down/kernel", P(None, "tensor", "fsdp")),
     (r"(layers/.*_)?norm/scale", P()),
+    (r"projection/kernel", P(None, "fsdp", "tensor")),  # of the hidden-state loss
 )
 HEAD_SPEC = P(None, ("fsdp", "tensor"))
 BATCH_SPEC = P(None, ("data", "fsdp"))  # [microbatch, row, ...]

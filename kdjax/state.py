@@ -19,6 +19,15 @@ class TrainState(NamedTuple):
     opt_state: Any  # optax state
 
 
+PROJECTION = "projection"  # parameters of the loss, beside those of the model
+
+
+def split(params: Any) -> tuple[Any, Any]:
+    """The model's parameters, and the projection [n, D, E] of the hidden-state loss."""
+    model = {name: part for name, part in params.items() if name != PROJECTION}
+    return model, params.get(PROJECTION, {}).get("kernel")
+
+
 def abstract_state(
     params: Any, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
 ) -> TrainState:

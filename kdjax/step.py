@@ -5,7 +5,7 @@ N = B * T tokens, K stored pairs.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.nnx as nnx
 import jax
@@ -13,20 +13,12 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from kdjax import sharding
+from kdjax import live, sharding, state
 from kdjax.losses import head
 from kdjax.models import decoder
 from kdjax.state import TrainState
 
 Batch = dict[str, Any]
-
-
-class LiveTeacher(NamedTuple):
-    """A teacher that runs beside the student."""
-
-    graphdef: nnx.GraphDef
-    abstract: Any  # its parameters' shapes and shardings
-    num_pairs: int | None  # the top k serve as its rows; None = the whole rows
 
 
 def _teacher(rows: Batch) -> head.Teacher | None:
@@ -54,15 +46,17 @@ def make_train_step(
     *,
     num_views: int,
     loss: Mapping[str, Any],
-    teacher: LiveTeacher | None = None,
+    teacher: live.LiveTeacher | None = None,
+    matching: live.Matching | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
     """Compiles (state, batch, the teacher's parameters or None) -> (state, metrics).
 
     The state's memory is reused.
 
-    loss = sum over tokens of hard_weights * nll + soft_weights * kl, the weights having
-    been divided by the term's count in the whole global batch by the loader, so that
-    microbatches and devices add. An update with a non-finite gradient is not applied.
+    loss = sum over tokens of hard_weights * nll + soft_weights * kl (and what
+    `matching` adds), the weights having been divided by the term's count in the whole
+    global batch by the loader, so that microbatches and devices add. An update with a
+    non-finite gradient is not applied.
 
     Args:
       graphdef: the student's structure.
@@ -74,23 +68,44 @@ def make_train_step(
       loss: keywords of `losses.head.fused_loss`.
       teacher: one that runs in the step, outside of what is differentiated; else the
         batch brings the cache's records where there are soft terms.
+      matching: layers that are compared with those of `teacher`.
 
     Returns:
       The compiled function. metrics has "loss", "grad_norm", "learning_rate", "finite"
       (1 or 0), "finite_rows" [M, B], "num_tokens" (padding not counted), and "nll",
-      "kl", "count" [num_views]: sums in nats and numbers of target tokens of each view.
+      "kl", "count" [num_views]: sums in nats and numbers of target tokens of each view
+      (and sums of "hidden" and "attention" where they are terms).
     """
     shardings = _placed(abstract)
 
-    def live(teacher_params: Any, rows: Batch) -> Any:
+    def ask(teacher_params: Any, rows: Batch) -> live.FromTeacher:
         if teacher is None:
-            return None
+            return live.FromTeacher(_teacher(rows))
         num_rows = abstract.params["embed"]["embedding"].shape[0]
-        return _live(mesh, teacher, teacher_params, rows, loss, num_rows=num_rows)
+        return live.ask(
+            mesh,
+            teacher,
+            teacher_params,
+            rows,
+            matching,
+            num_rows=num_rows,
+            temperature=loss["temperature"],
+            chunk_size=loss["chunk_size"],
+        )
 
-    def loss_of(params: Any, rows: Batch, rows_teacher: Any) -> tuple[jax.Array, Any]:
-        hidden_BTD = decoder.hidden_states(
-            graphdef, params, rows["tokens"], rows["positions"], rows["segments"]
+    def loss_of(
+        params: Any, rows: Batch, said: live.FromTeacher
+    ) -> tuple[jax.Array, Any]:
+        params, projection_nDE = state.split(params)
+        hidden_BTD, watched = decoder.watched_states(
+            graphdef,
+            params,
+            rows["tokens"],
+            rows["positions"],
+            rows["segments"],
+            watch=decoder.Watch()
+            if matching is None
+            else decoder.Watch(matching.student_layers, matching.attention),
         )
         num_rows, length, width = hidden_BTD.shape
         total, tokens = head.sharded_fused_loss(
@@ -100,18 +115,25 @@ def make_train_step(
             rows["targets"].reshape(-1),
             rows["hard_weights"].reshape(-1),
             rows["soft_weights"].reshape(-1),
-            rows_teacher or _teacher(rows),
+            said.rows,
             weight_spec=sharding.HEAD_SPEC,
             vocab_axis="tensor",
             **loss,
         )
+        if matching is not None:
+            compared = live.compared(matching, watched, said.watched, projection_nDE)
+            for name, each_BT in compared.items():
+                weights_BT = rows[f"{name}_weights"]
+                each_BT = jnp.where(weights_BT != 0, each_BT, 0.0)
+                total += (weights_BT * each_BT).sum()
+                tokens[name] = each_BT.reshape(-1)
         # Not a product: a non-finite value on a token of another view would spoil it.
         members = [rows["view"].reshape(-1) == view for view in range(num_views)]
         sums = {
-            name: jnp.stack([jnp.where(m, tokens[name], 0.0).sum() for m in members])
-            for name in ("nll", "kl")
+            name: jnp.stack([jnp.where(m, each, 0.0).sum() for m in members])
+            for name, each in tokens.items()
         }
-        per_row = (tokens["nll"] + tokens["kl"]).reshape(num_rows, length).sum(1)
+        per_row = sum(tokens.values()).reshape(num_rows, length).sum(1)
         sums["count"] = jnp.stack([m.sum(dtype=jnp.int32) for m in members])
         sums["finite_rows"] = jnp.isfinite(per_row)
         return total, sums
@@ -122,11 +144,11 @@ def make_train_step(
         num_microbatches = batch["tokens"].shape[0]
         if num_microbatches == 1:
             rows = jax.tree.map(lambda x: x[0], batch)
-            (total, sums), grads = grad_of(params, rows, live(frozen, rows))
+            (total, sums), grads = grad_of(params, rows, ask(frozen, rows))
             return total, jax.tree.map(lambda x: x[None], sums), grads
 
         def add(carry: Any, rows: Batch) -> tuple[Any, Any]:
-            (total, sums), grads = grad_of(params, rows, live(frozen, rows))
+            (total, sums), grads = grad_of(params, rows, ask(frozen, rows))
             return jax.tree.map(jnp.add, carry, (total, grads)), sums
 
         zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
@@ -134,20 +156,20 @@ def make_train_step(
         return total, sums, grads
 
     def train_step(
-        state: TrainState, batch: Batch, frozen: Any = None
+        old: TrainState, batch: Batch, frozen: Any = None
     ) -> tuple[TrainState, Any]:
-        total, sums, grads = gradients(state.params, batch, frozen)
+        total, sums, grads = gradients(old.params, batch, frozen)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(total) & jnp.isfinite(grad_norm)
         # Ours is written for strict promotion, optax is not.
         with jax.numpy_dtype_promotion("standard"):
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
-            learning_rate = schedule(state.step)
+            updates, opt_state = optimizer.update(grads, old.opt_state, old.params)
+            params = optax.apply_updates(old.params, updates)
+            learning_rate = schedule(old.step)
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),
             (params, opt_state),
-            (state.params, state.opt_state),
+            (old.params, old.opt_state),
         )
         metrics = {
             "loss": total,
@@ -157,7 +179,7 @@ def make_train_step(
             "finite_rows": sums.pop("finite_rows"),
             "num_tokens": (batch["segments"] > 0).sum(dtype=jnp.int32),
         } | jax.tree.map(lambda x: x.sum(0), sums)
-        return TrainState(state.step + 1, params, opt_state), metrics
+        return TrainState(old.step + 1, params, opt_state), metrics
 
     return jax.jit(
         train_step,
@@ -173,42 +195,6 @@ def make_train_step(
 
 def _placed(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.sharding, tree)
-
-
-def _live(
-    mesh: Mesh,
-    teacher: LiveTeacher,
-    params: Any,
-    rows: Batch,
-    loss: Mapping[str, Any],
-    *,
-    num_rows: int,
-) -> head.Teacher | head.LiveTeacher:
-    """What the teacher says of the tokens of a microbatch that have a soft weight."""
-    hidden_BTE = decoder.hidden_states(
-        teacher.graphdef, params, rows["tokens"], rows["positions"], rows["segments"]
-    )
-    hidden_NE = hidden_BTE.reshape(-1, hidden_BTE.shape[-1])
-    weight_VE = decoder.head_weight(params)
-    if teacher.num_pairs is None:
-        missing = num_rows - weight_VE.shape[0]
-        return head.LiveTeacher(hidden_NE, jnp.pad(weight_VE, ((0, missing), (0, 0))))
-    found = head.sharded_label(
-        mesh,
-        hidden_NE,
-        weight_VE,
-        rows["targets"].reshape(-1),
-        weight_spec=sharding.HEAD_SPEC,
-        k=teacher.num_pairs,
-        temperatures=(loss["temperature"],),
-        chunk_size=loss["chunk_size"],
-        active_N=rows["soft_weights"].reshape(-1) != 0,
-    )
-    return head.Teacher(
-        ids_NK=found["ids_NK"],
-        log_probs_NK=found["log_probs_NK"],
-        log_z_N=found["log_z_NS"][:, 0],
-    )
 
 
 def make_score_step(

@@ -17,7 +17,7 @@ from kdjax.config import Config, to_json
 from kdjax.data import loader
 from kdjax.experiment import Data, Model
 from kdjax.models import hf
-from kdjax.program import Program
+from kdjax.program import Program, matching
 from kdjax.reporting import Meter, evaluation_row, run_summary
 from kdjax.scoring import Scorer, exact_match
 from kdjax.teacher import building
@@ -88,11 +88,7 @@ def fit(
         config_json=to_json(config),
     )
     start = checkpoints.latest_step() or 0
-    current = (
-        checkpoints.restore(abstract)
-        if start
-        else state.init_state(abstract, program.optimizer, make_params)
-    )
+    current = checkpoints.restore(abstract) if start else program.init(make_params)
     preemption = distributed.Preemption()
     writer = Writer(
         workdir,
@@ -132,7 +128,7 @@ def fit(
             held_out = (
                 {}
                 if scorer is None or not (evaluate or last)
-                else meter.held_out(done, scorer(current.params))
+                else meter.held_out(done, scorer(state.split(current.params)[0]))
             )
             if save or last or stopping:
                 checkpoints.save(done, current, nll=held_out.get("nll"))
@@ -142,7 +138,7 @@ def fit(
         checkpoints.close()
         preemption.close()
         writer.curves()
-    return current.params, meter.throughput(), held_out
+    return state.split(current.params)[0], meter.throughput(), held_out
 
 
 def train_teacher(config: Config, workdir: pathlib.Path, mesh: Mesh) -> None:
@@ -179,6 +175,7 @@ def run(config: Config, workdir: pathlib.Path) -> None:
     )
     # What can be wrong with rows and caches is found before anything is computed.
     experiment.make_plan(config, data.train)
+    matching(config, shape, experiment.teacher_shape(config, data.tokenizer))
     building.check(config, data, workdir)
 
     train_teacher(config, workdir, mesh)
@@ -187,7 +184,7 @@ def run(config: Config, workdir: pathlib.Path) -> None:
     dtype = config.train.dtype
     live = (
         experiment.load_model(teacher_path, mesh, dtype=dtype)
-        if config.teacher.online and methods.has_soft_terms(config.method)
+        if config.teacher.online and methods.needs_teacher(config.method)
         else None
     )
     scorer = Scorer(config, data, model, mesh, cache=caches["eval"])

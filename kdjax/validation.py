@@ -10,6 +10,7 @@ from kdjax import methods
 from kdjax.config import (
     CACHE_KINDS,
     DTYPES,
+    HIDDEN_LOSSES,
     LAYOUTS,
     LONG_POLICIES,
     NON_FINITE,
@@ -82,6 +83,7 @@ def validate(config: Config) -> None:
         (config.optim.schedule, "optim.schedule", SCHEDULES),
         (method.weight_schedule, "method.weight_schedule", SCHEDULES),
         (method.temperature_schedule, "method.temperature_schedule", SCHEDULES),
+        (method.hidden_loss, "method.hidden_loss", HIDDEN_LOSSES),
         (train.dtype, "train.dtype", DTYPES),
         (train.remat, "train.remat", REMATS),
         (train.non_finite, "train.non_finite", NON_FINITE),
@@ -116,6 +118,8 @@ def validate(config: Config) -> None:
         (method.soft_weight, "method.soft_weight"),
         (method.final_hard_weight, "method.final_hard_weight"),
         (method.final_soft_weight, "method.final_soft_weight"),
+        (method.hidden_weight, "method.hidden_weight"),
+        (method.attention_weight, "method.attention_weight"),
         (train.eval_every, "train.eval_every"),
         (train.save_every, "train.save_every"),
         (evaluation.num_generations, "evaluation.num_generations"),
@@ -178,6 +182,8 @@ def validate(config: Config) -> None:
             f"method.label_smoothing={method.label_smoothing} is a share: use 0 to "
             "below 1"
         )
+    if methods.has_layer_terms(method):
+        _check_layer_map(config)
     if config.teacher.online and cache.kind == "sampled":
         raise ValueError(
             "teacher.online=True with cache.kind='sampled': an online teacher gives "
@@ -217,6 +223,22 @@ def validate(config: Config) -> None:
         (config.teacher.decoder, "teacher"),
     ):
         _check_decoder(part, f"{name}.decoder")
+
+
+def _check_layer_map(config: Config) -> None:
+    method = config.method
+    if not config.teacher.online:
+        raise ValueError(
+            f"method.hidden_weight={method.hidden_weight}, method.attention_weight="
+            f"{method.attention_weight}: layers are compared with a teacher that runs "
+            "beside the student: use teacher.online=True, or weights of 0"
+        )
+    if min(method.layer_map, default=-2) < -1 or max(method.layer_map) < 0:
+        raise ValueError(
+            f"method.layer_map={method.layer_map} must name a layer of the teacher, or "
+            "-1, for each layer of the student: for example (1, 3) compares the "
+            "student's layers 0 and 1 with the teacher's 1 and 3"
+        )
 
 
 def _check_decoder(shape: DecoderConfig, name: str) -> None:

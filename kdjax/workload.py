@@ -42,6 +42,7 @@ class Carry:
 
 def real(config: Config, workdir: pathlib.Path, mesh: Mesh) -> Workload | None:
     """The config's own data and cache; None where the cache was never made."""
+    _check(config)
     soft = methods.has_soft_terms(config.method)
     if soft and labelling.missing(building.folder(config, workdir, "train")):
         return None
@@ -63,6 +64,7 @@ def make_synthetic(config: Config, folder: pathlib.Path, mesh: Mesh) -> Workload
     Raises:
       ValueError: a cache that does not hold the top k.
     """
+    _check(config)
     if methods.has_soft_terms(config.method) and config.cache.kind != "top_k":
         raise ValueError(
             f"cache.kind={config.cache.kind!r}: a synthetic cache holds the top k; use "
@@ -97,6 +99,15 @@ def make_synthetic(config: Config, folder: pathlib.Path, mesh: Mesh) -> Workload
         cache=cache,
         source="synthetic",
     )
+
+
+def _check(config: Config) -> None:
+    if methods.has_layer_terms(config.method):
+        raise ValueError(
+            f"method.hidden_weight={config.method.hidden_weight}, "
+            f"method.attention_weight={config.method.attention_weight}: a benchmark "
+            "compares stored with live teachers, and layers are not stored: use 0"
+        )
 
 
 def hard_alone(load: Workload) -> Workload:

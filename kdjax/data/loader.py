@@ -167,7 +167,7 @@ def make_batch(
     Args:
       plan: the batches.
       step: which one.
-      terms: with fields view, kind ("hard" or "soft") and weight.
+      terms: with fields view, kind ("hard", "soft" or others) and weight.
       cache: the teacher's records, for the views with a soft term.
       temperature: of the soft terms; one that the cache declares.
       rows: the rows of each microbatch to make (this host's).
@@ -176,11 +176,11 @@ def make_batch(
     Returns:
       Arrays [M, R, T]. int32: tokens, targets (the next token), positions and segments
       (0 in padding, then 1..), view (-1 where the target is not trained on). float32:
-      hard_weights, soft_weights. With a cache also teacher_log_probs [M, R, T, K] and
-      teacher_log_z at `temperature`, and, unless the cache is dense, teacher_ids int32
-      [M, R, T, K]; without a record ids are -1, log-probs -inf, log z 0. Of a sampled
-      cache log-probs are logs of shares of the draws at `temperature`, and
-      teacher_entropy is the entropy there.
+      hard_weights, soft_weights, and those of other kinds. With a cache also
+      teacher_log_probs [M, R, T, K] and teacher_log_z at `temperature`, and, unless
+      the cache is dense, teacher_ids int32 [M, R, T, K]; without a record ids are -1,
+      log-probs -inf, log z 0. Of a sampled cache log-probs are logs of shares of the
+      draws at `temperature`, and teacher_entropy is the entropy there.
 
     Raises:
       ValueError: a soft term without a cache, an undeclared temperature, a missing
@@ -224,7 +224,8 @@ def _weights(
 ) -> dict[str, dict[int, float]]:
     """Weight of one target token, by kind, then view."""
     items = np.concatenate(contents)
-    weights: dict[str, dict[int, float]] = {"hard": {}, "soft": {}}
+    kinds = dict.fromkeys(["hard", "soft", *(term.kind for term in terms)])
+    weights: dict[str, dict[int, float]] = {kind: {} for kind in kinds}
     for term in terms:
         count = int(plan.target_lengths[items[plan.views[items] == term.view]].sum())
         if count:

@@ -125,10 +125,7 @@ def within_segments(kernel: Kernel, segments_BT: Int[Array, "B T"]) -> Attend:
     """
     name = used(kernel, segments_BT.shape[1])
     if name == "xla":
-        time = jnp.arange(segments_BT.shape[1])
-        causal_1TS = (time[:, None] >= time[None, :])[None]
-        mask_BTS = _same(segments_BT) & causal_1TS
-        return functools.partial(attend, mask_B1TS=mask_BTS[:, None])
+        return functools.partial(attend, mask_B1TS=_causal(segments_BT))
     splash = functools.partial(_splash, interpret=kernel.interpret)
     # The partitioner cannot look into a kernel: rows and heads are split by hand.
     mapped = jax.shard_map(
@@ -152,22 +149,55 @@ def attend(
     The H / G query heads that share a key head become rows of one matrix product. On a
     CPU that halves the time of `jax.nn.dot_product_attention` with its gradient.
     """
+    num_rows, time, _, head_dim = query_BTHK.shape
+    weights = _weights(query_BTHK, key_BSGK, mask_B1TS)
+    _, groups, shared, _, _ = weights.shape
+    value = value_BSGK.transpose(0, 2, 1, 3)
+    weights = weights.astype(value.dtype).reshape(num_rows, groups, shared * time, -1)
+    mixed = jnp.einsum("bgts,bgsk->bgtk", weights, value)
+    mixed = mixed.reshape(num_rows, groups, shared, time, head_dim)
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(query_BTHK.shape)
+
+
+def mean_weights(
+    query_BTHK: Float[Array, "B T H K"],
+    key_BTGK: Float[Array, "B T G K"],
+    segments_BT: Int[Array, "B T"],
+) -> Float[Array, "B T T"]:
+    """The attention weights within segments, causal, averaged over the heads.
+
+    The backward pass computes the heads' weights again instead of keeping them.
+    """
+
+    def mean(query_BTHK: Array, key_BTGK: Array) -> Array:
+        return _weights(query_BTHK, key_BTGK, _causal(segments_BT)).mean((1, 2))
+
+    return jax.checkpoint(mean, prevent_cse=False)(query_BTHK, key_BTGK)
+
+
+def _weights(query_BTHK: Array, key_BSGK: Array, mask_B1TS: Array) -> Array:
+    """Softmax of the scores where the mask is true, float32 [B, G, H / G, T, S]."""
     num_rows, time, num_heads, head_dim = query_BTHK.shape
     groups = key_BSGK.shape[2]
     shared = num_heads // groups
     query = query_BTHK.reshape(num_rows, time, groups, shared, head_dim)
     query = query.transpose(0, 2, 3, 1, 4).reshape(num_rows, groups, -1, head_dim)
-    key, value = (x.transpose(0, 2, 1, 3) for x in (key_BSGK, value_BSGK))
     scores = jnp.einsum(
-        "bgtk,bgsk->bgts", query, key, preferred_element_type=jnp.float32
+        "bgtk,bgsk->bgts",
+        query,
+        key_BSGK.transpose(0, 2, 1, 3),
+        preferred_element_type=jnp.float32,
     )
     scores = (scores * head_dim**-0.5).reshape(num_rows, groups, shared, time, -1)
     lowest = jnp.finfo(jnp.float32).min
-    weights = jax.nn.softmax(jnp.where(mask_B1TS[:, :, None], scores, lowest), axis=-1)
-    weights = weights.astype(value.dtype).reshape(num_rows, groups, shared * time, -1)
-    mixed = jnp.einsum("bgts,bgsk->bgtk", weights, value)
-    mixed = mixed.reshape(num_rows, groups, shared, time, head_dim)
-    return mixed.transpose(0, 3, 1, 2, 4).reshape(query_BTHK.shape)
+    return jax.nn.softmax(jnp.where(mask_B1TS[:, :, None], scores, lowest), axis=-1)
+
+
+def _causal(segments_BT: Int[Array, "B T"]) -> Bool[Array, "B 1 T T"]:
+    """Who attends to whom in packed rows."""
+    time = jnp.arange(segments_BT.shape[1])
+    causal_1TS = (time[:, None] >= time[None, :])[None]
+    return (_same(segments_BT) & causal_1TS)[:, None]
 
 
 def _same(segments_BT: Int[Array, "B T"]) -> Bool[Array, "B T T"]:

@@ -16,9 +16,11 @@ V vocabulary.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -29,6 +31,22 @@ from kdjax.models.layers import MLP, Attention, Embedding, Head, RMSNorm, rotary
 
 Params = dict  # nested: name -> dict or array
 Cache = dict[str, Array]  # "key", "value": [L, B, S, G, K]
+
+
+class Watch(NamedTuple):
+    """Which layers' outputs are kept."""
+
+    layers: tuple[int, ...] = ()  # distinct
+    attention: bool = False  # their attention weights too
+
+
+class Watched(NamedTuple):
+    """Outputs of the n layers of a `Watch`, in its order."""
+
+    states_nBTD: Float[Array, "n B T D"]
+    """The residual stream after the layer, in the compute dtype; no norm is applied."""
+    attention_nBTT: Float[Array, "n B T T"] | None
+    """Attention weights, mean over the heads, float32; None if not asked for."""
 
 
 class Block(nnx.Module):
@@ -72,6 +90,7 @@ class Decoder(nnx.Module):
     ):
         """Draw all parameters."""
         self.dtype, self.remat, self.kernel = dtype, remat, kernel
+        self.num_layers = config.num_layers
         self.head_dim, self.rope_theta = config.head_dim, config.rope_theta
         shape = (config.vocab_size, config.width)
         self.embed = Embedding(*shape, std=config.init_std, rngs=rngs)
@@ -82,26 +101,73 @@ class Decoder(nnx.Module):
         if not config.tie_embeddings:
             self.head = Head(*shape, std=config.init_std, rngs=rngs)
 
-    def __call__(self, tokens_BT, positions_BT, attend, cache=None):
-        """Hidden states after the final norm, and the updated cache."""
+    def __call__(
+        self, tokens_BT, positions_BT, attend, cache=None, *, watch=None, mean=None
+    ):
+        """Hidden states after the final norm, the updated cache, and what is watched.
+
+        `mean` makes attention weights of query and key, for a `watch` that wants them.
+        """
         block_graphdef, stacked = nnx.split(self.layers)
         angles = rotary_angles(
             positions_BT, head_dim=self.head_dim, theta=self.rope_theta
         )
 
-        def body(x_BTD, layer):
-            block_params, layer_cache = layer
-            block = nnx.merge(block_graphdef, block_params)
-            return block(x_BTD, angles, attend, layer_cache, positions_BT)
+        x_BTD = self.embed(tokens_BT, jnp.dtype(self.dtype))
+        watched, slots_L = _room(watch, x_BTD, num_layers=self.num_layers)
+
+        def body(carry, layer):
+            x_BTD, watched = carry
+            block_params, layer_cache, slot = layer
+            block, seen = nnx.merge(block_graphdef, block_params), []
+
+            def watching(query, key, value):
+                seen.append((query, key))
+                return attend(query, key, value)
+
+            x_BTD, layer_cache = block(
+                x_BTD, angles, watching, layer_cache, positions_BT
+            )
+            watched = _keep(watched, slot, x_BTD, lambda: mean(*seen[0]))
+            return (x_BTD, watched), layer_cache
 
         if self.remat != "none":
             # A scan's body cannot be merged with its recomputation: no barrier needed.
             dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
             policy = dots if self.remat == "dots" else None
             body = jax.checkpoint(body, policy=policy, prevent_cse=False)
-        x_BTD = self.embed(tokens_BT, jnp.dtype(self.dtype))
-        x_BTD, cache = jax.lax.scan(body, x_BTD, (stacked, cache))
-        return self.norm(x_BTD), cache
+        (x_BTD, watched), cache = jax.lax.scan(
+            body, (x_BTD, watched), (stacked, cache, slots_L)
+        )
+        return self.norm(x_BTD), cache, watched
+
+
+def _room(watch, x_BTD, *, num_layers):
+    """Zeros for what is watched, and the place of each layer in them, n for none."""
+    if watch is None or not watch.layers:
+        return None, None
+    n = len(watch.layers)
+    slots_L = np.full(num_layers, n, np.int32)
+    slots_L[list(watch.layers)] = np.arange(n)
+    states = jnp.zeros((n, *x_BTD.shape), x_BTD.dtype)
+    maps = None
+    if watch.attention:
+        maps = jnp.zeros((n, *x_BTD.shape[:2], x_BTD.shape[1]), jnp.float32)
+    return Watched(states, maps), jnp.asarray(slots_L)
+
+
+def _keep(watched, slot, x_BTD, attention):
+    """Puts a layer's outputs into their slot; a slot beyond the last keeps nothing."""
+    if watched is None:
+        return None
+    states, maps = watched
+    if maps is not None:
+        maps = jax.lax.cond(
+            slot < len(maps),
+            lambda: maps.at[slot].set(attention()),
+            lambda: maps,
+        )
+    return Watched(states.at[slot].set(x_BTD, mode="drop"), maps)
 
 
 def create(
@@ -172,9 +238,40 @@ def hidden_states(
     Returns:
       Hidden states in the compute dtype.
     """
+    return watched_states(
+        graphdef, params, tokens_BT, positions_BT, segments_BT, watch=Watch()
+    )[0]
+
+
+def watched_states(
+    graphdef: nnx.GraphDef,
+    params: Params,
+    tokens_BT: Int[Array, "B T"],
+    positions_BT: Int[Array, "B T"],
+    segments_BT: Int[Array, "B T"],
+    *,
+    watch: Watch,
+) -> tuple[Float[Array, "B T D"], Watched | None]:
+    """Hidden states as `hidden_states`, and outputs of single layers.
+
+    Only the layers that are watched take memory. Attention weights are computed beside
+    the attention kernel, for those layers alone.
+
+    Args:
+      graphdef: from `create`.
+      params: nested dict of arrays.
+      tokens_BT: as in `hidden_states`, like the next two.
+      positions_BT: see there.
+      segments_BT: see there.
+      watch: the layers; none give None.
+    """
     model = nnx.merge(graphdef, params)
     attend = attention.within_segments(model.kernel, segments_BT)
-    return model(tokens_BT, positions_BT, attend)[0]
+    mean = functools.partial(attention.mean_weights, segments_BT=segments_BT)
+    hidden_BTD, _, watched = model(
+        tokens_BT, positions_BT, attend, watch=watch, mean=mean
+    )
+    return hidden_BTD, watched
 
 
 def head_weight(params: Params) -> Float[Array, "V D"]:
@@ -221,7 +318,7 @@ def decode(
     mask_BTS = slots[None, None, :] <= positions_BT[:, :, None]
     attend = functools.partial(attention.attend, mask_B1TS=mask_BTS[:, None])
     model = nnx.merge(graphdef, params)
-    return model(tokens_BT, positions_BT, attend, cache)
+    return model(tokens_BT, positions_BT, attend, cache)[:2]
 
 
 def _check(config: DecoderConfig, dtype: str, remat: str) -> None:

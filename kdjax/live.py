@@ -1,0 +1,131 @@
+"""A teacher that runs beside the student, outside of what is differentiated.
+
+Legend: B rows of a microbatch, T time, N = B * T tokens, V vocabulary, D width of the
+student, E of the teacher, n pairs of compared layers, K pairs.
+"""
+
+from typing import Any, NamedTuple
+
+import flax.nnx as nnx
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from kdjax import sharding
+from kdjax.losses import head, hidden
+from kdjax.models import decoder
+
+
+class LiveTeacher(NamedTuple):
+    """A teacher that runs beside the student."""
+
+    graphdef: nnx.GraphDef
+    abstract: Any  # its parameters' shapes and shardings
+    num_pairs: int | None  # the top k serve as its rows; None = the whole rows
+    soft: bool = True  # its distributions are wanted
+
+
+class Matching(NamedTuple):
+    """Which layers of student and live teacher are compared, and how."""
+
+    student_layers: tuple[int, ...]
+    teacher_layers: tuple[int, ...]  # one for each of the student's
+    hidden: str | None  # kind of `losses.hidden.hidden_loss`; None = no such term
+    attention: bool
+
+    @property
+    def teacher_watch(self) -> decoder.Watch:
+        """The teacher's layers, each once."""
+        return decoder.Watch(tuple(sorted(set(self.teacher_layers))), self.attention)
+
+    def of_teacher(self, watched: decoder.Watched) -> decoder.Watched:
+        """The teacher's outputs, one for each layer of the student."""
+        layers = self.teacher_watch.layers
+        places = jnp.asarray([layers.index(x) for x in self.teacher_layers])
+        return jax.tree.map(lambda x: x[places], watched)
+
+
+class FromTeacher(NamedTuple):
+    """What the teacher says of a microbatch."""
+
+    rows: head.Teacher | head.LiveTeacher | None
+    watched: decoder.Watched | None = None
+
+
+def compared(
+    matching: Matching, student: Any, teacher: Any, projection_nDE: Any
+) -> dict[str, jax.Array]:
+    """The terms of layers that are compared, each [B, T]."""
+    found = {}
+    if matching.hidden is not None:
+        found["hidden"] = hidden.hidden_loss(
+            student.states_nBTD,
+            teacher.states_nBTD,
+            kind=matching.hidden,
+            projection_nDE=projection_nDE,
+        )
+    if matching.attention:
+        found["attention"] = hidden.attention_loss(
+            student.attention_nBTT, teacher.attention_nBTT
+        )
+    return found
+
+
+def ask(
+    mesh: Mesh,
+    teacher: LiveTeacher,
+    params: Any,
+    rows: dict[str, Any],
+    matching: Matching | None,
+    *,
+    num_rows: int,
+    temperature: float,
+    chunk_size: int,
+) -> FromTeacher:
+    """What the teacher says of a microbatch.
+
+    Args:
+      mesh: devices.
+      teacher: its structure.
+      params: its parameters.
+      rows: the microbatch; of tokens with a soft weight the distribution is wanted.
+      matching: the layers that are wanted; None = none.
+      num_rows: of the student's head, to which a teacher's of whole rows is padded.
+      temperature: of the soft term.
+      chunk_size: tokens of a chunk of the head.
+    """
+    hidden_BTE, watched = decoder.watched_states(
+        teacher.graphdef,
+        params,
+        rows["tokens"],
+        rows["positions"],
+        rows["segments"],
+        watch=decoder.Watch() if matching is None else matching.teacher_watch,
+    )
+    if matching is not None and watched is not None:
+        watched = matching.of_teacher(watched)
+    if not teacher.soft:
+        return FromTeacher(None, watched)
+    hidden_NE = hidden_BTE.reshape(-1, hidden_BTE.shape[-1])
+    weight_VE = decoder.head_weight(params)
+    if teacher.num_pairs is None:
+        missing = num_rows - weight_VE.shape[0]
+        weight_VE = jnp.pad(weight_VE, ((0, missing), (0, 0)))
+        return FromTeacher(head.LiveTeacher(hidden_NE, weight_VE), watched)
+    found = head.sharded_label(
+        mesh,
+        hidden_NE,
+        weight_VE,
+        rows["targets"].reshape(-1),
+        weight_spec=sharding.HEAD_SPEC,
+        k=teacher.num_pairs,
+        temperatures=(temperature,),
+        chunk_size=chunk_size,
+        active_N=rows["soft_weights"].reshape(-1) != 0,
+    )
+    pairs = head.Teacher(
+        ids_NK=found["ids_NK"],
+        log_probs_NK=found["log_probs_NK"],
+        log_z_N=found["log_z_NS"][:, 0],
+    )
+    return FromTeacher(pairs, watched)
