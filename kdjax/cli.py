@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -24,6 +25,7 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where the run writes; runs/<name of the config> by default."
 )
+_COMPILED_BYTES = 2 * 2**30  # beyond it what was not used for longest goes
 _FLAG_ERRORS = (flags.Error, KeyError, TypeError, ValueError, OSError, AttributeError)
 _JSON = flags.DEFINE_string("json", None, "Also write the result to this file.")
 STEP = flags.DEFINE_integer(
@@ -31,11 +33,18 @@ STEP = flags.DEFINE_integer(
 )
 
 
-def run(main: Callable[[Config, pathlib.Path], None]) -> None:
+def run(
+    main: Callable[[Config, pathlib.Path], None], *, keep_compiled: bool = True
+) -> None:
     """Parses the flags, validates the config and calls `main(config, workdir)`.
 
     What the user can mend (ValueError, a missing file) becomes one line on stderr and
     exit code 1; a bug keeps its traceback.
+
+    Args:
+      main: the verb.
+      keep_compiled: what is compiled is kept on disk and read by later runs; False
+        where the compilation itself is measured.
     """
 
     def start(arguments: list[str]) -> None:
@@ -43,6 +52,10 @@ def run(main: Callable[[Config, pathlib.Path], None]) -> None:
             raise ValueError(f"arguments {arguments} are not flags: use --name=value")
         config = given_config()
         distributed.start()
+        if keep_compiled:
+            _keep_compiled()
+        else:
+            jax.config.update("jax_enable_compilation_cache", False)
         main(config, workdir(config))
 
     # --helpshort shows the flags of the main module: these are everybody's.
@@ -74,6 +87,19 @@ def run_actions(main: Callable[[list[str]], None]) -> None:
             raise
 
     app.run(guarded, flags_parser=parse)
+
+
+def _keep_compiled() -> None:
+    """JAX's persistent compilation cache, unless JAX_COMPILATION_CACHE_DIR names one.
+
+    JAX_ENABLE_COMPILATION_CACHE=false turns it off.
+    """
+    if jax.config.jax_compilation_cache_dir is not None:
+        return
+    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    folder = pathlib.Path(base) / "kdjax" / "compiled"
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_compilation_cache_max_size", _COMPILED_BYTES)
 
 
 def given_config() -> Config:

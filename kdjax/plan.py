@@ -267,4 +267,4 @@ def run(config: Config, workdir: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(run)
+    cli.run(run, keep_compiled=False)

@@ -76,7 +76,7 @@ class Meter:
         Raises:
           ValueError: the loss or gradient is not finite and train.non_finite="stop".
         """
-        values = {name: np.asarray(value) for name, value in found.items()}
+        values = jax.device_get(found)
         if not values["finite"]:
             self._refuse(step, values)
         if self._since is None:

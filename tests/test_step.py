@@ -326,3 +326,37 @@ def test_schedules_reach_the_batch_and_the_step():
             current, sharding.global_batch(batch, mesh, made.num_rows)
         )
         assert bool(metrics["finite"]) and (metrics["kl"].sum() > 0) == (index == 0)
+
+
+def test_a_step_moves_nothing_but_its_batch_and_its_metrics():
+    """What crosses between host and devices is asked for by name, or refused."""
+    config = gradient_config()
+    mesh = sharding.make_mesh(MeshConfig())
+    data = experiment.load_data(config, splits=("train",))
+    shape = experiment.student_shape(config, data.tokenizer)
+    made = program.Program(
+        config, experiment.make_model(shape, mesh, dtype="float32"), mesh
+    )
+    make_params = experiment.student_params(
+        config, experiment.make_model(shape, mesh, dtype="float32"), ""
+    )
+    plan = experiment.make_plan(config, data.train)
+    cache = FakeCache(data.train, shape.vocab_size)
+    current = made.init(make_params)
+    for index in range(3):
+        batch = loader.make_batch(
+            plan,
+            index,
+            terms=made.terms(index),
+            cache=cache,
+            temperature=2.0,
+            rows=sharding.local_rows(mesh, made.num_rows),
+        )
+        # The first call compiles, which moves constants.
+        guard = "disallow" if index else "allow"
+        with jax.transfer_guard(guard):
+            placed = sharding.global_batch(batch, mesh, made.num_rows)
+            current, metrics = made.step(current, placed)
+            jax.device_get(metrics)
+    with jax.transfer_guard("disallow"), pytest.raises(Exception, match="ransfer"):
+        made.step(current, batch)  # rows of the host are not placed in silence
