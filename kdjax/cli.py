@@ -94,7 +94,7 @@ def _keep_compiled() -> None:
 
     JAX_ENABLE_COMPILATION_CACHE=false turns it off.
     """
-    if jax.config.jax_compilation_cache_dir is not None:
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     folder = pathlib.Path(base) / "kdjax" / "compiled"

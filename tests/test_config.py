@@ -2,7 +2,10 @@
 
 import dataclasses
 import importlib.util
+import os
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -100,3 +103,20 @@ def test_every_field_has_a_comment():
                 for f in dataclasses.fields(c)
             }
             assert name not in fields or "default_factory" in line, line
+
+
+def test_compiled_steps_are_kept_where_the_user_keeps_caches(tmp_path):
+    script = (
+        "import jax; from kdjax import cli; cli._keep_compiled(); "
+        "print(jax.config.jax_compilation_cache_dir)"
+    )
+    for name, wanted in (
+        ("XDG_CACHE_HOME", tmp_path / "kdjax" / "compiled"),
+        ("JAX_COMPILATION_CACHE_DIR", tmp_path),
+    ):
+        env = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+        run = [sys.executable, "-c", script]
+        done = subprocess.run(
+            run, env=env | {name: str(tmp_path)}, capture_output=True, text=True
+        )
+        assert done.stdout.strip() == str(wanted), done.stderr

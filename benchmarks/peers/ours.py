@@ -6,8 +6,13 @@ teacher rows in memory). Prints one line of JSON; "loss" is that of the first ba
 the initial weights; that of "dense" is the one that the other libraries compute.
 """
 
+# ruff: noqa: E402
 import pathlib
 import sys
+
+from kdjax import allocator
+
+allocator.keep_freed_memory()  # as every command of kdjax does
 
 import jax
 import numpy as np
