@@ -134,7 +134,7 @@ def student_shape(config: Config, tokenizer: Any) -> DecoderConfig:
                 f"student.keep_layers={student.keep_layers}: the teacher has layers 0 "
                 f"to {shape.num_layers - 1}"
             )
-        shape = dataclasses.replace(shape, num_layers=len(student.keep_layers))
+        shape = decoder.kept_layers(shape, student.keep_layers)
     else:
         shape = _sized(student.decoder, tokenizer)
     if shape.vocab_size < len(tokenizer):

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from kdjax import sharding
 from kdjax.losses import head
+from kdjax.losses.options import LogitRule
 from kdjax.models import decoder
 from kdjax.state import TrainState
 
@@ -27,6 +28,16 @@ class LiveTeacher(NamedTuple):
     graphdef: nnx.GraphDef
     abstract: Any  # its parameters' shapes and shardings
     num_pairs: int | None  # the top k serve as its rows; None = the whole rows
+
+
+def logit_rule(graphdef: nnx.GraphDef, params: Any) -> LogitRule:
+    """How a model makes its logits: what every call of a head is given.
+
+    Args:
+      graphdef: the model's structure.
+      params: its parameters, or their shapes.
+    """
+    return LogitRule(softcap=decoder.final_softcap(graphdef, params) or None)
 
 
 def _teacher(rows: Batch) -> head.Teacher | None:
@@ -71,7 +82,8 @@ def make_train_step(
       mesh: devices; the batch is split over (data, fsdp).
       abstract: shapes and shardings of the state.
       num_views: views are numbered 0..num_views-1 in batch["view"].
-      loss: keywords of `losses.head.fused_loss`.
+      loss: keywords of `losses.head.fused_loss`, without the rules of the logits, which
+        are the models' own.
       teacher: one that runs in the step, outside of what is differentiated; else the
         batch brings the cache's records where there are soft terms.
 
@@ -81,6 +93,9 @@ def make_train_step(
       "kl", "count" [num_views]: sums in nats and numbers of target tokens of each view.
     """
     shardings = _placed(abstract)
+    rules = {"logit_rule": logit_rule(graphdef, abstract.params)}
+    if teacher is not None:
+        rules["teacher_rule"] = logit_rule(teacher.graphdef, teacher.abstract)
 
     def live(teacher_params: Any, rows: Batch) -> Any:
         if teacher is None:
@@ -103,6 +118,7 @@ def make_train_step(
             rows_teacher or _teacher(rows),
             weight_spec=sharding.HEAD_SPEC,
             vocab_axis="tensor",
+            **rules,
             **loss,
         )
         # Not a product: a non-finite value on a token of another view would spoil it.
@@ -201,6 +217,7 @@ def _live(
         weight_spec=sharding.HEAD_SPEC,
         k=teacher.num_pairs,
         temperatures=(loss["temperature"],),
+        logit_rule=logit_rule(teacher.graphdef, teacher.abstract),
         chunk_size=loss["chunk_size"],
         active_N=rows["soft_weights"].reshape(-1) != 0,
     )
@@ -249,6 +266,7 @@ def make_score_step(
             teacher,
             weight_spec=sharding.HEAD_SPEC,
             tail=tail,
+            logit_rule=logit_rule(graphdef, params),
             chunk_size=chunk_size,
             num_valid=num_valid,
             active_N=batch["view"].reshape(-1) >= 0,
@@ -313,6 +331,7 @@ def make_label_step(
             weight_spec=sharding.HEAD_SPEC,
             k=k,
             temperatures=temperatures,
+            logit_rule=logit_rule(graphdef, params),
             chunk_size=chunk_size,
             points_NSP=points,
             active_N=batch["view"].reshape(-1) >= 0,

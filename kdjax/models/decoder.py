@@ -1,4 +1,4 @@
-"""One decoder-only transformer of the Llama family; models differ by config values.
+"""One decoder-only transformer; families and models differ by config values.
 
 Parameters are a plain nested dict of float32 arrays with the layers stacked on axis 0,
 so that one `jax.lax.scan` runs them and one path names a parameter in all layers:
@@ -9,53 +9,71 @@ so that one `jax.lax.scan` runs them and one path names a parameter in all layer
     layers/attention/out/kernel [L, H * head_dim, D]
     layers/mlp/{gate,up}/kernel [L, D, F]   layers/mlp/down/kernel [L, F, D]
 
+and where a family has them layers/attention/{query,key,value,out}/bias,
+layers/mlp/{gate,up,down}/bias, layers/attention/{query,key}_norm/scale [L, K],
+layers/{attention,mlp}_post_norm/scale [L, D]. What differs between layers, the window
+and the kind of rotary positions, is a number a layer, scanned along with them.
+
 The forward pass stops at the hidden states: logits belong to the fused head of
 `kdjax.losses.head`, which never holds them all. Shapes: B rows, T time, S cache slots,
 D width, H query heads, G key/value heads, K per head, F inner width, L layers,
 V vocabulary.
 """
 
+import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from kdjax.config import DTYPES, REMATS, DecoderConfig
-from kdjax.models import attention
+from kdjax.config import (
+    ACTIVATIONS,
+    DTYPES,
+    FAMILIES,
+    REMATS,
+    ROPE_TYPES,
+    ROTARY,
+    DecoderConfig,
+)
+from kdjax.models import attention, rotary
 from kdjax.models.attention import Kernel
-from kdjax.models.layers import MLP, Attention, Embedding, Head, RMSNorm, rotary_angles
+from kdjax.models.layers import MLP, Attention, Embedding, Head, RMSNorm
 
 Params = dict  # nested: name -> dict or array
 Cache = dict[str, Array]  # "key", "value": [L, B, S, G, K]
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); post norms act before each sum."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         """Draw the parameters of one layer."""
-        std = config.init_std
-        self.attention_norm = RMSNorm(config.width, eps=config.norm_eps)
-        self.attention = Attention(
-            config.width,
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            std=std,
-            rngs=rngs,
+        norm = functools.partial(
+            RMSNorm, config.width, eps=config.norm_eps, offset=config.norm_offset
         )
-        self.mlp_norm = RMSNorm(config.width, eps=config.norm_eps)
-        self.mlp = MLP(config.width, config.mlp_width, std=std, rngs=rngs)
+        self.attention_norm = norm()
+        self.attention = Attention(config, rngs=rngs)
+        self.mlp_norm = norm()
+        self.mlp = MLP(config, rngs=rngs)
+        self.has_post_norms = config.post_norms
+        if config.post_norms:
+            self.attention_post_norm, self.mlp_post_norm = norm(), norm()
 
     def __call__(self, x_BTD, angles, attend, cache, slots_BT):
         """One layer; `cache` is this layer's slice or None."""
         attended, cache = self.attention(
             self.attention_norm(x_BTD), angles, attend, cache, slots_BT
         )
+        if self.has_post_norms:
+            attended = self.attention_post_norm(attended)
         x_BTD = x_BTD + attended
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), cache
+        made = self.mlp(self.mlp_norm(x_BTD))
+        if self.has_post_norms:
+            made = self.mlp_post_norm(made)
+        return x_BTD + made, cache
 
 
 class Decoder(nnx.Module):
@@ -72,27 +90,37 @@ class Decoder(nnx.Module):
     ):
         """Draw all parameters."""
         self.dtype, self.remat, self.kernel = dtype, remat, kernel
-        self.head_dim, self.rope_theta = config.head_dim, config.rope_theta
+        self.embedding_scale = config.width**0.5 if config.scale_embeddings else 1.0
+        self.final_softcap = config.final_softcap
+        self.rule = attention.rule_of(config)
+        self.ropes = rotary.ropes(config)
+        self.windows, self.rotary = config.windows, config.rotary
+        self.rotary_kinds = rotary.kinds(config)
         shape = (config.vocab_size, config.width)
         self.embed = Embedding(*shape, std=config.init_std, rngs=rngs)
         self.layers = nnx.vmap(lambda key: Block(config, rngs=nnx.Rngs(params=key)))(
             jax.random.split(rngs.params(), config.num_layers)
         )
-        self.norm = RMSNorm(config.width, eps=config.norm_eps)
+        self.norm = RMSNorm(
+            config.width, eps=config.norm_eps, offset=config.norm_offset
+        )
         if not config.tie_embeddings:
             self.head = Head(*shape, std=config.init_std, rngs=rngs)
 
     def __call__(self, tokens_BT, positions_BT, attend, cache=None):
         """Hidden states after the final norm, and the updated cache."""
         block_graphdef, stacked = nnx.split(self.layers)
-        angles = rotary_angles(
-            positions_BT, head_dim=self.head_dim, theta=self.rope_theta
-        )
+        all_angles = rotary.angles(self.ropes, positions_BT)
 
         def body(x_BTD, layer):
-            block_params, layer_cache = layer
+            block_params, layer_cache, own = layer
             block = nnx.merge(block_graphdef, block_params)
-            return block(x_BTD, angles, attend, layer_cache, positions_BT)
+            angles, mix = all_angles, attend
+            if "rotary" in own:
+                angles = jax.tree.map(lambda x: x[own["rotary"]], all_angles)
+            if "window" in own:
+                mix = functools.partial(attend, window=own["window"])
+            return block(x_BTD, angles, mix, layer_cache, positions_BT)
 
         if self.remat != "none":
             # A scan's body cannot be merged with its recomputation: no barrier needed.
@@ -100,8 +128,21 @@ class Decoder(nnx.Module):
             policy = dots if self.remat == "dots" else None
             body = jax.checkpoint(body, policy=policy, prevent_cse=False)
         x_BTD = self.embed(tokens_BT, jnp.dtype(self.dtype))
-        x_BTD, cache = jax.lax.scan(body, x_BTD, (stacked, cache))
+        if self.embedding_scale != 1.0:
+            x_BTD *= jnp.asarray(self.embedding_scale, x_BTD.dtype)
+        layers = (stacked, cache, self._per_layer())
+        x_BTD, cache = jax.lax.scan(body, x_BTD, layers)
         return self.norm(x_BTD), cache
+
+    def _per_layer(self) -> dict[str, Int[Array, "L"]]:
+        """What differs between the layers; {} where they are alike."""
+        own = {}
+        if len(self.rotary_kinds) > 1:
+            numbers = [self.rotary_kinds.index(kind) for kind in self.rotary]
+            own["rotary"] = jnp.asarray(numbers, jnp.int32)
+        if len(self.rule.windows) > 1:
+            own["window"] = jnp.asarray(self.windows, jnp.int32)
+        return own
 
 
 def create(
@@ -127,7 +168,9 @@ def create(
     Raises:
       ValueError: a config that describes no model.
     """
-    _check(config, dtype, remat)
+    check(config)
+    _one_of("dtype", dtype, DTYPES)
+    _one_of("remat", remat, REMATS)
     model = nnx.eval_shape(
         lambda: Decoder(
             config, dtype=dtype, remat=remat, kernel=kernel, rngs=nnx.Rngs(params=0)
@@ -143,7 +186,7 @@ def init_params(config: DecoderConfig, key: Array) -> Params:
     Pure, so that `jax.jit(init_params, static...)` with `out_shardings` makes each
     device draw its own slice: wrap it as `lambda key: init_params(config, key)`.
     """
-    _check(config, "float32", "none")
+    check(config)
     rngs = nnx.Rngs(params=key)
     model = Decoder(
         config, dtype="float32", remat="none", kernel=attention.XLA, rngs=rngs
@@ -173,7 +216,7 @@ def hidden_states(
       Hidden states in the compute dtype.
     """
     model = nnx.merge(graphdef, params)
-    attend = attention.within_segments(model.kernel, segments_BT)
+    attend = attention.within_segments(model.kernel, segments_BT, model.rule)
     return model(tokens_BT, positions_BT, attend)[0]
 
 
@@ -183,12 +226,26 @@ def head_weight(params: Params) -> Float[Array, "V D"]:
     return params["embed"]["embedding"] if head is None else head["weight"]
 
 
-def logits(params: Params, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
-    """All logits in float32: for generation and tests; training uses the fused head."""
+def final_softcap(graphdef: nnx.GraphDef, params: Params) -> float:
+    """The cap of a model's logits, 0 for none; `params` may be shapes only."""
+    return nnx.merge(graphdef, params).final_softcap
+
+
+def logits(
+    params: Params, hidden: Float[Array, "... D"], *, softcap: float = 0.0
+) -> Float[Array, "... V"]:
+    """All logits in float32: for generation and tests; training uses the fused head.
+
+    Args:
+      params: of the model.
+      hidden: states after the final norm.
+      softcap: the model's `final_softcap`.
+    """
     weight_VD = head_weight(params).astype(hidden.dtype)
-    return jnp.einsum(
+    products = jnp.einsum(
         "...d,vd->...v", hidden, weight_VD, preferred_element_type=jnp.float32
     )
+    return softcap * jnp.tanh(products / softcap) if softcap else products
 
 
 def init_cache(
@@ -217,14 +274,35 @@ def decode(
     Returns:
       Hidden states after the final norm, and the updated cache.
     """
-    slots = jnp.arange(cache["key"].shape[2])
-    mask_BTS = slots[None, None, :] <= positions_BT[:, :, None]
-    attend = functools.partial(attention.attend, mask_B1TS=mask_BTS[:, None])
     model = nnx.merge(graphdef, params)
+    slots = jnp.arange(cache["key"].shape[2])
+    distance_BTS = positions_BT[:, :, None] - slots[None, None, :]
+    attend = attention.where(distance_BTS >= 0, distance_BTS, model.rule)
     return model(tokens_BT, positions_BT, attend, cache)
 
 
-def _check(config: DecoderConfig, dtype: str, remat: str) -> None:
+def kept_layers(config: DecoderConfig, layers: Sequence[int]) -> DecoderConfig:
+    """The shape of a model made of some layers of another, in this order."""
+
+    def kept(values: tuple, plain: int | str) -> tuple:
+        found = tuple(values[layer] for layer in layers) if values else ()
+        return found if any(value != plain for value in found) else ()
+
+    return dataclasses.replace(
+        config,
+        num_layers=len(layers),
+        windows=kept(config.windows, 0),
+        rotary=kept(config.rotary, "global"),
+    )
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name}={value!r} is unknown: use one of {known}")
+
+
+def check(config: DecoderConfig) -> None:
+    """Raise ValueError, naming a field, for a config that describes no model."""
     sizes = ("vocab_size", "width", "num_layers", "num_heads", "num_kv_heads")
     for name in (*sizes, "head_dim", "mlp_width"):
         if getattr(config, name) < 1:
@@ -240,6 +318,28 @@ def _check(config: DecoderConfig, dtype: str, remat: str) -> None:
         raise ValueError(
             f"head_dim={config.head_dim} is odd, rotary needs pairs: use even"
         )
-    for name, value, known in (("dtype", dtype, DTYPES), ("remat", remat, REMATS)):
-        if value not in known:
-            raise ValueError(f"{name}={value!r} is unknown: use one of {known}")
+    for name in ("windows", "rotary"):
+        values = getattr(config, name)
+        if len(values) not in (0, config.num_layers):
+            raise ValueError(
+                f"{name}={values} is of {len(values)} layers, num_layers="
+                f"{config.num_layers}: give one value a layer, or ()"
+            )
+    for name in ("attention_softcap", "final_softcap", "query_scalar"):
+        if not getattr(config, name) >= 0:
+            raise ValueError(f"{name}={getattr(config, name)} is below 0: 0 = none")
+    if min(config.windows, default=0) < 0:
+        raise ValueError(f"windows={config.windows}: sizes are positive, 0 = all")
+    rope = config.rope
+    if rope.type in ("llama3", "yarn") and rope.original_length < 1:
+        raise ValueError(
+            f"rope.original_length={rope.original_length} with rope.type="
+            f"{rope.type!r}: give the length before stretching, in tokens"
+        )
+    if not rope.factor >= 1:
+        raise ValueError(f"rope.factor={rope.factor} is below 1: positions stretch")
+    _one_of("family", config.family, FAMILIES)
+    _one_of("activation", config.activation, ACTIVATIONS)
+    _one_of("rope.type", rope.type, ROPE_TYPES)
+    for kind in config.rotary:
+        _one_of("rotary", kind, ROTARY)
