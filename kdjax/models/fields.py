@@ -36,6 +36,7 @@ HARMLESS = (
     "torch_dtype",
     "torchscript",
     "transformers.js_config",
+    "unsloth_fixed",
     "use_bfloat16",
     "use_cache",
 )

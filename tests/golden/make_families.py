@@ -47,6 +47,7 @@ _YARN = {
     "original_max_position_embeddings": 16,
 }
 _WINDOWS = {"use_sliding_window": True, "sliding_window": 8}
+_LOCAL = ["sliding_attention"]
 _GEMMA = {
     "head_dim": 8,
     "query_pre_attn_scalar": 12,
@@ -90,8 +91,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "gemma3_text",
         _GEMMA
         | {
-            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]
-            + ["sliding_attention"],
+            "layer_types": [*_LOCAL, *_LOCAL, "full_attention", *_LOCAL],
             "rope_parameters": {
                 "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
                 "full_attention": _LINEAR,
@@ -130,7 +130,8 @@ def logits(model: Any, tokens_BT: np.ndarray) -> np.ndarray:
     import torch
 
     with torch.no_grad():
-        return model(torch.tensor(tokens_BT, dtype=torch.long)).logits.numpy()
+        ids = torch.tensor(tokens_BT, dtype=torch.long)
+        return model(ids, use_cache=False).logits.numpy()
 
 
 def main() -> None:
