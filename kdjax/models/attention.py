@@ -161,8 +161,10 @@ def within_segments(
     """
     name = used(kernel, segments_BT.shape[1])
     if name == "xla":
+        time = jnp.arange(segments_BT.shape[1])
+        causal_1TS = (time[:, None] >= time[None, :])[None]
         distance_1TS = _distances(segments_BT.shape[1])[None]
-        return where(_same(segments_BT) & (distance_1TS >= 0), distance_1TS, rule)
+        return where(_same(segments_BT) & causal_1TS, distance_1TS, rule)
     local = functools.partial(_splash, interpret=kernel.interpret)
     # The partitioner cannot look into a kernel: rows and heads are split by hand.
     mapped = jax.shard_map(

@@ -275,9 +275,11 @@ def decode(
       Hidden states after the final norm, and the updated cache.
     """
     model = nnx.merge(graphdef, params)
-    slots = jnp.arange(cache["key"].shape[2])
-    distance_BTS = positions_BT[:, :, None] - slots[None, None, :]
-    attend = attention.where(distance_BTS >= 0, distance_BTS, model.rule)
+    slots_11S = jnp.arange(cache["key"].shape[2])[None, None, :]
+    positions_BT1 = positions_BT[:, :, None]
+    attend = attention.where(
+        slots_11S <= positions_BT1, positions_BT1 - slots_11S, model.rule
+    )
     return model(tokens_BT, positions_BT, attend, cache)
 
 
