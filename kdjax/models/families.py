@@ -185,6 +185,12 @@ def read(raw: Mapping[str, Any], file: str) -> DecoderConfig:
     for field, value in family.fixed.items():
         json.fixed(field, value)
     json.finish()
+    for field, plain in dataclasses.asdict(DecoderConfig()).items():
+        value = values.get(field, plain)
+        kinds = (int, float) if isinstance(plain, float) else type(plain)
+        if field != "rope" and not isinstance(value, kinds):
+            kind = type(plain).__name__
+            raise ValueError(f"{file} gives {field}={value!r}, not {kind}: correct it")
     return DecoderConfig(family=name, **values)
 
 

@@ -62,7 +62,7 @@ def read_config(path: str | os.PathLike) -> DecoderConfig:
     file = resolve(path) / "config.json"
     if not file.is_file():
         raise ValueError(f"{file} is missing: give a Hugging Face model folder")
-    return families.read(json.loads(file.read_text()), str(file))
+    return families.read(_read_json(file), str(file))
 
 
 def load_params(
@@ -189,14 +189,18 @@ def fingerprint(path: str | os.PathLike) -> str:
 def _open_tensors(
     folder: pathlib.Path, stack: contextlib.ExitStack
 ) -> tuple[dict[str, Any], dict[str, pathlib.Path]]:
-    """Lazy slices and files by tensor name; files stay open as long as `stack`."""
+    """Lazy slices and files by tensor name; files stay open as long as `stack`.
+
+    The files are also those of tensors that an index names and no file holds.
+    """
+    files, origins = ["model.safetensors"], {}
     if (folder / INDEX).is_file():
-        weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
+        weight_map = _read_json(folder / INDEX).get("weight_map")
+        if not weight_map:
+            raise ValueError(f"{folder / INDEX} lacks weight_map: download it again")
         files = sorted(set(weight_map.values()))
-    else:
-        files = ["model.safetensors"]
+        origins = {name: folder / file for name, file in weight_map.items()}
     tensors: dict[str, Any] = {}
-    origins: dict[str, pathlib.Path] = {}
     for file in files:
         if not (folder / file).is_file():
             raise ValueError(f"{folder / file} is missing: download the folder again")
@@ -210,6 +214,16 @@ def _open_tensors(
             ) from error
         origins |= dict.fromkeys(names, folder / file)
     return tensors, origins
+
+
+def _read_json(file: pathlib.Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text())
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file} is damaged ({error}): download it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds no object: download it again")
+    return content
 
 
 def _join(key_path) -> str:
@@ -234,6 +248,8 @@ def _stored_shapes(
 def _check_tensors(
     folder: pathlib.Path, tensors: dict, files: dict, wanted: dict
 ) -> None:
+    several = (folder / INDEX).is_file()
+    whole = folder / (INDEX if several else "model.safetensors")
     # Old exports also store the rotary frequencies, which follow from the config.
     found = {name for name in tensors if not name.endswith("rotary_emb.inv_freq")}
     for kind, names in (
@@ -242,7 +258,7 @@ def _check_tensors(
     ):
         if names:
             raise ValueError(
-                f"{files.get(min(names), folder)} {kind} tensor {min(names)} "
+                f"{files.get(min(names), whole)} {kind} tensor {min(names)} "
                 f"({len(names)} such): config.json and weights do not belong together"
             )
     for name, shape in wanted.items():

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 
 from kdjax import experiment, flops, generate, sharding, validation
-from kdjax.config import FAMILIES, DecoderConfig, MeshConfig, RopeConfig, StudentConfig
+from kdjax.config import FAMILIES, MeshConfig, RopeConfig, StudentConfig
 from kdjax.models import decoder, families, hf
 from tests import small
 from tests.golden import make_families
 from tests.golden.make_families import CASES, FOLDER, LENGTH, POSITIONS
+from tests.models.published import PUBLISHED
 
 
 def our_logits(config, params, tokens_BT, positions_BT=None, segments_BT=None):
@@ -165,230 +166,10 @@ def test_layers_kept_without_windows_have_none():
     assert decoder.kept_layers(config, (3, 0)).windows == (8, 0)
 
 
-_COMMON = {
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.51.0",
-    "use_cache": True,
-    "initializer_range": 0.02,
-    "attention_dropout": 0.0,
-}
-_QWEN = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "bos_token_id": 151643,
-    "eos_token_id": 151645,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000.0,
-    "use_sliding_window": False,
-}
-_GEMMA = {
-    "attention_bias": False,
-    "bos_token_id": 2,
-    "cache_implementation": "hybrid",
-    "eos_token_id": [1, 107],
-    "head_dim": 256,
-    "hidden_activation": "gelu_pytorch_tanh",
-    "num_attention_heads": 8,
-    "num_hidden_layers": 26,
-    "num_key_value_heads": 4,
-    "pad_token_id": 0,
-    "query_pre_attn_scalar": 256,
-    "rms_norm_eps": 1e-6,
-}
-# What the hub's files say, by transformers 4; and what is to be read.
-PUBLISHED = {
-    "Llama-3.2-1B": (
-        {
-            "model_type": "llama",
-            "attention_bias": False,
-            "bos_token_id": 128000,
-            "head_dim": 64,
-            "hidden_act": "silu",
-            "hidden_size": 2048,
-            "intermediate_size": 8192,
-            "max_position_embeddings": 131072,
-            "mlp_bias": False,
-            "num_attention_heads": 32,
-            "num_hidden_layers": 16,
-            "num_key_value_heads": 8,
-            "pretraining_tp": 1,
-            "rms_norm_eps": 1e-5,
-            "rope_scaling": {
-                "factor": 32.0,
-                "high_freq_factor": 4.0,
-                "low_freq_factor": 1.0,
-                "original_max_position_embeddings": 8192,
-                "rope_type": "llama3",
-            },
-            "rope_theta": 500000.0,
-            "tie_word_embeddings": True,
-            "vocab_size": 128256,
-        },
-        DecoderConfig(
-            vocab_size=128256,
-            width=2048,
-            num_layers=16,
-            num_heads=32,
-            num_kv_heads=8,
-            head_dim=64,
-            mlp_width=8192,
-            rope_theta=500000.0,
-            norm_eps=1e-5,
-            max_length=131072,
-            rope=RopeConfig(
-                type="llama3",
-                factor=32.0,
-                original_length=8192,
-                low_freq_factor=1.0,
-                high_freq_factor=4.0,
-            ),
-        ),
-    ),
-    "Qwen2.5-7B": (
-        _QWEN
-        | {
-            "model_type": "qwen2",
-            "hidden_size": 3584,
-            "intermediate_size": 18944,
-            "max_position_embeddings": 131072,
-            "max_window_layers": 28,
-            "num_attention_heads": 28,
-            "num_hidden_layers": 28,
-            "num_key_value_heads": 4,
-            "sliding_window": 131072,
-            "tie_word_embeddings": False,
-            "vocab_size": 152064,
-        },
-        DecoderConfig(
-            family="qwen2",
-            vocab_size=152064,
-            width=3584,
-            num_layers=28,
-            num_heads=28,
-            num_kv_heads=4,
-            head_dim=128,
-            mlp_width=18944,
-            rope_theta=1e6,
-            norm_eps=1e-6,
-            tie_embeddings=False,
-            max_length=131072,
-            qkv_bias=True,
-        ),
-    ),
-    "Qwen3-0.6B": (
-        _QWEN
-        | {
-            "model_type": "qwen3",
-            "attention_bias": False,
-            "head_dim": 128,
-            "hidden_size": 1024,
-            "intermediate_size": 3072,
-            "max_position_embeddings": 40960,
-            "max_window_layers": 28,
-            "num_attention_heads": 16,
-            "num_hidden_layers": 28,
-            "num_key_value_heads": 8,
-            "rope_scaling": None,
-            "sliding_window": None,
-            "tie_word_embeddings": True,
-            "vocab_size": 151936,
-        },
-        DecoderConfig(
-            family="qwen3",
-            vocab_size=151936,
-            width=1024,
-            num_layers=28,
-            num_heads=16,
-            num_kv_heads=8,
-            head_dim=128,
-            mlp_width=3072,
-            rope_theta=1e6,
-            norm_eps=1e-6,
-            max_length=40960,
-            qk_norm=True,
-        ),
-    ),
-    "gemma-2-2b": (
-        _GEMMA
-        | {
-            "model_type": "gemma2",
-            "attn_logit_softcapping": 50.0,
-            "final_logit_softcapping": 30.0,
-            "hidden_act": "gelu_pytorch_tanh",
-            "hidden_size": 2304,
-            "intermediate_size": 9216,
-            "max_position_embeddings": 8192,
-            "rope_theta": 10000.0,
-            "sliding_window": 4096,
-            "vocab_size": 256000,
-        },
-        DecoderConfig(
-            family="gemma2",
-            vocab_size=256000,
-            width=2304,
-            num_layers=26,
-            num_heads=8,
-            num_kv_heads=4,
-            head_dim=256,
-            mlp_width=9216,
-            norm_eps=1e-6,
-            max_length=8192,
-            windows=(4096, 0) * 13,
-            post_norms=True,
-            norm_offset=1.0,
-            scale_embeddings=True,
-            activation="gelu_tanh",
-            attention_softcap=50.0,
-            final_softcap=30.0,
-        ),
-    ),
-    "gemma-3-1b": (
-        _GEMMA
-        | {
-            "model_type": "gemma3_text",
-            "attn_logit_softcapping": None,
-            "final_logit_softcapping": None,
-            "hidden_size": 1152,
-            "intermediate_size": 6912,
-            "max_position_embeddings": 32768,
-            "num_attention_heads": 4,
-            "num_hidden_layers": 7,
-            "num_key_value_heads": 1,
-            "rope_local_base_freq": 10000,
-            "rope_scaling": None,
-            "rope_theta": 1000000,
-            "sliding_window": 512,
-            "sliding_window_pattern": 6,
-            "vocab_size": 262144,
-        },
-        DecoderConfig(
-            family="gemma3_text",
-            vocab_size=262144,
-            width=1152,
-            num_layers=7,
-            num_heads=4,
-            num_kv_heads=1,
-            head_dim=256,
-            mlp_width=6912,
-            rope_theta=1e6,
-            norm_eps=1e-6,
-            max_length=32768,
-            rotary=("local",) * 5 + ("global", "local"),
-            windows=(512,) * 5 + (0, 512),
-            qk_norm=True,
-            post_norms=True,
-            norm_offset=1.0,
-            scale_embeddings=True,
-            activation="gelu_tanh",
-        ),
-    ),
-}
-
-
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_configs_are_read(name):
     raw, expected = PUBLISHED[name]
-    config = families.read(_COMMON | raw, "config.json")
+    config = families.read(raw, "config.json")
     assert config == expected
     assert families.read(families.write(config), "config.json") == config
 
@@ -418,6 +199,7 @@ def test_published_configs_are_read(name):
         ),
         ("gemma2", {"hidden_act": "silu"}, "hidden_act='silu' is not supported, only"),
         ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0"),
+        ("llama3", {"num_hidden_layers": "4"}, "num_layers='4', not int"),
     ],
 )
 def test_what_is_not_implemented_is_refused(name, fields, message):
@@ -480,8 +262,23 @@ def test_damaged_folders_name_the_file(tmp_path):
             hf.load_params(folder, config)
     file.write_bytes(content)
     params = hf.load_params(folder, config)
-    hf.save(tmp_path / "shards", config, params, max_shard_bytes=20_000)
-    first, *_ = sorted((tmp_path / "shards").glob("*.safetensors"))
+    shards = tmp_path / "shards"
+    hf.save(shards, config, params, max_shard_bytes=20_000)
+    first, second, *_ = sorted(shards.glob("*.safetensors"))
+    content = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    with pytest.raises(ValueError, match=rf"{first.name} lacks tensor lm_head\.weight"):
+        hf.load_params(shards, config)
     first.unlink()
     with pytest.raises(ValueError, match=f"{first.name} is missing"):
-        hf.load_params(tmp_path / "shards", config)
+        hf.load_params(shards, config)
+    first.write_bytes(content)
+    for name, text, message in (
+        ("model.safetensors.index.json", "{}", "lacks weight_map"),
+        ("model.safetensors.index.json", "{", "index.json is damaged"),
+        ("config.json", '{"model_', r"config\.json is damaged"),
+        ("config.json", "[]", r"config\.json holds no object"),
+    ):
+        (shards / name).write_text(text)
+        with pytest.raises(ValueError, match=message):
+            hf.load_params(shards, config)
