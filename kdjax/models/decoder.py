@@ -338,6 +338,16 @@ def check(config: DecoderConfig) -> None:
             f"rope.original_length={rope.original_length} with rope.type="
             f"{rope.type!r}: give the length before stretching, in tokens"
         )
+    if not min(config.rope_theta, config.local_rope_theta) > 1:
+        raise ValueError(
+            f"rope_theta={config.rope_theta}, local_rope_theta="
+            f"{config.local_rope_theta}: bases of frequencies are above 1"
+        )
+    if not rope.low_freq_factor < rope.high_freq_factor:
+        raise ValueError(
+            f"rope.low_freq_factor={rope.low_freq_factor} is not below "
+            f"rope.high_freq_factor={rope.high_freq_factor}: lower it"
+        )
     if not rope.factor >= 1:
         raise ValueError(f"rope.factor={rope.factor} is below 1: positions stretch")
     _one_of("family", config.family, FAMILIES)
