@@ -23,6 +23,18 @@ REMATS = ("none", "dots", "full")
 STUDENT_INITS = ("random", "folder", "teacher_layers")
 NON_FINITE = ("stop", "skip")
 HIDDEN_LOSSES = ("mse", "cosine")
+FAMILIES = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+    "gemma2",
+    "gemma3_text",
+)
+ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+ROTARY = ("global", "local", "none")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -60,8 +72,22 @@ class DataConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class RopeConfig:
+    """How rotary positions are stretched beyond the lengths first trained at."""
+
+    type: str = "default"  # one of ROPE_TYPES; default = not at all
+    factor: float = 1.0  # times the original length (linear, llama3, yarn)
+    original_length: int = 0  # longest position before, tokens (llama3, yarn)
+    low_freq_factor: float = 1.0  # turns below which all is stretched (llama3)
+    high_freq_factor: float = 4.0  # turns above which nothing is stretched (llama3)
+    beta_fast: float = 32.0  # turns above which nothing is stretched (yarn)
+    beta_slow: float = 1.0  # turns below which all is stretched (yarn)
+    attention_factor: float = 0.0  # scales cos and sin; 0 = 0.1 ln(factor) + 1 (yarn)
+
+
+@dataclass(kw_only=True, slots=True)
 class DecoderConfig:
-    """Shape of a decoder-only transformer of the Llama family."""
+    """Shape of a decoder-only transformer; families differ by these values alone."""
 
     vocab_size: int = 0  # rows of the embedding; 0 = the tokenizer's size
     width: int = 64  # D, residual stream
@@ -69,12 +95,28 @@ class DecoderConfig:
     num_heads: int = 4  # H, query heads
     num_kv_heads: int = 4  # key/value heads; divides num_heads
     head_dim: int = 16  # per head
-    mlp_width: int = 192  # inner width of the SwiGLU block
+    mlp_width: int = 192  # inner width of the gated MLP
     rope_theta: float = 10000.0  # base of the rotary frequencies
     norm_eps: float = 1e-5  # RMSNorm epsilon
     tie_embeddings: bool = True  # the output head is the embedding
     max_length: int = 2048  # longest position the model is used at, tokens
     init_std: float = 0.02  # standard deviation of random weights
+    family: str = "llama"  # architecture it is exported as: one of FAMILIES
+    rope: RopeConfig = field(default_factory=RopeConfig)  # of the "global" layers
+    local_rope_theta: float = 10000.0  # the base in "local" layers, never stretched
+    rotary: tuple[str, ...] = ()  # of each layer, one of ROTARY; () = all "global"
+    windows: tuple[int, ...] = ()  # tokens each layer sees, 0 = all; () = all 0
+    qkv_bias: bool = False  # query, key and value projections have a bias
+    out_bias: bool = False  # attention's output projection has a bias
+    mlp_bias: bool = False  # the MLP's projections have a bias
+    qk_norm: bool = False  # queries and keys are normed a head, before rotary
+    post_norms: bool = False  # what attention and MLP return is normed as well
+    norm_offset: float = 0.0  # added to every norm's scale; Gemma stores scale - 1: 1.0
+    scale_embeddings: bool = False  # times sqrt(width), rounded to the compute dtype
+    activation: str = "silu"  # of the MLP's gate: one of ACTIVATIONS
+    query_scalar: int = 0  # scores are divided by its root; 0 = head_dim
+    attention_softcap: float = 0.0  # scores stay within +-this, by tanh; 0 = no cap
+    final_softcap: float = 0.0  # logits stay within +-this, by tanh; 0 = no cap
 
 
 @dataclass(kw_only=True, slots=True)

@@ -17,6 +17,7 @@ from kdjax.data import loader, sources, views
 from kdjax.data import tokenizer as tokenizers
 from kdjax.data.views import Segment
 from kdjax.models import attention, decoder, hf
+from kdjax.models.shape import kept_layers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,7 +135,7 @@ def student_shape(config: Config, tokenizer: Any) -> DecoderConfig:
                 f"student.keep_layers={student.keep_layers}: the teacher has layers 0 "
                 f"to {shape.num_layers - 1}"
             )
-        shape = dataclasses.replace(shape, num_layers=len(student.keep_layers))
+        shape = kept_layers(shape, student.keep_layers)
     else:
         shape = _sized(student.decoder, tokenizer)
     if shape.vocab_size < len(tokenizer):

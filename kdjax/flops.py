@@ -75,7 +75,7 @@ def matmul_params(config: DecoderConfig) -> int:
     """Number of weights that multiply every token: all but norms and the look-up.
 
     L (2 D H Dh + 2 D Hkv Dh + 3 D F) + V D: query and output, key and value, the
-    three SwiGLU products, and the head (tied or not, it is multiplied once).
+    three products of the gated MLP, and the head (tied or not, it is multiplied once).
     """
     attention = config.num_heads + config.num_kv_heads
     per_layer = (
@@ -86,13 +86,21 @@ def matmul_params(config: DecoderConfig) -> int:
 
 
 def params_count(config: DecoderConfig) -> int:
-    """Number of parameters: matmul weights, (2 L + 1) D norm scales, the look-up.
+    """Number of parameters: matmul weights, norm scales, biases, the look-up.
 
-    A tied look-up is the head, which is counted already.
+    A layer has 2 D scales, 4 D with post norms and 2 Dh more with those of queries and
+    keys; one norm of D is last. A tied look-up is the head, which is counted already.
     """
-    norms = (2 * config.num_layers + 1) * config.width
-    lookup = 0 if config.tie_embeddings else config.vocab_size * config.width
-    return matmul_params(config) + norms + lookup
+    width, head_dim = config.width, config.head_dim
+    per_layer = 2 * width * (1 + config.post_norms) + 2 * head_dim * config.qk_norm
+    if config.qkv_bias:
+        per_layer += (config.num_heads + 2 * config.num_kv_heads) * head_dim
+    if config.out_bias:
+        per_layer += width
+    if config.mlp_bias:
+        per_layer += 2 * config.mlp_width + width
+    lookup = 0 if config.tie_embeddings else config.vocab_size * width
+    return matmul_params(config) + config.num_layers * per_layer + width + lookup
 
 
 def forward_flops(
@@ -102,8 +110,8 @@ def forward_flops(
 
     2 (P - V D) num_tokens + 2 V D num_head_tokens + 4 L H Dh row_length num_tokens:
     P matmul weights; scores and weighted values each cost 2 H Dh per pair of
-    positions. All row_length^2 pairs are counted: a causal or packed mask does not
-    spare a dense attention its products.
+    positions. All row_length^2 pairs are counted: a causal or packed mask, or a
+    window, does not spare a dense attention its products.
 
     Args:
         config: the model.

@@ -91,7 +91,7 @@ def make_generate(
 
         def extend(carry):
             step, hidden_BD, done_B, tokens_BN, cache = carry
-            logits_BV = decoder.logits(params, hidden_BD)
+            logits_BV = decoder.logits(params, hidden_BD, softcap=config.final_softcap)
             token_B = choose(logits_BV, jax.random.fold_in(key, step), temperature)
             token_B = jnp.where(done_B, jnp.int32(pad_id), token_B)
             tokens_BN = jax.lax.dynamic_update_index_in_dim(tokens_BN, token_B, step, 1)

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from kdjax import sharding
 from kdjax.losses import head, hidden
+from kdjax.losses.options import LogitRule
 from kdjax.models import decoder
 
 
@@ -78,6 +79,7 @@ def ask(
     rows: dict[str, Any],
     matching: Matching | None,
     *,
+    rule: LogitRule,
     num_rows: int,
     temperature: float,
     chunk_size: int,
@@ -90,6 +92,7 @@ def ask(
       params: its parameters.
       rows: the microbatch; of tokens with a soft weight the distribution is wanted.
       matching: the layers that are wanted; None = none.
+      rule: how it makes its logits.
       num_rows: of the student's head, to which a teacher's of whole rows is padded.
       temperature: of the soft term.
       chunk_size: tokens of a chunk of the head.
@@ -100,7 +103,7 @@ def ask(
         rows["tokens"],
         rows["positions"],
         rows["segments"],
-        watch=decoder.Watch() if matching is None else matching.teacher_watch,
+        watch=decoder.NOTHING if matching is None else matching.teacher_watch,
     )
     if matching is not None and watched is not None:
         watched = matching.of_teacher(watched)
@@ -120,6 +123,7 @@ def ask(
         weight_spec=sharding.HEAD_SPEC,
         k=teacher.num_pairs,
         temperatures=(temperature,),
+        logit_rule=rule,
         chunk_size=chunk_size,
         active_N=rows["soft_weights"].reshape(-1) != 0,
     )

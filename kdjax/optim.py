@@ -36,9 +36,9 @@ def make_schedule(config: OptimConfig, *, steps: int) -> optax.Schedule:
 
 
 def _decays(params: Any) -> Any:
-    """True for matrices and embeddings, False for norm scales."""
+    """True for matrices and embeddings, False for norm scales and biases."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: "scale" not in jax.tree_util.keystr(path), params
+        lambda path, _: path[-1].key not in ("scale", "bias"), params
     )
 
 

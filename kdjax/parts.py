@@ -111,6 +111,7 @@ def _head_pass(load: Workload) -> Callable[[Any, Any, Any], Any]:
             teacher,
             weight_spec=sharding.HEAD_SPEC,
             vocab_axis="tensor",
+            logit_rule=step.logit_rule(load.model.graphdef, load.model.abstract),
             **options,
         )[0]
 

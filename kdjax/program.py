@@ -176,7 +176,7 @@ def matching(
 def loss_options(
     config: Config, model: Model, temperature: float, num_valid: int | None
 ) -> dict[str, Any]:
-    """Keywords of `losses.head.fused_loss` for a config."""
+    """Keywords of `losses.head.fused_loss` for a config, but for `step.logit_rule`."""
     method = config.method
     return {
         "temperature": temperature,

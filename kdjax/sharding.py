@@ -21,9 +21,12 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"embed/embedding", P(None, ("fsdp", "tensor"))),
     (r"head/weight", P(None, ("fsdp", "tensor"))),
     (r"layers/attention/(query|key|value)/kernel", P(None, "fsdp", "tensor")),
+    (r"layers/attention/(query|key|value)/bias", P(None, "tensor")),
     (r"layers/attention/out/kernel", P(None, "tensor", "fsdp")),
     (r"layers/mlp/(gate|up)/kernel", P(None, "fsdp", "tensor")),
+    (r"layers/mlp/(gate|up)/bias", P(None, "tensor")),
     (r"layers/mlp/down/kernel", P(None, "tensor", "fsdp")),
+    (r"layers/(attention/out|mlp/down)/bias", P()),
     (r"(layers/.*_)?norm/scale", P()),
     (r"projection/kernel", P(None, "fsdp", "tensor")),  # of the hidden-state loss
 )

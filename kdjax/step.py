@@ -15,10 +15,21 @@ from jax.sharding import Mesh, NamedSharding
 
 from kdjax import live, sharding, state
 from kdjax.losses import head
+from kdjax.losses.options import LogitRule
 from kdjax.models import decoder
 from kdjax.state import TrainState
 
 Batch = dict[str, Any]
+
+
+def logit_rule(graphdef: nnx.GraphDef, params: Any) -> LogitRule:
+    """How a model makes its logits: what every call of a head is given.
+
+    Args:
+      graphdef: the model's structure.
+      params: its parameters, or their shapes.
+    """
+    return LogitRule(softcap=decoder.final_softcap(graphdef, params) or None)
 
 
 def _teacher(rows: Batch) -> head.Teacher | None:
@@ -65,7 +76,8 @@ def make_train_step(
       mesh: devices; the batch is split over (data, fsdp).
       abstract: shapes and shardings of the state.
       num_views: views are numbered 0..num_views-1 in batch["view"].
-      loss: keywords of `losses.head.fused_loss`.
+      loss: keywords of `losses.head.fused_loss`, without the rules of the logits, which
+        are the models' own.
       teacher: one that runs in the step, outside of what is differentiated; else the
         batch brings the cache's records where there are soft terms.
       matching: layers that are compared with those of `teacher`.
@@ -77,6 +89,9 @@ def make_train_step(
       (and sums of "hidden" and "attention" where they are terms).
     """
     shardings = _placed(abstract)
+    rules = {"logit_rule": logit_rule(graphdef, abstract.params)}
+    if teacher is not None:
+        rules["teacher_rule"] = logit_rule(teacher.graphdef, teacher.abstract)
 
     def ask(teacher_params: Any, rows: Batch) -> live.FromTeacher:
         if teacher is None:
@@ -88,6 +103,7 @@ def make_train_step(
             teacher_params,
             rows,
             matching,
+            rule=rules["teacher_rule"],
             num_rows=num_rows,
             temperature=loss["temperature"],
             chunk_size=loss["chunk_size"],
@@ -103,7 +119,7 @@ def make_train_step(
             rows["tokens"],
             rows["positions"],
             rows["segments"],
-            watch=decoder.Watch()
+            watch=decoder.NOTHING
             if matching is None
             else decoder.Watch(matching.student_layers, matching.attention),
         )
@@ -118,6 +134,7 @@ def make_train_step(
             said.rows,
             weight_spec=sharding.HEAD_SPEC,
             vocab_axis="tensor",
+            **rules,
             **loss,
         )
         if matching is not None:
@@ -235,6 +252,7 @@ def make_score_step(
             teacher,
             weight_spec=sharding.HEAD_SPEC,
             tail=tail,
+            logit_rule=logit_rule(graphdef, params),
             chunk_size=chunk_size,
             num_valid=num_valid,
             active_N=batch["view"].reshape(-1) >= 0,
@@ -299,6 +317,7 @@ def make_label_step(
             weight_spec=sharding.HEAD_SPEC,
             k=k,
             temperatures=temperatures,
+            logit_rule=logit_rule(graphdef, params),
             chunk_size=chunk_size,
             points_NSP=points,
             active_N=batch["view"].reshape(-1) >= 0,

@@ -23,6 +23,8 @@ from kdjax.config import (
     Config,
     DecoderConfig,
 )
+from kdjax.models import families
+from kdjax.models.shape import check
 
 
 def _one_of(value: str, name: str, allowed: tuple[str, ...]) -> None:
@@ -242,16 +244,10 @@ def _check_layer_map(config: Config) -> None:
 
 
 def _check_decoder(shape: DecoderConfig, name: str) -> None:
-    if min(shape.width, shape.num_layers, shape.num_heads, shape.mlp_width) < 1:
-        raise ValueError(
-            f"{name}: width, num_layers, num_heads, mlp_width must be >= 1"
-        )
-    if shape.num_kv_heads < 1 or shape.num_heads % shape.num_kv_heads:
-        raise ValueError(
-            f"{name}.num_kv_heads={shape.num_kv_heads} does not divide "
-            f"num_heads={shape.num_heads}: use a divisor"
-        )
-    if shape.head_dim < 2 or shape.head_dim % 2:
-        raise ValueError(
-            f"{name}.head_dim={shape.head_dim} is odd: rotary pairs need an even one"
-        )
+    """The shape is one that the decoder runs and that its family can export."""
+    known = dataclasses.replace(shape, vocab_size=shape.vocab_size or 1)
+    try:
+        check(known)
+        families.write(known)
+    except ValueError as error:
+        raise ValueError(f"{name}.{error}") from None

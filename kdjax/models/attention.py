@@ -10,6 +10,10 @@
             heads). Wants rows of an even length, a head_dim that is a multiple of 8 and
             at most 128, and heads that divide the tensor axis
 
+A layer may see a window of the last tokens only, and cap its scores by tanh. xla and
+splash do both; cudnn has windows, as part of the mask, but no cap. Layers of two sizes
+of window (0 = none is one) run in one scan: splash has a kernel for each and chooses.
+
 All give the same numbers up to rounding. The kernel is chosen once, when a model is
 made; rows whose length it does not take are attended to by xla, which `used` says.
 Decoding with a cache is always xla: its rows are one token long.
@@ -29,7 +33,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kdjax.config import DecoderConfig
 
-Attend = Callable[[Array, Array, Array], Array]  # query, key, value -> mixed values
+# (query, key, value) -> mixed values; `window=` where layers differ in theirs.
+Attend = Callable[..., Array]
 
 _ROW_MULTIPLE = {"xla": 1, "splash": 128, "cudnn": 2}
 _BLOCKS = (512, 256, 128)  # tokens of a block of the splash kernel, the best first
@@ -46,7 +51,30 @@ class Kernel:
     interpret: bool = False  # run splash's kernel in Python, on any device: for tests
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rule:
+    """How scores are made: a static part of a model."""
+
+    scalar: float = 0.0  # scores are divided by its root; 0 = head_dim
+    softcap: float = 0.0  # scores stay within +-this; 0 = no cap
+    windows: tuple[int, ...] = (0,)  # sizes that layers have, ascending; 0 = all tokens
+
+    def scale(self, head_dim: int) -> float:
+        """What multiplies the products of queries and keys."""
+        return (self.scalar or head_dim) ** -0.5
+
+
 XLA = Kernel()
+PLAIN = Rule()
+
+
+def rule_of(shape: DecoderConfig) -> Rule:
+    """How a model makes its scores."""
+    return Rule(
+        scalar=shape.query_scalar,
+        softcap=shape.attention_softcap,
+        windows=tuple(sorted(set(shape.windows))) or (0,),
+    )
 
 
 def choose(
@@ -98,9 +126,13 @@ def _obstacle(name: str, shape: DecoderConfig, mesh: Mesh, dtype: str) -> str:
     if name == "splash":
         if device.platform not in ("tpu", "cpu"):
             return f"it runs on TPU, not on {device.platform}"
+        if len(set(shape.windows)) > 2:
+            return f"windows={shape.windows} are of more than two sizes"
         return f"head_dim={head_dim} is not a multiple of 64" if head_dim % 64 else ""
     if device.platform != "gpu" or not _has_flash(device):
         return "it runs on NVIDIA GPUs of compute capability 8.0 and later"
+    if shape.attention_softcap:
+        return f"attention_softcap={shape.attention_softcap} is not in its interface"
     if dtype != "bfloat16":
         return f"dtype={dtype} is not bfloat16"
     if head_dim % 8 or head_dim > 128:
@@ -113,29 +145,66 @@ def _has_flash(device: jax.Device) -> bool:
     return bool(re.fullmatch(r"\d+\.\d+", capability)) and float(capability) >= 8.0
 
 
-def within_segments(kernel: Kernel, segments_BT: Int[Array, "B T"]) -> Attend:
+def within_segments(
+    kernel: Kernel, segments_BT: Int[Array, "B T"], rule: Rule = PLAIN
+) -> Attend:
     """Causal attention between tokens of the same segment, padding (0) included.
 
     Args:
       kernel: from `choose`.
       segments_BT: 0 for padding, 1, 2, ... for the examples packed in a row.
+      rule: how scores are made. Distances in a row are distances in a segment.
 
     Returns:
-      (query_BTHK, key_BTGK, value_BTGK) -> mixed_BTHK.
+      (query_BTHK, key_BTGK, value_BTGK) -> mixed_BTHK; with rules of several windows
+      it also takes the layer's, `window=`, an int32 scalar.
     """
     name = used(kernel, segments_BT.shape[1])
     if name == "xla":
-        return functools.partial(attend, mask_B1TS=_causal(segments_BT))
-    splash = functools.partial(_splash, interpret=kernel.interpret)
+        return where(*_causal(segments_BT), rule)
+    local = functools.partial(_splash, interpret=kernel.interpret)
     # The partitioner cannot look into a kernel: rows and heads are split by hand.
     mapped = jax.shard_map(
-        splash if name == "splash" else _cudnn,
+        functools.partial(local if name == "splash" else _cudnn, rule=rule),
         mesh=kernel.mesh,
-        in_specs=(_HEADS_SPEC, _HEADS_SPEC, _HEADS_SPEC, _ROWS_SPEC),
+        in_specs=(_HEADS_SPEC, _HEADS_SPEC, _HEADS_SPEC, _ROWS_SPEC, PartitionSpec()),
         out_specs=_HEADS_SPEC,
         check_vma=False,  # kernels do not say over which axes their results vary
     )
-    return lambda query, key, value: mapped(query, key, value, segments_BT)
+
+    def attend_by_kernel(query, key, value, window=None):
+        return mapped(query, key, value, segments_BT, window)
+
+    return attend_by_kernel
+
+
+def where(
+    mask_BTS: Bool[Array, "B T S"], distance_BTS: Int[Array, "B T S"], rule: Rule
+) -> Attend:
+    """Attention, by xla, where the mask is true and the layer's window reaches.
+
+    Args:
+      mask_BTS: who may see whom, whatever the window.
+      distance_BTS: by how many tokens the key is before the query.
+      rule: how scores are made.
+
+    Returns:
+      As `within_segments`.
+    """
+
+    def attend_where(query, key, value, window=None):
+        mask = _windowed(mask_BTS, distance_BTS, rule, window)
+        return attend(query, key, value, mask[:, None], rule)
+
+    return attend_where
+
+
+def _windowed(mask_BTS, distance_BTS, rule: Rule, window) -> Bool[Array, "B T S"]:
+    """The mask of a layer: `window` is its own where layers differ in theirs."""
+    if window is None and rule.windows == (0,):
+        return mask_BTS
+    size = rule.windows[0] if window is None else window
+    return mask_BTS & _reaches(distance_BTS, size)
 
 
 def attend(
@@ -143,14 +212,17 @@ def attend(
     key_BSGK: Float[Array, "B S G K"],
     value_BSGK: Float[Array, "B S G K"],
     mask_B1TS: Bool[Array, "B 1 T S"],
+    rule: Rule = PLAIN,
 ) -> Float[Array, "B T H K"]:
     """Softmax attention where the mask is true, softmax in float32.
+
+    Scores are made by `rule`; its windows are part of the mask.
 
     The H / G query heads that share a key head become rows of one matrix product. On a
     CPU that halves the time of `jax.nn.dot_product_attention` with its gradient.
     """
     num_rows, time, _, head_dim = query_BTHK.shape
-    weights = _weights(query_BTHK, key_BSGK, mask_B1TS)
+    weights = _weights(query_BTHK, key_BSGK, mask_B1TS, rule)
     _, groups, shared, _, _ = weights.shape
     value = value_BSGK.transpose(0, 2, 1, 3)
     weights = weights.astype(value.dtype).reshape(num_rows, groups, shared * time, -1)
@@ -163,19 +235,23 @@ def mean_weights(
     query_BTHK: Float[Array, "B T H K"],
     key_BTGK: Float[Array, "B T G K"],
     segments_BT: Int[Array, "B T"],
+    rule: Rule = PLAIN,
+    window: Int[Array, ""] | None = None,
 ) -> Float[Array, "B T T"]:
-    """The attention weights within segments, causal, averaged over the heads.
+    """The weights of `within_segments`, averaged over the heads.
 
     The backward pass computes the heads' weights again instead of keeping them.
     """
+    mask_BTT = _windowed(*_causal(segments_BT), rule, window)
 
     def mean(query_BTHK: Array, key_BTGK: Array) -> Array:
-        return _weights(query_BTHK, key_BTGK, _causal(segments_BT)).mean((1, 2))
+        weights = _weights(query_BTHK, key_BTGK, mask_BTT[:, None], rule)
+        return weights.mean((1, 2))
 
     return jax.checkpoint(mean, prevent_cse=False)(query_BTHK, key_BTGK)
 
 
-def _weights(query_BTHK: Array, key_BSGK: Array, mask_B1TS: Array) -> Array:
+def _weights(query_BTHK: Array, key_BSGK: Array, mask_B1TS: Array, rule: Rule) -> Array:
     """Softmax of the scores where the mask is true, float32 [B, G, H / G, T, S]."""
     num_rows, time, num_heads, head_dim = query_BTHK.shape
     groups = key_BSGK.shape[2]
@@ -188,23 +264,38 @@ def _weights(query_BTHK: Array, key_BSGK: Array, mask_B1TS: Array) -> Array:
         key_BSGK.transpose(0, 2, 1, 3),
         preferred_element_type=jnp.float32,
     )
-    scores = (scores * head_dim**-0.5).reshape(num_rows, groups, shared, time, -1)
+    scores = scores * rule.scale(head_dim)
+    if rule.softcap:
+        scores = rule.softcap * jnp.tanh(scores / rule.softcap)
+    scores = scores.reshape(num_rows, groups, shared, time, -1)
     lowest = jnp.finfo(jnp.float32).min
     return jax.nn.softmax(jnp.where(mask_B1TS[:, :, None], scores, lowest), axis=-1)
 
 
-def _causal(segments_BT: Int[Array, "B T"]) -> Bool[Array, "B 1 T T"]:
-    """Who attends to whom in packed rows."""
-    time = jnp.arange(segments_BT.shape[1])
-    causal_1TS = (time[:, None] >= time[None, :])[None]
-    return (_same(segments_BT) & causal_1TS)[:, None]
+def _causal(
+    segments_BT: Int[Array, "B T"],
+) -> tuple[Bool[Array, "B T T"], Int[Array, "1 T T"]]:
+    """Who may see whom in packed rows, and by how many tokens the key is before."""
+    distance_1TS = _distances(segments_BT.shape[1])[None]
+    return _same(segments_BT) & (distance_1TS >= 0), distance_1TS
 
 
 def _same(segments_BT: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
     return segments_BT[:, :, None] == segments_BT[:, None, :]
 
 
-def _splash(query_BTHK, key_BTGK, value_BTGK, segments_BT, *, interpret: bool) -> Array:
+def _distances(length: int) -> Int[Array, "T T"]:
+    time = jnp.arange(length)
+    return time[:, None] - time[None, :]
+
+
+def _reaches(distance: Int[Array, "..."], window: Array | int) -> Bool[Array, "..."]:
+    return (distance < window) | (window == 0)
+
+
+def _splash(
+    query_BTHK, key_BTGK, value_BTGK, segments_BT, window, *, rule: Rule, interpret
+) -> Array:
     """Blocks of scores in vector memory; each key head serves H / G query heads.
 
     Source: `jax.experimental.pallas.ops.tpu.splash_attention`.
@@ -222,33 +313,55 @@ def _splash(query_BTHK, key_BTGK, value_BTGK, segments_BT, *, interpret: bool) -
         block_q_dq=block,
         block_kv_dq=block,
     )
-    causal = splash.CausalMask((length, length))
-    kernel = splash.make_splash_mha_single_device(
-        splash.MultiHeadMask([causal] * num_heads),
-        block_sizes=sizes,
-        interpret=interpret,
-    )
-    # The kernel takes scaled queries; the factor is exact only in float32.
-    scaled = query_BTHK.astype(jnp.float32) * head_dim**-0.5
-    query, key, value = (
-        x.transpose(0, 2, 1, 3)
-        for x in (scaled.astype(query_BTHK.dtype), key_BTGK, value_BTGK)
-    )
-    mixed_BHTK = jax.vmap(
-        lambda query, key, value, ids: kernel(
-            query, key, value, segment_ids=splash.SegmentIds(ids, ids)
+
+    def mix(size, query, key, value, segments_BT):
+        mask = splash.CausalMask((length, length))
+        if size:
+            mask = splash.LocalMask((length, length), (size - 1, 0), 0)
+        kernel = splash.make_splash_mha_single_device(
+            splash.MultiHeadMask([mask] * num_heads),
+            block_sizes=sizes,
+            attn_logits_soft_cap=rule.softcap or None,
+            interpret=interpret,
         )
-    )(query, key, value, segments_BT)
+        return jax.vmap(
+            lambda query, key, value, ids: kernel(
+                query, key, value, segment_ids=splash.SegmentIds(ids, ids)
+            )
+        )(query, key, value, segments_BT)
+
+    # The kernel takes scaled queries; the factor is exact only in float32.
+    scaled = query_BTHK.astype(jnp.float32) * rule.scale(head_dim)
+    arrays = (
+        *(
+            x.transpose(0, 2, 1, 3)
+            for x in (scaled.astype(query_BTHK.dtype), key_BTGK, value_BTGK)
+        ),
+        segments_BT,
+    )
+    kernels = [functools.partial(mix, size) for size in rule.windows]
+    if window is None:
+        mixed_BHTK = kernels[0](*arrays)
+    else:  # masks are static: a kernel for each of the two sizes
+        mixed_BHTK = jax.lax.cond(window == rule.windows[0], *kernels, *arrays)
     return mixed_BHTK.transpose(0, 2, 1, 3)
 
 
-def _cudnn(query_BTHK, key_BTGK, value_BTGK, segments_BT) -> Array:
-    """CuDNN's flash attention; the blocks above the diagonal are skipped."""
+def _cudnn(
+    query_BTHK, key_BTGK, value_BTGK, segments_BT, window, *, rule: Rule
+) -> Array:
+    """CuDNN's flash attention; the blocks above the diagonal are skipped.
+
+    A window is part of the mask, which there is anyway; its blocks are not skipped.
+    """
+    distance_1TT = _distances(segments_BT.shape[1])[None]
+    mask_BTT = _windowed(_same(segments_BT), distance_1TT, rule, window)
     return jax.nn.dot_product_attention(
         query_BTHK,
         key_BTGK,
         value_BTGK,
-        mask=_same(segments_BT)[:, None],
+        mask=mask_BTT[:, None],
+        scale=rule.scale(query_BTHK.shape[-1]),
         is_causal=True,
         implementation="cudnn",
     )

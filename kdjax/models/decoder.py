@@ -1,4 +1,4 @@
-"""One decoder-only transformer of the Llama family; models differ by config values.
+"""One decoder-only transformer; families and models differ by config values.
 
 Parameters are a plain nested dict of float32 arrays with the layers stacked on axis 0,
 so that one `jax.lax.scan` runs them and one path names a parameter in all layers:
@@ -9,6 +9,11 @@ so that one `jax.lax.scan` runs them and one path names a parameter in all layer
     layers/attention/out/kernel [L, H * head_dim, D]
     layers/mlp/{gate,up}/kernel [L, D, F]   layers/mlp/down/kernel [L, F, D]
 
+and where a family has them layers/attention/{query,key,value,out}/bias,
+layers/mlp/{gate,up,down}/bias, layers/attention/{query,key}_norm/scale [L, K],
+layers/{attention,mlp}_post_norm/scale [L, D]. What differs between layers, the window
+and the kind of rotary positions, is a number a layer, scanned along with them.
+
 The forward pass stops at the hidden states: logits belong to the fused head of
 `kdjax.losses.head`, which never holds them all. Shapes: B rows, T time, S cache slots,
 D width, H query heads, G key/value heads, K per head, F inner width, L layers,
@@ -16,64 +21,51 @@ V vocabulary.
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from kdjax.config import DTYPES, REMATS, DecoderConfig
-from kdjax.models import attention
+from kdjax.models import attention, rotary
 from kdjax.models.attention import Kernel
-from kdjax.models.layers import MLP, Attention, Embedding, Head, RMSNorm, rotary_angles
+from kdjax.models.layers import MLP, Attention, Embedding, Head, RMSNorm
+from kdjax.models.shape import check, one_of
+from kdjax.models.watch import NOTHING, Watch, Watched, keep, room
 
 Params = dict  # nested: name -> dict or array
 Cache = dict[str, Array]  # "key", "value": [L, B, S, G, K]
 
 
-class Watch(NamedTuple):
-    """Which layers' outputs are kept."""
-
-    layers: tuple[int, ...] = ()  # distinct
-    attention: bool = False  # their attention weights too
-
-
-class Watched(NamedTuple):
-    """Outputs of the n layers of a `Watch`, in its order."""
-
-    states_nBTD: Float[Array, "n B T D"]
-    """The residual stream after the layer, in the compute dtype; no norm is applied."""
-    attention_nBTT: Float[Array, "n B T T"] | None
-    """Attention weights, mean over the heads, float32; None if not asked for."""
-
-
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); post norms act before each sum."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         """Draw the parameters of one layer."""
-        std = config.init_std
-        self.attention_norm = RMSNorm(config.width, eps=config.norm_eps)
-        self.attention = Attention(
-            config.width,
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            std=std,
-            rngs=rngs,
+        norm = functools.partial(
+            RMSNorm, config.width, eps=config.norm_eps, offset=config.norm_offset
         )
-        self.mlp_norm = RMSNorm(config.width, eps=config.norm_eps)
-        self.mlp = MLP(config.width, config.mlp_width, std=std, rngs=rngs)
+        self.attention_norm = norm()
+        self.attention = Attention(config, rngs=rngs)
+        self.mlp_norm = norm()
+        self.mlp = MLP(config, rngs=rngs)
+        self.has_post_norms = config.post_norms
+        if config.post_norms:
+            self.attention_post_norm, self.mlp_post_norm = norm(), norm()
 
     def __call__(self, x_BTD, angles, attend, cache, slots_BT):
         """One layer; `cache` is this layer's slice or None."""
         attended, cache = self.attention(
             self.attention_norm(x_BTD), angles, attend, cache, slots_BT
         )
+        if self.has_post_norms:
+            attended = self.attention_post_norm(attended)
         x_BTD = x_BTD + attended
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), cache
+        made = self.mlp(self.mlp_norm(x_BTD))
+        if self.has_post_norms:
+            made = self.mlp_post_norm(made)
+        return x_BTD + made, cache
 
 
 class Decoder(nnx.Module):
@@ -91,44 +83,53 @@ class Decoder(nnx.Module):
         """Draw all parameters."""
         self.dtype, self.remat, self.kernel = dtype, remat, kernel
         self.num_layers = config.num_layers
-        self.head_dim, self.rope_theta = config.head_dim, config.rope_theta
+        self.embedding_scale = config.width**0.5 if config.scale_embeddings else 1.0
+        self.final_softcap = config.final_softcap
+        self.rule = attention.rule_of(config)
+        self.ropes = rotary.ropes(config)
+        self.windows, self.rotary = config.windows, config.rotary
+        self.rotary_kinds = rotary.kinds(config)
         shape = (config.vocab_size, config.width)
         self.embed = Embedding(*shape, std=config.init_std, rngs=rngs)
         self.layers = nnx.vmap(lambda key: Block(config, rngs=nnx.Rngs(params=key)))(
             jax.random.split(rngs.params(), config.num_layers)
         )
-        self.norm = RMSNorm(config.width, eps=config.norm_eps)
+        self.norm = RMSNorm(
+            config.width, eps=config.norm_eps, offset=config.norm_offset
+        )
         if not config.tie_embeddings:
             self.head = Head(*shape, std=config.init_std, rngs=rngs)
 
     def __call__(
-        self, tokens_BT, positions_BT, attend, cache=None, *, watch=None, mean=None
+        self, tokens_BT, positions_BT, attend, cache=None, *, watch=NOTHING, mean=None
     ):
         """Hidden states after the final norm, the updated cache, and what is watched.
 
         `mean` makes attention weights of query and key, for a `watch` that wants them.
         """
         block_graphdef, stacked = nnx.split(self.layers)
-        angles = rotary_angles(
-            positions_BT, head_dim=self.head_dim, theta=self.rope_theta
-        )
-
+        all_angles = rotary.angles(self.ropes, positions_BT)
         x_BTD = self.embed(tokens_BT, jnp.dtype(self.dtype))
-        watched, slots_L = _room(watch, x_BTD, num_layers=self.num_layers)
+        if self.embedding_scale != 1.0:
+            x_BTD *= jnp.asarray(self.embedding_scale, x_BTD.dtype)
+        watched, slots_L = room(watch, x_BTD, num_layers=self.num_layers)
 
         def body(carry, layer):
             x_BTD, watched = carry
-            block_params, layer_cache, slot = layer
+            block_params, layer_cache, own, slot = layer
             block, seen = nnx.merge(block_graphdef, block_params), []
+            angles, window = all_angles, {}
+            if "rotary" in own:
+                angles = jax.tree.map(lambda x: x[own["rotary"]], all_angles)
+            if "window" in own:
+                window = {"window": own["window"]}
 
-            def watching(query, key, value):
+            def mix(query, key, value):
                 seen.append((query, key))
-                return attend(query, key, value)
+                return attend(query, key, value, **window)
 
-            x_BTD, layer_cache = block(
-                x_BTD, angles, watching, layer_cache, positions_BT
-            )
-            watched = _keep(watched, slot, x_BTD, lambda: mean(*seen[0]))
+            x_BTD, layer_cache = block(x_BTD, angles, mix, layer_cache, positions_BT)
+            watched = keep(watched, slot, x_BTD, lambda: mean(*seen[0], **window))
             return (x_BTD, watched), layer_cache
 
         if self.remat != "none":
@@ -136,38 +137,19 @@ class Decoder(nnx.Module):
             dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
             policy = dots if self.remat == "dots" else None
             body = jax.checkpoint(body, policy=policy, prevent_cse=False)
-        (x_BTD, watched), cache = jax.lax.scan(
-            body, (x_BTD, watched), (stacked, cache, slots_L)
-        )
+        layers = (stacked, cache, self._per_layer(), slots_L)
+        (x_BTD, watched), cache = jax.lax.scan(body, (x_BTD, watched), layers)
         return self.norm(x_BTD), cache, watched
 
-
-def _room(watch, x_BTD, *, num_layers):
-    """Zeros for what is watched, and the place of each layer in them, n for none."""
-    if watch is None or not watch.layers:
-        return None, None
-    n = len(watch.layers)
-    slots_L = np.full(num_layers, n, np.int32)
-    slots_L[list(watch.layers)] = np.arange(n)
-    states = jnp.zeros((n, *x_BTD.shape), x_BTD.dtype)
-    maps = None
-    if watch.attention:
-        maps = jnp.zeros((n, *x_BTD.shape[:2], x_BTD.shape[1]), jnp.float32)
-    return Watched(states, maps), jnp.asarray(slots_L)
-
-
-def _keep(watched, slot, x_BTD, attention):
-    """Puts a layer's outputs into their slot; a slot beyond the last keeps nothing."""
-    if watched is None:
-        return None
-    states, maps = watched
-    if maps is not None:
-        maps = jax.lax.cond(
-            slot < len(maps),
-            lambda: maps.at[slot].set(attention()),
-            lambda: maps,
-        )
-    return Watched(states.at[slot].set(x_BTD, mode="drop"), maps)
+    def _per_layer(self) -> dict[str, Int[Array, "L"]]:
+        """What differs between the layers; {} where they are alike."""
+        own = {}
+        if len(self.rotary_kinds) > 1:
+            numbers = [self.rotary_kinds.index(kind) for kind in self.rotary]
+            own["rotary"] = jnp.asarray(numbers, jnp.int32)
+        if len(self.rule.windows) > 1:
+            own["window"] = jnp.asarray(self.windows, jnp.int32)
+        return own
 
 
 def create(
@@ -193,7 +175,9 @@ def create(
     Raises:
       ValueError: a config that describes no model.
     """
-    _check(config, dtype, remat)
+    check(config)
+    one_of("dtype", dtype, DTYPES)
+    one_of("remat", remat, REMATS)
     model = nnx.eval_shape(
         lambda: Decoder(
             config, dtype=dtype, remat=remat, kernel=kernel, rngs=nnx.Rngs(params=0)
@@ -209,7 +193,7 @@ def init_params(config: DecoderConfig, key: Array) -> Params:
     Pure, so that `jax.jit(init_params, static...)` with `out_shardings` makes each
     device draw its own slice: wrap it as `lambda key: init_params(config, key)`.
     """
-    _check(config, "float32", "none")
+    check(config)
     rngs = nnx.Rngs(params=key)
     model = Decoder(
         config, dtype="float32", remat="none", kernel=attention.XLA, rngs=rngs
@@ -239,7 +223,7 @@ def hidden_states(
       Hidden states in the compute dtype.
     """
     return watched_states(
-        graphdef, params, tokens_BT, positions_BT, segments_BT, watch=Watch()
+        graphdef, params, tokens_BT, positions_BT, segments_BT, watch=NOTHING
     )[0]
 
 
@@ -266,8 +250,10 @@ def watched_states(
       watch: the layers; none give None.
     """
     model = nnx.merge(graphdef, params)
-    attend = attention.within_segments(model.kernel, segments_BT)
-    mean = functools.partial(attention.mean_weights, segments_BT=segments_BT)
+    attend = attention.within_segments(model.kernel, segments_BT, model.rule)
+    mean = functools.partial(
+        attention.mean_weights, segments_BT=segments_BT, rule=model.rule
+    )
     hidden_BTD, _, watched = model(
         tokens_BT, positions_BT, attend, watch=watch, mean=mean
     )
@@ -280,12 +266,26 @@ def head_weight(params: Params) -> Float[Array, "V D"]:
     return params["embed"]["embedding"] if head is None else head["weight"]
 
 
-def logits(params: Params, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
-    """All logits in float32: for generation and tests; training uses the fused head."""
+def final_softcap(graphdef: nnx.GraphDef, params: Params) -> float:
+    """The cap of a model's logits, 0 for none; `params` may be shapes only."""
+    return nnx.merge(graphdef, params).final_softcap
+
+
+def logits(
+    params: Params, hidden: Float[Array, "... D"], *, softcap: float = 0.0
+) -> Float[Array, "... V"]:
+    """All logits in float32: for generation and tests; training uses the fused head.
+
+    Args:
+      params: of the model.
+      hidden: states after the final norm.
+      softcap: the model's `final_softcap`.
+    """
     weight_VD = head_weight(params).astype(hidden.dtype)
-    return jnp.einsum(
+    products = jnp.einsum(
         "...d,vd->...v", hidden, weight_VD, preferred_element_type=jnp.float32
     )
+    return softcap * jnp.tanh(products / softcap) if softcap else products
 
 
 def init_cache(
@@ -314,29 +314,10 @@ def decode(
     Returns:
       Hidden states after the final norm, and the updated cache.
     """
-    slots = jnp.arange(cache["key"].shape[2])
-    mask_BTS = slots[None, None, :] <= positions_BT[:, :, None]
-    attend = functools.partial(attention.attend, mask_B1TS=mask_BTS[:, None])
     model = nnx.merge(graphdef, params)
+    slots_11S = jnp.arange(cache["key"].shape[2])[None, None, :]
+    positions_BT1 = positions_BT[:, :, None]
+    attend = attention.where(
+        slots_11S <= positions_BT1, positions_BT1 - slots_11S, model.rule
+    )
     return model(tokens_BT, positions_BT, attend, cache)[:2]
-
-
-def _check(config: DecoderConfig, dtype: str, remat: str) -> None:
-    sizes = ("vocab_size", "width", "num_layers", "num_heads", "num_kv_heads")
-    for name in (*sizes, "head_dim", "mlp_width"):
-        if getattr(config, name) < 1:
-            raise ValueError(
-                f"{name}={getattr(config, name)} must be at least 1: set it"
-            )
-    if config.num_heads % config.num_kv_heads:
-        raise ValueError(
-            f"num_kv_heads={config.num_kv_heads} does not divide "
-            f"num_heads={config.num_heads}: use a divisor"
-        )
-    if config.head_dim % 2:
-        raise ValueError(
-            f"head_dim={config.head_dim} is odd, rotary needs pairs: use even"
-        )
-    for name, value, known in (("dtype", dtype, DTYPES), ("remat", remat, REMATS)):
-        if value not in known:
-            raise ValueError(f"{name}={value!r} is unknown: use one of {known}")

@@ -7,7 +7,6 @@ stacks them: a process touches only the parts that its own devices hold.
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import os
@@ -22,32 +21,14 @@ import jax.numpy as jnp
 import numpy as np
 from huggingface_hub import errors
 from jax.experimental import multihost_utils
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from kdjax.config import DecoderConfig
-from kdjax.models import decoder
-from kdjax.models.names import TOP_NAMES, join, stored_names, stored_shapes
+from kdjax.models import decoder, families
 
 INDEX = "model.safetensors.index.json"
 FLOATS = ("F32", "F16", "BF16")
-REQUIRED = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-)
-# Fields with one supported value: any other changes the numbers.
-FIXED = {
-    "model_type": "llama",
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "partial_rotary_factor": 1.0,
-    "quantization_config": None,
-    "sliding_window": None,
-}
 
 
 def resolve(path: str | os.PathLike) -> pathlib.Path:
@@ -75,39 +56,13 @@ def read_config(path: str | os.PathLike) -> DecoderConfig:
     """The shape of the model in a folder.
 
     Raises:
-      ValueError: an architecture, or a field that changes the numbers, which the
-        decoder does not implement.
+      ValueError: a family, a field or a value that the decoder does not implement, or
+        that it does not know.
     """
     file = resolve(path) / "config.json"
     if not file.is_file():
         raise ValueError(f"{file} is missing: give a Hugging Face model folder")
-    raw = json.loads(file.read_text())
-    for name, wanted in FIXED.items():
-        if raw.get(name, wanted) != wanted or (
-            name == "model_type" and name not in raw
-        ):
-            raise ValueError(
-                f"{file}: {name}={raw.get(name)!r} is not supported, only {wanted!r}: "
-                "use a model of the plain Llama architecture"
-            )
-    absent = [name for name in REQUIRED if name not in raw]
-    if absent:
-        raise ValueError(f"{file} lacks {', '.join(absent)}: add what the model has")
-    num_heads = raw["num_attention_heads"]
-    return DecoderConfig(
-        vocab_size=raw["vocab_size"],
-        width=raw["hidden_size"],
-        num_layers=raw["num_hidden_layers"],
-        num_heads=num_heads,
-        num_kv_heads=raw.get("num_key_value_heads") or num_heads,
-        head_dim=raw.get("head_dim") or raw["hidden_size"] // num_heads,
-        mlp_width=raw["intermediate_size"],
-        rope_theta=_rope_theta(raw, file),
-        norm_eps=raw.get("rms_norm_eps", 1e-6),
-        tie_embeddings=raw.get("tie_word_embeddings", False),
-        max_length=raw.get("max_position_embeddings", 2048),
-        init_std=raw.get("initializer_range", 0.02),
-    )
+    return families.read(_read_json(file), str(file))
 
 
 def load_params(
@@ -145,14 +100,16 @@ def load_params(
         shardings = jax.tree.map(lambda _: device, shapes)
     with contextlib.ExitStack() as stack:
         tensors, files = _open_tensors(folder, stack)
-        stored = dataclasses.replace(config, num_layers=num_stored)
-        _check_tensors(folder, tensors, files, stored)
+        _check_tensors(folder, tensors, files, _stored_shapes(config, num_stored))
 
         def load(key_path, shape, sharding):
-            names, transposed = stored_names(join(key_path), layers)
+            path = _join(key_path)
+            names, transposed = families.stored_names(config, path, layers)
+            stacked = path.startswith("layers/")
 
             def read(index):
-                return _read(tensors, names, transposed, index).astype(jnp.dtype(dtype))
+                part = _read(tensors, names, index, stacked, transposed)
+                return part.astype(jnp.dtype(dtype))
 
             return jax.make_array_from_callback(shape.shape, sharding, _memoised(read))
 
@@ -184,7 +141,8 @@ def save(
       overwrite: replace an existing model folder.
 
     Raises:
-      ValueError: the folder exists and may not be replaced.
+      ValueError: the folder exists and may not be replaced, or the shape is not one of
+        its family.
     """
     path = pathlib.Path(path)
     replaceable = overwrite and (path / "config.json").is_file()
@@ -193,6 +151,7 @@ def save(
             f"path={str(path)!r} exists and is not empty: remove it, choose another, "
             "or replace a model folder with overwrite=True"
         )
+    described = families.write(config)
     tensors = _stored_tensors(config, jax.tree.map(_to_host, params))
     if jax.process_index() != 0:
         return
@@ -204,7 +163,9 @@ def save(
         f"{name}_token_id": getattr(tokenizer, f"{name}_token_id", None)
         for name in ("bos", "eos", "pad")
     }
-    _write_json(scratch / "config.json", _hf_config(config, dtype) | ids)
+    # Both spellings: transformers 4 reads the first, transformers 5 the second.
+    stored_as = {"torch_dtype": dtype, "dtype": dtype}
+    _write_json(scratch / "config.json", described | stored_as | ids)
     _write_json(scratch / "generation_config.json", {"_from_model_config": True} | ids)
     _write_weights(scratch, tensors, dtype, max_shard_bytes)
     if tokenizer is not None:
@@ -225,45 +186,70 @@ def fingerprint(path: str | os.PathLike) -> str:
     return digest.hexdigest()
 
 
-def _rope_theta(raw: dict, file: pathlib.Path) -> float:
-    # `rope_scaling` until transformers 4, `rope_parameters` from 5 on.
-    for name in ("rope_scaling", "rope_parameters"):
-        rope = raw.get(name) or {}
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
-            raise ValueError(
-                f"{file}: {name}={rope!r} is not supported, only rope_type 'default' "
-                "over the whole head: use a model without scaled rotary positions"
-            )
-    rope = raw.get("rope_parameters") or {}
-    return float(rope.get("rope_theta", raw.get("rope_theta", 10000.0)))
-
-
 def _open_tensors(
     folder: pathlib.Path, stack: contextlib.ExitStack
 ) -> tuple[dict[str, Any], dict[str, pathlib.Path]]:
-    """Lazy slices and files by tensor name; files stay open as long as `stack`."""
+    """Lazy slices and files by tensor name; files stay open as long as `stack`.
+
+    The files are also those of tensors that an index names and no file holds.
+    """
+    files, origins = ["model.safetensors"], {}
     if (folder / INDEX).is_file():
-        weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
+        weight_map = _read_json(folder / INDEX).get("weight_map")
+        if not weight_map:
+            raise ValueError(f"{folder / INDEX} lacks weight_map: download it again")
         files = sorted(set(weight_map.values()))
-    else:
-        files = ["model.safetensors"]
+        origins = {name: folder / file for name, file in weight_map.items()}
     tensors: dict[str, Any] = {}
-    origins: dict[str, pathlib.Path] = {}
     for file in files:
         if not (folder / file).is_file():
             raise ValueError(f"{folder / file} is missing: download the folder again")
-        opened = stack.enter_context(safe_open(folder / file, framework="np"))
-        names = opened.keys()
-        tensors |= {name: opened.get_slice(name) for name in names}
+        try:
+            opened = stack.enter_context(safe_open(folder / file, framework="np"))
+            names = opened.keys()
+            tensors |= {name: opened.get_slice(name) for name in names}
+        except SafetensorError as error:
+            raise ValueError(
+                f"{folder / file} is damaged ({error}): download the folder again"
+            ) from error
         origins |= dict.fromkeys(names, folder / file)
     return tensors, origins
 
 
+def _read_json(file: pathlib.Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text())
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file} is damaged ({error}): download it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds no object: download it again")
+    return content
+
+
+def _join(key_path) -> str:
+    """A path of `jax.tree_util` in a nested dict, as "layers/mlp/up/kernel"."""
+    return "/".join(key.key for key in key_path)
+
+
+def _stored_shapes(
+    config: DecoderConfig, num_layers: int
+) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor in the files of a model of so many layers."""
+    _, params = decoder.create(config)
+    result: dict[str, tuple[int, ...]] = {}
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        path = _join(key_path)
+        names, transposed = families.stored_names(config, path, range(num_layers))
+        shape = leaf.shape[1:] if path.startswith("layers/") else leaf.shape
+        result |= dict.fromkeys(names, shape[::-1] if transposed else shape)
+    return result
+
+
 def _check_tensors(
-    folder: pathlib.Path, tensors: dict, files: dict, config: DecoderConfig
+    folder: pathlib.Path, tensors: dict, files: dict, wanted: dict
 ) -> None:
-    wanted = stored_shapes(config)
+    several = (folder / INDEX).is_file()
+    whole = folder / (INDEX if several else "model.safetensors")
     # Old exports also store the rotary frequencies, which follow from the config.
     found = {name for name in tensors if not name.endswith("rotary_emb.inv_freq")}
     for kind, names in (
@@ -272,7 +258,7 @@ def _check_tensors(
     ):
         if names:
             raise ValueError(
-                f"{files.get(min(names), folder)} {kind} tensor {min(names)} "
+                f"{files.get(min(names), whole)} {kind} tensor {min(names)} "
                 f"({len(names)} such): config.json and weights do not belong together"
             )
     for name, shape in wanted.items():
@@ -286,10 +272,10 @@ def _check_tensors(
 
 
 def _read(
-    tensors: dict, names: list[str], transposed: bool, index: tuple
+    tensors: dict, names: list[str], index: tuple, stacked: bool, transposed: bool
 ) -> np.ndarray:
     """The part `index` of a parameter, from the tensors behind it."""
-    if names[0] in TOP_NAMES.values():
+    if not stacked:
         return tensors[names[0]][index]
     layers, *rest = index
     stored = tuple(rest[::-1] if transposed else rest)
@@ -320,9 +306,10 @@ def _stored_tensors(config: DecoderConfig, params: dict) -> dict[str, np.ndarray
     """Views of the parameters by Hugging Face name."""
     result = {}
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        path = join(key_path)
-        names, transposed = stored_names(path, range(config.num_layers))
-        parts = [leaf] if path in TOP_NAMES else leaf
+        path = _join(key_path)
+        layers = range(config.num_layers)
+        names, transposed = families.stored_names(config, path, layers)
+        parts = leaf if path.startswith("layers/") else [leaf]
         for name, part in zip(names, parts, strict=True):
             result[name] = part.T if transposed else part
     return dict(sorted(result.items()))
@@ -357,35 +344,6 @@ def _write_weights(
         cast = {n: np.ascontiguousarray(tensors[n], jnp.dtype(dtype)) for n in names}
         save_file(cast, folder / file, metadata={"format": "pt"})
         (folder / file).chmod(0o644)  # safetensors lets nobody else read it
-
-
-def _hf_config(config: DecoderConfig, dtype: str) -> dict[str, Any]:
-    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.width,
-        "intermediate_size": config.mlp_width,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "hidden_act": "silu",
-        "rms_norm_eps": config.norm_eps,
-        # Both spellings: transformers 4 reads the first, transformers 5 the second.
-        "rope_theta": config.rope_theta,
-        "rope_parameters": rope,
-        "max_position_embeddings": config.max_length,
-        "tie_word_embeddings": config.tie_embeddings,
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "mlp_bias": False,
-        "initializer_range": config.init_std,
-        "use_cache": True,
-        "torch_dtype": dtype,
-        "dtype": dtype,
-    }
 
 
 def _write_json(file: pathlib.Path, content: dict) -> None:

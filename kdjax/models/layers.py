@@ -1,4 +1,4 @@
-"""Layers of the Llama family, as flax.nnx modules.
+"""Layers of decoders, as flax.nnx modules.
 
 Shapes: B rows, T time, S key/value time, D width, H query heads, G key/value heads,
 K per head, F inner width of the MLP, V vocabulary. Parameters are float32; every layer
@@ -6,12 +6,23 @@ casts them to its compute dtype where they are used. Norms, rotary angles and so
 are computed in float32 whatever the compute dtype.
 """
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from kdjax.config import DecoderConfig
+from kdjax.models import rotary
 from kdjax.models.attention import Attend
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
 
 
 def normal(key: Array, shape: tuple[int, ...], std: float) -> nnx.Param:
@@ -19,62 +30,54 @@ def normal(key: Array, shape: tuple[int, ...], std: float) -> nnx.Param:
     return nnx.Param(std * jax.random.normal(key, shape, jnp.float32))
 
 
-def rotary_angles(
-    positions_BT: Int[Array, "B T"], *, head_dim: int, theta: float
-) -> tuple[Float[Array, "B T 1 K/2"], Float[Array, "B T 1 K/2"]]:
-    """Cosine and sine of position * theta^(-2i/head_dim), float32.
-
-    Source: Su et al., 2021, arXiv 2104.09864, section 3.2.
-    """
-    exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-    frequency = jnp.float32(theta) ** -exponent
-    position = positions_BT[:, :, None, None].astype(jnp.float32)
-    angle = position * frequency[None, None, None, :]
-    return jnp.cos(angle), jnp.sin(angle)
-
-
-def rotate(
-    x_BTHK: Float[Array, "B T H K"],
-    angles: tuple[Float[Array, "B T 1 K/2"], Float[Array, "B T 1 K/2"]],
-) -> Float[Array, "B T H K"]:
-    """Rotate dimension pairs (i, i + K/2) by their angles, in float32."""
-    cos, sin = angles
-    first, second = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
-    rotated = (first * cos - second * sin, second * cos + first * sin)
-    return jnp.concatenate(rotated, axis=-1).astype(x_BTHK.dtype)
-
-
 class Linear(nnx.Module):
-    """x @ kernel, without bias, in the dtype of x."""
+    """x @ kernel, and a bias where there is one, in the dtype of x."""
 
-    def __init__(self, in_dim: int, out_dim: int, *, std: float, rngs: nnx.Rngs):
-        """Draw a kernel of shape [in_dim, out_dim]."""
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        *,
+        std: float,
+        bias: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        """Draw a kernel of shape [in_dim, out_dim]; a bias starts at 0."""
         self.kernel = normal(rngs.params(), (in_dim, out_dim), std)
+        if bias:
+            self.bias = nnx.Param(jnp.zeros((out_dim,), jnp.float32))
+        self.has_bias = bias
 
     def __call__(self, x: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
         """Apply to the last axis."""
         # One row axis: the kernel's gradient then contracts one axis, not two, which
         # XLA's CPU backend multiplies nearly twice as fast.
-        kernel = self.kernel[...].astype(x.dtype)
-        return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
+        product = x.reshape(-1, x.shape[-1]) @ self.kernel[...].astype(x.dtype)
+        if self.has_bias:
+            product += self.bias[...].astype(x.dtype)[None]
+        return product.reshape(*x.shape[:-1], -1)
 
 
 class RMSNorm(nnx.Module):
-    """x / sqrt(mean(x^2) + eps) * scale, in float32, returned in the dtype of x.
+    """x / sqrt(mean(x^2) + eps) * (offset + scale), float32, in the dtype of x.
 
     Source: Zhang and Sennrich, 2019, arXiv 1910.07467, equation 4.
     """
 
-    def __init__(self, dim: int, *, eps: float):
-        """Start with a scale of 1."""
-        self.eps = eps
-        self.scale = nnx.Param(jnp.ones((dim,), jnp.float32))
+    def __init__(self, dim: int, *, eps: float, offset: float = 0.0):
+        """Start with a factor of 1."""
+        self.eps, self.offset = eps, offset
+        self.scale = nnx.Param(jnp.full((dim,), 1 - offset, jnp.float32))
 
-    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(self, x_in: Float[Array, "... D"]) -> Float[Array, "... D"]:
         """Normalise the last axis."""
-        x = x_BTD.astype(jnp.float32)
+        x = x_in.astype(jnp.float32)
         inverse = jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
-        return (x * inverse * self.scale[...][None, None, :]).astype(x_BTD.dtype)
+        scale = self.scale[...]
+        if self.offset:
+            scale += self.offset
+        scale = scale.reshape((1,) * (x.ndim - 1) + scale.shape)
+        return (x * inverse * scale).astype(x_in.dtype)
 
 
 class Embedding(nnx.Module):
@@ -98,49 +101,60 @@ class Head(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)).
+    """A gated MLP: down(activation(gate(x)) * up(x)).
 
     Source: Shazeer, 2020, arXiv 2002.05202, equation 6.
     """
 
-    def __init__(self, dim: int, inner_dim: int, *, std: float, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         """Draw the three kernels."""
-        self.gate = Linear(dim, inner_dim, std=std, rngs=rngs)
-        self.up = Linear(dim, inner_dim, std=std, rngs=rngs)
-        self.down = Linear(inner_dim, dim, std=std, rngs=rngs)
+        dims = (config.width, config.mlp_width)
+        linear = functools.partial(
+            Linear, std=config.init_std, bias=config.mlp_bias, rngs=rngs
+        )
+        self.gate, self.up = linear(*dims), linear(*dims)
+        self.down = linear(*dims[::-1])
+        self.activation = config.activation
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Apply to every position."""
-        return self.down(jax.nn.silu(self.gate(x_BTD)) * self.up(x_BTD))
+        activation = ACTIVATIONS[self.activation]
+        return self.down(activation(self.gate(x_BTD)) * self.up(x_BTD))
 
 
 class Attention(nnx.Module):
     """Grouped-query attention with rotary positions.
 
-    Source: Ainslie et al., 2023, arXiv 2305.13245, section 2.2.
+    Source: Ainslie et al., 2023, arXiv 2305.13245, section 2.2; norms of queries and
+    keys: Dehghani et al., 2023, arXiv 2302.05442, section 2.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        *,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        std: float,
-        rngs: nnx.Rngs,
-    ):
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         """Draw the four kernels."""
-        self.head_dim = head_dim
-        self.query = Linear(dim, num_heads * head_dim, std=std, rngs=rngs)
-        self.key = Linear(dim, num_kv_heads * head_dim, std=std, rngs=rngs)
-        self.value = Linear(dim, num_kv_heads * head_dim, std=std, rngs=rngs)
-        self.out = Linear(num_heads * head_dim, dim, std=std, rngs=rngs)
+        self.head_dim = config.head_dim
+        width, std = config.width, config.init_std
+        inner, shared = (
+            num * config.head_dim for num in (config.num_heads, config.num_kv_heads)
+        )
+        linear = functools.partial(Linear, std=std, bias=config.qkv_bias, rngs=rngs)
+        self.query = linear(width, inner)
+        self.key = linear(width, shared)
+        self.value = linear(width, shared)
+        self.out = Linear(inner, width, std=std, bias=config.out_bias, rngs=rngs)
+        self.has_norms = config.qk_norm
+        if config.qk_norm:
+            norm = functools.partial(
+                RMSNorm,
+                config.head_dim,
+                eps=config.norm_eps,
+                offset=config.norm_offset,
+            )
+            self.query_norm, self.key_norm = norm(), norm()
 
     def __call__(
         self,
         x_BTD: Float[Array, "B T D"],
-        angles: tuple[Array, Array],
+        angles: rotary.Angles,
         attend: Attend,
         cache: dict[str, Float[Array, "B S G K"]] | None = None,
         slots_BT: Int[Array, "B T"] | None = None,
@@ -154,8 +168,11 @@ class Attention(nnx.Module):
           The attended rows and the updated cache (None without one).
         """
         split = (*x_BTD.shape[:2], -1, self.head_dim)
-        query = rotate(self.query(x_BTD).reshape(split), angles)
-        key = rotate(self.key(x_BTD).reshape(split), angles)
+        query = self.query(x_BTD).reshape(split)
+        key = self.key(x_BTD).reshape(split)
+        if self.has_norms:
+            query, key = self.query_norm(query), self.key_norm(key)
+        query, key = rotary.rotate(query, angles), rotary.rotate(key, angles)
         value = self.value(x_BTD).reshape(split)
         if cache is not None:
             rows_B1 = jnp.arange(x_BTD.shape[0])[:, None]

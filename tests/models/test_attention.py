@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from kdjax import experiment, sharding
 from kdjax.config import DecoderConfig, MeshConfig
 from kdjax.models import attention, decoder
-from kdjax.models.attention import Kernel
+from kdjax.models.attention import Kernel, Rule
 
 SHAPE = DecoderConfig(
     vocab_size=61,
@@ -85,6 +85,51 @@ def test_splash_is_attend_on_packed_rows(shape, length):
         np.testing.assert_allclose(a, e, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize(
+    ("name", "rule", "window"),
+    [
+        ("splash", Rule(windows=(100,), softcap=2.0, scalar=20), None),
+        ("splash", Rule(windows=(0, 100), softcap=2.0), 100),
+        ("splash", Rule(windows=(0, 100)), 0),
+        ("splash", Rule(windows=(60, 100)), 60),
+        ("cudnn", Rule(windows=(100,), scalar=20), None),
+        ("cudnn", Rule(windows=(0, 100)), 100),
+        ("cudnn", Rule(windows=(0, 100)), 0),
+    ],
+)
+def test_windows_caps_and_scales_are_those_of_attend(name, rule, window, monkeypatch):
+    """Against a mask of our own; cuDNN's call is computed by XLA."""
+    theirs = jax.nn.dot_product_attention
+    monkeypatch.setattr(
+        jax.nn,
+        "dot_product_attention",
+        lambda *arrays, **options: theirs(
+            *arrays, **options | {"implementation": "xla"}
+        ),
+    )
+    length = 256
+    arrays = [
+        jax.random.normal(jax.random.key(n), (1, length, heads, 64))
+        for n, heads in enumerate((4, 2, 2))
+    ]
+    segments_BT = packed(1, length)
+    size = window if window is not None else rule.windows[0]
+    time = np.arange(length)
+    distance = time[:, None] - time[None, :]
+    mask = (distance >= 0) & ((distance < size) | (size == 0))
+    mask &= np.asarray(segments_BT[0][:, None] == segments_BT[0][None, :])
+    expected = values_and_grads(
+        lambda *x: attention.attend(*x, jnp.asarray(mask)[None, None], rule), *arrays
+    )
+    kernel = Kernel(name=name, mesh=mesh_of(1, 1, 1), interpret=True)
+    traced = None if window is None else jnp.int32(window)
+    for chosen in (kernel, attention.XLA):
+        attend = attention.within_segments(chosen, segments_BT, rule)
+        actual = values_and_grads(lambda *x: attend(*x, window=traced), *arrays)  # noqa: B023
+        for a, e in zip(actual, expected, strict=True):
+            np.testing.assert_allclose(a, e, rtol=2e-5, atol=2e-5)
+
+
 def test_segments_are_kept_apart():
     """The comparison above can fail: without segments the rows differ."""
     arrays = [jax.random.normal(jax.random.key(n), (1, 128, 2, 64)) for n in range(3)]
@@ -93,17 +138,21 @@ def test_segments_are_kept_apart():
     assert not np.allclose(attend(*arrays), merged(*arrays), atol=1e-2)
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
-def test_a_model_on_a_mesh_learns_alike(remat):
+@pytest.mark.parametrize(
+    ("remat", "windows"),
+    [("none", ()), ("dots", ()), ("full", ()), ("full", (100, 0))],
+)
+def test_a_model_on_a_mesh_learns_alike(remat, windows):
     mesh = mesh_of(2, 2, 2)
-    params = decoder.init_params(SHAPE, jax.random.key(0))
+    shape = dataclasses.replace(SHAPE, windows=windows)
+    params = decoder.init_params(shape, jax.random.key(0))
     segments_BT = packed(4, 128)
     tokens_BT = jax.random.randint(jax.random.key(1), (4, 128), 0, SHAPE.vocab_size)
     positions_BT = jnp.tile(jnp.arange(128)[None], (4, 1))
 
     def grads(kernel, dtype):
         model = experiment.make_model(
-            SHAPE, mesh, dtype=dtype, remat=remat, kernel=kernel
+            shape, mesh, dtype=dtype, remat=remat, kernel=kernel
         )
 
         def total(params):
@@ -154,6 +203,10 @@ def test_rows_that_do_not_fill_blocks_take_xla():
         ("tpu", {"tensor": 2}, "splash"),
         ("tpu", {"tensor": 4}, "xla"),  # 2 key heads
         ("gpu", {"tensor": 4}, "xla"),
+        ("tpu", {"windows": (8, 0), "attention_softcap": 50.0}, "splash"),
+        ("tpu", {"windows": (8, 0, 16)}, "xla"),
+        ("gpu", {"windows": (8, 0, 16)}, "cudnn"),
+        ("gpu", {"attention_softcap": 50.0}, "xla"),
     ],
 )
 def test_auto_takes_what_devices_and_model_allow(platform, changes, name):

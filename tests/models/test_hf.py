@@ -193,10 +193,10 @@ def test_kept_layers_are_the_named_ones_in_order(saved):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"model_type": "mistral"},
-        {"hidden_act": "gelu"},
-        {"attention_bias": True},
-        {"mlp_bias": True},
+        {"model_type": "mixtral"},
+        {"hidden_act": "relu"},
+        {"sliding_window": 8},
+        {"partial_rotary_factor": 0.5},
         {"rope_scaling": {"type": "linear", "factor": 2.0}},
         {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}},
         {"quantization_config": {"bits": 4}},

@@ -1,0 +1,81 @@
+"""Which configs describe a decoder, and those of models made of another's layers."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from kdjax.config import ACTIVATIONS, FAMILIES, ROPE_TYPES, ROTARY, DecoderConfig
+
+
+def kept_layers(config: DecoderConfig, layers: Sequence[int]) -> DecoderConfig:
+    """The shape of a model made of some layers of another, in this order."""
+
+    def kept(values: tuple, plain: int | str) -> tuple:
+        found = tuple(values[layer] for layer in layers) if values else ()
+        return found if any(value != plain for value in found) else ()
+
+    return dataclasses.replace(
+        config,
+        num_layers=len(layers),
+        windows=kept(config.windows, 0),
+        rotary=kept(config.rotary, "global"),
+    )
+
+
+def one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    """Raise ValueError unless a value is one of those known."""
+    if value not in known:
+        raise ValueError(f"{name}={value!r} is unknown: use one of {known}")
+
+
+def check(config: DecoderConfig) -> None:
+    """Raise ValueError, naming a field, for a config that describes no model."""
+    sizes = ("vocab_size", "width", "num_layers", "num_heads", "num_kv_heads")
+    for name in (*sizes, "head_dim", "mlp_width"):
+        if getattr(config, name) < 1:
+            raise ValueError(
+                f"{name}={getattr(config, name)} must be at least 1: set it"
+            )
+    if config.num_heads % config.num_kv_heads:
+        raise ValueError(
+            f"num_kv_heads={config.num_kv_heads} does not divide "
+            f"num_heads={config.num_heads}: use a divisor"
+        )
+    if config.head_dim % 2:
+        raise ValueError(
+            f"head_dim={config.head_dim} is odd, rotary needs pairs: use even"
+        )
+    for name in ("windows", "rotary"):
+        values = getattr(config, name)
+        if len(values) not in (0, config.num_layers):
+            raise ValueError(
+                f"{name}={values} is of {len(values)} layers, num_layers="
+                f"{config.num_layers}: give one value a layer, or ()"
+            )
+    for name in ("attention_softcap", "final_softcap", "query_scalar"):
+        if not getattr(config, name) >= 0:
+            raise ValueError(f"{name}={getattr(config, name)} is below 0: 0 = none")
+    if min(config.windows, default=0) < 0:
+        raise ValueError(f"windows={config.windows}: sizes are positive, 0 = all")
+    rope = config.rope
+    if rope.type in ("llama3", "yarn") and rope.original_length < 1:
+        raise ValueError(
+            f"rope.original_length={rope.original_length} with rope.type="
+            f"{rope.type!r}: give the length before stretching, in tokens"
+        )
+    if not min(config.rope_theta, config.local_rope_theta) > 1:
+        raise ValueError(
+            f"rope_theta={config.rope_theta}, local_rope_theta="
+            f"{config.local_rope_theta}: bases of frequencies are above 1"
+        )
+    if not rope.low_freq_factor < rope.high_freq_factor:
+        raise ValueError(
+            f"rope.low_freq_factor={rope.low_freq_factor} is not below "
+            f"rope.high_freq_factor={rope.high_freq_factor}: lower it"
+        )
+    if not rope.factor >= 1:
+        raise ValueError(f"rope.factor={rope.factor} is below 1: positions stretch")
+    one_of("family", config.family, FAMILIES)
+    one_of("activation", config.activation, ACTIVATIONS)
+    one_of("rope.type", rope.type, ROPE_TYPES)
+    for kind in config.rotary:
+        one_of("rotary", kind, ROTARY)
