@@ -6,6 +6,8 @@ casts them to its compute dtype where they are used. Norms, rotary angles and so
 are computed in float32 whatever the compute dtype.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -17,6 +19,21 @@ from kdjax.models.attention import Attend
 def normal(key: Array, shape: tuple[int, ...], std: float) -> nnx.Param:
     """Float32 parameter drawn from a normal distribution around 0."""
     return nnx.Param(std * jax.random.normal(key, shape, jnp.float32))
+
+
+def recomputing(body: Callable, remat: str) -> Callable:
+    """The body of a scan over layers, with what its backward pass recomputes.
+
+    Args:
+      body: (carry, layer) -> (carry, output).
+      remat: "none"; "dots" (all but matmuls with parameters); "full" (all of it).
+    """
+    if remat == "none":
+        return body
+    dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    policy = dots if remat == "dots" else None
+    # A scan's body cannot be merged with its recomputation: no barrier needed.
+    return jax.checkpoint(body, policy=policy, prevent_cse=False)
 
 
 def rotary_angles(
