@@ -67,7 +67,7 @@ def model():
 
 
 def theirs(config):
-    """A random model of transformers, large enough weights for a difference to show."""
+    """A random model of transformers whose attention and biases matter."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     transformers.utils.logging.disable_progress_bar()
@@ -89,7 +89,7 @@ def theirs(config):
     model = transformers.T5ForConditionalGeneration(shape).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if "bias" in name or name.endswith((".q.weight", "o.weight")):
+            if "bias" in name or name.endswith(".q.weight"):
                 weight *= 5
             if "norm" in name:
                 weight += 0.2 * torch.randn_like(weight)
@@ -136,8 +136,9 @@ def test_their_model_loads_here(tmp_path, config):
     assert_equal_logits(logits_of(config, params, *rows), wanted)
 
 
-@CONFIGS
-@pytest.mark.parametrize("max_shard_bytes", [2**30, 20_000], ids=["one", "many"])
+@pytest.mark.parametrize(
+    ("config", "max_shard_bytes"), [(V1_0, 20_000), (V1_1, 2**30)], ids=["v1.0", "v1.1"]
+)
 def test_our_model_loads_there_and_comes_back(tmp_path, config, max_shard_bytes):
     params = t5.init_params(config, jax.random.key(0))
     folder = tmp_path / "new" / "model"
@@ -155,9 +156,8 @@ def test_our_model_loads_there_and_comes_back(tmp_path, config, max_shard_bytes)
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("scaled", [True, False])
-def test_tying_and_scaling_are_told_apart(tmp_path, tied, scaled):
-    config = dataclasses.replace(V1_1, tie_embeddings=tied, scale_outputs=scaled)
+def test_tying_and_scaling_are_told_apart(tmp_path, tied):
+    config = dataclasses.replace(V1_1, tie_embeddings=tied, scale_outputs=not tied)
     params = t5.init_params(config, jax.random.key(0))
     t5_names.save(tmp_path / "model", config, params)
     assert read_config(tmp_path / "model") == config
