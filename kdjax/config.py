@@ -120,6 +120,30 @@ class DecoderConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class T5Config:
+    """Shape of an encoder-decoder transformer: T5 v1.0, v1.1 or FLAN."""
+
+    vocab_size: int = 0  # rows of the embedding; 0 = the tokenizer's size
+    width: int = 64  # D, residual streams
+    num_encoder_layers: int = 2  # layers that read the prompt
+    num_decoder_layers: int = 2  # layers that write the target
+    num_heads: int = 4  # H, of every attention
+    head_dim: int = 16  # per head; H * head_dim need not be the width
+    mlp_width: int = 128  # inner width of the MLP
+    gated: bool = True  # gelu(gate) * up (v1.1, FLAN), else relu(up) (v1.0)
+    tie_embeddings: bool = False  # the output head is the embedding (v1.0)
+    scale_outputs: bool = False  # logits are multiplied by width^-0.5 (v1.0)
+    num_buckets: int = 32  # of relative positions; even
+    max_distance: int = 128  # tokens; farther ones share the last bucket
+    dropout: float = 0.1  # rate while training
+    norm_eps: float = 1e-6  # RMSNorm epsilon
+    init_factor: float = 1.0  # multiplies all random weights
+    pad_id: int = 0  # fills rows
+    eos_id: int = 1  # ends a target
+    start_id: int = 0  # first token the decoder reads
+
+
+@dataclass(kw_only=True, slots=True)
 class TeacherConfig:
     """The model that writes the soft labels."""
 

@@ -29,6 +29,19 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"layers/(attention/out|mlp/down)/bias", P()),
     (r"(layers/.*_)?norm/scale", P()),
     (r"projection/kernel", P(None, "fsdp", "tensor")),  # of the hidden-state loss
+    # T5: two stacks, whose small tables of position biases are repeated.
+    (
+        r"(encoder|decoder)/layers/(attention|cross)/(query|key|value)/kernel",
+        P(None, "fsdp", "tensor"),
+    ),
+    (
+        r"(encoder|decoder)/layers/(attention|cross)/out/kernel",
+        P(None, "tensor", "fsdp"),
+    ),
+    (r"(encoder|decoder)/layers/mlp/(gate|up)/kernel", P(None, "fsdp", "tensor")),
+    (r"(encoder|decoder)/layers/mlp/down/kernel", P(None, "tensor", "fsdp")),
+    (r"(encoder|decoder)/(layers/.*_)?norm/scale", P()),
+    (r"(encoder|decoder)/position_bias/table", P()),
 )
 HEAD_SPEC = P(None, ("fsdp", "tensor"))
 BATCH_SPEC = P(None, ("data", "fsdp"))  # [microbatch, row, ...]

@@ -4,8 +4,11 @@ Which segments make up step s is computed, never remembered: the packing plan of
 epoch follows from the lengths and (seed, epoch). Resuming needs one integer and works
 on another number of hosts.
 
+Students that only decode read prompt and target in one row. Those with an encoder read
+the prompt there: a segment then lies in two rows of the same number, side by side.
+
 Shapes: M microbatches, R rows of a microbatch (those of one host), T row length,
-K stored pairs, t target tokens of a segment.
+S length of the encoder's row, K stored pairs, t target tokens of a segment.
 """
 
 import threading
@@ -14,6 +17,7 @@ from typing import Any, NamedTuple
 
 import grain
 import numpy as np
+from jaxtyping import Int32
 
 from kdjax.data.packing import pack
 from kdjax.data.soft import TeacherRows
@@ -39,16 +43,20 @@ class BatchPlan:
         num_microbatches: int = 1,
         seed: int = 0,
         shuffle: bool = True,
+        encoder_length: int = 0,
+        start_id: int = 0,
     ) -> None:
         """See the class.
 
         Args:
           segments: at least one, none longer than a row.
           batch_size: packed rows per step over all hosts and microbatches.
-          row_length: input positions per row.
+          row_length: input positions per row; with an encoder, of the decoder.
           num_microbatches: divides `batch_size`.
           seed: of the order.
           shuffle: False keeps the given order (evaluation, labelling).
+          encoder_length: positions per row of the encoder; 0 = there is none.
+          start_id: with an encoder, what the decoder reads before each target.
 
         Raises:
           ValueError: nothing to plan, a segment too long, or sizes that do not divide.
@@ -66,20 +74,33 @@ class BatchPlan:
         self.num_microbatches = num_microbatches
         self.seed = seed
         self.shuffle = shuffle
-        self.lengths = np.asarray([s.length for s in segments], np.int64)
+        self.encoder_length = encoder_length
+        self._start_1 = np.asarray([start_id], np.int32)
+        before = [len(self.before_target(s)) for s in segments]
         self.views = np.asarray([s.view for s in segments], np.int64)
         self.target_lengths = np.asarray([len(s.target_ids) for s in segments])
-        longest = int(self.lengths.argmax())
-        if self.lengths[longest] > row_length:
-            raise ValueError(
-                f"example {segments[longest].example_id!r} takes "
-                f"{self.lengths[longest]} positions, row_length={row_length}: use "
-                f"row_length >= {self.lengths[longest]}, or a smaller max_prompt or "
-                "max_target with on_long='truncate' or 'drop'"
-            )
+        # Every token but the last one is read.
+        self.lengths = np.asarray(before, np.int64) + self.target_lengths - 1
+        self._limits = {"row_length": (self.lengths, row_length)}
+        if encoder_length:
+            prompt_lengths = np.asarray([len(s.prompt_ids) for s in segments])
+            self._limits["encoder_length"] = (prompt_lengths, encoder_length)
+        for name, (lengths, limit) in self._limits.items():
+            longest = int(lengths.argmax())
+            if lengths[longest] > limit:
+                raise ValueError(
+                    f"example {segments[longest].example_id!r} takes "
+                    f"{lengths[longest]} positions, {name}={limit}: use "
+                    f"{name} >= {lengths[longest]}, or a smaller max_prompt or "
+                    "max_target with on_long='truncate' or 'drop'"
+                )
         self._lock = threading.Lock()
         self._rows: dict[int, list[np.ndarray]] = {}  # of the last few epochs used
         self._ends: list[int] = []  # steps up to the end of each epoch
+
+    def before_target(self, segment: Segment) -> Int32[np.ndarray, " p"]:
+        """What stands before the target in its row."""
+        return self._start_1 if self.encoder_length else segment.prompt_ids
 
     def steps_per_epoch(self, epoch: int) -> int:
         """Batches in an epoch; it may differ by one or so between epochs."""
@@ -123,7 +144,8 @@ class BatchPlan:
                 order = np.random.default_rng([self.seed, epoch]).permutation(order)
             if len(self._rows) >= 3:
                 del self._rows[min(self._rows)]
-            self._rows[epoch] = pack(self.lengths, order, self.row_length)
+            lengths, limits = zip(*self._limits.values(), strict=True)
+            self._rows[epoch] = pack(lengths, order, limits)
         return self._rows[epoch]
 
 
@@ -134,17 +156,27 @@ class Placement(NamedTuple):
     segment: Segment
     whole: slice  # its input positions
     target: slice  # those that predict its target tokens, from the prompt's last on
+    prompt: slice  # its positions in the encoder's row; empty without one
 
 
 def placements(plan: BatchPlan, items: Iterable[int]) -> Iterator[Placement]:
     """Lays out one row of `BatchPlan.batch`: its segments follow one another."""
-    start = 0
+    start = prompt_start = 0
     for item in items:
         segment = plan.segments[item]
-        stop = start + segment.length
-        first = start + len(segment.prompt_ids) - 1
-        yield Placement(int(item), segment, slice(start, stop), slice(first, stop))
-        start = stop
+        stop = start + int(plan.lengths[item])
+        first = stop - len(segment.target_ids)
+        prompt_stop = prompt_start
+        if plan.encoder_length:
+            prompt_stop += len(segment.prompt_ids)
+        yield Placement(
+            int(item),
+            segment,
+            slice(start, stop),
+            slice(first, stop),
+            slice(prompt_start, prompt_stop),
+        )
+        start, prompt_start = stop, prompt_stop
 
 
 def make_batch(
@@ -176,7 +208,8 @@ def make_batch(
     Returns:
       Arrays [M, R, T]. int32: tokens, targets (the next token), positions and segments
       (0 in padding, then 1..), view (-1 where the target is not trained on). float32:
-      hard_weights, soft_weights, and those of other kinds. With a cache also
+      hard_weights, soft_weights, and those of other kinds. With an encoder also int32
+      [M, R, S]: encoder_tokens, encoder_positions, encoder_segments. With a cache also
       teacher_log_probs [M, R, T, K] and teacher_log_z at `temperature`, and, unless
       the cache is dense, teacher_ids int32 [M, R, T, K]; without a record ids are -1,
       log-probs -inf, log z 0. Of a sampled cache log-probs are logs of shares of the
@@ -193,6 +226,10 @@ def make_batch(
     lead = (local.size, plan.row_length)
     integers = ("tokens", "targets", "positions", "segments")
     batch: Batch = {name: np.zeros(lead, np.int32) for name in integers}
+    if plan.encoder_length:
+        encoder_lead = (local.size, plan.encoder_length)
+        for name in ("tokens", "positions", "segments"):
+            batch[f"encoder_{name}"] = np.zeros(encoder_lead, np.int32)
     batch["view"] = np.full(lead, -1, np.int32)
     batch |= {f"{kind}_weights": np.zeros(lead, np.float32) for kind in weights}
     soft_views = _soft_views(terms)
@@ -206,7 +243,7 @@ def make_batch(
         batch |= teacher.empty(lead)
     for row, index in enumerate(local.ravel()):
         for number, at in enumerate(placements(plan, contents[index]), 1):
-            _write(batch, row, number, at, weights)
+            _write(batch, row, number, at, weights, plan)
             if cache is not None and at.segment.view in soft_views:
                 teacher.write(batch, row, at.target, at.segment)
     return {
@@ -240,13 +277,18 @@ def _write(
     number: int,
     at: Placement,
     weights: dict[str, dict[int, float]],
+    plan: BatchPlan,
 ) -> None:
     segment = at.segment
-    ids = np.concatenate([segment.prompt_ids, segment.target_ids])
+    ids = np.concatenate([plan.before_target(segment), segment.target_ids])
     batch["tokens"][row, at.whole] = ids[:-1]
     batch["targets"][row, at.whole] = ids[1:]
-    batch["positions"][row, at.whole] = np.arange(segment.length)
+    batch["positions"][row, at.whole] = np.arange(len(ids) - 1)
     batch["segments"][row, at.whole] = number
+    if plan.encoder_length:
+        batch["encoder_tokens"][row, at.prompt] = segment.prompt_ids
+        batch["encoder_positions"][row, at.prompt] = np.arange(len(segment.prompt_ids))
+        batch["encoder_segments"][row, at.prompt] = number
     batch["view"][row, at.target] = segment.view
     for kind, of_view in weights.items():
         batch[f"{kind}_weights"][row, at.target] = of_view.get(segment.view, 0.0)

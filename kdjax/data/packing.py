@@ -1,13 +1,15 @@
 """Packing: many short sequences into few rows of one length."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from jaxtyping import Int
 
 
 def pack(
-    lengths: Int[np.ndarray, " N"],
+    lengths: Int[np.ndarray, " N"] | Sequence[Int[np.ndarray, " N"]],
     order: Int[np.ndarray, " N"],
-    row_length: int,
+    row_length: int | Sequence[int],
     *,
     num_open: int = 64,
 ) -> list[np.ndarray]:
@@ -17,9 +19,10 @@ def pack(
     function of its arguments; 1e5 items take about half a second.
 
     Args:
-      lengths: positions that each item takes, >= 1.
+      lengths: positions that each item takes, >= 1. Several arrays, of an encoder and
+        a decoder, pack pairs: an item needs room in both rows, which it takes together.
       order: the items to place, each once.
-      row_length: positions of a row.
+      row_length: positions of a row; one number for each array of lengths.
       num_open: rows kept open. More pack tighter and slower.
 
     Returns:
@@ -28,25 +31,36 @@ def pack(
     Raises:
       ValueError: an item longer than a row.
     """
-    lengths = np.asarray(lengths)
-    if len(order) and lengths[order].max() > row_length:
-        item = int(order[np.argmax(lengths[order])])
-        raise ValueError(
-            f"item {item} takes {lengths[item]} positions, row_length={row_length}: "
-            f"use row_length >= {lengths[item]}, or shorten or drop the item"
-        )
+    lengths_CN = np.atleast_2d(np.asarray(lengths))
+    limits = np.atleast_1d(row_length).tolist()
+    for lengths_N, limit in zip(lengths_CN, limits, strict=True):
+        if len(order) and lengths_N[order].max() > limit:
+            item = int(order[np.argmax(lengths_N[order])])
+            raise ValueError(
+                f"item {item} takes {lengths_N[item]} positions, row_length={limit}: "
+                f"use row_length >= {lengths_N[item]}, or shorten or drop the item"
+            )
     rows: list[list[int]] = []
-    room = np.zeros(num_open, np.int64)
+    rooms = [np.zeros(num_open, np.int64) for _ in limits]
     row_of = [-1] * num_open
-    for item, length in zip(
-        np.asarray(order).tolist(), lengths[order].tolist(), strict=True
+    for item, *needs in zip(
+        np.asarray(order).tolist(),
+        *(lengths_N[order].tolist() for lengths_N in lengths_CN),
+        strict=True,
     ):
-        slot = int((room >= length).argmax())
-        if room[slot] < length:
-            slot = int(room.argmin())
-            room[slot] = row_length
+        fits = rooms[0] >= needs[0]
+        for room, need in zip(rooms[1:], needs[1:], strict=True):
+            fits &= room >= need
+        slot = int(fits.argmax())
+        if not fits[slot]:
+            # The fullest: its tighter side has the smallest share of room.
+            shares = [room / limit for room, limit in zip(rooms, limits, strict=True)]
+            slot = int(np.minimum.reduce(shares).argmin())
+            for room, limit in zip(rooms, limits, strict=True):
+                room[slot] = limit
             row_of[slot] = len(rows)
             rows.append([])
-        room[slot] -= length
+        for room, need in zip(rooms, needs, strict=True):
+            room[slot] -= need
         rows[row_of[slot]].append(item)
     return [np.asarray(row, np.int64) for row in rows]

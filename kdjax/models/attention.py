@@ -213,6 +213,9 @@ def attend(
     value_BSGK: Float[Array, "B S G K"],
     mask_B1TS: Bool[Array, "B 1 T S"],
     rule: Rule = PLAIN,
+    *,
+    bias_BHTS: Float[Array, "#B H T S"] | None = None,
+    drop: Callable[[Array], Array] | None = None,
 ) -> Float[Array, "B T H K"]:
     """Softmax attention where the mask is true, softmax in float32.
 
@@ -220,10 +223,21 @@ def attend(
 
     The H / G query heads that share a key head become rows of one matrix product. On a
     CPU that halves the time of `jax.nn.dot_product_attention` with its gradient.
+
+    Args:
+      query_BTHK: H heads.
+      key_BSGK: G heads, each shared by H / G of the query's.
+      value_BSGK: as the keys.
+      mask_B1TS: what each query may read. A query that may read nothing gets the mean
+        of all values, which keeps padding finite.
+      rule: how scores are made.
+      bias_BHTS: added to the scaled products, in float32.
+      drop: applied to the weights after the softmax.
     """
     num_rows, time, _, head_dim = query_BTHK.shape
-    weights = _weights(query_BTHK, key_BSGK, mask_B1TS, rule)
+    weights = _weights(query_BTHK, key_BSGK, mask_B1TS, rule, bias_BHTS)
     _, groups, shared, _, _ = weights.shape
+    weights = weights if drop is None else drop(weights)
     value = value_BSGK.transpose(0, 2, 1, 3)
     weights = weights.astype(value.dtype).reshape(num_rows, groups, shared * time, -1)
     mixed = jnp.einsum("bgts,bgsk->bgtk", weights, value)
@@ -251,7 +265,13 @@ def mean_weights(
     return jax.checkpoint(mean, prevent_cse=False)(query_BTHK, key_BTGK)
 
 
-def _weights(query_BTHK: Array, key_BSGK: Array, mask_B1TS: Array, rule: Rule) -> Array:
+def _weights(
+    query_BTHK: Array,
+    key_BSGK: Array,
+    mask_B1TS: Array,
+    rule: Rule,
+    bias_BHTS: Array | None = None,
+) -> Array:
     """Softmax of the scores where the mask is true, float32 [B, G, H / G, T, S]."""
     num_rows, time, num_heads, head_dim = query_BTHK.shape
     groups = key_BSGK.shape[2]
@@ -268,6 +288,8 @@ def _weights(query_BTHK: Array, key_BSGK: Array, mask_B1TS: Array, rule: Rule) -
     if rule.softcap:
         scores = rule.softcap * jnp.tanh(scores / rule.softcap)
     scores = scores.reshape(num_rows, groups, shared, time, -1)
+    if bias_BHTS is not None:
+        scores += bias_BHTS.reshape(-1, *scores.shape[1:])
     lowest = jnp.finfo(jnp.float32).min
     return jax.nn.softmax(jnp.where(mask_B1TS[:, :, None], scores, lowest), axis=-1)
 

@@ -30,7 +30,14 @@ from jaxtyping import Array, Float, Int
 from kdjax.config import DTYPES, REMATS, DecoderConfig
 from kdjax.models import attention, rotary
 from kdjax.models.attention import Kernel
-from kdjax.models.layers import MLP, Attention, Embedding, Head, RMSNorm
+from kdjax.models.layers import (
+    MLP,
+    Attention,
+    Embedding,
+    Head,
+    RMSNorm,
+    recomputing,
+)
 from kdjax.models.shape import check, one_of
 from kdjax.models.watch import NOTHING, Watch, Watched, keep, room
 
@@ -132,13 +139,10 @@ class Decoder(nnx.Module):
             watched = keep(watched, slot, x_BTD, lambda: mean(*seen[0], **window))
             return (x_BTD, watched), layer_cache
 
-        if self.remat != "none":
-            # A scan's body cannot be merged with its recomputation: no barrier needed.
-            dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-            policy = dots if self.remat == "dots" else None
-            body = jax.checkpoint(body, policy=policy, prevent_cse=False)
         layers = (stacked, cache, self._per_layer(), slots_L)
-        (x_BTD, watched), cache = jax.lax.scan(body, (x_BTD, watched), layers)
+        (x_BTD, watched), cache = jax.lax.scan(
+            recomputing(body, self.remat), (x_BTD, watched), layers
+        )
         return self.norm(x_BTD), cache, watched
 
     def _per_layer(self) -> dict[str, Int[Array, "L"]]:

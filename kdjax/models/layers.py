@@ -30,6 +30,21 @@ def normal(key: Array, shape: tuple[int, ...], std: float) -> nnx.Param:
     return nnx.Param(std * jax.random.normal(key, shape, jnp.float32))
 
 
+def recomputing(body: Callable, remat: str) -> Callable:
+    """The body of a scan over layers, with what its backward pass recomputes.
+
+    Args:
+      body: (carry, layer) -> (carry, output).
+      remat: "none"; "dots" (all but matmuls with parameters); "full" (all of it).
+    """
+    if remat == "none":
+        return body
+    dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    policy = dots if remat == "dots" else None
+    # A scan's body cannot be merged with its recomputation: no barrier needed.
+    return jax.checkpoint(body, policy=policy, prevent_cse=False)
+
+
 class Linear(nnx.Module):
     """x @ kernel, and a bias where there is one, in the dtype of x."""
 

@@ -111,10 +111,10 @@ def _points(plan: Any, step: int, manifest: records.Manifest) -> np.ndarray:
     shape = (plan.batch_size, plan.row_length, num_temperatures, num_points)
     found = np.zeros(shape, np.float32)
     for row, items in enumerate(plan.batch(step)):
-        for _, segment, _, target in loader.placements(plan, items):
-            found[row, target] = draws.points(
-                segment.key,
-                len(segment.target_ids),
+        for at in loader.placements(plan, items):
+            found[row, at.target] = draws.points(
+                at.segment.key,
+                len(at.segment.target_ids),
                 num_temperatures,
                 manifest.num_rounds,
                 manifest.k,
@@ -137,10 +137,10 @@ def _unpack(
     }
     num_tokens = 0
     for row, items in enumerate(plan.batch(step)):
-        for _, segment, _, target in loader.placements(plan, items):
-            num_tokens += len(segment.target_ids)
-            of = {name: array[row, target] for name, array in arrays.items()}
-            yield segment.key, _record(of, segment, manifest)
+        for at in loader.placements(plan, items):
+            num_tokens += len(at.segment.target_ids)
+            of = {name: array[row, at.target] for name, array in arrays.items()}
+            yield at.segment.key, _record(of, at.segment, manifest)
     clock.add(num_tokens, plan.batch_size * plan.row_length)
     advance(num_tokens)
 

@@ -1,0 +1,255 @@
+"""Layers of T5, as flax.nnx modules.
+
+Shapes: B rows, T time, S time of what is read, C cache slots, D width, H heads, K per
+head, F inner width of the MLP. Parameters are float32, as in `kdjax.models.layers`.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from kdjax.config import T5Config
+from kdjax.models import attention
+from kdjax.models.layers import Linear, RMSNorm, normal, recomputing
+
+_UNSCALED = attention.Rule(scalar=1.0)
+Memory = dict[str, Array]  # "key", "value": [B, S, H, K], what a layer attends to
+
+
+class Reads(NamedTuple):
+    """What all layers of a stack attend to, and how."""
+
+    attend: attention.Attend  # to the stack's own keys and values
+    encoded: Array | None = None  # [B, S, D], the encoder's result, unless cached
+    attend_encoded: attention.Attend | None = None  # to it; None in the encoder
+    slots: Array | None = None  # [B, T], where the cache takes new keys and values
+
+
+def relative_buckets(
+    distance: Int[Array, "..."],
+    *,
+    bidirectional: bool,
+    num_buckets: int,
+    max_distance: int,
+) -> Int[Array, "..."]:
+    """The bucket of each position that is read, minus the position that reads.
+
+    Half of the buckets hold one distance each, the other half ever wider ranges of
+    distances up to `max_distance`. With `bidirectional`, positions ahead have buckets
+    of their own; else they share the bucket of distance 0.
+
+    Source: `_relative_position_bucket` of mesh_tensorflow's transformer_layers.py.
+    """
+    ahead = jnp.zeros_like(distance)
+    if bidirectional:
+        num_buckets //= 2
+        ahead = num_buckets * (distance > 0).astype(distance.dtype)
+        distance = jnp.abs(distance)
+    else:
+        distance = jnp.maximum(-distance, 0)
+    # A table: where a range ends must not depend on how a device rounds logarithms.
+    table = jnp.asarray(_bucket_table(num_buckets, max_distance), distance.dtype)
+    return ahead + table[jnp.minimum(distance, max_distance)]
+
+
+def _bucket_table(num_buckets: int, max_distance: int) -> np.ndarray:
+    """The bucket of each distance from 0 to `max_distance`."""
+    exact = num_buckets // 2
+    distance = np.arange(max_distance + 1)
+    ratio = np.maximum(distance, exact).astype(np.float32) / np.float32(exact)
+    # Float32, as those who trained the models: it moves the ends of some ranges.
+    share = np.log(ratio, dtype=np.float64).astype(np.float32) / np.float32(
+        np.log(max_distance / exact)
+    )
+    wide = exact + (share * np.float32(num_buckets - exact)).astype(np.int64)
+    return np.where(distance < exact, distance, np.minimum(wide, num_buckets - 1))
+
+
+def _droppers(rate: float, key: Array | None, count: int) -> list[Callable]:
+    """Functions that each set a share of an array to 0 and scale up the rest."""
+    if key is None or rate == 0:
+        return [lambda x: x] * count
+
+    def drop(key: Array, x: Array) -> Array:
+        kept = jax.random.bernoulli(key, 1 - rate, x.shape)
+        return jnp.where(kept, x / (1 - rate), 0.0)
+
+    return [functools.partial(drop, key) for key in jax.random.split(key, count)]
+
+
+class PositionBias(nnx.Module):
+    """What the distance of two positions adds to their score, by head."""
+
+    def __init__(self, config: T5Config, *, bidirectional: bool, rngs: nnx.Rngs):
+        """Draw the table that all layers of a stack share."""
+        self.bidirectional = bidirectional
+        self.num_buckets = config.num_buckets
+        self.max_distance = config.max_distance
+        shape = (config.num_buckets, config.num_heads)
+        self.table = normal(rngs.params(), shape, config.width**-0.5)
+
+    def __call__(self, distance_BTS: Int[Array, "B T S"]) -> Float[Array, "B H T S"]:
+        """Look up each distance, float32."""
+        bucket_BTS = relative_buckets(
+            distance_BTS,
+            bidirectional=self.bidirectional,
+            num_buckets=self.num_buckets,
+            max_distance=self.max_distance,
+        )
+        return self.table[...][bucket_BTS].transpose(0, 3, 1, 2)
+
+
+class Attention(nnx.Module):
+    """Attention without a scale: the query's small initial weights stand for it."""
+
+    def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
+        """Draw the four kernels."""
+        width, inner = config.width, config.num_heads * config.head_dim
+        self.head_dim = config.head_dim
+        query_std = (width * config.head_dim) ** -0.5
+        self.query = Linear(width, inner, std=query_std, rngs=rngs)
+        self.key = Linear(width, inner, std=width**-0.5, rngs=rngs)
+        self.value = Linear(width, inner, std=width**-0.5, rngs=rngs)
+        self.out = Linear(inner, width, std=inner**-0.5, rngs=rngs)
+
+    def memory(self, x_BSD: Float[Array, "B S D"]) -> Memory:
+        """Keys and values of what is attended to."""
+        split = (*x_BSD.shape[:2], -1, self.head_dim)
+        layers = {"key": self.key, "value": self.value}
+        return {name: layer(x_BSD).reshape(split) for name, layer in layers.items()}
+
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], memory: Memory, attend: attention.Attend
+    ) -> Float[Array, "B T D"]:
+        """Read `memory` by `attend`: (query, key, value) -> mixed values."""
+        query = self.query(x_BTD).reshape(*x_BTD.shape[:2], -1, self.head_dim)
+        key, value = (memory[name].astype(x_BTD.dtype) for name in ("key", "value"))
+        return self.out(attend(query, key, value).reshape(*x_BTD.shape[:2], -1))
+
+
+class MLP(nnx.Module):
+    """down(gelu(gate(x)) * up(x)), gelu by its tanh form, or down(relu(up(x)))."""
+
+    def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
+        """Draw the kernels."""
+        width, inner = config.width, config.mlp_width
+        self.gated = config.gated
+        self.up = Linear(width, inner, std=width**-0.5, rngs=rngs)
+        self.down = Linear(inner, width, std=inner**-0.5, rngs=rngs)
+        if config.gated:
+            self.gate = Linear(width, inner, std=width**-0.5, rngs=rngs)
+
+    def __call__(self, x_BTD: Float[Array, "B T D"], drop: Callable) -> Array:
+        """Apply to every position; `drop` to the inner one."""
+        inner = self.up(x_BTD)
+        if self.gated:
+            inner *= jax.nn.gelu(self.gate(x_BTD), approximate=True)
+        else:
+            inner = jax.nn.relu(inner)
+        return self.down(drop(inner))
+
+
+class Block(nnx.Module):
+    """Attention, in a decoder attention to the encoder's result, MLP; each added."""
+
+    def __init__(self, config: T5Config, *, is_decoder: bool, rngs: nnx.Rngs):
+        """Draw the parameters of one layer."""
+        self.rate = config.dropout
+        self.attention_norm = RMSNorm(config.width, eps=config.norm_eps)
+        self.attention = Attention(config, rngs=rngs)
+        if is_decoder:
+            self.cross_norm = RMSNorm(config.width, eps=config.norm_eps)
+            self.cross = Attention(config, rngs=rngs)
+        self.mlp_norm = RMSNorm(config.width, eps=config.norm_eps)
+        self.mlp = MLP(config, rngs=rngs)
+
+    def __call__(self, x_BTD, key, reads, cache):
+        """One layer, and what later tokens will attend to if there is a cache."""
+        drops = _droppers(self.rate, key, 6)
+        normed_BTD = self.attention_norm(x_BTD)
+        memory = self.attention.memory(normed_BTD)
+        if cache is not None:
+            memory = _extended(cache["own"], memory, reads.slots)
+        attend = functools.partial(reads.attend, drop=drops[0])
+        x_BTD += drops[1](self.attention(normed_BTD, memory, attend))
+        if reads.attend_encoded is not None:
+            encoded = cache["encoded"] if cache else self.cross.memory(reads.encoded)
+            attend = functools.partial(reads.attend_encoded, drop=drops[2])
+            x_BTD += drops[3](self.cross(self.cross_norm(x_BTD), encoded, attend))
+        x_BTD += drops[5](self.mlp(self.mlp_norm(x_BTD), drops[4]))
+        return x_BTD, None if cache is None else memory
+
+
+class Stack(nnx.Module):
+    """Dropout, a scan over stacked blocks, final norm, dropout."""
+
+    def __init__(
+        self,
+        config: T5Config,
+        num_layers: int,
+        *,
+        is_decoder: bool,
+        remat: str,
+        rngs: nnx.Rngs,
+    ):
+        """Draw all parameters of a stack."""
+        self.remat, self.rate = remat, config.dropout
+        self.position_bias = PositionBias(
+            config, bidirectional=not is_decoder, rngs=rngs
+        )
+
+        def block(key: Array) -> Block:
+            return Block(config, is_decoder=is_decoder, rngs=nnx.Rngs(params=key))
+
+        self.layers = nnx.vmap(block)(jax.random.split(rngs.params(), num_layers))
+        self.norm = RMSNorm(config.width, eps=config.norm_eps)
+
+    def attend(self, mask_BTS, distance_BTS) -> attention.Attend:
+        """Attention where the mask is true, biased by distance."""
+        return attending(mask_BTS, self.position_bias(distance_BTS))
+
+    def __call__(self, x_BTD, reads, key=None, cache=None):
+        """Hidden states after the final norm, and what later tokens will read."""
+        graphdef, stacked = nnx.split(self.layers)
+        drops = _droppers(self.rate, key, 2)
+        keys = None
+        if key is not None:
+            num_layers = jax.tree.leaves(stacked)[0].shape[0]
+            keys = jax.random.split(jax.random.fold_in(key, 2), num_layers)
+
+        def body(x_BTD, layer):
+            params, key, cache = layer
+            return nnx.merge(graphdef, params)(x_BTD, key, reads, cache)
+
+        body = recomputing(body, self.remat)
+        x_BTD, memory = jax.lax.scan(body, drops[0](x_BTD), (stacked, keys, cache))
+        return drops[1](self.norm(x_BTD)), memory
+
+
+def attending(
+    mask_BTS: Bool[Array, "B T S"], bias_BHTS: Float[Array, "#B H T S"] | None = None
+) -> attention.Attend:
+    """T5's attention where the mask is true: biased, not scaled."""
+    return functools.partial(
+        attention.attend,
+        mask_B1TS=mask_BTS[:, None],
+        rule=_UNSCALED,
+        bias_BHTS=bias_BHTS,
+    )
+
+
+def _extended(old: Memory, new: Memory, slots_BT) -> Memory:
+    """Keys and values with new ones at their slots; one beyond the last is dropped."""
+    rows_B1 = jnp.arange(slots_BT.shape[0])[:, None]
+    return {
+        name: old[name]
+        .at[rows_B1, slots_BT]
+        .set(new[name].astype(old[name].dtype), mode="drop")
+        for name in old
+    }
