@@ -70,8 +70,8 @@ BREAKS = [
         number=3,
         what="off by one between stored row and token",
         file="data/loader.py",
-        old="first = start + len(segment.prompt_ids) - 1",
-        new="first = start + len(segment.prompt_ids)",
+        old="            slice(first, stop),\n",
+        new="            slice(first - 1, stop - 1),\n",
         test="data/test_loader.py::test_teacher_rows_stand_where_their_token_is_"
         "predicted",
     ),
