@@ -89,7 +89,7 @@ def make_train_step(
       (and sums of "hidden" and "attention" where they are terms).
     """
     shardings = _placed(abstract)
-    rules = {"logit_rule": logit_rule(graphdef, abstract.params)}
+    rules = {"logit_rule": logit_rule(graphdef, state.split(abstract.params)[0])}
     if teacher is not None:
         rules["teacher_rule"] = logit_rule(teacher.graphdef, teacher.abstract)
 

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from kdjax import experiment, sharding, state, step
+from kdjax import experiment, live, sharding, state, step
 from kdjax.config import MeshConfig, OptimConfig
 from kdjax.models import decoder
 from kdjax.optim import make_optimizer, make_schedule
@@ -104,7 +104,7 @@ def test_training_with_a_live_teacher(mesh, models, batch, log_probs, num_pairs)
         abstract,
         num_views=1,
         loss={"temperature": 1.0, "chunk_size": 16},
-        teacher=step.LiveTeacher(teacher.graphdef, teacher.abstract, num_pairs),
+        teacher=live.LiveTeacher(teacher.graphdef, teacher.abstract, num_pairs),
     )
     copied = jax.tree.map(lambda x: x.copy(), params)
     current = state.init_state(abstract, optimizer, lambda: copied)

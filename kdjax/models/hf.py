@@ -103,7 +103,7 @@ def load_params(
         _check_tensors(folder, tensors, files, _stored_shapes(config, num_stored))
 
         def load(key_path, shape, sharding):
-            path = _join(key_path)
+            path = join(key_path)
             names, transposed = families.stored_names(config, path, layers)
             stacked = path.startswith("layers/")
 
@@ -226,7 +226,7 @@ def _read_json(file: pathlib.Path) -> dict[str, Any]:
     return content
 
 
-def _join(key_path) -> str:
+def join(key_path) -> str:
     """A path of `jax.tree_util` in a nested dict, as "layers/mlp/up/kernel"."""
     return "/".join(key.key for key in key_path)
 
@@ -238,7 +238,7 @@ def _stored_shapes(
     _, params = decoder.create(config)
     result: dict[str, tuple[int, ...]] = {}
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        path = _join(key_path)
+        path = join(key_path)
         names, transposed = families.stored_names(config, path, range(num_layers))
         shape = leaf.shape[1:] if path.startswith("layers/") else leaf.shape
         result |= dict.fromkeys(names, shape[::-1] if transposed else shape)
@@ -306,7 +306,7 @@ def _stored_tensors(config: DecoderConfig, params: dict) -> dict[str, np.ndarray
     """Views of the parameters by Hugging Face name."""
     result = {}
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        path = _join(key_path)
+        path = join(key_path)
         layers = range(config.num_layers)
         names, transposed = families.stored_names(config, path, layers)
         parts = leaf if path.startswith("layers/") else [leaf]

@@ -77,7 +77,7 @@ def stored_shapes(config: T5Config) -> dict[str, tuple[int, ...]]:
     _, params = t5.create(config)
     result: dict[str, tuple[int, ...]] = {}
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        path = hf._join(key_path)
+        path = hf.join(key_path)
         names, transposed = stored_names(path, config)
         shape = leaf.shape if path in TOP_NAMES else leaf.shape[1:]
         result |= dict.fromkeys(names, shape[::-1] if transposed else shape)
@@ -202,7 +202,7 @@ def load_params(
         hf._check_tensors(folder, tensors, files, stored_shapes(config))
 
         def load(key_path, shape, sharding):
-            path = hf._join(key_path)
+            path = hf.join(key_path)
             names, transposed = stored_names(path, config)
 
             def read(index):
@@ -250,9 +250,9 @@ def save(
         )
     tensors: dict[str, np.ndarray] = {}
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        names, transposed = stored_names(hf._join(key_path), config)
+        names, transposed = stored_names(hf.join(key_path), config)
         host = hf._to_host(leaf)
-        parts = [host] if hf._join(key_path) in TOP_NAMES else host
+        parts = [host] if hf.join(key_path) in TOP_NAMES else host
         for name, part in zip(names, parts, strict=True):
             tensors[name] = part.T if transposed else part
     if jax.process_index() != 0:
