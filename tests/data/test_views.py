@@ -160,6 +160,9 @@ def test_keys_depend_on_content_and_tokenizer_alone():
     [other], _ = segments([EXAMPLE], ("label",), byte_level(pad="<pad>"))
     assert other.prompt_ids.tolist() == first.prompt_ids.tolist()
     assert other.key != first.key
+    prompt, target = first.prompt_ids, first.target_ids
+    for changed in ((prompt[::-1].copy(), target), (prompt, target + 1)):
+        assert views._key(b"", *changed) != views._key(b"", prompt, target)
 
 
 def test_keys_know_where_the_target_starts():

@@ -3,8 +3,6 @@
 import jax
 import numpy as np
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from kdjax.models import decoder, hf
 from tests.models.test_decoder import CONFIG, positions_of, run, tokens_of
@@ -24,8 +22,10 @@ def watched(graphdef, params, tokens, positions, segments, watch):
 
 
 def test_layers_are_those_of_transformers(tmp_path):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = transformers.LlamaConfig(
         vocab_size=61,
         hidden_size=32,
         num_hidden_layers=4,
@@ -35,7 +35,7 @@ def test_layers_are_those_of_transformers(tmp_path):
         initializer_range=0.2,
         attn_implementation="eager",
     )
-    reference = LlamaForCausalLM(config).eval()
+    reference = transformers.LlamaForCausalLM(config).eval()
     reference.save_pretrained(tmp_path)
     shape = hf.read_config(tmp_path)
     graphdef, _ = decoder.create(shape)
