@@ -140,6 +140,7 @@ def test_their_model_loads_here(tmp_path, config):
     ("config", "max_shard_bytes"), [(V1_0, 20_000), (V1_1, 2**30)], ids=["v1.0", "v1.1"]
 )
 def test_our_model_loads_there_and_comes_back(tmp_path, config, max_shard_bytes):
+    pytest.importorskip("torch")
     params = t5.init_params(config, jax.random.key(0))
     folder = tmp_path / "new" / "model"
     t5_names.save(folder, config, params, max_shard_bytes=max_shard_bytes)
@@ -157,6 +158,7 @@ def test_our_model_loads_there_and_comes_back(tmp_path, config, max_shard_bytes)
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_tying_and_scaling_are_told_apart(tmp_path, tied):
+    pytest.importorskip("torch")
     config = dataclasses.replace(V1_1, tie_embeddings=tied, scale_outputs=not tied)
     params = t5.init_params(config, jax.random.key(0))
     t5_names.save(tmp_path / "model", config, params)
