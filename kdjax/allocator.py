@@ -8,7 +8,7 @@ import sys
 
 # From malloc.h of glibc.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
-_PAD_BYTES = 64 * 2**20
+_PAD_BYTES = 2**20
 
 
 def keep_freed_memory() -> bool:
