@@ -6,13 +6,12 @@ teacher rows in memory). Prints one line of JSON; "loss" is that of the first ba
 the initial weights; that of "dense" is the one that the other libraries compute.
 """
 
-# ruff: noqa: E402
+# isort: off
+import kdjax  # noqa: F401  (before JAX, as every command: KDJAX_KEEP_FREED_MEMORY=1)
+
+# isort: on
 import pathlib
 import sys
-
-from kdjax import allocator
-
-allocator.keep_freed_memory()  # as every command of kdjax does
 
 import jax
 import numpy as np
