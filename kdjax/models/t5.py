@@ -33,6 +33,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from kdjax.config import DTYPES, REMATS, T5Config
+from kdjax.models import decoder
 from kdjax.models.layers import Embedding, Head
 from kdjax.models.t5_layers import Memory, Reads, Stack, attending
 
@@ -165,12 +166,6 @@ def hidden_states(
     return model.decode(decoder_rows.tokens, reads, keys[1])[0]
 
 
-def head_weight(params: Params) -> Float[Array, "V D"]:
-    """The output weight: the embedding if tied, else the head's own."""
-    head = params.get("head")
-    return params["embed"]["embedding"] if head is None else head["weight"]
-
-
 def logit_scale(config: T5Config) -> float:
     """What multiplies the products of hidden states and output weight."""
     return config.width**-0.5 if config.scale_outputs else 1.0
@@ -180,11 +175,7 @@ def logits(
     config: T5Config, params: Params, hidden: Float[Array, "... D"]
 ) -> Float[Array, "... V"]:
     """All logits in float32: for generation and tests; training uses the fused head."""
-    weight_VD = head_weight(params).astype(hidden.dtype)
-    products = jnp.einsum(
-        "...d,vd->...v", hidden, weight_VD, preferred_element_type=jnp.float32
-    )
-    return products * logit_scale(config)
+    return decoder.logits(params, hidden) * logit_scale(config)
 
 
 def init_cache(

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from kdjax import sharding
 from kdjax.config import MeshConfig, T5Config
-from kdjax.models import hf, t5, t5_layers, t5_names
+from kdjax.models import decoder, hf, t5, t5_layers, t5_names
 from kdjax.models.t5 import Rows
 
 V1_1 = T5Config(
@@ -450,7 +450,7 @@ def test_create_describes_what_init_params_makes(config):
     assert described == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), params)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(shapes))
     assert ("head" in params) == (not config.tie_embeddings)
-    assert t5.head_weight(params).shape == (config.vocab_size, config.width)
+    assert decoder.head_weight(params).shape == (config.vocab_size, config.width)
     hash(graphdef)  # usable as a static argument
 
 
