@@ -16,7 +16,7 @@ import jax
 from absl import flags
 
 import kdjax
-from kdjax import cli, distributed, flops, parts, sharding, timing, workload
+from kdjax import cli, distributed, experiment, flops, parts, sharding, timing, workload
 from kdjax.config import Config
 from kdjax.teacher import building
 from kdjax.timing import Samples
@@ -186,12 +186,9 @@ def _rate(
     """FLOPs of the prepared step, rates of the device, and what they come to."""
     train, device = load.config.train, jax.devices()[0]
     targets = int((whole.host_batch["view"] >= 0).sum()) * jax.process_count()
-    per_step = flops.train_flops(
-        load.model.shape,
-        num_tokens=train.batch_size * train.row_length,
-        row_length=train.row_length,
-        num_head_tokens=targets,
-    )
+    shape = load.model.shape
+    sizes = experiment.sizes(shape, train) | {"num_head_tokens": targets}
+    per_step = flops.train_flops(shape, **sizes)
     # One CPU device computes with all cores, however many devices it is made to be.
     num_devices = 1 if device.platform == "cpu" else jax.device_count()
     rates = [matmul_flops * num_devices / s for s in samples["matmul"].round_medians]

@@ -21,6 +21,7 @@ SCHEDULES = ("constant", "linear", "cosine")
 DTYPES = ("float32", "bfloat16")
 REMATS = ("none", "dots", "full")
 STUDENT_INITS = ("random", "folder", "teacher_layers")
+ARCHITECTURES = ("decoder", "t5")
 NON_FINITE = ("stop", "skip")
 HIDDEN_LOSSES = ("mse", "cosine")
 FAMILIES = (
@@ -139,7 +140,7 @@ class T5Config:
     norm_eps: float = 1e-6  # RMSNorm epsilon
     init_factor: float = 1.0  # multiplies all random weights
     pad_id: int = 0  # fills rows
-    eos_id: int = 1  # ends a target
+    eos_id: int = 1  # ends a prompt and a target
     start_id: int = 0  # first token the decoder reads
 
 
@@ -169,6 +170,7 @@ class CacheConfig:
     shard_size: int = 512  # records (example, view) per shard
     batch_size: int = 8  # packed rows per teacher forward
     row_length: int = 512  # tokens per packed row while labelling
+    encoder_row_length: int = 0  # the same of an encoder; 0 = row_length
     chunk_size: int = 0  # tokens per head chunk; 0 = from memory_mib
     memory_mib: int = 64  # memory for one chunk of logits, MiB
 
@@ -180,7 +182,11 @@ class StudentConfig:
     init: str = "random"  # one of STUDENT_INITS
     path: str = ""  # Hugging Face folder or hub name (init="folder")
     keep_layers: tuple[int, ...] = ()  # teacher layers kept (init="teacher_layers")
+    keep_encoder_layers: tuple[int, ...] = ()  # of a T5 teacher's encoder; () = all
+    dropout: float = -1.0  # rate while training (T5); below 0 = as its shape says
+    architecture: str = "decoder"  # of init="random": one of ARCHITECTURES
     decoder: DecoderConfig = field(default_factory=DecoderConfig)  # init="random"
+    t5: T5Config = field(default_factory=T5Config)  # init="random"; ids of tokenizer
 
 
 @dataclass(kw_only=True, slots=True)
@@ -233,6 +239,7 @@ class TrainConfig:
     steps: int = 1000  # optimizer steps
     batch_size: int = 16  # packed rows per step over all hosts
     row_length: int = 256  # tokens per packed row
+    encoder_row_length: int = 0  # the same of an encoder (T5); 0 = row_length
     num_microbatches: int = 1  # gradient accumulation; divides batch_size
     dtype: str = "float32"  # compute; parameters and reductions stay float32
     remat: str = "none"  # what the backward pass recomputes: one of REMATS
@@ -263,6 +270,7 @@ class EvalConfig:
 
     batch_size: int = 16  # packed rows per forward
     row_length: int = 0  # tokens per packed row; 0 = train.row_length
+    encoder_row_length: int = 0  # the same of an encoder; 0 = that of training
     num_generations: int = 64  # examples answered by greedy decoding; 0 = none
     max_new_tokens: int = 32  # per generated answer
     num_bins: int = 10  # bins of the expected calibration error
@@ -325,6 +333,7 @@ _FREE = (
     "cache.shard_size",
     "cache.batch_size",
     "cache.row_length",
+    "cache.encoder_row_length",
     "cache.chunk_size",
     "cache.memory_mib",
     "train.num_microbatches",

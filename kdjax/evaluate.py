@@ -9,7 +9,8 @@ import pathlib
 from absl import flags
 
 from kdjax import cli, distributed, experiment, sharding
-from kdjax.config import Config, DecoderConfig
+from kdjax.config import Config
+from kdjax.models.lm import Shape
 from kdjax.reporting import evaluation_row
 from kdjax.scoring import Scorer, exact_match
 from kdjax.teacher import building
@@ -31,7 +32,7 @@ def score(
 
 def _score(
     config: Config, workdir: pathlib.Path, name: str, step: int | None
-) -> tuple[dict[str, float], DecoderConfig]:
+) -> tuple[dict[str, float], Shape]:
     mesh = sharding.make_mesh(config.mesh)
     data = experiment.load_data(config, splits=("eval",))
     cache = building.open_split(config, data, workdir, "eval")

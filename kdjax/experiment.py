@@ -12,19 +12,25 @@ from jax.sharding import Mesh
 
 from kdjax import methods, sharding
 from kdjax.checkpoint import Checkpoints
-from kdjax.config import Config, DecoderConfig, StudentConfig
+from kdjax.config import (
+    Config,
+    DecoderConfig,
+    StudentConfig,
+    T5Config,
+    TrainConfig,
+)
 from kdjax.data import loader, sources, views
 from kdjax.data import tokenizer as tokenizers
 from kdjax.data.views import Segment
-from kdjax.models import attention, decoder, hf
-from kdjax.models.shape import kept_layers
+from kdjax.models import attention, hf, lm
+from kdjax.models.lm import Shape
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Model:
     """A model as (graphdef, params), with its shape and where its parameters lie."""
 
-    shape: DecoderConfig
+    shape: Shape
     graphdef: nnx.GraphDef
     abstract: Any  # nested dict of ShapeDtypeStruct with shardings
     shardings: Any  # nested dict of NamedSharding
@@ -42,12 +48,17 @@ class Data:
 
 
 def load_tokenizer(config: Config) -> Any:
-    """The tokenizer of the data: its own, the teacher's, or the built-in task's."""
-    if config.data.tokenizer:
-        return tokenizers.load(hf.resolve(config.data.tokenizer))
-    if config.teacher.path:
-        return tokenizers.load(hf.resolve(config.teacher.path))
-    return tokenizers.kinship()
+    """The tokenizer: the data's own, the teacher's, the student's, the built-in one."""
+    student = config.student.path if config.student.init == "folder" else ""
+    built_in = config.data.source == "kinship"
+    paths = (config.data.tokenizer, config.teacher.path, "" if built_in else student)
+    path = next(filter(None, paths), "")
+    return tokenizers.load(hf.resolve(path)) if path else tokenizers.kinship()
+
+
+def has_teacher(config: Config) -> bool:
+    """Whether there is a teacher: one that is named, or one that will be trained."""
+    return bool(config.teacher.path) or config.data.source == "kinship"
 
 
 def load_data(config: Config, *, splits: tuple[str, ...] = ("train", "eval")) -> Data:
@@ -79,7 +90,7 @@ def load_data(config: Config, *, splits: tuple[str, ...] = ("train", "eval")) ->
 
 
 def make_model(
-    shape: DecoderConfig,
+    shape: Shape,
     mesh: Mesh,
     *,
     dtype: str,
@@ -90,8 +101,10 @@ def make_model(
 
     What attends is chosen here, for the devices of the mesh: `attention.choose`.
     """
-    chosen = attention.choose(shape, mesh, dtype=dtype, name=kernel)
-    graphdef, shapes = decoder.create(shape, dtype=dtype, remat=remat, kernel=chosen)
+    chosen = attention.XLA
+    if isinstance(shape, DecoderConfig):
+        chosen = attention.choose(shape, mesh, dtype=dtype, name=kernel)
+    graphdef, shapes = lm.create(shape, dtype=dtype, remat=remat, kernel=chosen)
     shardings = sharding.param_shardings(shapes, mesh)
     abstract = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
@@ -107,19 +120,25 @@ def load_model(path: str, mesh: Mesh, *, dtype: str) -> tuple[Model, Any]:
     return model, hf.load_params(path, model.shape, shardings=model.shardings)
 
 
-def teacher_shape(config: Config, tokenizer: Any) -> DecoderConfig:
+def teacher_shape(config: Config, tokenizer: Any) -> Shape:
     """The teacher's shape: its folder's, or that of the one to be trained."""
     if config.teacher.path:
         return hf.read_config(config.teacher.path)
     return _sized(config.teacher.decoder, tokenizer)
 
 
-def _sized(shape: DecoderConfig, tokenizer: Any) -> DecoderConfig:
+def _sized(shape: Shape, tokenizer: Any) -> Shape:
+    """The shape with what it takes from the tokenizer: vocabulary, T5's special ids."""
     vocab_size = shape.vocab_size or len(tokenizer)
-    return dataclasses.replace(shape, vocab_size=vocab_size)
+    shape = dataclasses.replace(shape, vocab_size=vocab_size)
+    if isinstance(shape, DecoderConfig) or not hasattr(tokenizer, "eos_token_id"):
+        return shape
+    eos_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    pad_id = eos_id if pad_id is None else pad_id
+    return dataclasses.replace(shape, eos_id=eos_id, pad_id=pad_id, start_id=pad_id)
 
 
-def student_shape(config: Config, tokenizer: Any) -> DecoderConfig:
+def student_shape(config: Config, tokenizer: Any) -> Shape:
     """The student's shape: its own, its folder's, or the teacher's with fewer layers.
 
     Raises:
@@ -130,14 +149,12 @@ def student_shape(config: Config, tokenizer: Any) -> DecoderConfig:
         shape = hf.read_config(student.path)
     elif student.init == "teacher_layers":
         shape = teacher_shape(config, tokenizer)
-        if not set(student.keep_layers) <= set(range(shape.num_layers)):
-            raise ValueError(
-                f"student.keep_layers={student.keep_layers}: the teacher has layers 0 "
-                f"to {shape.num_layers - 1}"
-            )
-        shape = kept_layers(shape, student.keep_layers)
+        shape = lm.kept_layers(shape, _kept(config, shape))
     else:
-        shape = _sized(student.decoder, tokenizer)
+        own = student.t5 if student.architecture == "t5" else student.decoder
+        shape = _sized(own, tokenizer)
+    if isinstance(shape, T5Config) and student.dropout >= 0:
+        shape = dataclasses.replace(shape, dropout=student.dropout)
     if shape.vocab_size < len(tokenizer):
         raise ValueError(
             f"student vocab_size={shape.vocab_size} is below the tokenizer's "
@@ -147,20 +164,50 @@ def student_shape(config: Config, tokenizer: Any) -> DecoderConfig:
     return shape
 
 
+def _kept(config: Config, teacher: Shape) -> dict[str, tuple[int, ...]]:
+    """The teacher's layers that the student keeps, by their stack.
+
+    Raises:
+      ValueError: a layer the teacher lacks.
+    """
+    student = config.student
+    found = {"layers": ("keep_layers", student.keep_layers)}
+    if isinstance(teacher, T5Config):
+        encoder = student.keep_encoder_layers or range(teacher.num_encoder_layers)
+        found = {
+            "decoder/layers": ("keep_layers", student.keep_layers),
+            "encoder/layers": ("keep_encoder_layers", tuple(encoder)),
+        }
+    numbers = lm.stacks(teacher)
+    for stack, (name, layers) in found.items():
+        if not set(layers) <= set(range(numbers[stack])):
+            raise ValueError(
+                f"student.{name}={layers}: the teacher has {stack} 0 to "
+                f"{numbers[stack] - 1}"
+            )
+    return {stack: layers for stack, (_, layers) in found.items()}
+
+
 def student_params(config: Config, model: Model, teacher: str) -> Callable[[], Any]:
     """How to make the student's initial parameters, sharded."""
     student = config.student
     if student.init == "random":
         init = jax.jit(
-            lambda key: decoder.init_params(model.shape, key),
+            lambda key: lm.init_params(model.shape, key),
             out_shardings=model.shardings,
         )
         return lambda: init(jax.random.key(config.seed))
     folder = student.path if student.init == "folder" else teacher
-    layers = student.keep_layers if student.init == "teacher_layers" else None
-    return lambda: hf.load_params(
-        folder, model.shape, shardings=model.shardings, keep_layers=layers
-    )
+
+    def load() -> Any:
+        layers = None
+        if student.init == "teacher_layers":
+            layers = _kept(config, hf.read_config(folder))
+        return hf.load_params(
+            folder, model.shape, shardings=model.shardings, keep_layers=layers
+        )
+
+    return load
 
 
 def load_student(
@@ -180,7 +227,7 @@ def load_student(
     return model, params
 
 
-def num_valid(shape: DecoderConfig, teacher: Any) -> int | None:
+def num_valid(shape: Shape, teacher: Any) -> int | None:
     """Vocabulary rows of the student that the teacher has too; None = all.
 
     Args:
@@ -200,14 +247,47 @@ def num_valid(shape: DecoderConfig, teacher: Any) -> int | None:
     return teacher.vocab_size
 
 
-def make_plan(config: Config, segments: list[Segment]) -> loader.BatchPlan:
-    """The order of the training batches."""
+def layout(shape: Shape, row_length: int, encoder_row_length: int) -> dict[str, Any]:
+    """Keywords of `BatchPlan`: rows as a model reads them.
+
+    Args:
+      shape: the model's.
+      row_length: tokens a row; with an encoder, of the decoder.
+      encoder_row_length: tokens a row of the encoder; 0 = row_length.
+    """
+    if isinstance(shape, DecoderConfig):
+        return {"row_length": row_length}
+    return {
+        "row_length": row_length,
+        "encoder_length": encoder_row_length or row_length,
+        "start_id": shape.start_id,
+        "end_id": shape.eos_id,
+    }
+
+
+def sizes(shape: Shape, train: TrainConfig) -> dict[str, int]:
+    """Keywords of `flops.train_flops` for a training step; the head sees all tokens."""
+    num_tokens = train.batch_size * train.row_length
+    found = {"num_tokens": num_tokens, "num_head_tokens": num_tokens}
+    found["row_length"] = train.row_length
+    if isinstance(shape, T5Config):
+        length = train.encoder_row_length or train.row_length
+        found["encoder_row_length"] = length
+        found["num_encoder_tokens"] = train.batch_size * length
+    return found
+
+
+def make_plan(
+    config: Config, shape: Shape, segments: list[Segment]
+) -> loader.BatchPlan:
+    """The order of the training batches of a student."""
+    train = config.train
     return loader.BatchPlan(
         segments,
-        batch_size=config.train.batch_size,
-        row_length=config.train.row_length,
-        num_microbatches=config.train.num_microbatches,
+        batch_size=train.batch_size,
+        num_microbatches=train.num_microbatches,
         seed=config.seed,
+        **layout(shape, train.row_length, train.encoder_row_length),
     )
 
 

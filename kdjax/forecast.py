@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from kdjax import experiment, flops, hlo, program, sharding
 from kdjax.config import Config, DecoderConfig
 from kdjax.models import attention
+from kdjax.models.lm import Shape
 
 _HEAD_LOOP = "shard_map/while"  # the fused head's scan, as JAX names it
 _NUMBER = r"([\d.]+)([KMGT]?)"
@@ -28,7 +29,7 @@ class Forecast:
     """One compiled training step; bytes are of one device."""
 
     config: Config
-    shape: DecoderConfig
+    shape: Shape
     num_devices: int
     mesh: dict[str, int]  # devices along each axis
     attention: str  # the kernel that attends
@@ -49,7 +50,7 @@ class TooBig(ValueError):
         self.used, self.seconds = used, seconds
 
 
-def student_shape(config: Config) -> DecoderConfig:
+def student_shape(config: Config) -> Shape:
     """The student's shape without data or tokenizer.
 
     Raises:
@@ -62,10 +63,11 @@ def student_shape(config: Config) -> DecoderConfig:
             "teacher.online=True: planning covers runs from a cache, use "
             "--config.teacher.online=False"
         )
-    if student.init == "random" and not student.decoder.vocab_size:
+    part = "t5" if student.architecture == "t5" else "decoder"
+    if student.init == "random" and not getattr(student, part).vocab_size:
         raise ValueError(
-            "student.decoder.vocab_size=0 takes the tokenizer's, which planning does "
-            "not read: give --config.student.decoder.vocab_size=NUMBER"
+            f"student.{part}.vocab_size=0 takes the tokenizer's, which planning does "
+            f"not read: give --config.student.{part}.vocab_size=NUMBER"
         )
     return experiment.student_shape(config, range(0))
 
@@ -91,7 +93,7 @@ def compile_step(
     check_rows(config, mesh)
     model = experiment.make_model(shape, mesh, dtype=train.dtype, remat=train.remat)
     made = program.Program(config, model, mesh)
-    batch = program.abstract_batch(config, mesh, vocab_size=shape.vocab_size)
+    batch = program.abstract_batch(config, shape, mesh, vocab_size=shape.vocab_size)
     step: Any = made.step  # a jitted function
     tpu = devices[0].platform == "tpu"
     start = time.perf_counter()
@@ -115,7 +117,9 @@ def compile_step(
     # Peaks count what is alive at once; older compilers give the sum of their parts.
     parts = stats.argument_size_in_bytes + stats.temp_size_in_bytes
     peak = getattr(stats, "peak_memory_in_bytes", 0) or parts
-    kernel = attention.choose(shape, mesh, dtype=train.dtype)
+    kernel = attention.XLA
+    if isinstance(shape, DecoderConfig):
+        kernel = attention.choose(shape, mesh, dtype=train.dtype)
     return Forecast(
         config=config,
         shape=shape,
@@ -223,18 +227,16 @@ class Bound:
         return max(self.compute, self.hbm, self.ici)
 
 
-def model_flops(config: Config, shape: DecoderConfig) -> tuple[int, int]:
+def model_flops(config: Config, shape: Shape) -> tuple[int, int]:
     """FLOPs of a step that are useful, and those that only recompute, on all devices.
 
     Recomputing whole layers (remat="full") repeats their forward pass.
     """
-    train = config.train
-    tokens = train.batch_size * train.row_length
-    sizes = {"num_tokens": tokens, "row_length": train.row_length}
-    useful = flops.train_flops(shape, **sizes, num_head_tokens=tokens)
-    if train.remat != "full":
+    sizes = experiment.sizes(shape, config.train)
+    useful = flops.train_flops(shape, **sizes)
+    if config.train.remat != "full":
         return useful, 0
-    return useful, flops.forward_flops(shape, **sizes, num_head_tokens=0)
+    return useful, flops.forward_flops(shape, **sizes | {"num_head_tokens": 0})
 
 
 def bound(forecast: Forecast, chip: flops.Chip) -> Bound:

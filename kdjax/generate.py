@@ -11,14 +11,13 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from kdjax.config import DecoderConfig
-from kdjax.models import decoder
+from kdjax.models import lm
 
 MIN_PROMPT_SHAPE = 16  # prompts are padded to this times a power of two
 
 
 def make_generate(
-    config: DecoderConfig,
+    config: lm.Shape,
     graphdef: nnx.GraphDef,
     *,
     max_prompt: int,
@@ -34,7 +33,7 @@ def make_generate(
 
     Args:
       config: shape of the model.
-      graphdef: from `decoder.create`; its compute dtype is also the cache's.
+      graphdef: from `lm.create`; its compute dtype is also the cache's.
       max_prompt: P, columns of the prompt array.
       max_new_tokens: N, most tokens generated for a row.
       eos_id: token that ends a row; -1 = none does.
@@ -74,15 +73,14 @@ def make_generate(
         )
         temperature = jnp.asarray(temperature, jnp.float32)
         num_rows = prompts_BP.shape[0]
-        dtype = nnx.merge(graphdef, params).dtype
-        cache = decoder.init_cache(config, num_rows, max_prompt + max_new_tokens, dtype)
-        time_P = jnp.arange(max_prompt, dtype=jnp.int32)
-        positions_BP = jnp.broadcast_to(time_P[None, :], prompts_BP.shape)
-        hidden_BPD, cache = decoder.decode(
-            graphdef, params, prompts_BP, positions_BP, cache
+        hidden_BD, first_B, cache = lm.start(
+            config,
+            graphdef,
+            params,
+            prompts_BP,
+            lengths_B,
+            max_new_tokens=max_new_tokens,
         )
-        last_B11 = jnp.maximum(lengths_B - 1, 0)[:, None, None]
-        hidden_BD = jnp.take_along_axis(hidden_BPD, last_B11, axis=1)[:, 0]
         tokens_BN = jnp.full((num_rows, max_new_tokens), pad_id, jnp.int32)
 
         def unfinished(carry):
@@ -91,16 +89,15 @@ def make_generate(
 
         def extend(carry):
             step, hidden_BD, done_B, tokens_BN, cache = carry
-            logits_BV = decoder.logits(params, hidden_BD, softcap=config.final_softcap)
+            logits_BV = lm.logits(graphdef, params, hidden_BD)
             token_B = choose(logits_BV, jax.random.fold_in(key, step), temperature)
             token_B = jnp.where(done_B, jnp.int32(pad_id), token_B)
             tokens_BN = jax.lax.dynamic_update_index_in_dim(tokens_BN, token_B, step, 1)
             done_B = done_B | (token_B == eos_id)
-            positions_B1 = (lengths_B + step)[:, None]
-            hidden_B1D, cache = decoder.decode(
-                graphdef, params, token_B[:, None], positions_B1, cache
+            hidden_BD, cache = lm.decode(
+                graphdef, params, token_B, first_B + step, cache
             )
-            return step + 1, hidden_B1D[:, 0], done_B, tokens_BN, cache
+            return step + 1, hidden_BD, done_B, tokens_BN, cache
 
         start = (jnp.int32(0), hidden_BD, lengths_B == 0, tokens_BN, cache)
         return jax.lax.while_loop(unfinished, extend, start)[3]
@@ -126,9 +123,9 @@ def filter_logits(
 
 
 def generate_texts(
-    config: DecoderConfig,
+    config: lm.Shape,
     graphdef: nnx.GraphDef,
-    params: decoder.Params,
+    params: lm.Params,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -146,9 +143,9 @@ def generate_texts(
 
     Args:
       config: shape of the model.
-      graphdef: from `decoder.create`.
+      graphdef: from `lm.create`.
       params: its parameters.
-      prompts: token ids, each at least one.
+      prompts: token ids, each at least one; T5's end with its end token.
       max_new_tokens: most tokens generated for a prompt.
       eos_id: token that ends a continuation; -1 = none does.
       pad_id: fills up rows.
@@ -180,7 +177,7 @@ def generate_texts(
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         longest = len(prompts[chosen[-1]])
-        width = _prompt_shape(longest, config.max_length - max_new_tokens)
+        width = _prompt_shape(longest, lm.room(config, max_new_tokens))
         if width not in compiled:
             compiled[width] = make_generate(
                 config,
@@ -227,7 +224,7 @@ def _check(config, max_prompt, max_new_tokens, top_k, top_p) -> None:
         raise ValueError(
             f"max_prompt={max_prompt}, max_new_tokens={max_new_tokens}: use at least 1"
         )
-    if max_prompt + max_new_tokens > config.max_length:
+    if max_prompt > lm.room(config, max_new_tokens):
         raise ValueError(
             f"max_prompt={max_prompt} + max_new_tokens={max_new_tokens} exceeds the "
             f"model's max_length={config.max_length}: shorten one of them"

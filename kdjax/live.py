@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from kdjax import sharding
 from kdjax.losses import head, hidden
 from kdjax.losses.options import LogitRule
-from kdjax.models import decoder
+from kdjax.models import decoder, lm
 
 
 class LiveTeacher(NamedTuple):
@@ -97,20 +97,25 @@ def ask(
       temperature: of the soft term.
       chunk_size: tokens of a chunk of the head.
     """
-    hidden_BTE, watched = decoder.watched_states(
-        teacher.graphdef,
-        params,
-        rows["tokens"],
-        rows["positions"],
-        rows["segments"],
-        watch=decoder.NOTHING if matching is None else matching.teacher_watch,
-    )
-    if matching is not None and watched is not None:
-        watched = matching.of_teacher(watched)
+    watched = None
+    if matching is None:
+        # A teacher in its own right has no dropout.
+        read = {name: x for name, x in rows.items() if name != "dropout_keys"}
+        hidden_BTE = lm.hidden_states(teacher.graphdef, params, read)
+    else:
+        hidden_BTE, watched = decoder.watched_states(
+            teacher.graphdef,
+            params,
+            rows["tokens"],
+            rows["positions"],
+            rows["segments"],
+            watch=matching.teacher_watch,
+        )
+        watched = watched and matching.of_teacher(watched)
     if not teacher.soft:
         return FromTeacher(None, watched)
     hidden_NE = hidden_BTE.reshape(-1, hidden_BTE.shape[-1])
-    weight_VE = decoder.head_weight(params)
+    weight_VE = lm.head_weight(params)
     if teacher.num_pairs is None:
         missing = num_rows - weight_VE.shape[0]
         weight_VE = jnp.pad(weight_VE, ((0, missing), (0, 0)))

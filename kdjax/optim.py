@@ -36,9 +36,12 @@ def make_schedule(config: OptimConfig, *, steps: int) -> optax.Schedule:
 
 
 def _decays(params: Any) -> Any:
-    """True for matrices and embeddings, False for norm scales and biases."""
+    """True for matrices and embeddings, False for norm scales and biases.
+
+    T5's table of position biases is one of these.
+    """
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: path[-1].key not in ("scale", "bias"), params
+        lambda path, _: path[-1].key not in ("scale", "bias", "table"), params
     )
 
 

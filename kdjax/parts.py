@@ -15,10 +15,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from kdjax import experiment, program, sharding, step
-from kdjax.config import Config, DecoderConfig
+from kdjax.config import Config
 from kdjax.experiment import Model
 from kdjax.losses import head
-from kdjax.models import decoder, hf
+from kdjax.models import hf, lm
 from kdjax.state import TrainState
 from kdjax.workload import Step, Workload
 
@@ -56,22 +56,16 @@ def parts(load: Workload, whole: Step) -> dict[str, Callable[[], Any]]:
 
     return {
         "student": lambda: student(carry.state.params, rows)[0],
-        "head": lambda: fused_head(
-            hidden_ND, decoder.head_weight(carry.state.params), rows
-        )[0],
+        "head": lambda: fused_head(hidden_ND, lm.head_weight(carry.state.params), rows)[
+            0
+        ],
         "optimizer": update_step,
     }
 
 
 def _student_pass(load: Workload) -> Callable[[Any, Any], Any]:
     def loss_of(params: Any, rows: Any) -> jax.Array:
-        hidden_BTD = decoder.hidden_states(
-            load.model.graphdef,
-            params,
-            rows["tokens"],
-            rows["positions"],
-            rows["segments"],
-        )
+        hidden_BTD = lm.hidden_states(load.model.graphdef, params, rows)
         return hidden_BTD.astype(jnp.float32).sum()
 
     shardings = load.model.shardings
@@ -111,7 +105,7 @@ def _head_pass(load: Workload) -> Callable[[Any, Any, Any], Any]:
             teacher,
             weight_spec=sharding.HEAD_SPEC,
             vocab_axis="tensor",
-            logit_rule=step.logit_rule(load.model.graphdef, load.model.abstract),
+            logit_rule=lm.logit_rule(load.model.graphdef, load.model.abstract),
             **options,
         )[0]
 
@@ -182,7 +176,7 @@ def random_teacher(load: Workload) -> tuple[Model, Any]:
     shape = teacher_shape(config, load.model.shape.vocab_size)
     model = experiment.make_model(shape, mesh, dtype=config.train.dtype)
     init = jax.jit(
-        lambda key: decoder.init_params(shape, key), out_shardings=model.shardings
+        lambda key: lm.init_params(shape, key), out_shardings=model.shardings
     )
     return model, init(jax.random.key(config.teacher_seed))
 
@@ -208,8 +202,8 @@ def make_live_label(
         chunk_size=config.cache.chunk_size
         or head.chunk_size(config.cache.memory_mib, model.shape.vocab_size),
     )
-    names = ("tokens", "targets", "positions", "segments", "view")
-    read = {name: batch[name] for name in names}
+    unread = ("teacher_", "dropout_keys")
+    read = {name: x for name, x in batch.items() if not name.startswith(unread)}
     lead = batch["tokens"].shape
     placed = NamedSharding(mesh, sharding.BATCH_SPEC)
 
@@ -224,7 +218,7 @@ def make_live_label(
     return lambda params: as_batch(label_step(params, read))
 
 
-def teacher_shape(config: Config, vocab_size: int) -> DecoderConfig:
+def teacher_shape(config: Config, vocab_size: int) -> lm.Shape:
     """The shape of the config's teacher; only its config.json is read."""
     if config.teacher.path:
         return hf.read_config(config.teacher.path)

@@ -8,9 +8,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from kdjax import live, methods, optim, sharding, state, step
-from kdjax.config import CacheConfig, Config, DecoderConfig
+from kdjax.config import CacheConfig, Config, T5Config
 from kdjax.experiment import Model
 from kdjax.losses import head
+from kdjax.models import lm
+from kdjax.models.lm import Shape
 from kdjax.state import TrainState
 
 TrainStep = Any  # what jax.jit returns: callable, and it can be lowered
@@ -23,6 +25,7 @@ class Program:
       abstract: shapes and shardings of the state.
       optimizer: of the state.
       num_rows: rows of a microbatch, over all hosts.
+      dropout: whether batches bring keys for it.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class Program:
         self.optimizer = optim.make_optimizer(config.optim, steps=config.train.steps)
         params = model.abstract | self._projection(jax.random.key(0), abstract=True)
         self.abstract = state.abstract_state(params, self.optimizer, mesh)
+        self.dropout = lm.dropout(model.shape) > 0
         self.num_rows = config.train.batch_size // config.train.num_microbatches
         self._steps: dict[float, TrainStep] = {}
 
@@ -133,8 +137,21 @@ class Program:
         )
 
 
+def check_teacher(config: Config, student: Shape, teacher: Shape) -> None:
+    """Raises ValueError where a teacher cannot do what the config asks of it."""
+    starts = [getattr(shape, "start_id", None) for shape in (student, teacher)]
+    runs = config.teacher.online and methods.needs_teacher(config.method)
+    if runs and starts[0] != starts[1]:
+        raise ValueError(
+            "teacher.online=True: student and teacher read the same rows, so both or "
+            "neither have an encoder, and their decoders start alike: use "
+            "teacher.online=False"
+        )
+    matching(config, student, teacher)
+
+
 def matching(
-    config: Config, student: DecoderConfig, teacher: DecoderConfig | None
+    config: Config, student: Shape, teacher: Shape | None
 ) -> live.Matching | None:
     """Which layers the method compares; None = none.
 
@@ -150,6 +167,12 @@ def matching(
             f"method.hidden_weight={method.hidden_weight}, method.attention_weight="
             f"{method.attention_weight}: layers are compared with a teacher that runs "
             "beside the student: use teacher.online=True, or weights of 0"
+        )
+    if isinstance(student, T5Config) or isinstance(teacher, T5Config):
+        raise ValueError(
+            f"method.hidden_weight={method.hidden_weight}, method.attention_weight="
+            f"{method.attention_weight}: layers of encoder-decoder models are not "
+            "compared: use weights of 0"
         )
     chosen = method.layer_map
     if len(chosen) != student.num_layers or max(chosen) >= teacher.num_layers:
@@ -176,7 +199,7 @@ def matching(
 def loss_options(
     config: Config, model: Model, temperature: float, num_valid: int | None
 ) -> dict[str, Any]:
-    """Keywords of `losses.head.fused_loss` for a config, but for `step.logit_rule`."""
+    """Keywords of `losses.head.fused_loss` for a config, but for `lm.logit_rule`."""
     method = config.method
     return {
         "temperature": temperature,
@@ -196,12 +219,13 @@ def chunk_size(config: Config, model: Model) -> int:
 
 
 def abstract_batch(
-    config: Config, mesh: Mesh, *, vocab_size: int
+    config: Config, shape: Shape, mesh: Mesh, *, vocab_size: int
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and shardings of the global batch of `loader.make_batch`.
 
     Args:
       config: the run; without soft terms the batch has no teacher.
+      shape: the student's.
       mesh: devices, real or described.
       vocab_size: of the teacher (a dense cache has so many columns).
     """
@@ -215,6 +239,12 @@ def abstract_batch(
 
     names = ("tokens", "targets", "positions", "segments", "view")
     batch = {name: array(lead, jnp.int32) for name in names}
+    if isinstance(shape, T5Config):
+        encoder_lead = (*rows, train.encoder_row_length or train.row_length)
+        for name in ("tokens", "positions", "segments"):
+            batch[f"encoder_{name}"] = array(encoder_lead, jnp.int32)
+    if lm.dropout(shape):
+        batch["dropout_keys"] = array((*rows, 2), jnp.uint32)
     kinds = {"hard", "soft"} | {term.kind for term in methods.terms(config.method)}
     for kind in kinds:
         batch[f"{kind}_weights"] = array(lead, jnp.float32)

@@ -13,9 +13,10 @@ import jax
 import numpy as np
 
 import kdjax
-from kdjax import cli, flops, methods
-from kdjax.config import Config, DecoderConfig
+from kdjax import cli, experiment, flops, methods
+from kdjax.config import Config
 from kdjax.data.loader import BatchPlan
+from kdjax.models.lm import Shape
 from kdjax.writer import Writer
 
 _LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
@@ -35,7 +36,7 @@ class Meter:
     def __init__(
         self,
         config: Config,
-        shape: DecoderConfig,
+        shape: Shape,
         plan: BatchPlan,
         views: Sequence[str],
         writer: Writer,
@@ -45,13 +46,7 @@ class Meter:
         self._views, self._writer = views, writer
         divergence = config.method.divergence
         self._soft_name = "kl" if divergence == "forward_kl" else divergence
-        positions = config.train.batch_size * config.train.row_length
-        self._flops = flops.train_flops(
-            shape,
-            num_tokens=positions,
-            row_length=config.train.row_length,
-            num_head_tokens=positions,
-        )
+        self._flops = flops.train_flops(shape, **experiment.sizes(shape, config.train))
         self._peak = flops.peak_flops(jax.devices()[0], config.train.dtype)
         self._waited = 0.0  # seconds for data since the last line
         self._tokens = self._targets = self._steps = self._skipped = 0
@@ -185,7 +180,7 @@ class Meter:
 
 
 def evaluation_row(
-    name: str, metrics: dict[str, float], shape: DecoderConfig
+    name: str, metrics: dict[str, float], shape: Shape
 ) -> dict[str, Any]:
     """One line of the final table."""
     row = {"model": name, "params": f"{flops.params_count(shape):,}"}
@@ -199,8 +194,8 @@ def run_summary(
     *,
     student: dict[str, float],
     teacher: dict[str, float],
-    student_shape: DecoderConfig,
-    teacher_shape: DecoderConfig,
+    student_shape: Shape,
+    teacher_shape: Shape | None,
     throughput: dict[str, float],
     generations: list[dict[str, Any]],
 ) -> None:
@@ -217,7 +212,7 @@ def run_summary(
         "teacher": teacher,
         "parameters": {
             "student": flops.params_count(student_shape),
-            "teacher": flops.params_count(teacher_shape),
+            "teacher": teacher_shape and flops.params_count(teacher_shape),
         },
         "tokens_per_second": throughput.get("tokens_per_second"),
         "throughput": throughput,

@@ -10,9 +10,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from kdjax import generate, methods, metrics, sharding, step
-from kdjax.config import Config
+from kdjax.config import Config, T5Config
 from kdjax.data import loader, templates, views
-from kdjax.experiment import Data, Model, num_valid
+from kdjax.experiment import Data, Model, layout, num_valid
 from kdjax.program import chunk_size
 
 
@@ -67,14 +67,14 @@ class Scorer:
         return self._token_metrics(params) | self._choice_metrics(params)
 
     def _plan(self, segments: Sequence[views.Segment]) -> loader.BatchPlan:
-        evaluation = self._config.evaluation
+        evaluation, train = self._config.evaluation, self._config.train
+        rows = layout(
+            self._model.shape,
+            evaluation.row_length or train.row_length,
+            evaluation.encoder_row_length or train.encoder_row_length,
+        )
         return loader.BatchPlan(
-            segments,
-            batch_size=evaluation.batch_size,
-            row_length=evaluation.row_length or self._config.train.row_length,
-            num_microbatches=1,
-            seed=0,
-            shuffle=False,
+            segments, batch_size=evaluation.batch_size, shuffle=False, **rows
         )
 
     def _per_segment(
@@ -157,6 +157,9 @@ class Scorer:
             chat_template=config.data.chat_template,
         )
         prompts = [ids[-config.data.max_prompt :] for ids in prompts]
+        if isinstance(self._model.shape, T5Config):
+            end = self._model.shape.eos_id
+            prompts = [loader.ended(ids, end) for ids in prompts]
         tokens = generate.generate_texts(
             self._model.shape,
             self._model.graphdef,

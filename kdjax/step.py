@@ -15,21 +15,10 @@ from jax.sharding import Mesh, NamedSharding
 
 from kdjax import live, sharding, state
 from kdjax.losses import head
-from kdjax.losses.options import LogitRule
-from kdjax.models import decoder
+from kdjax.models import decoder, lm
 from kdjax.state import TrainState
 
 Batch = dict[str, Any]
-
-
-def logit_rule(graphdef: nnx.GraphDef, params: Any) -> LogitRule:
-    """How a model makes its logits: what every call of a head is given.
-
-    Args:
-      graphdef: the model's structure.
-      params: its parameters, or their shapes.
-    """
-    return LogitRule(softcap=decoder.final_softcap(graphdef, params) or None)
 
 
 def _teacher(rows: Batch) -> head.Teacher | None:
@@ -89,9 +78,9 @@ def make_train_step(
       (and sums of "hidden" and "attention" where they are terms).
     """
     shardings = _placed(abstract)
-    rules = {"logit_rule": logit_rule(graphdef, state.split(abstract.params)[0])}
+    rules = {"logit_rule": lm.logit_rule(graphdef, state.split(abstract.params)[0])}
     if teacher is not None:
-        rules["teacher_rule"] = logit_rule(teacher.graphdef, teacher.abstract)
+        rules["teacher_rule"] = lm.logit_rule(teacher.graphdef, teacher.abstract)
 
     def ask(teacher_params: Any, rows: Batch) -> live.FromTeacher:
         if teacher is None:
@@ -113,21 +102,22 @@ def make_train_step(
         params: Any, rows: Batch, said: live.FromTeacher
     ) -> tuple[jax.Array, Any]:
         params, projection_nDE = state.split(params)
-        hidden_BTD, watched = decoder.watched_states(
-            graphdef,
-            params,
-            rows["tokens"],
-            rows["positions"],
-            rows["segments"],
-            watch=decoder.NOTHING
-            if matching is None
-            else decoder.Watch(matching.student_layers, matching.attention),
-        )
+        if matching is None:
+            hidden_BTD, watched = lm.hidden_states(graphdef, params, rows), None
+        else:
+            hidden_BTD, watched = decoder.watched_states(
+                graphdef,
+                params,
+                rows["tokens"],
+                rows["positions"],
+                rows["segments"],
+                watch=decoder.Watch(matching.student_layers, matching.attention),
+            )
         num_rows, length, width = hidden_BTD.shape
         total, tokens = head.sharded_fused_loss(
             mesh,
             hidden_BTD.reshape(num_rows * length, width),
-            decoder.head_weight(params),
+            lm.head_weight(params),
             rows["targets"].reshape(-1),
             rows["hard_weights"].reshape(-1),
             rows["soft_weights"].reshape(-1),
@@ -194,7 +184,11 @@ def make_train_step(
             "learning_rate": learning_rate,
             "finite": finite.astype(jnp.float32),
             "finite_rows": sums.pop("finite_rows"),
-            "num_tokens": (batch["segments"] > 0).sum(dtype=jnp.int32),
+            "num_tokens": sum(
+                (batch[name] > 0).sum(dtype=jnp.int32)
+                for name in ("segments", "encoder_segments")
+                if name in batch
+            ),
         } | jax.tree.map(lambda x: x.sum(0), sums)
         return TrainState(old.step + 1, params, opt_state), metrics
 
@@ -240,19 +234,17 @@ def make_score_step(
 
     def score_step(params: Any, batch: Batch) -> dict[str, jax.Array]:
         batch = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
-        hidden_BTD = decoder.hidden_states(
-            graphdef, params, batch["tokens"], batch["positions"], batch["segments"]
-        )
+        hidden_BTD = lm.hidden_states(graphdef, params, batch)
         teacher = _teacher(batch)
         scores = head.sharded_score(
             mesh,
             hidden_BTD.reshape(-1, hidden_BTD.shape[-1]),
-            decoder.head_weight(params),
+            lm.head_weight(params),
             batch["targets"].reshape(-1),
             teacher,
             weight_spec=sharding.HEAD_SPEC,
             tail=tail,
-            logit_rule=logit_rule(graphdef, params),
+            logit_rule=lm.logit_rule(graphdef, params),
             chunk_size=chunk_size,
             num_valid=num_valid,
             active_N=batch["view"].reshape(-1) >= 0,
@@ -303,21 +295,19 @@ def make_label_step(
 
     def label_step(params: Any, batch: Batch) -> dict[str, jax.Array]:
         batch = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
-        hidden_BTD = decoder.hidden_states(
-            graphdef, params, batch["tokens"], batch["positions"], batch["segments"]
-        )
+        hidden_BTD = lm.hidden_states(graphdef, params, batch)
         points = batch.get("points")
         if points is not None:
             points = points.reshape(-1, *points.shape[2:])
         return head.sharded_label(
             mesh,
             hidden_BTD.reshape(-1, hidden_BTD.shape[-1]),
-            decoder.head_weight(params),
+            lm.head_weight(params),
             batch["targets"].reshape(-1),
             weight_spec=sharding.HEAD_SPEC,
             k=k,
             temperatures=temperatures,
-            logit_rule=logit_rule(graphdef, params),
+            logit_rule=lm.logit_rule(graphdef, params),
             chunk_size=chunk_size,
             points_NSP=points,
             active_N=batch["view"].reshape(-1) >= 0,

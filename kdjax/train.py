@@ -17,7 +17,7 @@ from kdjax.config import Config, to_json
 from kdjax.data import loader
 from kdjax.experiment import Data, Model
 from kdjax.models import hf
-from kdjax.program import Program, matching
+from kdjax.program import Program, check_teacher
 from kdjax.reporting import Meter, evaluation_row, run_summary
 from kdjax.scoring import Scorer, exact_match
 from kdjax.teacher import building
@@ -67,7 +67,7 @@ def fit(
         teacher=teacher[0] if teacher is not None else None,
     )
     abstract, num_rows = program.abstract, program.num_rows
-    plan = experiment.make_plan(config, data.train)
+    plan = experiment.make_plan(config, model.shape, data.train)
     rows = sharding.local_rows(mesh, num_rows)
 
     def make_batch(index: int) -> loader.Batch:
@@ -79,6 +79,7 @@ def fit(
             temperature=program.temperature(index),
             rows=rows,
             online=bool(frozen),
+            dropout=program.dropout,
         )
 
     checkpoints = Checkpoints(
@@ -174,11 +175,14 @@ def run(config: Config, workdir: pathlib.Path) -> None:
         shape, mesh, dtype=config.train.dtype, remat=config.train.remat
     )
     # What can be wrong with rows and caches is found before anything is computed.
-    experiment.make_plan(config, data.train)
-    matching(config, shape, experiment.teacher_shape(config, data.tokenizer))
+    experiment.make_plan(config, shape, data.train)
+    has_teacher = experiment.has_teacher(config)
+    if has_teacher:
+        check_teacher(config, shape, experiment.teacher_shape(config, data.tokenizer))
     building.check(config, data, workdir)
 
-    train_teacher(config, workdir, mesh)
+    if has_teacher:
+        train_teacher(config, workdir, mesh)
     teacher_path = experiment.teacher_folder(config, workdir)
     caches = building.ensure(config, data, workdir, teacher_path)
     dtype = config.train.dtype
@@ -187,7 +191,8 @@ def run(config: Config, workdir: pathlib.Path) -> None:
         if config.teacher.online and methods.needs_teacher(config.method)
         else None
     )
-    scorer = Scorer(config, data, model, mesh, cache=caches["eval"])
+    cache = caches.get("eval")
+    scorer = Scorer(config, data, model, mesh, cache=cache)
     params, throughput, student = fit(
         config,
         workdir=workdir,
@@ -203,12 +208,14 @@ def run(config: Config, workdir: pathlib.Path) -> None:
     student = student or scorer(params)
     generations = scorer.generations(params)
     student |= exact_match(generations)
-    teacher_model, teacher_params = live or experiment.load_model(
-        teacher_path, mesh, dtype=dtype
-    )
-    teacher = Scorer(config, data, teacher_model, mesh, cache=caches["eval"])(
-        teacher_params
-    )
+    rows, teacher, teacher_shape = [evaluation_row("student", student, shape)], {}, None
+    if has_teacher:
+        teacher_model, teacher_params = live or experiment.load_model(
+            teacher_path, mesh, dtype=dtype
+        )
+        teacher_shape = teacher_model.shape
+        teacher = Scorer(config, data, teacher_model, mesh, cache=cache)(teacher_params)
+        rows.insert(0, evaluation_row("teacher", teacher, teacher_shape))
     if distributed.is_main():
         run_summary(
             workdir,
@@ -216,17 +223,11 @@ def run(config: Config, workdir: pathlib.Path) -> None:
             student=student,
             teacher=teacher,
             student_shape=shape,
-            teacher_shape=teacher_model.shape,
+            teacher_shape=teacher_shape,
             throughput=throughput,
             generations=generations,
         )
-        print_table(
-            f"{config.name}: held-out results",
-            [
-                evaluation_row("teacher", teacher, teacher_model.shape),
-                evaluation_row("student", student, shape),
-            ],
-        )
+        print_table(f"{config.name}: held-out results", rows)
 
 
 if __name__ == "__main__":

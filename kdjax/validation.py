@@ -8,6 +8,7 @@ from typing import Any
 
 from kdjax import methods
 from kdjax.config import (
+    ARCHITECTURES,
     CACHE_KINDS,
     DTYPES,
     HIDDEN_LOSSES,
@@ -22,8 +23,9 @@ from kdjax.config import (
     TAILS,
     Config,
     DecoderConfig,
+    T5Config,
 )
-from kdjax.models import families
+from kdjax.models import families, t5
 from kdjax.models.shape import check
 
 
@@ -80,6 +82,7 @@ def validate(config: Config) -> None:
         (data.on_long, "data.on_long", LONG_POLICIES),
         (cache.kind, "cache.kind", CACHE_KINDS),
         (student.init, "student.init", STUDENT_INITS),
+        (student.architecture, "student.architecture", ARCHITECTURES),
         (method.tail, "method.tail", TAILS),
         (config.optim.name, "optim.name", OPTIMIZERS),
         (config.optim.schedule, "optim.schedule", SCHEDULES),
@@ -207,10 +210,7 @@ def validate(config: Config) -> None:
             "--config.data.path=FILE, FOLDER or hub name"
         )
     if data.source != "kinship" and not config.teacher.path:
-        raise ValueError(
-            f"teacher.path='' with data.source={data.source!r}: give "
-            "--config.teacher.path=FOLDER or hub name (only kinship trains its own)"
-        )
+        _check_no_teacher(config)
     if student.init == "folder" and not student.path:
         raise ValueError(
             "student.path='' with student.init='folder': give --config.student.path"
@@ -220,11 +220,29 @@ def validate(config: Config) -> None:
             "student.keep_layers=() with student.init='teacher_layers': give the "
             "teacher layers to keep, for example (0, 5, 11)"
         )
+    _check_t5(student.t5)
     for part, name in (
         (student.decoder, "student"),
         (config.teacher.decoder, "teacher"),
     ):
         _check_decoder(part, f"{name}.decoder")
+
+
+def _check_no_teacher(config: Config) -> None:
+    """Only kinship trains a teacher of its own: the others name one, or need none."""
+    student = config.student
+    if methods.needs_teacher(config.method) or student.init == "teacher_layers":
+        raise ValueError(
+            f"teacher.path='' with data.source={config.data.source!r}: give "
+            "--config.teacher.path=FOLDER or hub name (only kinship trains its own), "
+            "or train without one: method.soft_weight=0, student.init='random' or "
+            "'folder'"
+        )
+    if not config.data.tokenizer and student.init != "folder":
+        raise ValueError(
+            "data.tokenizer='' without a teacher or a student's folder: give "
+            "--config.data.tokenizer=FOLDER or hub name"
+        )
 
 
 def _check_layer_map(config: Config) -> None:
@@ -241,6 +259,13 @@ def _check_layer_map(config: Config) -> None:
             "-1, for each layer of the student: for example (1, 3) compares the "
             "student's layers 0 and 1 with the teacher's 1 and 3"
         )
+
+
+def _check_t5(shape: T5Config) -> None:
+    try:
+        t5.check(dataclasses.replace(shape, vocab_size=shape.vocab_size or 1))
+    except ValueError as error:
+        raise ValueError(f"student.t5.{error}") from None
 
 
 def _check_decoder(shape: DecoderConfig, name: str) -> None:

@@ -11,9 +11,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from kdjax import experiment, methods, program, sharding, state
-from kdjax.config import Config, DecoderConfig, StudentConfig
+from kdjax.config import Config, T5Config, TrainConfig
 from kdjax.data import loader
 from kdjax.experiment import Model
+from kdjax.models.lm import Shape
 from kdjax.state import TrainState
 from kdjax.teacher import building, labelling, synthetic
 from kdjax.teacher.records import Cache
@@ -48,11 +49,12 @@ def real(config: Config, workdir: pathlib.Path, mesh: Mesh) -> Workload | None:
         return None
     data = experiment.load_data(config, splits=("train",))
     cache = building.open_split(config, data, workdir, "train") if soft else None
+    shape = experiment.student_shape(config, data.tokenizer)
     return Workload(
         config=config,
         mesh=mesh,
-        model=_student(config, experiment.student_shape(config, data.tokenizer), mesh),
-        plan=experiment.make_plan(config, data.train),
+        model=_student(config, shape, mesh),
+        plan=experiment.make_plan(config, shape, data.train),
         cache=cache,
         source="real",
     )
@@ -71,12 +73,15 @@ def make_synthetic(config: Config, folder: pathlib.Path, mesh: Mesh) -> Workload
             "--config.cache.kind=top_k, or label the data first"
         )
     # Only a vocabulary of the tokenizer's size needs the tokenizer.
-    named = config.student.init == "random" and not config.student.decoder.vocab_size
+    student = config.student
+    own = student.t5 if student.architecture == "t5" else student.decoder
+    named = student.init == "random" and not own.vocab_size
     tokenizer = experiment.load_tokenizer(config) if named else ()
     shape = experiment.student_shape(config, tokenizer)
     segments = synthetic.make_segments(
         _BATCHES * config.train.batch_size,
         row_length=config.train.row_length,
+        prompt_length=_prompt_length(shape, config.train),
         vocab_size=shape.vocab_size,
         num_views=len(methods.views(config.method)),
         seed=config.seed,
@@ -95,10 +100,17 @@ def make_synthetic(config: Config, folder: pathlib.Path, mesh: Mesh) -> Workload
         config=config,
         mesh=mesh,
         model=_student(config, shape, mesh),
-        plan=experiment.make_plan(config, segments),
+        plan=experiment.make_plan(config, shape, segments),
         cache=cache,
         source="synthetic",
     )
+
+
+def _prompt_length(shape: Shape, train: TrainConfig) -> int:
+    """Tokens of a prompt that fills an encoder's row; 1 without one."""
+    if not isinstance(shape, T5Config):
+        return 1
+    return (train.encoder_row_length or train.row_length) - 1  # the end token follows
 
 
 def _check(config: Config) -> None:
@@ -176,6 +188,7 @@ class Step:
             cache=self._load.cache,
             temperature=self._load.config.method.temperature,
             rows=self._rows,
+            dropout=self.program.dropout,
         )
 
     def prepared(self) -> Any:
@@ -223,8 +236,9 @@ class Step:
 
     def _init(self, make_params: Callable[[], Any] | None) -> TrainState:
         if make_params is None:
-            student = StudentConfig(init="random")
-            config = dataclasses.replace(self._load.config, student=student)
+            config = self._load.config
+            student = dataclasses.replace(config.student, init="random")
+            config = dataclasses.replace(config, student=student)
             make_params = experiment.student_params(config, self._load.model, "")
         abstract, optimizer = self.program.abstract, self.program.optimizer
         return state.init_state(abstract, optimizer, make_params)
@@ -243,7 +257,7 @@ def cache_bytes(cache: Cache) -> int:
     return sum((cache.folder / name).stat().st_size for name in names)
 
 
-def _student(config: Config, shape: DecoderConfig, mesh: Mesh) -> Model:
+def _student(config: Config, shape: Shape, mesh: Mesh) -> Model:
     return experiment.make_model(
         shape, mesh, dtype=config.train.dtype, remat=config.train.remat
     )

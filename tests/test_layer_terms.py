@@ -56,13 +56,15 @@ class First:
         state = made.init(experiment.student_params(config, self.model, ""))
         self.params = jax.tree.map(np.asarray, state.params)
         self.batch = loader.make_batch(
-            experiment.make_plan(config, data.train),
+            experiment.make_plan(config, self.model.shape, data.train),
             0,
             terms=made.terms(0),
             rows=sharding.local_rows(mesh, made.num_rows),
             online=True,
         )
-        shapes = program.abstract_batch(config, mesh, vocab_size=shape.vocab_size)
+        shapes = program.abstract_batch(
+            config, self.model.shape, mesh, vocab_size=shape.vocab_size
+        )
         assert shapes.keys() == self.batch.keys()
         placed = sharding.global_batch(self.batch, mesh, made.num_rows)
         state, metrics = made.step(state, placed, self.frozen)

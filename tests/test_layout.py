@@ -12,7 +12,7 @@ ALLOWED = {  # part -> the parts of kdjax it may import
     "losses": {"losses"},
     "metrics": set(),
     "config": set(),
-    "models": {"models", "config"},
+    "models": {"models", "losses", "config"},
     "data": {"data", "config"},
     "step": {"live", "losses", "models", "sharding", "state"},
     "live": {"losses", "models", "sharding"},

@@ -6,7 +6,7 @@ import pytest
 
 from kdjax import experiment, live, sharding, state, step
 from kdjax.config import MeshConfig, OptimConfig
-from kdjax.models import decoder
+from kdjax.models import decoder, lm
 from kdjax.optim import make_optimizer, make_schedule
 from tests.golden.make_families import FOLDER, LENGTH, tokens
 
@@ -55,7 +55,9 @@ def log_probs(models, batch):
         )
         assert model.shape.final_softcap == 5.0
         plain = decoder.logits(params, hidden)
-        capped = decoder.logits(params, hidden, softcap=model.shape.final_softcap)
+        capped = decoder.logits(
+            params, hidden, rule=lm.logit_rule(model.graphdef, params)
+        )
         assert np.abs(plain - capped).max() > 0.05  # the cap matters
         logits = np.asarray(capped, np.float64).reshape(-1, 96)
         found.append(logits - np.log(np.exp(logits).sum(-1, keepdims=True)))

@@ -23,13 +23,13 @@ def test_the_abstract_batch_is_the_real_one(soft_weight):
     data = experiment.load_data(config, splits=("train",))
     shape = experiment.student_shape(config, data.tokenizer)
     batch = loader.make_batch(
-        experiment.make_plan(config, data.train),
+        experiment.make_plan(config, shape, data.train),
         0,
         terms=methods.terms(config.method),
         cache=FakeCache(data.train, shape.vocab_size) if soft_weight else None,
         temperature=config.method.temperature,
     )
-    abstract = program.abstract_batch(config, mesh, vocab_size=shape.vocab_size)
+    abstract = program.abstract_batch(config, shape, mesh, vocab_size=shape.vocab_size)
     described = {name: (x.shape, x.dtype) for name, x in abstract.items()}
     assert described == {name: (x.shape, x.dtype) for name, x in batch.items()}
     model = experiment.make_model(shape, mesh, dtype="float32")
@@ -58,7 +58,7 @@ def test_no_teacher_rows_of_other_microbatches_are_kept(kind):
         model = experiment.make_model(shape, mesh, dtype="float32")
         teacher = model if config.teacher.online else None
         made = program.Program(config, model, mesh, teacher=teacher)
-        batch = program.abstract_batch(config, mesh, vocab_size=512)
+        batch = program.abstract_batch(config, shape, mesh, vocab_size=512)
         frozen = () if teacher is None else (teacher.abstract,)
         compiled = made.step.lower(made.abstract, batch, *frozen).compile()
         return compiled.memory_analysis().temp_size_in_bytes

@@ -65,7 +65,7 @@ def run(config, *, steps=2, mesh_config=None, devices=None, poison=False):
     model = experiment.make_model(shape, mesh, dtype="float32")
     optimizer = optim.make_optimizer(config.optim, steps=10)
     abstract = state.abstract_state(model.abstract, optimizer, mesh)
-    plan = experiment.make_plan(config, data.train)
+    plan = experiment.make_plan(config, shape, data.train)
     cache = FakeCache(data.train, shape.vocab_size)
     train_step = step.make_train_step(
         model.graphdef,
@@ -157,7 +157,7 @@ def test_loss_is_the_dense_formula():
         experiment.student_shape(config, data.tokenizer), mesh, dtype="float32"
     )
     params = experiment.student_params(config, model, "")()
-    plan = experiment.make_plan(config, data.train)
+    plan = experiment.make_plan(config, model.shape, data.train)
     cache = FakeCache(data.train, model.shape.vocab_size)
     total = np.zeros((2, 2))
     counts = np.zeros(2)
@@ -227,7 +227,7 @@ def online(config, *, whole=False, mesh_config=None, devices=None):
     )(jax.random.key(7))
     # Random weights of the usual size make nearly uniform rows.
     frozen["embed"]["embedding"] *= np.float32(30.0)
-    plan = experiment.make_plan(config, data.train)
+    plan = experiment.make_plan(config, shape, data.train)
     results = []
     for live in (True, False):
         made = program.Program(config, model, mesh, teacher=teacher if live else None)
@@ -306,7 +306,7 @@ def test_schedules_reach_the_batch_and_the_step():
     assert [w["soft"] for w in found] == pytest.approx([0.5, 0.375, 0.25, 0.125, 0])
     assert [made.temperature(i) for i in range(5)] == [2.0, 2.0, 2.0, 1.0, 1.0]
     assert made.step_at(2.0) is made.step and made.step_at(1.0) is not made.step
-    plan = experiment.make_plan(config, data.train)
+    plan = experiment.make_plan(config, shape, data.train)
     cache = FakeCache(data.train, shape.vocab_size)
     current = state.init_state(
         made.abstract, made.optimizer, experiment.student_params(config, model, "")
@@ -340,7 +340,7 @@ def test_a_step_moves_nothing_but_its_batch_and_its_metrics():
     make_params = experiment.student_params(
         config, experiment.make_model(shape, mesh, dtype="float32"), ""
     )
-    plan = experiment.make_plan(config, data.train)
+    plan = experiment.make_plan(config, shape, data.train)
     cache = FakeCache(data.train, shape.vocab_size)
     current = made.init(make_params)
     for index in range(3):

@@ -24,6 +24,7 @@ from kdjax.data.soft import TeacherRows
 from kdjax.data.views import Segment
 
 Batch = dict[str, np.ndarray]
+_DROPOUT = 1  # tells these draws from those of the order
 
 
 class BatchPlan:
@@ -45,6 +46,7 @@ class BatchPlan:
         shuffle: bool = True,
         encoder_length: int = 0,
         start_id: int = 0,
+        end_id: int = 0,
     ) -> None:
         """See the class.
 
@@ -57,6 +59,7 @@ class BatchPlan:
           shuffle: False keeps the given order (evaluation, labelling).
           encoder_length: positions per row of the encoder; 0 = there is none.
           start_id: with an encoder, what the decoder reads before each target.
+          end_id: with an encoder, what ends each prompt.
 
         Raises:
           ValueError: nothing to plan, a segment too long, or sizes that do not divide.
@@ -76,6 +79,7 @@ class BatchPlan:
         self.shuffle = shuffle
         self.encoder_length = encoder_length
         self._start_1 = np.asarray([start_id], np.int32)
+        self._end_id = end_id
         before = [len(self.before_target(s)) for s in segments]
         self.views = np.asarray([s.view for s in segments], np.int64)
         self.target_lengths = np.asarray([len(s.target_ids) for s in segments])
@@ -83,7 +87,7 @@ class BatchPlan:
         self.lengths = np.asarray(before, np.int64) + self.target_lengths - 1
         self._limits = {"row_length": (self.lengths, row_length)}
         if encoder_length:
-            prompt_lengths = np.asarray([len(s.prompt_ids) for s in segments])
+            prompt_lengths = np.asarray([len(self.encoder_ids(s)) for s in segments])
             self._limits["encoder_length"] = (prompt_lengths, encoder_length)
         for name, (lengths, limit) in self._limits.items():
             longest = int(lengths.argmax())
@@ -101,6 +105,11 @@ class BatchPlan:
     def before_target(self, segment: Segment) -> Int32[np.ndarray, " p"]:
         """What stands before the target in its row."""
         return self._start_1 if self.encoder_length else segment.prompt_ids
+
+    def encoder_ids(self, segment: Segment) -> Int32[np.ndarray, " p"]:
+        """What the encoder reads: the prompt and the end token."""
+        ids = ended(segment.prompt_ids.tolist(), self._end_id)
+        return np.asarray(ids, np.int32)
 
     def steps_per_epoch(self, epoch: int) -> int:
         """Batches in an epoch; it may differ by one or so between epochs."""
@@ -149,6 +158,12 @@ class BatchPlan:
         return self._rows[epoch]
 
 
+def ended(prompt_ids: Sequence[int], end_id: int) -> list[int]:
+    """A prompt as an encoder reads it: with its end token, once."""
+    ends = len(prompt_ids) and prompt_ids[-1] == end_id
+    return [*prompt_ids] if ends else [*prompt_ids, end_id]
+
+
 class Placement(NamedTuple):
     """Where a segment lies in its row."""
 
@@ -168,7 +183,7 @@ def placements(plan: BatchPlan, items: Iterable[int]) -> Iterator[Placement]:
         first = stop - len(segment.target_ids)
         prompt_stop = prompt_start
         if plan.encoder_length:
-            prompt_stop += len(segment.prompt_ids)
+            prompt_stop += len(plan.encoder_ids(segment))
         yield Placement(
             int(item),
             segment,
@@ -188,6 +203,7 @@ def make_batch(
     temperature: float = 1.0,
     rows: slice = slice(None),
     online: bool = False,
+    dropout: bool = False,
 ) -> Batch:
     """The arrays of one step.
 
@@ -204,13 +220,15 @@ def make_batch(
       temperature: of the soft terms; one that the cache declares.
       rows: the rows of each microbatch to make (this host's).
       online: the teacher runs beside the student: soft terms need no cache.
+      dropout: the model has dropout, and is trained.
 
     Returns:
       Arrays [M, R, T]. int32: tokens, targets (the next token), positions and segments
       (0 in padding, then 1..), view (-1 where the target is not trained on). float32:
       hard_weights, soft_weights, and those of other kinds. With an encoder also int32
-      [M, R, S]: encoder_tokens, encoder_positions, encoder_segments. With a cache also
-      teacher_log_probs [M, R, T, K] and teacher_log_z at `temperature`, and, unless
+      [M, R, S]: encoder_tokens, encoder_positions, encoder_segments. With dropout
+      uint32 dropout_keys [M, R, 2], which follow from (seed, step, row). With a cache
+      also teacher_log_probs [M, R, T, K], teacher_log_z at `temperature`, and, unless
       the cache is dense, teacher_ids int32 [M, R, T, K]; without a record ids are -1,
       log-probs -inf, log z 0. Of a sampled cache log-probs are logs of shares of the
       draws at `temperature`, and teacher_entropy is the entropy there.
@@ -232,6 +250,10 @@ def make_batch(
             batch[f"encoder_{name}"] = np.zeros(encoder_lead, np.int32)
     batch["view"] = np.full(lead, -1, np.int32)
     batch |= {f"{kind}_weights": np.zeros(lead, np.float32) for kind in weights}
+    if dropout:
+        keys = np.random.default_rng([plan.seed, step, _DROPOUT])
+        drawn = keys.integers(2**32, size=(plan.batch_size, 2), dtype=np.uint32)
+        batch["dropout_keys"] = drawn[local.ravel()]
     soft_views = _soft_views(terms)
     if soft_views and cache is None and not online:
         raise ValueError(
@@ -286,8 +308,9 @@ def _write(
     batch["positions"][row, at.whole] = np.arange(len(ids) - 1)
     batch["segments"][row, at.whole] = number
     if plan.encoder_length:
-        batch["encoder_tokens"][row, at.prompt] = segment.prompt_ids
-        batch["encoder_positions"][row, at.prompt] = np.arange(len(segment.prompt_ids))
+        prompt_p = plan.encoder_ids(segment)
+        batch["encoder_tokens"][row, at.prompt] = prompt_p
+        batch["encoder_positions"][row, at.prompt] = np.arange(len(prompt_p))
         batch["encoder_segments"][row, at.prompt] = number
     batch["view"][row, at.target] = segment.view
     for kind, of_view in weights.items():

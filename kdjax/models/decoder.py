@@ -28,6 +28,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from kdjax.config import DTYPES, REMATS, DecoderConfig
+from kdjax.losses.options import PLAIN, LogitRule
 from kdjax.models import attention, rotary
 from kdjax.models.attention import Kernel
 from kdjax.models.layers import (
@@ -91,7 +92,7 @@ class Decoder(nnx.Module):
         self.dtype, self.remat, self.kernel = dtype, remat, kernel
         self.num_layers = config.num_layers
         self.embedding_scale = config.width**0.5 if config.scale_embeddings else 1.0
-        self.final_softcap = config.final_softcap
+        self.logit_rule = LogitRule(softcap=config.final_softcap or None)
         self.rule = attention.rule_of(config)
         self.ropes = rotary.ropes(config)
         self.windows, self.rotary = config.windows, config.rotary
@@ -270,26 +271,21 @@ def head_weight(params: Params) -> Float[Array, "V D"]:
     return params["embed"]["embedding"] if head is None else head["weight"]
 
 
-def final_softcap(graphdef: nnx.GraphDef, params: Params) -> float:
-    """The cap of a model's logits, 0 for none; `params` may be shapes only."""
-    return nnx.merge(graphdef, params).final_softcap
-
-
 def logits(
-    params: Params, hidden: Float[Array, "... D"], *, softcap: float = 0.0
+    params: Params, hidden: Float[Array, "... D"], *, rule: LogitRule = PLAIN
 ) -> Float[Array, "... V"]:
     """All logits in float32: for generation and tests; training uses the fused head.
 
     Args:
       params: of the model.
       hidden: states after the final norm.
-      softcap: the model's `final_softcap`.
+      rule: the model's `logit_rule`.
     """
     weight_VD = head_weight(params).astype(hidden.dtype)
     products = jnp.einsum(
         "...d,vd->...v", hidden, weight_VD, preferred_element_type=jnp.float32
     )
-    return softcap * jnp.tanh(products / softcap) if softcap else products
+    return rule(products)
 
 
 def init_cache(

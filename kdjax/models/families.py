@@ -232,3 +232,10 @@ def stored_names(
     name = _TABLE[config.family].names[path.removeprefix("layers/")]
     stored = [f"model.layers.{layer}.{name}" for layer in layers]
     return stored, path.endswith("/kernel")
+
+
+def without_copies(
+    tensors: dict[str, Any], files: dict[str, Any], config: DecoderConfig
+) -> dict[str, Any]:
+    """The tensors without the rotary frequencies, which follow from the config."""
+    return {n: t for n, t in tensors.items() if not n.endswith("rotary_emb.inv_freq")}

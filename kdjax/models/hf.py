@@ -12,7 +12,8 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 import huggingface_hub
@@ -24,8 +25,9 @@ from jax.experimental import multihost_utils
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from kdjax.config import DecoderConfig
-from kdjax.models import decoder, families
+from kdjax.config import T5Config
+from kdjax.models import families, lm, t5_names
+from kdjax.models.lm import Shape
 
 INDEX = "model.safetensors.index.json"
 FLOATS = ("F32", "F16", "BF16")
@@ -52,63 +54,83 @@ def resolve(path: str | os.PathLike) -> pathlib.Path:
         ) from error
 
 
-def read_config(path: str | os.PathLike) -> DecoderConfig:
+def read_config(path: str | os.PathLike) -> Shape:
     """The shape of the model in a folder.
 
     Raises:
-      ValueError: a family, a field or a value that the decoder does not implement, or
-        that it does not know.
+      ValueError: a family, a field or a value that is not implemented, or not known.
     """
-    file = resolve(path) / "config.json"
+    folder = resolve(path)
+    file = folder / "config.json"
     if not file.is_file():
         raise ValueError(f"{file} is missing: give a Hugging Face model folder")
-    return families.read(_read_json(file), str(file))
+    raw = _read_json(file)
+    if raw.get("model_type") != "t5":
+        return families.read(raw, str(file))
+    return t5_names.read(raw, str(file), lambda: t5_names.HEAD in _names_in(folder))
+
+
+def _names(config: Shape) -> ModuleType:
+    """What knows the tensors' names: functions of the same names for either kind."""
+    return t5_names if isinstance(config, T5Config) else families
 
 
 def load_params(
     path: str | os.PathLike,
-    config: DecoderConfig,
+    config: Shape,
     *,
     shardings: dict | None = None,
     dtype: str = "float32",
-    keep_layers: Sequence[int] | None = None,
-) -> decoder.Params:
+    keep_layers: Mapping[str, Sequence[int]] | None = None,
+) -> lm.Params:
     """Read parameters, each process only the slices that its devices hold.
 
     Args:
       path: folder or hub name.
-      config: shape of the result; `num_layers` is `len(keep_layers)` where given.
+      config: shape of the result; a stack has as many layers as `keep_layers` names.
       shardings: nested dict of `jax.sharding.Sharding` like the parameters; None puts
         everything on the default device.
       dtype: of the result; files may be float32, float16 or bfloat16.
-      keep_layers: layers of the file to stack, in this order; None = all.
+      keep_layers: path of a stack, of `lm.stacks` -> layers of the file to stack, in
+        this order; a stack that is not named is whole.
 
     Raises:
       ValueError: a tensor that is missing, superfluous, or of another shape or type.
     """
     folder = resolve(path)
-    num_stored = read_config(folder).num_layers
-    layers = range(num_stored) if keep_layers is None else tuple(keep_layers)
-    if len(layers) != config.num_layers or not set(layers) <= set(range(num_stored)):
-        raise ValueError(
-            f"keep_layers={tuple(layers)} of the {num_stored} layers in {folder} does "
-            f"not make num_layers={config.num_layers}: list that many existing layers"
-        )
-    _, shapes = decoder.create(config)
+    stored, names_of = read_config(folder), _names(config)
+    kept = keep_layers or {}
+    layers = {
+        name: tuple(kept.get(name, range(num)))
+        for name, num in lm.stacks(stored).items()
+    }
+    for name, num in lm.stacks(config).items():
+        num_stored = lm.stacks(stored)[name]
+        if len(layers[name]) != num or not set(layers[name]) <= set(range(num_stored)):
+            raise ValueError(
+                f"keep_layers={layers[name]} of the {num_stored} {name} in {folder} "
+                f"does not make {num}: list that many existing layers"
+            )
+    _, shapes = lm.create(config)
     if shardings is None:
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         shardings = jax.tree.map(lambda _: device, shapes)
     with contextlib.ExitStack() as stack:
         tensors, files = _open_tensors(folder, stack)
-        _check_tensors(folder, tensors, files, _stored_shapes(config, num_stored))
+        tensors = names_of.without_copies(tensors, files, config)
+        _check_tensors(
+            folder, tensors, files, _stored_shapes(config, lm.stacks(stored))
+        )
 
         def load(key_path, shape, sharding):
             path = join(key_path)
-            names, transposed = families.stored_names(config, path, layers)
-            stacked = path.startswith("layers/")
+            stack_of = _stack_of(config, path)
+            names, transposed = names_of.stored_names(
+                config, path, layers.get(stack_of, ())
+            )
 
             def read(index):
-                part = _read(tensors, names, index, stacked, transposed)
+                part = _read(tensors, names, index, bool(stack_of), transposed)
                 return part.astype(jnp.dtype(dtype))
 
             return jax.make_array_from_callback(shape.shape, sharding, _memoised(read))
@@ -118,15 +140,15 @@ def load_params(
 
 def save(
     path: str | os.PathLike,
-    config: DecoderConfig,
-    params: decoder.Params,
+    config: Shape,
+    params: lm.Params,
     tokenizer: Any = None,
     *,
     dtype: str = "float32",
     max_shard_bytes: int = 5 * 2**30,
     overwrite: bool = False,
 ) -> None:
-    """Write a folder that `transformers.AutoModelForCausalLM` loads as it is.
+    """Write a folder that `transformers` loads as it is, by the class of its kind.
 
     The folder appears whole under its name or not at all. On several hosts every
     process calls this (sharded arrays are gathered) and process 0 writes.
@@ -135,7 +157,8 @@ def save(
       path: the new folder.
       config: shape of the model.
       params: its parameters, sharded or not.
-      tokenizer: saved beside it; its special ids go to config.json.
+      tokenizer: saved beside it; its special ids go to config.json, except T5's, which
+        are part of its shape.
       dtype: of the stored tensors, "float32", "bfloat16" or "float16".
       max_shard_bytes: above this the weights are split over several files.
       overwrite: replace an existing model folder.
@@ -151,7 +174,7 @@ def save(
             f"path={str(path)!r} exists and is not empty: remove it, choose another, "
             "or replace a model folder with overwrite=True"
         )
-    described = families.write(config)
+    described = _names(config).write(config)
     tensors = _stored_tensors(config, jax.tree.map(_to_host, params))
     if jax.process_index() != 0:
         return
@@ -162,7 +185,7 @@ def save(
     ids = {
         f"{name}_token_id": getattr(tokenizer, f"{name}_token_id", None)
         for name in ("bos", "eos", "pad")
-    }
+    } | {name: value for name, value in described.items() if name.endswith("_token_id")}
     # Both spellings: transformers 4 reads the first, transformers 5 the second.
     stored_as = {"torch_dtype": dtype, "dtype": dtype}
     _write_json(scratch / "config.json", described | stored_as | ids)
@@ -231,18 +254,39 @@ def join(key_path) -> str:
     return "/".join(key.key for key in key_path)
 
 
+def _stack_of(config: Shape, path: str) -> str:
+    """The stack of layers that a parameter belongs to; "" for none."""
+    return next((s for s in lm.stacks(config) if path.startswith(s)), "")
+
+
+def _tensors_of(
+    config: Shape, path: str, stacks: Mapping[str, int]
+) -> tuple[list[str], bool, bool]:
+    """Tensors behind a parameter, whether transposed, whether one a layer."""
+    stack = _stack_of(config, path)
+    layers = range(stacks.get(stack, 0))
+    return *_names(config).stored_names(config, path, layers), bool(stack)
+
+
 def _stored_shapes(
-    config: DecoderConfig, num_layers: int
+    config: Shape, stacks: Mapping[str, int]
 ) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor in the files of a model of so many layers."""
-    _, params = decoder.create(config)
+    _, params = lm.create(config)
     result: dict[str, tuple[int, ...]] = {}
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        path = join(key_path)
-        names, transposed = families.stored_names(config, path, range(num_layers))
-        shape = leaf.shape[1:] if path.startswith("layers/") else leaf.shape
+        names, transposed, stacked = _tensors_of(config, join(key_path), stacks)
+        shape = leaf.shape[1:] if stacked else leaf.shape
         result |= dict.fromkeys(names, shape[::-1] if transposed else shape)
     return result
+
+
+def _names_in(folder: pathlib.Path) -> set[str]:
+    """Names of the tensors of a folder; none where it has no weights."""
+    if not any(folder.glob("*.safetensors")):
+        return set()
+    with contextlib.ExitStack() as stack:
+        return set(_open_tensors(folder, stack)[0])
 
 
 def _check_tensors(
@@ -250,11 +294,9 @@ def _check_tensors(
 ) -> None:
     several = (folder / INDEX).is_file()
     whole = folder / (INDEX if several else "model.safetensors")
-    # Old exports also store the rotary frequencies, which follow from the config.
-    found = {name for name in tensors if not name.endswith("rotary_emb.inv_freq")}
     for kind, names in (
-        ("lacks", wanted.keys() - found),
-        ("also has", found - wanted.keys()),
+        ("lacks", wanted.keys() - tensors.keys()),
+        ("also has", tensors.keys() - wanted.keys()),
     ):
         if names:
             raise ValueError(
@@ -302,14 +344,12 @@ def _to_host(array: jax.Array) -> np.ndarray:
     return np.asarray(array)
 
 
-def _stored_tensors(config: DecoderConfig, params: dict) -> dict[str, np.ndarray]:
+def _stored_tensors(config: Shape, params: dict) -> dict[str, np.ndarray]:
     """Views of the parameters by Hugging Face name."""
-    result = {}
+    result, stacks = {}, lm.stacks(config)
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        path = join(key_path)
-        layers = range(config.num_layers)
-        names, transposed = families.stored_names(config, path, layers)
-        parts = leaf if path.startswith("layers/") else [leaf]
+        names, transposed, stacked = _tensors_of(config, join(key_path), stacks)
+        parts = leaf if stacked else [leaf]
         for name, part in zip(names, parts, strict=True):
             result[name] = part.T if transposed else part
     return dict(sorted(result.items()))

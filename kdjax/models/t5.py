@@ -33,9 +33,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from kdjax.config import DTYPES, REMATS, T5Config
-from kdjax.models import decoder
+from kdjax.losses.options import LogitRule
 from kdjax.models.layers import Embedding, Head
-from kdjax.models.t5_layers import Memory, Reads, Stack, attending
+from kdjax.models.shape import one_of
+from kdjax.models.t5_layers import Memory, Reads, Stack, attending, split_keys
 
 Params = dict  # nested: name -> dict or array
 Cache = dict  # "own", "encoded": a Memory of [L, ...]; "readable" [B, S]: is a prompt's
@@ -54,6 +55,9 @@ class T5(nnx.Module):
     def __init__(self, config: T5Config, *, dtype: str, remat: str, rngs: nnx.Rngs):
         """Draw all parameters."""
         self.dtype = dtype
+        self.logit_rule = LogitRule(
+            scale=config.width**-0.5 if config.scale_outputs else 1.0
+        )
         shape = (config.vocab_size, config.width)
         self.embed = Embedding(*shape, std=1.0, rngs=rngs)
         stack = functools.partial(Stack, config, remat=remat, rngs=rngs)
@@ -62,17 +66,17 @@ class T5(nnx.Module):
         if not config.tie_embeddings:
             self.head = Head(*shape, std=config.width**-0.5, rngs=rngs)
 
-    def encode(self, rows: Rows, key=None):
+    def encode(self, rows: Rows, dropout=None):
         """The encoder's hidden states."""
         mask_BSS = _same(rows.segments, rows.segments)
         attend = self.encoder.attend(mask_BSS, _distances(rows.segments.shape[1]))
         x_BSD = self.embed(rows.tokens, jnp.dtype(self.dtype))
-        return self.encoder(x_BSD, Reads(attend), key)[0]
+        return self.encoder(x_BSD, Reads(attend), dropout)[0]
 
-    def decode(self, tokens_BT, reads, key=None, cache=None):
+    def decode(self, tokens_BT, reads, dropout=None, cache=None):
         """The decoder's hidden states, and new keys and values."""
         x_BTD = self.embed(tokens_BT, jnp.dtype(self.dtype))
-        return self.decoder(x_BTD, reads, key, cache)
+        return self.decoder(x_BTD, reads, dropout, cache)
 
 
 def create(
@@ -93,7 +97,9 @@ def create(
     Raises:
       ValueError: a config that describes no model.
     """
-    _check(config, dtype, remat)
+    check(config)
+    one_of("dtype", dtype, DTYPES)
+    one_of("remat", remat, REMATS)
     model = nnx.eval_shape(
         lambda: T5(config, dtype=dtype, remat=remat, rngs=nnx.Rngs(params=0))
     )
@@ -111,7 +117,7 @@ def init_params(config: T5Config, key: Array) -> Params:
 
     Source: transformers, `T5PreTrainedModel._init_weights`, after Mesh TensorFlow.
     """
-    _check(config, "float32", "none")
+    check(config)
     model = T5(config, dtype="float32", remat="none", rngs=nnx.Rngs(params=key))
     params = nnx.to_pure_dict(nnx.state(model))
     return jax.tree.map(lambda leaf: config.init_factor * leaf, params)
@@ -122,13 +128,13 @@ def encode(
     params: Params,
     rows: Rows,
     *,
-    dropout_key: Array | None = None,
+    dropout: Array | None = None,
 ) -> Float[Array, "B S D"]:
     """The encoder's hidden states after the final norm, in the compute dtype.
 
     Attention goes both ways within equal segments; padding attends to padding.
     """
-    return nnx.merge(graphdef, params).encode(rows, dropout_key)
+    return nnx.merge(graphdef, params).encode(rows, dropout)
 
 
 def hidden_states(
@@ -137,7 +143,7 @@ def hidden_states(
     encoder_rows: Rows,
     decoder_rows: Rows,
     *,
-    dropout_key: Array | None = None,
+    dropout: Array | None = None,
 ) -> Float[Array, "B T D"]:
     """The decoder's hidden states after the final norm, for packed pairs of rows.
 
@@ -148,13 +154,13 @@ def hidden_states(
       decoder_rows: targets shifted right, each after the start token, [B, T].
         Attention is causal within equal segments, and reads the encoder's result where
         that has the same segment.
-      dropout_key: of this batch; None turns dropout off.
+      dropout: a random key for each row, [B]; None turns dropout off.
 
     Returns:
-      Hidden states in the compute dtype; `logit_scale` says how logits follow.
+      Hidden states in the compute dtype; the model's `logit_rule` makes logits of them.
     """
     model = nnx.merge(graphdef, params)
-    keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+    keys = (None, None) if dropout is None else split_keys(dropout, 2)
     segments_BT = decoder_rows.segments
     distance_1TT = _distances(segments_BT.shape[1])
     mask_BTT = _same(segments_BT, segments_BT) & (distance_1TT <= 0)
@@ -164,18 +170,6 @@ def hidden_states(
         attend_encoded=attending(_same(segments_BT, encoder_rows.segments)),
     )
     return model.decode(decoder_rows.tokens, reads, keys[1])[0]
-
-
-def logit_scale(config: T5Config) -> float:
-    """What multiplies the products of hidden states and output weight."""
-    return config.width**-0.5 if config.scale_outputs else 1.0
-
-
-def logits(
-    config: T5Config, params: Params, hidden: Float[Array, "... D"]
-) -> Float[Array, "... V"]:
-    """All logits in float32: for generation and tests; training uses the fused head."""
-    return decoder.logits(params, hidden) * logit_scale(config)
 
 
 def init_cache(
@@ -255,7 +249,8 @@ def _distances(length: int) -> Int[Array, "1 T T"]:
     return (column[None, :] - column[:, None])[None]
 
 
-def _check(config: T5Config, dtype: str, remat: str) -> None:
+def check(config: T5Config) -> None:
+    """Raise ValueError, naming a field, for a config that describes no model."""
     layers = ("num_encoder_layers", "num_decoder_layers")
     for name in ("vocab_size", "width", *layers, "num_heads", "head_dim", "mlp_width"):
         if getattr(config, name) < 1:
@@ -273,6 +268,3 @@ def _check(config: T5Config, dtype: str, remat: str) -> None:
         )
     if not 0 <= config.dropout < 1:
         raise ValueError(f"dropout={config.dropout} is a share: use 0 to below 1")
-    for name, value, known in (("dtype", dtype, DTYPES), ("remat", remat, REMATS)):
-        if value not in known:
-            raise ValueError(f"{name}={value!r} is unknown: use one of {known}")

@@ -71,16 +71,27 @@ def _bucket_table(num_buckets: int, max_distance: int) -> np.ndarray:
     return np.where(distance < exact, distance, np.minimum(wide, num_buckets - 1))
 
 
-def _droppers(rate: float, key: Array | None, count: int) -> list[Callable]:
-    """Functions that each set a share of an array to 0 and scale up the rest."""
-    if key is None or rate == 0:
+def split_keys(keys_B: Array, count: int) -> Array:
+    """New random keys for each row: [count, B]."""
+    return jax.vmap(lambda key: jax.random.split(key, count), out_axes=1)(keys_B)
+
+
+def _droppers(rate: float, keys_B: Array | None, count: int) -> list[Callable]:
+    """Functions that each set a share of an array to 0 and scale up the rest.
+
+    Every row has a key of its own, so what is dropped does not depend on how rows are
+    cut into microbatches or spread over devices.
+    """
+    if keys_B is None or rate == 0:
         return [lambda x: x] * count
 
-    def drop(key: Array, x: Array) -> Array:
-        kept = jax.random.bernoulli(key, 1 - rate, x.shape)
-        return jnp.where(kept, x / (1 - rate), 0.0)
+    def drop(keys_B: Array, x: Array) -> Array:
+        def keep(key: Array) -> Array:
+            return jax.random.bernoulli(key, 1 - rate, x.shape[1:])
 
-    return [functools.partial(drop, key) for key in jax.random.split(key, count)]
+        return jnp.where(jax.vmap(keep)(keys_B), x / (1 - rate), 0.0)
+
+    return [functools.partial(drop, keys_B) for keys_B in split_keys(keys_B, count)]
 
 
 class PositionBias(nnx.Module):
@@ -169,9 +180,9 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(config.width, eps=config.norm_eps)
         self.mlp = MLP(config, rngs=rngs)
 
-    def __call__(self, x_BTD, key, reads, cache):
+    def __call__(self, x_BTD, dropout, reads, cache):
         """One layer, and what later tokens will attend to if there is a cache."""
-        drops = _droppers(self.rate, key, 6)
+        drops = _droppers(self.rate, dropout, 6)
         normed_BTD = self.attention_norm(x_BTD)
         memory = self.attention.memory(normed_BTD)
         if cache is not None:
@@ -214,21 +225,22 @@ class Stack(nnx.Module):
         """Attention where the mask is true, biased by distance."""
         return attending(mask_BTS, self.position_bias(distance_BTS))
 
-    def __call__(self, x_BTD, reads, key=None, cache=None):
+    def __call__(self, x_BTD, reads, dropout=None, cache=None):
         """Hidden states after the final norm, and what later tokens will read."""
         graphdef, stacked = nnx.split(self.layers)
-        drops = _droppers(self.rate, key, 2)
-        keys = None
-        if key is not None:
+        keys_L = keys_B = None
+        if dropout is not None:
             num_layers = jax.tree.leaves(stacked)[0].shape[0]
-            keys = jax.random.split(jax.random.fold_in(key, 2), num_layers)
+            keys_B, *keys_L = split_keys(dropout, num_layers + 1)
+            keys_L = jnp.stack(keys_L)
+        drops = _droppers(self.rate, keys_B, 2)
 
         def body(x_BTD, layer):
-            params, key, cache = layer
-            return nnx.merge(graphdef, params)(x_BTD, key, reads, cache)
+            params, keys_B, cache = layer
+            return nnx.merge(graphdef, params)(x_BTD, keys_B, reads, cache)
 
         body = recomputing(body, self.remat)
-        x_BTD, memory = jax.lax.scan(body, drops[0](x_BTD), (stacked, keys, cache))
+        x_BTD, memory = jax.lax.scan(body, drops[0](x_BTD), (stacked, keys_L, cache))
         return drops[1](self.norm(x_BTD)), memory
 
 

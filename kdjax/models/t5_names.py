@@ -6,17 +6,12 @@ on it is always written as true, `scale_decoder_outputs` holds the second, and t
 shows only in whether the weights have a head of their own.
 """
 
-import contextlib
-import os
-import pathlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from kdjax.config import T5Config
-from kdjax.models import hf, t5
 
 HEAD = "lm_head.weight"
 # Our path -> Hugging Face name.
@@ -51,45 +46,38 @@ REQUIRED = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
 GATED = {"relu": False, "gated-gelu": True}
 
 
-def stored_names(path: str, config: T5Config) -> tuple[list[str], bool]:
-    """Names of the tensors behind one parameter, and whether they are transposed."""
+def stored_names(
+    config: T5Config, path: str, layers: Sequence[int]
+) -> tuple[list[str], bool]:
+    """Names of the tensors behind one parameter, and whether they are transposed.
+
+    Args:
+      config: shape of the model.
+      path: of the parameter.
+      layers: those wanted of its stack.
+    """
     if path in TOP_NAMES:
         return [TOP_NAMES[path]], False
     stack, _, part, *kernel, _ = path.split("/")
     encoder_number, decoder_number, module = PARTS[part]
-    number, num_layers = (
-        (encoder_number, config.num_encoder_layers)
-        if stack == "encoder"
-        else (decoder_number, config.num_decoder_layers)
-    )
+    number = encoder_number if stack == "encoder" else decoder_number
     if kernel:
         inner = {"gate": "wi_0", "up": "wi_1" if config.gated else "wi"}
         module += f".{(KERNELS | inner)[kernel[0]]}"
     names = [
-        f"{stack}.block.{layer}.layer.{number}.{module}.weight"
-        for layer in range(num_layers)
+        f"{stack}.block.{layer}.layer.{number}.{module}.weight" for layer in layers
     ]
     return names, bool(kernel)
 
 
-def stored_shapes(config: T5Config) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor in the files of a model."""
-    _, params = t5.create(config)
-    result: dict[str, tuple[int, ...]] = {}
-    for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        path = hf.join(key_path)
-        names, transposed = stored_names(path, config)
-        shape = leaf.shape if path in TOP_NAMES else leaf.shape[1:]
-        result |= dict.fromkeys(names, shape[::-1] if transposed else shape)
-    return result
-
-
-def read_config(raw: dict[str, Any], file: pathlib.Path) -> T5Config:
+def read(raw: Mapping[str, Any], file: str, has_head: Callable[[], bool]) -> T5Config:
     """The shape of a model from its config.json, and from the names of its weights.
 
     Args:
       raw: content of config.json.
-      file: where it stands, in the folder of the weights.
+      file: where it stands, for errors.
+      has_head: whether the weights have a head of their own; asked where config.json
+        leaves it open.
 
     Raises:
       ValueError: an architecture, or a field that changes the numbers, which `t5` does
@@ -112,7 +100,7 @@ def read_config(raw: dict[str, Any], file: pathlib.Path) -> T5Config:
     tied = raw.get("tie_word_embeddings", True)
     scaled = raw.get("scale_decoder_outputs", tied)
     if "scale_decoder_outputs" in raw and tied:
-        tied = HEAD not in _names_in(file.parent)
+        tied = not has_head()
     pad_id = raw.get("pad_token_id", 0)
     start_id = raw.get("decoder_start_token_id")
     eos_id = raw.get("eos_token_id", 1)
@@ -138,8 +126,8 @@ def read_config(raw: dict[str, Any], file: pathlib.Path) -> T5Config:
     )
 
 
-def write_config(config: T5Config, dtype: str) -> dict[str, Any]:
-    """The content of config.json.
+def write(config: T5Config) -> dict[str, Any]:
+    """The config.json of a shape, without what describes its files.
 
     Where only one of tied embeddings and scaled outputs holds, which no published model
     has, transformers 5 computes the same numbers, and 4 cannot.
@@ -167,122 +155,11 @@ def write_config(config: T5Config, dtype: str) -> dict[str, Any]:
         "eos_token_id": config.eos_id,
         "decoder_start_token_id": config.start_id,
         "use_cache": True,
-        "torch_dtype": dtype,
-        "dtype": dtype,
     }
 
 
-def load_params(
-    path: str | os.PathLike,
-    config: T5Config,
-    *,
-    shardings: dict | None = None,
-    dtype: str = "float32",
-) -> t5.Params:
-    """Read parameters, each process only the slices that its devices hold.
-
-    Args:
-      path: folder or hub name.
-      config: of the same folder, from `read_config`.
-      shardings: nested dict of `jax.sharding.Sharding` like the parameters; None puts
-        everything on the default device.
-      dtype: of the result; files may be float32, float16 or bfloat16.
-
-    Raises:
-      ValueError: a tensor that is missing, superfluous, or of another shape or type.
-    """
-    folder = hf.resolve(path)
-    _, shapes = t5.create(config)
-    if shardings is None:
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        shardings = jax.tree.map(lambda _: device, shapes)
-    with contextlib.ExitStack() as stack:
-        tensors, files = hf._open_tensors(folder, stack)
-        tensors = _without_copies(tensors, files, config)
-        hf._check_tensors(folder, tensors, files, stored_shapes(config))
-
-        def load(key_path, shape, sharding):
-            path = hf.join(key_path)
-            names, transposed = stored_names(path, config)
-
-            def read(index):
-                if path in TOP_NAMES:
-                    return tensors[names[0]][index].astype(jnp.dtype(dtype))
-                layers, *rest = index
-                stored = tuple(rest[::-1] if transposed else rest)
-                parts = [tensors[name][stored] for name in names[layers]]
-                parts = [part.T if transposed else part for part in parts]
-                return np.stack(parts).astype(jnp.dtype(dtype))
-
-            return jax.make_array_from_callback(
-                shape.shape, sharding, hf._memoised(read)
-            )
-
-        return jax.tree_util.tree_map_with_path(load, shapes, shardings)
-
-
-def save(
-    path: str | os.PathLike,
-    config: T5Config,
-    params: t5.Params,
-    tokenizer: Any = None,
-    *,
-    dtype: str = "float32",
-    max_shard_bytes: int = 5 * 2**30,
-) -> None:
-    """Write a new folder that `transformers.AutoModelForSeq2SeqLM` loads as it is.
-
-    Args:
-      path: the new folder.
-      config: shape of the model.
-      params: its parameters, sharded or not.
-      tokenizer: saved beside it.
-      dtype: of the stored tensors, "float32", "bfloat16" or "float16".
-      max_shard_bytes: above this the weights are split over several files.
-
-    Raises:
-      ValueError: the folder exists and is not empty.
-    """
-    path = pathlib.Path(path)
-    if path.exists() and any(path.iterdir()):
-        raise ValueError(
-            f"path={str(path)!r} exists and is not empty: remove it or choose another"
-        )
-    tensors: dict[str, np.ndarray] = {}
-    for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        names, transposed = stored_names(hf.join(key_path), config)
-        host = hf._to_host(leaf)
-        parts = [host] if hf.join(key_path) in TOP_NAMES else host
-        for name, part in zip(names, parts, strict=True):
-            tensors[name] = part.T if transposed else part
-    if jax.process_index() != 0:
-        return
-    scratch = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    scratch.mkdir(parents=True)
-    raw = write_config(config, dtype)
-    ids = {name: value for name, value in raw.items() if name.endswith("_token_id")}
-    hf._write_json(scratch / "config.json", raw)
-    hf._write_json(
-        scratch / "generation_config.json", {"_from_model_config": True} | ids
-    )
-    hf._write_weights(scratch, dict(sorted(tensors.items())), dtype, max_shard_bytes)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(scratch)
-    if path.exists():
-        path.rmdir()
-    os.replace(scratch, path)
-
-
-def _names_in(folder: pathlib.Path) -> set[str]:
-    """Names of the tensors of a folder; none where it has no weights."""
-    if not any(folder.glob("*.safetensors")):
-        return set()
-    with contextlib.ExitStack() as stack:
-        return set(hf._open_tensors(folder, stack)[0])
-
-
-def _without_copies(
-    tensors: dict[str, Any], files: dict[str, pathlib.Path], config: T5Config
+def without_copies(
+    tensors: dict[str, Any], files: dict[str, Any], config: T5Config
 ) -> dict[str, Any]:
     """The tensors without those that no part of the model reads.
 

@@ -11,12 +11,13 @@ import jax
 
 from kdjax import distributed, experiment, flops, methods, sharding, step
 from kdjax.config import Config, MeshConfig
-from kdjax.data import soft
+from kdjax.data import loader, soft
 from kdjax.data import tokenizer as tokenizers
 from kdjax.data.views import Segment
 from kdjax.experiment import Data
 from kdjax.losses import head
 from kdjax.models import hf
+from kdjax.models.lm import Shape
 from kdjax.teacher import labelling, records
 from kdjax.writer import progress
 
@@ -28,6 +29,8 @@ def folder(config: Config, workdir: pathlib.Path, split: str) -> pathlib.Path:
 
 def wanted(config: Config, data: Data) -> dict[str, list[Segment]]:
     """The segments that need records: held-out ones, and training ones if soft."""
+    if not experiment.has_teacher(config):
+        return {}
     found = {"eval": data.evaluation}
     if methods.has_soft_terms(config.method) and not config.teacher.online:
         found["train"] = data.train
@@ -40,21 +43,35 @@ def check(config: Config, data: Data, workdir: pathlib.Path) -> None:
     Raises:
       ValueError: a cache that does not fit, or an example longer than a labelled row.
     """
-    for split, segments in wanted(config, data).items():
-        longest = max(segments, key=lambda s: s.length)
-        if longest.length > config.cache.row_length:
+    splits = wanted(config, data)
+    rows = (
+        _rows(config, experiment.teacher_shape(config, data.tokenizer))
+        if splits
+        else {}
+    )
+    for split, segments in splits.items():
+        try:
+            loader.BatchPlan(segments, batch_size=1, shuffle=False, **rows)
+        except ValueError as error:
             raise ValueError(
-                f"example {longest.example_id!r} takes {longest.length} positions, "
-                f"cache.row_length={config.cache.row_length}: use >= {longest.length}"
-            )
+                f"labelling {split}, with cache.row_length: {error}"
+            ) from None
         if not labelling.missing(folder(config, workdir, split)):
             _open(config, data, workdir, split, segments)
+
+
+def _rows(config: Config, teacher: Shape) -> dict[str, Any]:
+    """How the teacher reads rows."""
+    cache = config.cache
+    return experiment.layout(teacher, cache.row_length, cache.encoder_row_length)
 
 
 def open_split(
     config: Config, data: Data, workdir: pathlib.Path, split: str
 ) -> records.Cache | None:
     """The cache of a split, or None (said on stderr) where it was never labelled."""
+    if not experiment.has_teacher(config):
+        return None
     path = folder(config, workdir, split)
     if labelling.missing(path):
         print(f"{path} is not labelled: no KL, no agreement", file=sys.stderr)
@@ -171,7 +188,7 @@ def _build(
     )
     model, params = experiment.load_model(teacher_path, mesh, dtype=config.train.dtype)
     vocab_size = model.shape.vocab_size
-    rows = jax.sharding.NamedSharding(mesh, sharding.BATCH_SPEC)
+    placed = jax.sharding.NamedSharding(mesh, sharding.BATCH_SPEC)
     base = records.Manifest(
         kind="top_k",
         k=0,
@@ -223,30 +240,35 @@ def _build(
                     _place_and_run,
                     label_step(k if kind == "top_k" else None),
                     params,
-                    rows,
+                    placed,
                 ),
+                rows=_rows(config, model.shape),
                 advance=advance,
             )
         distributed.barrier(f"label {split}")
         if distributed.is_main():
             num_shards = len(labelling.shards(segments, settings.shard_size))
             records.finish(path, manifest, num_shards=num_shards)
-            _print_speed(split, totals, model.shape, settings.row_length)
+            _print_speed(config, split, totals, model.shape)
         distributed.barrier(f"finish {split}")
 
 
-def _place_and_run(label_step: Any, params: Any, rows: Any, batch: Any) -> Any:
-    return label_step(params, jax.device_put(batch, rows))
+def _place_and_run(label_step: Any, params: Any, placed: Any, batch: Any) -> Any:
+    return label_step(params, jax.device_put(batch, placed))
 
 
-def _print_speed(split: str, totals: dict[str, float], shape: Any, row_length: int):
+def _print_speed(config: Config, split: str, totals: dict[str, float], shape: Shape):
     if not totals["seconds"]:
         return
+    rows, num_tokens = _rows(config, shape), int(totals["positions"])
+    length = rows.get("encoder_length", 0)
     computed = flops.forward_flops(
         shape,
-        num_tokens=int(totals["positions"]),
-        row_length=row_length,
-        num_head_tokens=int(totals["positions"]),
+        num_tokens=num_tokens,
+        row_length=rows["row_length"],
+        num_head_tokens=num_tokens,
+        num_encoder_tokens=num_tokens * length // rows["row_length"],
+        encoder_row_length=length,
     )
     peak = flops.peak_flops(jax.devices()[0])
     share = flops.mfu(

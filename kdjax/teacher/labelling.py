@@ -8,7 +8,7 @@ them itself; nothing but the end is waited for.
 import dataclasses
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -41,6 +41,7 @@ def label(
     config: CacheConfig,
     label_step: LabelStep,
     *,
+    rows: Mapping[str, Any] | None = None,
     advance: Callable[[int], None] = lambda num_tokens: None,
 ) -> dict[str, float]:
     """Labels the shards that are not there yet; killed anywhere, it continues.
@@ -51,6 +52,8 @@ def label(
       manifest: its description, without shards.
       config: shard, batch and row sizes.
       label_step: batch [1, B, T] -> arrays of `losses.head.label`, tokens first.
+      rows: how the teacher reads rows, keywords of `BatchPlan`; None = as one that only
+        decodes.
       advance: told the target tokens of every finished batch and skipped shard.
 
     Returns:
@@ -61,13 +64,14 @@ def label(
     parts = shards(segments, config.shard_size)
     complete = records.complete_shards(folder, manifest)
     clock = _Clock()
+    rows = rows or {"row_length": config.row_length}
     for index, part in enumerate(parts):
         if index % jax.process_count() != jax.process_index():
             continue
         if index in complete:
             advance(sum(len(segment.target_ids) for segment in part))
             continue
-        found = _label_shard(part, manifest, config, label_step, clock, advance)
+        found = _label_shard(part, manifest, config, label_step, rows, clock, advance)
         records.write_shard(folder, index, len(parts), found, manifest)
     return clock.totals()
 
@@ -77,17 +81,13 @@ def _label_shard(
     manifest: records.Manifest,
     config: CacheConfig,
     label_step: LabelStep,
+    rows: Mapping[str, Any],
     clock: "_Clock",
     advance: Callable[[int], None],
 ) -> Iterator[tuple[bytes, Record]]:
     """Records of one shard, in the order in which its rows were packed."""
     plan = loader.BatchPlan(
-        segments,
-        batch_size=config.batch_size,
-        row_length=config.row_length,
-        num_microbatches=1,
-        seed=0,
-        shuffle=False,
+        segments, batch_size=config.batch_size, shuffle=False, **rows
     )
     clock.start()
     # The next batch is dispatched before the previous one is fetched and encoded.

@@ -22,23 +22,30 @@ _TAIL = 0.1  # most mass outside the stored pairs, of that inside
 
 
 def make_segments(
-    num_rows: int, *, row_length: int, vocab_size: int, num_views: int = 1, seed: int
+    num_rows: int,
+    *,
+    row_length: int,
+    vocab_size: int,
+    prompt_length: int = 1,
+    num_views: int = 1,
+    seed: int,
 ) -> list[Segment]:
     """Segments of random tokens, each of which fills one row.
 
-    One token of prompt and `row_length` target tokens: every position is trained on.
+    `prompt_length` tokens of prompt, 1 for decoder-only models, and `row_length` target
+    tokens: every position is trained on.
     """
     rng = np.random.default_rng([seed, 0])
     segments = []
     for index in range(num_rows):
-        ids = _ids(rng, row_length + 1, 1, vocab_size)[:, 0]
+        ids = _ids(rng, row_length + prompt_length, 1, vocab_size)[:, 0]
         key = hashlib.blake2b(ids.tobytes(), digest_size=records.KEY_BYTES)
         segments.append(
             Segment(
                 example_id=f"synthetic-{index}",
                 view=index % num_views,
-                prompt_ids=ids[:1],
-                target_ids=ids[1:],
+                prompt_ids=ids[:prompt_length],
+                target_ids=ids[prompt_length:],
                 key=key.digest(),
             )
         )

@@ -130,7 +130,7 @@ def test_rows_hold_the_segments():
 
 def test_pairs_lie_in_rows_of_the_same_number():
     segments = make_segments()
-    plan = make_plan(segments, encoder_length=24, start_id=91)
+    plan = make_plan(segments, encoder_length=24, start_id=91, end_id=92)
     batch = loader.make_batch(plan, 1, terms=[term(0), term(1)])
     assert batch["encoder_tokens"].shape == (1, 4, 24)
     assert batch["tokens"].shape == batch["view"].shape == (1, 4, 32)
@@ -147,7 +147,7 @@ def test_pairs_lie_in_rows_of_the_same_number():
 
         for number, item in enumerate(items, 1):
             segment = segments[item]
-            prompt, target = segment.prompt_ids, segment.target_ids
+            prompt, target = [*segment.prompt_ids, 92], segment.target_ids
             tokens, positions, numbers = place("encoder_", len(prompt))
             np.testing.assert_array_equal(tokens, prompt)
             np.testing.assert_array_equal(positions, np.arange(len(prompt)))

@@ -14,7 +14,7 @@ import pytest
 
 from kdjax import experiment, flops, generate, sharding, validation
 from kdjax.config import FAMILIES, MeshConfig, RopeConfig, StudentConfig
-from kdjax.models import decoder, families, hf
+from kdjax.models import decoder, families, hf, lm
 from kdjax.models.shape import kept_layers
 from tests import small
 from tests.golden import make_families
@@ -33,7 +33,7 @@ def our_logits(config, params, tokens_BT, positions_BT=None, segments_BT=None):
         hidden = decoder.hidden_states(
             graphdef, params, tokens_BT, positions_BT, segments_BT
         )
-        return decoder.logits(params, hidden, softcap=config.final_softcap)
+        return decoder.logits(params, hidden, rule=lm.logit_rule(graphdef, params))
 
     return np.asarray(call(params))
 
@@ -143,7 +143,7 @@ def test_kept_layers_keep_their_windows_and_positions(tmp_path):
     )
     shape = experiment.student_shape(config, range(96))
     assert (shape.windows, shape.rotary) == ((0, 8), ("global", "local"))
-    params = hf.load_params(FOLDER / "gemma3", shape, keep_layers=(2, 3))
+    params = hf.load_params(FOLDER / "gemma3", shape, keep_layers={"layers": (2, 3)})
     hf.save(tmp_path / "student", shape, params)
     student = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "student", attn_implementation="eager"

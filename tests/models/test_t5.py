@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from kdjax import sharding
 from kdjax.config import MeshConfig, T5Config
-from kdjax.models import decoder, hf, t5, t5_layers, t5_names
+from kdjax.models import decoder, hf, lm, t5, t5_layers, t5_names
 from kdjax.models.t5 import Rows
 
 V1_1 = T5Config(
@@ -39,8 +39,9 @@ def rows_of(tokens):
 
 
 def run(graphdef, params, encoder_rows, decoder_rows, key=None):
+    keys = None if key is None else jax.random.split(key, len(encoder_rows.tokens))
     call = jax.jit(
-        lambda params, *rows: t5.hidden_states(graphdef, params, *rows, dropout_key=key)
+        lambda params, *rows: t5.hidden_states(graphdef, params, *rows, dropout=keys)
     )
     return call(params, encoder_rows, decoder_rows)
 
@@ -50,7 +51,8 @@ def logits_of(config, params, encoder_tokens, decoder_tokens):
 
     @jax.jit
     def call(params, *rows):
-        return t5.logits(config, params, t5.hidden_states(graphdef, params, *rows))
+        hidden = t5.hidden_states(graphdef, params, *rows)
+        return lm.logits(graphdef, params, hidden)
 
     return call(params, rows_of(encoder_tokens), rows_of(decoder_tokens))
 
@@ -114,11 +116,6 @@ def load_theirs(folder):
     return transformers.AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
 
 
-def read_config(folder):
-    file = folder / "config.json"
-    return t5_names.read_config(json.loads(file.read_text()), file)
-
-
 def assert_equal_logits(ours, wanted):
     error = np.abs(np.asarray(ours) - wanted).max()
     print("relative error", error / np.ptp(wanted))
@@ -129,8 +126,8 @@ def assert_equal_logits(ours, wanted):
 def test_their_model_loads_here(tmp_path, config):
     model = theirs(config)
     model.save_pretrained(tmp_path)
-    assert read_config(tmp_path) == config
-    params = t5_names.load_params(tmp_path, config)
+    assert hf.read_config(tmp_path) == config
+    params = hf.load_params(tmp_path, config)
     rows = (tokens_of(2, 43), tokens_of(2, 40, seed=1))
     wanted = their_logits(model, *rows)
     assert_equal_logits(logits_of(config, params, *rows), wanted)
@@ -143,17 +140,17 @@ def test_our_model_loads_there_and_comes_back(tmp_path, config, max_shard_bytes)
     pytest.importorskip("torch")
     params = t5.init_params(config, jax.random.key(0))
     folder = tmp_path / "new" / "model"
-    t5_names.save(folder, config, params, max_shard_bytes=max_shard_bytes)
+    hf.save(folder, config, params, max_shard_bytes=max_shard_bytes)
     assert (len(list(folder.glob("*.safetensors"))) > 1) == (max_shard_bytes < 2**30)
     assert [entry.name for entry in folder.parent.iterdir()] == ["model"]
-    assert read_config(folder) == config
-    back = t5_names.load_params(folder, config)
+    assert hf.read_config(folder) == config
+    back = hf.load_params(folder, config)
     jax.tree.map(np.testing.assert_array_equal, back, params)
     rows = (tokens_of(2, 43), tokens_of(2, 40, seed=1))
     wanted = their_logits(load_theirs(folder), *rows)
     assert_equal_logits(logits_of(config, params, *rows), wanted)
     with pytest.raises(ValueError, match="exists and is not empty"):
-        t5_names.save(folder, config, params)
+        hf.save(folder, config, params)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -161,8 +158,8 @@ def test_tying_and_scaling_are_told_apart(tmp_path, tied):
     pytest.importorskip("torch")
     config = dataclasses.replace(V1_1, tie_embeddings=tied, scale_outputs=not tied)
     params = t5.init_params(config, jax.random.key(0))
-    t5_names.save(tmp_path / "model", config, params)
-    assert read_config(tmp_path / "model") == config
+    hf.save(tmp_path / "model", config, params)
+    assert hf.read_config(tmp_path / "model") == config
     rows = (tokens_of(1, 5), tokens_of(1, 4))
     wanted = their_logits(load_theirs(tmp_path / "model"), *rows)
     assert_equal_logits(logits_of(config, params, *rows), wanted)
@@ -173,7 +170,7 @@ def test_greedy_tokens_equal_theirs(tmp_path, config):
     torch = pytest.importorskip("torch")
     model = theirs(config)
     model.save_pretrained(tmp_path)
-    params = t5_names.load_params(tmp_path, config)
+    params = hf.load_params(tmp_path, config)
     prompts, lengths = tokens_of(3, 24), np.array([24, 9, 17])
     valid = (np.arange(24)[None] < lengths[:, None]).astype(np.int32)
     wanted = model.generate(
@@ -192,7 +189,7 @@ def test_greedy_tokens_equal_theirs(tmp_path, config):
     @jax.jit
     def decode(params, tokens_B1, positions_B1, cache):
         hidden, cache = t5.decode(graphdef, params, tokens_B1, positions_B1, cache)
-        return t5.logits(config, params, hidden)[:, 0], cache
+        return lm.logits(graphdef, params, hidden)[:, 0], cache
 
     found = np.full((3, 1), config.start_id, np.int32)
     for step in range(20):
@@ -333,7 +330,9 @@ def test_dropout_needs_a_key_and_a_rate(model):
 
 
 def test_dropout_keeps_the_expectation(model):
-    first, second = t5_layers._droppers(0.2, jax.random.key(0), 2)
+    first, second = t5_layers._droppers(
+        0.2, jax.random.split(jax.random.key(0), 100), 2
+    )
     x = jnp.full((100, 100), 3.0)
     np.testing.assert_allclose(first(x).mean(), 3.0, rtol=0.02)
     np.testing.assert_allclose((first(x) == 0).mean(), 0.2, rtol=0.05)
@@ -346,7 +345,7 @@ def test_dropout_keeps_the_expectation(model):
     @jax.jit
     @jax.vmap
     def draw(key):
-        return t5.hidden_states(graphdef, model[1], *rows, dropout_key=key)
+        return t5.hidden_states(graphdef, model[1], *rows, dropout=key[None])
 
     drawn = draw(jax.random.split(jax.random.key(0), 100))
     bias = np.abs(drawn.mean(axis=0) - exact).mean() / np.abs(exact).mean()
@@ -362,7 +361,7 @@ def test_dropout_is_where_theirs_is(tmp_path, monkeypatch, config):
     model = theirs(config)
     model.set_attn_implementation("eager")
     model.save_pretrained(tmp_path)
-    params = t5_names.load_params(tmp_path, config)
+    params = hf.load_params(tmp_path, config)
     rows = (tokens_of(2, 11), tokens_of(2, 10, seed=1))
     plain = their_logits(model, *rows)
     monkeypatch.setattr(
@@ -405,10 +404,10 @@ def test_bfloat16_is_close_and_keeps_float32_gradients(model):
     hidden, exact = run(graphdef, params, *rows), run(*model, *rows)
     error = np.abs(hidden.astype(jnp.float32) - exact).mean()
     assert error < 0.03 * np.abs(exact).mean()
-    assert t5.logits(V1_1, params, hidden).dtype == jnp.float32
+    assert lm.logits(graphdef, params, hidden).dtype == jnp.float32
 
     def loss(params):
-        return jnp.mean(t5.logits(V1_1, params, run(graphdef, params, *rows)) ** 2)
+        return jnp.mean(lm.logits(graphdef, params, run(graphdef, params, *rows)) ** 2)
 
     for leaf in jax.tree.leaves(jax.jit(jax.grad(loss))(params)):
         assert leaf.dtype == jnp.float32 and np.isfinite(leaf).all()
@@ -434,10 +433,10 @@ def test_sharded_over_eight_devices_gives_the_same(model):
 
 def test_a_folder_is_read_sharded(tmp_path):
     params = t5.init_params(V1_0, jax.random.key(0))
-    t5_names.save(tmp_path / "model", V1_0, params)
+    hf.save(tmp_path / "model", V1_0, params)
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
     shardings = sharding.param_shardings(params, mesh)
-    loaded = t5_names.load_params(tmp_path / "model", V1_0, shardings=shardings)
+    loaded = hf.load_params(tmp_path / "model", V1_0, shardings=shardings)
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
     assert jax.tree.map(lambda leaf: leaf.sharding, loaded) == shardings
 
@@ -471,7 +470,7 @@ def test_init_params_has_their_scales():
     params = t5.init_params(config, jax.random.key(0))
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):
         path = hf.join(key_path)
-        names, _ = t5_names.stored_names(path, config)
+        names, _ = t5_names.stored_names(config, path, range(len(leaf)))
         if path == "head/weight":
             np.testing.assert_allclose(leaf.std(), 0.5 / 8, rtol=0.05)
         elif "norm" in path:
@@ -490,18 +489,18 @@ def edit(folder, **fields):
 
 def test_configs_of_transformers_4_are_read(tmp_path):
     for config in (V1_0, V1_1):
-        raw = t5_names.write_config(config, "float32")
+        raw = t5_names.write(config)
         del raw["scale_decoder_outputs"]
-        assert t5_names.read_config(raw, tmp_path / "config.json") == config
+        assert t5_names.read(raw, "config.json", bool) == config
     for name in ("feed_forward_proj", "num_decoder_layers", "decoder_start_token_id"):
         del raw[name]
     wanted = dataclasses.replace(V1_1, gated=False, num_decoder_layers=2)
-    assert t5_names.read_config(raw, tmp_path / "config.json") == wanted
+    assert t5_names.read(raw, "config.json", bool) == wanted
 
 
 def test_copies_of_the_embedding_are_let_pass(tmp_path):
     params = t5.init_params(V1_0, jax.random.key(0))
-    t5_names.save(tmp_path / "m", V1_0, params)
+    hf.save(tmp_path / "m", V1_0, params)
     edit(tmp_path / "m", scale_decoder_outputs=True)
     file = tmp_path / "m" / "model.safetensors"
     tensors = load_file(file)
@@ -511,32 +510,32 @@ def test_copies_of_the_embedding_are_let_pass(tmp_path):
     ]
     copies = dict.fromkeys(t5_names.DUPLICATES, shared)
     save_file(tensors | copies | {t5_names.UNUSED: bias}, file)
-    loaded = t5_names.load_params(tmp_path / "m", V1_0)
+    loaded = hf.load_params(tmp_path / "m", V1_0)
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
     copies["decoder.embed_tokens.weight"] = shared + 1
     save_file(tensors | copies, file)
     with pytest.raises(ValueError, match=r"decoder\.embed_tokens\.weight differs"):
-        t5_names.load_params(tmp_path / "m", V1_0)
+        hf.load_params(tmp_path / "m", V1_0)
 
 
 def test_wrong_folders_are_refused(tmp_path):
     params = t5.init_params(V1_1, jax.random.key(0))
-    t5_names.save(tmp_path / "m", V1_1, params)
+    hf.save(tmp_path / "m", V1_1, params)
     for fields, message in (
         ({"model_type": "umt5"}, "model_type='umt5' is not supported"),
         ({"feed_forward_proj": "gated-silu"}, "feed_forward_proj='gated-silu'"),
     ):
         edit(tmp_path / "m", **fields)
         with pytest.raises(ValueError, match=message):
-            read_config(tmp_path / "m")
+            hf.read_config(tmp_path / "m")
         edit(tmp_path / "m", model_type="t5", feed_forward_proj="gated-gelu")
     for changes, message in (
-        ({"num_decoder_layers": 4}, "lacks tensor decoder.block.3"),
-        ({"num_encoder_layers": 1}, "also has tensor encoder.block.1"),
+        ({"num_decoder_layers": 4}, "does not make 4"),
+        ({"num_encoder_layers": 1}, "does not make 1"),
         ({"mlp_width": 57}, r"wanted shape \[(57, 32|32, 57)\]"),
     ):
         with pytest.raises(ValueError, match=message):
-            t5_names.load_params(tmp_path / "m", dataclasses.replace(V1_1, **changes))
+            hf.load_params(tmp_path / "m", dataclasses.replace(V1_1, **changes))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,350 @@
+"""T5 students through whole runs: rows, dropout, teachers of either kind, export."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kdjax import experiment, export, generate, methods, program, sharding, state, train
+from kdjax.config import MeshConfig, T5Config
+from kdjax.data import loader
+from kdjax.models import hf, lm, t5
+from kdjax.scoring import Scorer
+from tests import small
+
+SHAPE = T5Config(
+    width=32,
+    num_encoder_layers=2,
+    num_decoder_layers=1,
+    num_heads=4,
+    head_dim=8,
+    mlp_width=64,
+    dropout=0.1,
+)
+
+
+def config(**changes):
+    """`small.config` with a T5 student."""
+    student = {"architecture": "t5", "t5": SHAPE} | changes.pop("student", {})
+    rows = {"row_length": 64, "encoder_row_length": 128} | changes.pop("train", {})
+    return small.config(student=student, train=rows, **changes)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A whole run: a decoder-only teacher, its cache, a T5 student."""
+    workdir = tmp_path_factory.mktemp("finished")
+    made = config()
+    train.run(made, workdir)
+    return made, workdir
+
+
+def load(config, workdir):
+    mesh = sharding.make_mesh(config.mesh)
+    tokenizer = experiment.load_tokenizer(config)
+    return experiment.load_student(config, workdir, mesh, tokenizer)
+
+
+def test_a_run_with_a_decoder_only_teacher(finished):
+    config, workdir = finished
+    summary = json.loads((workdir / "summary.json").read_text())
+    for name in ("accuracy", "nll", "kl", "agreement", "exact_match/label"):
+        assert np.isfinite(summary["student"][name]), name
+    model, params = load(config, workdir)
+    counted = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert summary["parameters"]["student"] == counted
+    assert (model.shape.pad_id, model.shape.eos_id, model.shape.start_id) == (0, 1, 0)
+    rows = (workdir / "generations.jsonl").read_text().splitlines()
+    assert len(rows) == 4 and all(json.loads(row)["prompt"] for row in rows)
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(finished, tmp_path):
+    _, workdir = finished
+    half = config(train={"steps": 6, "save_every": 3})
+    link = dataclasses.replace(half.cache, path=str(workdir / "cache"))
+    half.cache, half.teacher.path = link, str(workdir / "teacher")
+    mesh = sharding.make_mesh(half.mesh)
+    data = experiment.load_data(half)
+    shape = experiment.student_shape(half, data.tokenizer)
+    model = experiment.make_model(shape, mesh, dtype="float32")
+    cache = train.building.ensure(half, data, tmp_path, half.teacher.path)["train"]
+
+    def fit(folder, calls):
+        for _ in range(calls):
+            try:
+                found = train.fit(
+                    half,
+                    workdir=folder,
+                    mesh=mesh,
+                    data=data,
+                    model=model,
+                    make_params=experiment.student_params(half, model, ""),
+                    cache=cache,
+                )
+            except KeyboardInterrupt:
+                continue
+        return found[0]
+
+    whole = fit(tmp_path / "whole", 1)
+    original = loader.make_batch
+    seen = []
+
+    def interrupted(plan, index, **arguments):
+        seen.append(index)
+        if index == 4 and seen.count(4) == 1:
+            raise KeyboardInterrupt
+        return original(plan, index, **arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loader, "make_batch", interrupted)
+        cut = fit(tmp_path / "cut", 2)
+    assert seen.count(4) == 2
+    jax.tree.map(np.testing.assert_array_equal, cut, whole)
+
+
+def test_export_is_read_by_transformers(finished, tmp_path):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    config, workdir = finished
+    export.write(config, workdir, tmp_path / "out")
+    theirs = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    model, params = load(config, workdir)
+    data = experiment.load_data(config, splits=("eval",))
+    segment = data.evaluation[0]
+    prompt = [*segment.prompt_ids, tokenizer.eos_token_id]
+    wanted = theirs.generate(
+        torch.tensor([prompt]), max_new_tokens=8, do_sample=False
+    ).numpy()[0, 1:]
+    found = generate.generate_texts(
+        model.shape,
+        model.graphdef,
+        params,
+        [prompt],
+        max_new_tokens=8,
+        eos_id=model.shape.eos_id,
+        pad_id=model.shape.pad_id,
+    )[0]
+    assert found == [token for token in wanted.tolist() if token > 1]
+    logits = theirs(
+        input_ids=torch.tensor([prompt]),
+        decoder_input_ids=torch.tensor([[0, *segment.target_ids[:-1]]]),
+    ).logits
+    nll = torch.nn.functional.cross_entropy(
+        logits[0], torch.tensor(segment.target_ids.astype(np.int64)), reduction="sum"
+    ).item()
+    scorer = Scorer(config, data, model, sharding.make_mesh(config.mesh))
+    scores = scorer._per_segment(params, scorer._tokens, None)
+    np.testing.assert_allclose(scores["nll"][0], nll, rtol=1e-4)
+
+
+def test_packed_rows_score_as_single_ones(finished):
+    config, workdir = finished
+    model, params = load(config, workdir)
+    data = experiment.load_data(config, splits=("eval",))
+    mesh = sharding.make_mesh(config.mesh)
+    scorer = Scorer(config, data, model, mesh)
+    packed = scorer._per_segment(params, scorer._tokens, None)["nll"]
+    assert max(len(row) for row in scorer._tokens.batch(0)) > 1
+    longest = max(len(s.prompt_ids) for s in data.evaluation) + 1
+    alone = []
+    for segment in data.evaluation:
+        rows = experiment.layout(model.shape, 64, longest)
+        plan = loader.BatchPlan([segment], batch_size=8, shuffle=False, **rows)
+        alone.append(scorer._per_segment(params, plan, None)["nll"][0])
+    np.testing.assert_allclose(packed, alone, rtol=1e-5, atol=1e-5)
+
+
+def one_step(config, *, devices=8, dropout=True):
+    """Loss and parameters after a step on hard labels."""
+    config.method = dataclasses.replace(config.method, soft_weight=0.0, hard_weight=1.0)
+    mesh = sharding.make_mesh(config.mesh, devices=jax.devices()[:devices])
+    data = experiment.load_data(config, splits=("train",))
+    shape = experiment.student_shape(config, data.tokenizer)
+    model = experiment.make_model(shape, mesh, dtype="float32")
+    made = program.Program(config, model, mesh)
+    first = made.init(experiment.student_params(config, model, ""))
+    batch = loader.make_batch(
+        experiment.make_plan(config, shape, data.train),
+        0,
+        terms=methods.terms(config.method),
+        dropout=dropout,
+    )
+    abstract = program.abstract_batch(config, shape, mesh, vocab_size=shape.vocab_size)
+    if dropout:
+        described = {name: (x.shape, x.dtype) for name, x in abstract.items()}
+        assert described == {name: (x.shape, x.dtype) for name, x in batch.items()}
+    placed = sharding.global_batch(batch, mesh, made.num_rows)
+    after, metrics = made.step(first, placed)
+    return metrics, jax.tree.map(np.asarray, state.split(after.params)[0])
+
+
+def test_dropout_does_not_depend_on_how_the_batch_is_cut():
+    whole, params = one_step(config(), devices=1)
+    off, _ = one_step(config(), devices=1, dropout=False)
+    assert abs(float(whole["loss"]) - float(off["loss"])) > 1e-3
+    for changes in (
+        {"train": {"num_microbatches": 4}},
+        {"mesh": MeshConfig(data=2, fsdp=2, tensor=2)},
+    ):
+        cut, same = one_step(config(**changes), devices=8 if "mesh" in changes else 1)
+        np.testing.assert_allclose(cut["loss"], whole["loss"], rtol=1e-6)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), same, params
+        )
+
+
+def test_dropout_keys_follow_from_seed_and_step():
+    made = config()
+    data = experiment.load_data(made, splits=("train",))
+    plan = experiment.make_plan(made, SHAPE, data.train)
+
+    def keys(plan, step, **arguments):
+        batch = loader.make_batch(plan, step, terms=(), dropout=True, **arguments)
+        return batch["dropout_keys"]
+
+    first = keys(plan, 0)
+    assert first.shape == (1, 8, 2) and len(np.unique(first[0], axis=0)) == 8
+    assert not np.array_equal(first, keys(plan, 1))
+    np.testing.assert_array_equal(keys(plan, 0, rows=slice(2, 5)), first[:, 2:5])
+    made.seed = 1
+    assert not np.array_equal(
+        first, keys(experiment.make_plan(made, SHAPE, data.train), 0)
+    )
+    assert "dropout_keys" not in loader.make_batch(plan, 0, terms=())
+
+
+def save_teacher(folder, made, **changes):
+    tokenizer = experiment.load_tokenizer(made)
+    shape = dataclasses.replace(SHAPE, vocab_size=len(tokenizer), **changes)
+    params = t5.init_params(shape, jax.random.key(5))
+    hf.save(folder, shape, params, tokenizer)
+    return shape, params
+
+
+def test_a_t5_teacher_agrees_with_itself(tmp_path):
+    """Labelled by its folder and scored as a student that starts from it."""
+    made = config(
+        teacher={"path": str(tmp_path / "teacher")},
+        student={"init": "folder", "path": str(tmp_path / "teacher")},
+        optim={"learning_rate": 1e-9},
+        train={"steps": 1},
+        cache={"kind": "dense"},
+    )
+    save_teacher(tmp_path / "teacher", made)
+    train.run(made, tmp_path / "run")
+    student = json.loads((tmp_path / "run" / "summary.json").read_text())["student"]
+    assert 0 <= student["kl"] < 1e-4 and student["agreement"] > 0.99
+
+
+def test_a_live_t5_teacher_is_its_cache(tmp_path):
+    losses = []
+    for online in (False, True):
+        made = config(
+            teacher={"path": str(tmp_path / "teacher"), "online": online},
+            train={"steps": 2},
+            cache={"kind": "dense", "row_length": 64, "encoder_row_length": 128},
+        )
+        if not online:
+            save_teacher(tmp_path / "teacher", made)
+        train.run(made, tmp_path / f"run{online}")
+        lines = (tmp_path / f"run{online}" / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(x)["loss"] for x in lines if "loss" in json.loads(x)])
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+
+
+def test_kept_layers_of_both_stacks(tmp_path):
+    made = config(
+        teacher={"path": str(tmp_path / "teacher")},
+        student={
+            "init": "teacher_layers",
+            "keep_layers": (2, 0),
+            "keep_encoder_layers": (1,),
+            "dropout": 0.3,
+        },
+    )
+    _, params = save_teacher(
+        tmp_path / "teacher", made, num_decoder_layers=3, num_encoder_layers=2
+    )
+    mesh = sharding.make_mesh(made.mesh)
+    tokenizer = experiment.load_tokenizer(made)
+    shape = experiment.student_shape(made, tokenizer)
+    assert (shape.num_encoder_layers, shape.num_decoder_layers) == (1, 2)
+    assert lm.dropout(shape) == 0.3
+    model = experiment.make_model(shape, mesh, dtype="float32")
+    kept = experiment.student_params(made, model, made.teacher.path)()
+    for stack, layers in (("encoder", [1]), ("decoder", [2, 0])):
+        wanted = jax.tree.map(lambda x: x[np.array(layers)], params[stack]["layers"])  # noqa: B023
+        jax.tree.map(np.testing.assert_array_equal, kept[stack]["layers"], wanted)
+    made.student.keep_encoder_layers = (2,)
+    with pytest.raises(ValueError, match=r"keep_encoder_layers=\(2,\): the"):
+        experiment.student_shape(made, tokenizer)
+
+
+def test_hard_labels_need_no_teacher(tmp_path):
+    lines = [
+        {"id": str(i), "question": f"Is {i} even?", "answer": "no" if i % 2 else "yes"}
+        for i in range(24)
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    experiment.load_tokenizer(config()).save_pretrained(tmp_path / "tokenizer")
+    made = config(
+        data={
+            "source": "jsonl",
+            "path": str(tmp_path / "rows.jsonl"),
+            "num_eval": 8,
+            "num_train": 0,
+            "tokenizer": str(tmp_path / "tokenizer"),
+        },
+        method={"name": "finetune", "hard_weight": 1.0, "soft_weight": 0.0},
+    )
+    train.run(made, tmp_path / "run")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["teacher"] == {} and summary["parameters"]["teacher"] is None
+    assert np.isfinite(summary["student"]["nll"]) and "kl" not in summary["student"]
+
+
+def test_generation_equals_decoding_without_a_cache():
+    shape = dataclasses.replace(SHAPE, vocab_size=50)
+    graphdef, _ = t5.create(shape)
+    params = jax.tree.map(lambda x: 2 * x, t5.init_params(shape, jax.random.key(0)))
+    rng = np.random.default_rng(0)
+    prompts = [[*rng.integers(2, 50, n).tolist(), 1] for n in (3, 17, 9)]
+    found = generate.generate_texts(
+        shape, graphdef, params, prompts, max_new_tokens=6, eos_id=-1, pad_id=0
+    )
+
+    @jax.jit
+    def best(prompt_1S, tokens_1T):
+        rows = {
+            "encoder_tokens": prompt_1S,
+            "encoder_segments": jnp.ones_like(prompt_1S),
+        }
+        rows |= {"tokens": tokens_1T, "segments": jnp.ones_like(tokens_1T)}
+        hidden = lm.hidden_states(graphdef, params, rows | {"positions": None})
+        return lm.logits(graphdef, params, hidden[0, -1]).argmax()
+
+    for prompt, tokens in zip(prompts, found, strict=True):
+        read = [0]
+        for _ in range(6):
+            read.append(
+                int(best(np.array([prompt], np.int32), np.array([read], np.int32)))
+            )
+        assert read[1:] == tokens
+
+
+def test_mixed_kinds_cannot_run_side_by_side():
+    made = config(teacher={"online": True})
+    with pytest.raises(ValueError, match=r"both or\s+neither have an encoder"):
+        program.check_teacher(made, SHAPE, small.SHAPE)
+
+
+def test_layers_of_t5_are_not_compared():
+    made = config(
+        teacher={"online": True}, method={"hidden_weight": 1.0, "layer_map": (0,)}
+    )
+    with pytest.raises(ValueError, match="encoder-decoder models are not compared"):
+        program.check_teacher(made, SHAPE, SHAPE)
