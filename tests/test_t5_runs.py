@@ -11,6 +11,7 @@ import pytest
 from kdjax import experiment, export, generate, methods, program, sharding, state, train
 from kdjax.config import MeshConfig, T5Config
 from kdjax.data import loader
+from kdjax.data import tokenizer as tokenizers
 from kdjax.models import hf, lm, t5
 from kdjax.scoring import Scorer
 from tests import small
@@ -193,7 +194,7 @@ def test_dropout_does_not_depend_on_how_the_batch_is_cut():
         cut, same = one_step(config(**changes), devices=8 if "mesh" in changes else 1)
         np.testing.assert_allclose(cut["loss"], whole["loss"], rtol=1e-6)
         jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), same, params
+            lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), same, params
         )
 
 
@@ -217,8 +218,8 @@ def test_dropout_keys_follow_from_seed_and_step():
     assert "dropout_keys" not in loader.make_batch(plan, 0, terms=())
 
 
-def save_teacher(folder, made, **changes):
-    tokenizer = experiment.load_tokenizer(made)
+def save_teacher(folder, **changes):
+    tokenizer = tokenizers.kinship()
     shape = dataclasses.replace(SHAPE, vocab_size=len(tokenizer), **changes)
     params = t5.init_params(shape, jax.random.key(5))
     hf.save(folder, shape, params, tokenizer)
@@ -234,7 +235,7 @@ def test_a_t5_teacher_agrees_with_itself(tmp_path):
         train={"steps": 1},
         cache={"kind": "dense"},
     )
-    save_teacher(tmp_path / "teacher", made)
+    save_teacher(tmp_path / "teacher")
     train.run(made, tmp_path / "run")
     student = json.loads((tmp_path / "run" / "summary.json").read_text())["student"]
     assert 0 <= student["kl"] < 1e-4 and student["agreement"] > 0.99
@@ -249,7 +250,7 @@ def test_a_live_t5_teacher_is_its_cache(tmp_path):
             cache={"kind": "dense", "row_length": 64, "encoder_row_length": 128},
         )
         if not online:
-            save_teacher(tmp_path / "teacher", made)
+            save_teacher(tmp_path / "teacher")
         train.run(made, tmp_path / f"run{online}")
         lines = (tmp_path / f"run{online}" / "metrics.jsonl").read_text().splitlines()
         losses.append([json.loads(x)["loss"] for x in lines if "loss" in json.loads(x)])
@@ -267,7 +268,7 @@ def test_kept_layers_of_both_stacks(tmp_path):
         },
     )
     _, params = save_teacher(
-        tmp_path / "teacher", made, num_decoder_layers=3, num_encoder_layers=2
+        tmp_path / "teacher", num_decoder_layers=3, num_encoder_layers=2
     )
     mesh = sharding.make_mesh(made.mesh)
     tokenizer = experiment.load_tokenizer(made)
