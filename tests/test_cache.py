@@ -27,7 +27,7 @@ def finished(tmp_path_factory) -> tuple[Config, pathlib.Path]:
     """A run whose cache holds the whole vocabulary of every token, at T = 1 alone."""
     workdir = tmp_path_factory.mktemp("finished")
     config = small.config(
-        cache={"k": 111, "temperatures": (1.0,)},
+        cache={"k": 113, "temperatures": (1.0,)},
         method={"temperature": 1.0},
         teacher={"num_train": 400, "steps": 150},
         evaluation={"num_generations": 0},
@@ -61,7 +61,7 @@ def whole_sequences(config, cache, *, shift=0):
         ids[1:], log_probs[1:] = record.ids[0], record.log_probs[0]  # of the prompt
         ids[start:] = np.roll(record.ids, shift, axis=0)
         log_probs[start:] = np.roll(record.log_probs, shift, axis=0)
-        tokens = np.concatenate([segment.prompt_ids, segment.target_ids])
+        tokens = segment.ids
         hits = ids == tokens[:, None]
         targets = np.where(hits, log_probs, -np.inf).max(axis=1)
         yield Rows(tokens.astype(np.int32), ids, log_probs, targets.astype(np.float32))
@@ -75,7 +75,7 @@ def test_describe_sums_up_the_records(finished):
     nll = -np.concatenate([r.target_log_probs for r in read]).mean()
     assert found["teacher_nll"] == pytest.approx(nll, rel=1e-4)
     assert sum(found["histogram"]) == found["tokens"] == cache.num_tokens
-    assert found["mass"][111] == pytest.approx(1, abs=1e-4)
+    assert found["mass"][113] == pytest.approx(1, abs=1e-4)
     assert list(found["mass"].values()) == sorted(found["mass"].values())
     assert len(inspection.histogram_lines(found)) <= 32
 
