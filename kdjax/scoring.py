@@ -12,6 +12,8 @@ from jax.sharding import Mesh
 from kdjax import generate, methods, metrics, sharding, step
 from kdjax.config import Config, T5Config
 from kdjax.data import loader, templates, views
+from kdjax.data.example import Example
+from kdjax.data.templates import Text
 from kdjax.experiment import Data, Model, layout, num_valid
 from kdjax.program import chunk_size
 
@@ -148,12 +150,7 @@ class Scorer:
         """Greedy answers to the first held-out examples, one object a view.
 
         Returns:
-          Objects with id, view, prompt, target, generated, exact_match (the generated
-          text equals the target up to case, white space and a final full stop) and
-          exact_match_strict (up to white space at its ends). Of views that explain,
-          then answer, also answer (what is generated after the last "Answer:", or all
-          of it without one), answer_match and answer_match_strict, the same of the
-          answers.
+          Objects with id, view, and what `judge` says.
         """
         config, data = self._config, self._data
         examples = data.eval_examples[: config.evaluation.num_generations]
@@ -185,21 +182,33 @@ class Scorer:
             pad_id=data.tokenizer.pad_token_id,
             compiled=self._generate,
         )
-        rows = []
-        for (example, view, text), ids in zip(wanted, tokens, strict=True):
-            generated = data.tokenizer.decode(ids, skip_special_tokens=True).strip()
-            row = {
-                "id": example.id,
-                "view": view,
-                "prompt": text.prompt,
-                "target": text.target,
-                "generated": generated,
-            } | _matches("exact_match", generated, text.target)
-            if view in templates.EXPLAINED:
-                row["answer"] = templates.final_answer(generated)
-                row |= _matches("answer_match", row["answer"], example.answer)
-            rows.append(row)
-        return rows
+        return [
+            {"id": example.id, "view": view} | judge(generated, example, view, text)
+            for (example, view, text), generated in zip(
+                wanted,
+                data.tokenizer.batch_decode(tokens, skip_special_tokens=True),
+                strict=True,
+            )
+        ]
+
+
+def judge(generated: str, example: Example, view: str, text: Text) -> dict[str, Any]:
+    """How a generated text compares with the data's.
+
+    Returns:
+      prompt, target, generated; exact_match: whether the last two are equal up to case,
+      white space and a final full stop; exact_match_strict: up to white space at their
+      ends. For a view that explains, then answers, also answer (what is generated after
+      the last "Answer:", all of it without one), answer_match and answer_match_strict:
+      the same of the answers alone.
+    """
+    row: dict[str, Any] = {"prompt": text.prompt, "target": text.target}
+    row["generated"] = generated.strip()
+    row |= _matches("exact_match", generated, text.target)
+    if view in templates.EXPLAINED:
+        row["answer"] = templates.final_answer(generated)
+        row |= _matches("answer_match", row["answer"], example.answer)
+    return row
 
 
 def _matches(name: str, found: str, wanted: str) -> dict[str, bool]:

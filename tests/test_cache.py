@@ -190,6 +190,44 @@ def test_import_gives_the_losses_of_the_cache(
             records.open_cache(out, temperatures=(2.0,))
 
 
+def test_an_import_finds_what_is_read_before_the_target(tmp_path):
+    """Rows of the whole sequence; those of prompt and prefix are not taken."""
+    config = small.config(method={"name": "counterfactual"})
+    data = experiment.load_data(config, splits=("train",))
+    segments, vocab_size = data.train[1:5], len(data.tokenizer)
+    rng = np.random.default_rng(0)
+    sequences = []
+    for segment in segments:
+        assert len(segment.prefix_ids)
+        tokens = segment.ids
+        noise = (
+            rng.normal(size=(len(tokens), vocab_size)) + 4 * np.eye(vocab_size)[tokens]
+        )
+        log_probs = noise - np.log(np.exp(noise).sum(-1, keepdims=True))
+        ids = np.argsort(-log_probs, axis=-1).astype(np.int32)
+        log_probs = np.take_along_axis(log_probs, ids, -1).astype(np.float32)
+        hits = np.where(ids == tokens[:, None], log_probs, -np.inf).max(axis=1)
+        sequences.append(Rows(tokens, ids, log_probs, hits))
+    manifest = records.Manifest(
+        kind="top_k",
+        k=vocab_size,
+        vocab_size=vocab_size,
+        temperatures=(1.0,),
+        tokenizer_fingerprint="f",
+        teacher_path="t",
+        teacher_fingerprint="t",
+        missing=("entropy",),
+    )
+    transfer.import_rows(sequences, segments, tmp_path / "c", manifest, shard_size=16)
+    cache = records.open_cache(tmp_path / "c")
+    for segment, rows in zip(segments, sequences, strict=True):
+        record, num = cache.read(segment.key), len(segment.target_ids)
+        np.testing.assert_array_equal(record.ids[:, 0], rows.ids[-num:, 0])
+        np.testing.assert_allclose(
+            record.target_log_probs, rows.target_log_probs[-num:], atol=0.05
+        )
+
+
 @pytest.mark.parametrize("shift", [1, -1])
 def test_an_import_of_shifted_rows_is_refused(finished, tmp_path, shift):
     config, workdir = finished
