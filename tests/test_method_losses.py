@@ -54,11 +54,13 @@ class Student:
     Attributes:
       before: a segment's ids -> those before its target in the row that is predicted.
       logits: model, parameters, rows of a batch [R, T] -> logits [R, T, V].
+      encoded: a prompt's ids -> those in the encoder's row; None = no encoder.
       changes: of the config, which make it this kind.
     """
 
     before: Callable[[list[int], list[int]], list[int]]
     logits: Callable[[Any, Any, dict[str, np.ndarray]], np.ndarray]
+    encoded: Callable[[list[int]], list[int]] | None = None
     changes: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -139,7 +141,7 @@ def loss_by_hand(logits_RTV, rows, contents, student, teacher, texts, weights, s
 
     Args:
       logits_RTV: of the packed rows.
-      rows: the batch's tokens and targets, to see that the words stand there.
+      rows: of the batch, to see that the words stand there.
       contents: for each row its segments.
       student: what stands before a target.
       teacher: whole rows.
@@ -150,12 +152,16 @@ def loss_by_hand(logits_RTV, rows, contents, student, teacher, texts, weights, s
     sums = {view: np.zeros(3) for view in shares}  # nll, KL, tokens
     for row, segments in enumerate(contents):
         start = 0
-        for segment in segments:
+        for number, segment in enumerate(segments, 1):
             view, prompt, read, learnt = texts(segment)
             ids = [*student.before(prompt, read), *learnt]
             stop = start + len(ids) - 1
             assert rows["tokens"][row, start:stop].tolist() == ids[:-1]
             assert rows["targets"][row, start:stop].tolist() == ids[1:]
+            if student.encoded is not None:
+                there = rows["encoder_segments"][row] == number
+                encoded = rows["encoder_tokens"][row][there].tolist()
+                assert encoded == student.encoded(prompt)
             logits_tV = logits_RTV[row, stop - len(learnt) : stop]
             nll_t = -log_softmax(logits_tV)[np.arange(len(learnt)), learnt]
             p_tV = np.exp(log_softmax(teacher.log_probs(segment.key) / TEMPERATURE))
