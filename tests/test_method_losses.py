@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 from kdjax import experiment, methods, program, sharding
-from kdjax.config import MeshConfig
+from kdjax.config import MeshConfig, T5Config
 from kdjax.data import loader, sources
-from kdjax.models import decoder
+from kdjax.models import lm
 from kdjax.teacher.codec import Record
 from tests import small
 
@@ -64,15 +64,23 @@ class Student:
     changes: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def decoder_logits(model, params, rows):
-    hidden = decoder.hidden_states(
-        model.graphdef, params, rows["tokens"], rows["positions"], rows["segments"]
-    )
-    return decoder.logits(params, hidden)
+def logits(model, params, rows):
+    hidden = lm.hidden_states(model.graphdef, params, rows)
+    return lm.logits(model.graphdef, params, hidden)
 
 
+PAD, EOS = 0, 1  # of the built-in tokenizer
+SHAPE = T5Config(
+    width=32, num_encoder_layers=1, num_decoder_layers=1, num_heads=4, head_dim=8
+)
 STUDENTS = {
-    "decoder": Student(before=lambda prompt, read: prompt + read, logits=decoder_logits)
+    "decoder": Student(before=lambda prompt, read: prompt + read, logits=logits),
+    "T5": Student(
+        before=lambda prompt, read: [PAD, *read],
+        encoded=lambda prompt: [*prompt, EOS],
+        logits=logits,
+        changes={"student": {"architecture": "t5", "t5": SHAPE, "dropout": 0.0}},
+    ),
 }
 
 
@@ -210,7 +218,7 @@ def test_the_loss_is_the_methods(name, place, terms, kind):
         experiment.student_shape(config, data.tokenizer), mesh, dtype="float32"
     )
     teacher = DenseTeacher(data.train, model.shape.vocab_size)
-    plan = experiment.make_plan(config, data.train)
+    plan = experiment.make_plan(config, model.shape, data.train)
     made = program.Program(config, model, mesh)
     batch = loader.make_batch(
         plan,

@@ -175,7 +175,7 @@ def test_a_prefix_is_read_before_the_target_and_not_learnt(form):
             seen += len(segment.prefix_ids) > 0
             if form:
                 prompt = batch["encoder_tokens"][0, row, at.prompt]
-                np.testing.assert_array_equal(prompt, segment.prompt_ids)
+                np.testing.assert_array_equal(prompt, [*segment.prompt_ids, 0])
     assert seen > 2
 
 
@@ -356,7 +356,7 @@ def test_placements_find_the_targets(form):
             assert (batch["view"][0, row, at.target] == at.segment.view).all()
             if form:
                 prompt = batch["encoder_tokens"][0, row, at.prompt]
-                np.testing.assert_array_equal(prompt, at.segment.prompt_ids)
+                np.testing.assert_array_equal(prompt, [*at.segment.prompt_ids, 0])
             else:
                 assert at.prompt == slice(0, 0)
 
@@ -459,7 +459,7 @@ def test_a_record_of_another_length_is_refused():
     [
         ({"batch_size": 5, "num_microbatches": 2}, "batch_size=5"),
         ({"row_length": 8}, r"example 'e\d+' takes \d+ positions, row_length=8"),
-        ({"encoder_length": 5}, r"example 'e\d+' takes 11 positions, encoder_length=5"),
+        ({"encoder_length": 5}, r"example 'e\d+' takes 12 positions, encoder_length=5"),
     ],
 )
 def test_an_impossible_plan_is_refused(changes, message):
