@@ -12,7 +12,7 @@ from typing import Any
 
 SOURCES = ("kinship", "jsonl", "datasets", "tfds", "text")
 LAYOUTS = ("plain", "commonsense_qa", "gsm8k")
-VIEWS = ("label", "rationale", "rationale_then_label", "text")
+PLACES = ("decoder", "prompt")
 LONG_POLICIES = ("error", "truncate", "drop")
 CACHE_KINDS = ("top_k", "sampled", "dense")
 TAILS = ("bucket", "renormalize_teacher", "renormalize_both", "drop")
@@ -51,6 +51,17 @@ class KinshipConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class PrefixConfig:
+    """What stands before the question, and one space, in the prompts of each view."""
+
+    label: str = ""  # for example "[predict]"
+    rationale: str = ""  # for example "[explain]"
+    rationale_then_label: str = ""  # the same
+    factual: str = ""  # for example "[factual]"
+    counterfactual: str = ""  # for example "[counterfactual]"
+
+
+@dataclass(kw_only=True, slots=True)
 class DataConfig:
     """Where examples come from and how they become tokens."""
 
@@ -62,13 +73,17 @@ class DataConfig:
     eval_split: str = "test"  # split name for datasets and tfds
     rationales: str = ""  # jsonl of {id, text} with one rationale per training row
     eval_rationales: str = ""  # the same for held-out rows
+    counterfactuals: str = ""  # jsonl of {id, choice, text}: for a wrong choice each
+    counterfactual_place: str = "decoder"  # of the wrong rationale: one of PLACES
     num_train: int = 0  # training examples to use; 0 = all (kinship: must be > 0)
     num_eval: int = 0  # held-out examples to use; 0 = all (kinship: must be > 0)
     tokenizer: str = ""  # Hugging Face folder or hub name; "" = the teacher's own
     chat_template: bool = False  # wrap prompts in the tokenizer's chat template
     max_prompt: int = 256  # longest prompt, tokens
-    max_target: int = 256  # longest target, tokens, end of sequence included
+    max_target: int = 256  # longest target, tokens, eos and a decoder's prefix too
     on_long: str = "error"  # a longer example: one of LONG_POLICIES (counted, logged)
+    cues: bool = True  # prompts end with a line that asks, as "Answer:"
+    prefixes: PrefixConfig = field(default_factory=PrefixConfig)
     kinship: KinshipConfig = field(default_factory=KinshipConfig)
 
 
@@ -195,6 +210,8 @@ class MethodConfig:
 
     name: str = "multitask"  # key of kdjax.methods.METHODS
     label_weight: float = 0.5  # a: label view a, rationale view 1 - a (multitask)
+    counterfactual_weight: float = 0.5  # b: that view b, factual view 1 - b
+    multitask_weight: float = 0.5  # g: a's views share g, b's 1 - g (both: all four)
     hard_weight: float = 0.5  # weight of cross-entropy with the data
     soft_weight: float = 0.5  # weight of the teacher's term; 0 needs no cache
     weight_schedule: str = "constant"  # of both weights over the run: one of SCHEDULES

@@ -12,7 +12,7 @@ from kdjax import cli, distributed, experiment, sharding
 from kdjax.config import Config
 from kdjax.models.lm import Shape
 from kdjax.reporting import evaluation_row
-from kdjax.scoring import Scorer, exact_match
+from kdjax.scoring import Scorer, match_rates
 from kdjax.teacher import building
 from kdjax.writer import print_table
 
@@ -47,7 +47,7 @@ def _score(
         )
     scorer = Scorer(config, data, model, mesh, cache=cache)
     metrics = scorer(params)
-    return metrics | exact_match(scorer.generations(params)), model.shape
+    return metrics | match_rates(scorer.generations(params)), model.shape
 
 
 def run(config: Config, workdir: pathlib.Path) -> None:

@@ -42,6 +42,7 @@ class Data:
 
     tokenizer: Any
     views: tuple[str, ...]
+    eval_views: tuple[str, ...]  # the first of `views`: `evaluation` has these
     train: list[Segment]
     evaluation: list[Segment]
     eval_examples: list[sources.Example]
@@ -53,7 +54,10 @@ def load_tokenizer(config: Config) -> Any:
     built_in = config.data.source == "kinship"
     paths = (config.data.tokenizer, config.teacher.path, "" if built_in else student)
     path = next(filter(None, paths), "")
-    return tokenizers.load(hf.resolve(path)) if path else tokenizers.kinship()
+    if path:
+        return tokenizers.load(hf.resolve(path))
+    prefixes = dataclasses.astuple(config.data.prefixes)
+    return tokenizers.kinship(" ".join(prefixes).split())
 
 
 def has_teacher(config: Config) -> bool:
@@ -64,7 +68,10 @@ def has_teacher(config: Config) -> bool:
 def load_data(config: Config, *, splits: tuple[str, ...] = ("train", "eval")) -> Data:
     """Reads the examples and makes their segments; every data error surfaces here."""
     tokenizer = load_tokenizer(config)
-    names = methods.views(config.method)
+    names = {
+        "train": methods.views(config.method),
+        "eval": methods.held_out_views(config.method),
+    }
     examples = {
         split: sources.load_examples(config.data, split, seed=config.data.kinship.seed)
         for split in splits
@@ -72,7 +79,7 @@ def load_data(config: Config, *, splits: tuple[str, ...] = ("train", "eval")) ->
     segments = {}
     for split, found in examples.items():
         segments[split], counts = views.make_segments(
-            found, names, tokenizer, config.data
+            found, names[split], tokenizer, config.data
         )
         if counts.truncated or counts.dropped:
             print(
@@ -82,7 +89,8 @@ def load_data(config: Config, *, splits: tuple[str, ...] = ("train", "eval")) ->
             )
     return Data(
         tokenizer=tokenizer,
-        views=names,
+        views=names["train"],
+        eval_views=names["eval"],
         train=segments.get("train", []),
         evaluation=segments.get("eval", []),
         eval_examples=examples.get("eval", []),

@@ -12,14 +12,15 @@ from kdjax.config import MethodConfig
 from kdjax.losses.divergence import Divergence
 from kdjax.losses.sparse import check_tail
 
-# name -> views, in the order in which batches number them
+# name -> views, in the order in which batches number them; "counterfactual" comes last
 METHODS: dict[str, tuple[str, ...]] = {
     "finetune": ("label",),
     "rationale_then_label": ("rationale_then_label",),
     "multitask": ("label", "rationale"),  # distilling step-by-step, arXiv 2305.02301
+    "counterfactual": ("factual", "counterfactual"),  # SCOTT, arXiv 2305.01879
+    "multitask_counterfactual": ("label", "rationale", "factual", "counterfactual"),
     "text": ("text",),
 }
-
 
 # kind of a term -> the step's metric that sums it over target tokens
 SUMS = {"hard": "nll", "soft": "kl", "hidden": "hidden", "attention": "attention"}
@@ -52,21 +53,52 @@ def views(config: MethodConfig) -> tuple[str, ...]:
     return METHODS[config.name]
 
 
+def held_out_views(config: MethodConfig) -> tuple[str, ...]:
+    """The views that are evaluated, numbered as in training.
+
+    The counterfactual view asks for a wrong answer to a wrong rationale, which makes
+    the student's answers hang on its rationales: nothing to do well at by itself.
+    """
+    return tuple(view for view in views(config) if view != "counterfactual")
+
+
+def shares(config: MethodConfig) -> tuple[float, ...]:
+    """The share of each view in the loss; they sum to 1.
+
+    With a = `label_weight`, b = `counterfactual_weight`, g = `multitask_weight`:
+    multitask has (a, 1 - a), counterfactual (1 - b, b), multitask_counterfactual
+    g times the first and 1 - g times the second; a single view has 1.
+    """
+    a, b, g = (
+        config.label_weight,
+        config.counterfactual_weight,
+        config.multitask_weight,
+    )
+    of_method = {
+        "multitask": (a, 1 - a),
+        "counterfactual": (1 - b, b),
+        "multitask_counterfactual": (
+            g * a,
+            g * (1 - a),
+            (1 - g) * (1 - b),
+            (1 - g) * b,
+        ),
+    }
+    return of_method.get(config.name, (1.0,))
+
+
 def terms(config: MethodConfig, progress: float = 0.0) -> tuple[Term, ...]:
     """The terms of a method; those whose weight is zero all along are left out.
 
-    Two views share the loss as a * label + (1 - a) * rationale, a = `label_weight`;
-    within a view hard and soft terms have `hard_weight` and `soft_weight`, or what
-    their schedule says; hidden and attention terms have a constant weight.
+    Views have their `shares` of the loss; within a view hard and soft terms have
+    `hard_weight` and `soft_weight`, or what their schedule says; hidden and attention
+    terms have a constant weight.
 
     Args:
       config: the method.
       progress: 0 at the first step, 1 at the last.
     """
     names = views(config)
-    shares = (
-        (1.0,) if len(names) == 1 else (config.label_weight, 1 - config.label_weight)
-    )
     kind = config.weight_schedule
     weights = {
         "hard": (config.hard_weight, config.final_hard_weight),
@@ -81,7 +113,7 @@ def terms(config: MethodConfig, progress: float = 0.0) -> tuple[Term, ...]:
             kind=term,
             weight=share * scheduled(kind, *ends, progress),
         )
-        for index, (view, share) in enumerate(zip(names, shares, strict=True))
+        for index, (view, share) in enumerate(zip(names, shares(config), strict=True))
         for term, ends in weights.items()
         if share * max(ends[:1] if kind == "constant" else ends) > 0
     )

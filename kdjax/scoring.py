@@ -12,8 +12,17 @@ from jax.sharding import Mesh
 from kdjax import generate, methods, metrics, sharding, step
 from kdjax.config import Config, T5Config
 from kdjax.data import loader, templates, views
+from kdjax.data.example import Example
+from kdjax.data.templates import Text
 from kdjax.experiment import Data, Model, layout, num_valid
 from kdjax.program import chunk_size
+
+MATCHES = (
+    "exact_match",
+    "exact_match_strict",
+    "answer_match",
+    "answer_match_strict",
+)
 
 
 class Scorer:
@@ -35,7 +44,7 @@ class Scorer:
         self._mesh, self._cache = mesh, cache
         self._tokens = self._plan(data.evaluation)
         self._choices = None
-        if "label" in data.views and any(e.choices for e in data.eval_examples):
+        if "label" in data.eval_views and any(e.choices for e in data.eval_examples):
             self._choices = views.choice_segments(
                 data.eval_examples, data.tokenizer, config.data
             )
@@ -52,7 +61,7 @@ class Scorer:
         # Every view's records are read, whatever the training terms are.
         self._soft = tuple(
             methods.Term(name=name, view=index, kind="soft", weight=1.0)
-            for index, name in enumerate(data.views)
+            for index, name in enumerate(data.eval_views)
         )
 
     def __call__(self, params: Any) -> dict[str, float]:
@@ -105,7 +114,7 @@ class Scorer:
         view = np.array([s.view for s in segments])
         nll = float(sums["nll"].sum() / counts.sum())
         found = {"nll": nll, "perplexity": math.exp(min(nll, 700.0))}
-        for index, name in enumerate(self._data.views):
+        for index, name in enumerate(self._data.eval_views):
             of_view = view == index
             found[f"nll/{name}"] = float(
                 sums["nll"][of_view].sum() / max(1, counts[of_view].sum())
@@ -141,18 +150,21 @@ class Scorer:
         """Greedy answers to the first held-out examples, one object a view.
 
         Returns:
-          Objects with id, view, prompt, target, generated, and exact_match: whether
-          the generated text equals the target up to case, white space and a final
-          full stop.
+          Objects with id, view, and what `judge` says.
         """
         config, data = self._config, self._data
         examples = data.eval_examples[: config.evaluation.num_generations]
-        wanted = [(e, v, *templates.render(e, v)) for e in examples for v in data.views]
-        wanted = [w for w in wanted if w[3]]
+        wanted = [
+            (example, view, text)
+            for example in examples
+            for view in data.eval_views
+            for text in templates.render(example, view, config.data)
+            if text.prompt
+        ]
         if not wanted:
             return []
         prompts = views.prompt_ids(
-            [prompt for _, _, prompt, _ in wanted],
+            [text.prompt for _, _, text in wanted],
             data.tokenizer,
             chat_template=config.data.chat_template,
         )
@@ -170,28 +182,50 @@ class Scorer:
             pad_id=data.tokenizer.pad_token_id,
             compiled=self._generate,
         )
-        rows = []
-        for (example, view, prompt, target), ids in zip(wanted, tokens, strict=True):
-            text = data.tokenizer.decode(ids, skip_special_tokens=True)
-            rows.append(
-                {
-                    "id": example.id,
-                    "view": view,
-                    "prompt": prompt,
-                    "target": target,
-                    "generated": text.strip(),
-                    "exact_match": normalise(text) == normalise(target),
-                }
+        return [
+            {"id": example.id, "view": view} | judge(generated, example, view, text)
+            for (example, view, text), generated in zip(
+                wanted,
+                data.tokenizer.batch_decode(tokens, skip_special_tokens=True),
+                strict=True,
             )
-        return rows
+        ]
 
 
-def exact_match(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Share of exact matches of each view, as exact_match/<view>."""
+def judge(generated: str, example: Example, view: str, text: Text) -> dict[str, Any]:
+    """How a generated text compares with the data's.
+
+    Returns:
+      prompt, target, generated; exact_match: whether the last two are equal up to case,
+      white space and a final full stop; exact_match_strict: up to white space at their
+      ends. For a view that explains, then answers, also answer (what is generated after
+      the last "Answer:", all of it without one), answer_match and answer_match_strict:
+      the same of the answers alone.
+    """
+    row: dict[str, Any] = {"prompt": text.prompt, "target": text.target}
+    row["generated"] = generated.strip()
+    row |= _matches("exact_match", generated, text.target)
+    if view in templates.EXPLAINED:
+        row["answer"] = templates.final_answer(generated)
+        row |= _matches("answer_match", row["answer"], example.answer)
+    return row
+
+
+def _matches(name: str, found: str, wanted: str) -> dict[str, bool]:
+    return {
+        name: normalise(found) == normalise(wanted),
+        f"{name}_strict": found.strip() == wanted.strip(),
+    }
+
+
+def match_rates(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Shares of generations that match, a view: exact_match/<view> and the others."""
     found: dict[str, list[bool]] = {}
     for row in rows:
-        found.setdefault(row["view"], []).append(row["exact_match"])
-    return {f"exact_match/{view}": float(np.mean(v)) for view, v in found.items()}
+        for name in MATCHES:
+            if name in row:
+                found.setdefault(f"{name}/{row['view']}", []).append(row[name])
+    return {name: float(np.mean(values)) for name, values in found.items()}
 
 
 def normalise(text: str) -> str:

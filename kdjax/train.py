@@ -19,7 +19,7 @@ from kdjax.experiment import Data, Model
 from kdjax.models import hf
 from kdjax.program import Program, check_teacher
 from kdjax.reporting import Meter, evaluation_row, run_summary
-from kdjax.scoring import Scorer, exact_match
+from kdjax.scoring import Scorer, match_rates
 from kdjax.teacher import building
 from kdjax.writer import Writer, print_table
 
@@ -207,7 +207,7 @@ def run(config: Config, workdir: pathlib.Path) -> None:
 
     student = student or scorer(params)
     generations = scorer.generations(params)
-    student |= exact_match(generations)
+    student |= match_rates(generations)
     rows, teacher, teacher_shape = [evaluation_row("student", student, shape)], {}, None
     if has_teacher:
         teacher_model, teacher_params = live or experiment.load_model(

@@ -16,6 +16,7 @@ from kdjax.config import (
     LONG_POLICIES,
     NON_FINITE,
     OPTIMIZERS,
+    PLACES,
     REMATS,
     SCHEDULES,
     SOURCES,
@@ -80,6 +81,7 @@ def validate(config: Config) -> None:
         (data.source, "data.source", SOURCES),
         (data.layout, "data.layout", LAYOUTS),
         (data.on_long, "data.on_long", LONG_POLICIES),
+        (data.counterfactual_place, "data.counterfactual_place", PLACES),
         (cache.kind, "cache.kind", CACHE_KINDS),
         (student.init, "student.init", STUDENT_INITS),
         (student.architecture, "student.architecture", ARCHITECTURES),
@@ -138,10 +140,13 @@ def validate(config: Config) -> None:
             f"train.batch_size={train.batch_size} does not divide by "
             f"train.num_microbatches={train.num_microbatches}: use a multiple of it"
         )
-    if not 0 <= method.label_weight <= 1:
-        raise ValueError(
-            f"method.label_weight={method.label_weight} is a share: use 0 to 1"
-        )
+    for share, name in (
+        (method.label_weight, "method.label_weight"),
+        (method.counterfactual_weight, "method.counterfactual_weight"),
+        (method.multitask_weight, "method.multitask_weight"),
+    ):
+        if not 0 <= share <= 1:
+            raise ValueError(f"{name}={share} is a share: use 0 to 1")
     if not methods.terms(method):
         raise ValueError(
             "method.hard_weight=0 and method.soft_weight=0 leave nothing to train on: "
@@ -204,6 +209,7 @@ def validate(config: Config) -> None:
             f"data.num_train={data.num_train}, data.num_eval={data.num_eval}: the "
             "kinship task is endless, say how many examples to make"
         )
+    _check_texts(config)
     if data.source != "kinship" and not data.path:
         raise ValueError(
             f"data.path='' with data.source={data.source!r}: give "
@@ -243,6 +249,24 @@ def _check_no_teacher(config: Config) -> None:
             "data.tokenizer='' without a teacher or a student's folder: give "
             "--config.data.tokenizer=FOLDER or hub name"
         )
+
+
+def _check_texts(config: Config) -> None:
+    """Views differ in their prompts, and what is joined to the data is not ignored."""
+    data, views = config.data, methods.views(config.method)
+    prefixes = [getattr(data.prefixes, view, "") for view in views]
+    if not data.cues and len(set(prefixes)) < len(prefixes):
+        raise ValueError(
+            f"data.cues=False with data.prefixes {prefixes} of views {list(views)}: "
+            "nothing tells their prompts apart: give each view its own prefix, or use "
+            "data.cues=True"
+        )
+    for name in ("rationales", "eval_rationales", "counterfactuals"):
+        if data.source == "kinship" and getattr(data, name):
+            raise ValueError(
+                f"data.{name}={getattr(data, name)!r} with data.source='kinship': it "
+                "writes its own: use '', or another source"
+            )
 
 
 def _check_layer_map(config: Config) -> None:

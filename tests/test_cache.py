@@ -27,7 +27,7 @@ def finished(tmp_path_factory) -> tuple[Config, pathlib.Path]:
     """A run whose cache holds the whole vocabulary of every token, at T = 1 alone."""
     workdir = tmp_path_factory.mktemp("finished")
     config = small.config(
-        cache={"k": 111, "temperatures": (1.0,)},
+        cache={"k": 113, "temperatures": (1.0,)},
         method={"temperature": 1.0},
         teacher={"num_train": 400, "steps": 150},
         evaluation={"num_generations": 0},
@@ -61,7 +61,7 @@ def whole_sequences(config, cache, *, shift=0):
         ids[1:], log_probs[1:] = record.ids[0], record.log_probs[0]  # of the prompt
         ids[start:] = np.roll(record.ids, shift, axis=0)
         log_probs[start:] = np.roll(record.log_probs, shift, axis=0)
-        tokens = np.concatenate([segment.prompt_ids, segment.target_ids])
+        tokens = segment.ids
         hits = ids == tokens[:, None]
         targets = np.where(hits, log_probs, -np.inf).max(axis=1)
         yield Rows(tokens.astype(np.int32), ids, log_probs, targets.astype(np.float32))
@@ -75,7 +75,7 @@ def test_describe_sums_up_the_records(finished):
     nll = -np.concatenate([r.target_log_probs for r in read]).mean()
     assert found["teacher_nll"] == pytest.approx(nll, rel=1e-4)
     assert sum(found["histogram"]) == found["tokens"] == cache.num_tokens
-    assert found["mass"][111] == pytest.approx(1, abs=1e-4)
+    assert found["mass"][113] == pytest.approx(1, abs=1e-4)
     assert list(found["mass"].values()) == sorted(found["mass"].values())
     assert len(inspection.histogram_lines(found)) <= 32
 
@@ -188,6 +188,44 @@ def test_import_gives_the_losses_of_the_cache(
             records.open_cache(out, tail="bucket")
         with pytest.raises(ValueError, match=r"temperature=2\.0 was not declared"):
             records.open_cache(out, temperatures=(2.0,))
+
+
+def test_an_import_finds_what_is_read_before_the_target(tmp_path):
+    """Rows of the whole sequence; those of prompt and prefix are not taken."""
+    config = small.config(method={"name": "counterfactual"})
+    data = experiment.load_data(config, splits=("train",))
+    segments, vocab_size = data.train[1:5], len(data.tokenizer)
+    rng = np.random.default_rng(0)
+    sequences = []
+    for segment in segments:
+        assert len(segment.prefix_ids)
+        tokens = segment.ids
+        noise = (
+            rng.normal(size=(len(tokens), vocab_size)) + 4 * np.eye(vocab_size)[tokens]
+        )
+        log_probs = noise - np.log(np.exp(noise).sum(-1, keepdims=True))
+        ids = np.argsort(-log_probs, axis=-1).astype(np.int32)
+        log_probs = np.take_along_axis(log_probs, ids, -1).astype(np.float32)
+        hits = np.where(ids == tokens[:, None], log_probs, -np.inf).max(axis=1)
+        sequences.append(Rows(tokens, ids, log_probs, hits))
+    manifest = records.Manifest(
+        kind="top_k",
+        k=vocab_size,
+        vocab_size=vocab_size,
+        temperatures=(1.0,),
+        tokenizer_fingerprint="f",
+        teacher_path="t",
+        teacher_fingerprint="t",
+        missing=("entropy",),
+    )
+    transfer.import_rows(sequences, segments, tmp_path / "c", manifest, shard_size=16)
+    cache = records.open_cache(tmp_path / "c")
+    for segment, rows in zip(segments, sequences, strict=True):
+        record, num = cache.read(segment.key), len(segment.target_ids)
+        np.testing.assert_array_equal(record.ids[:, 0], rows.ids[-num:, 0])
+        np.testing.assert_allclose(
+            record.target_log_probs, rows.target_log_probs[-num:], atol=0.05
+        )
 
 
 @pytest.mark.parametrize("shift", [1, -1])

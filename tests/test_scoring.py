@@ -4,11 +4,14 @@ import math
 
 import jax
 import numpy as np
+import pytest
 
 from kdjax import experiment, sharding
-from kdjax.config import MeshConfig
+from kdjax.config import DataConfig, MeshConfig
+from kdjax.data import templates
+from kdjax.data.example import Example
 from kdjax.models import decoder
-from kdjax.scoring import Scorer
+from kdjax.scoring import Scorer, judge, match_rates
 from tests import small
 from tests.test_step import FakeCache
 
@@ -39,3 +42,58 @@ def test_nll_and_perplexity_are_the_models_own():
     np.testing.assert_allclose(found["nll"], total / count, rtol=1e-5)
     np.testing.assert_allclose(found["perplexity"], math.exp(total / count), rtol=1e-4)
     assert found["kl"] > 0.1
+
+
+EXAMPLE = Example(
+    id="q", question="Who ?", answer="Her aunt", rationale="She is an aunt ."
+)
+
+
+@pytest.mark.parametrize(
+    ("generated", "answer", "matches", "strict"),
+    [
+        ("She is an aunt .\nAnswer: Her aunt", "Her aunt", True, True),
+        ("Something else. Answer: her  aunt. ", "her  aunt.", True, False),
+        ("Answer: uncle\nAnswer: Her aunt", "Her aunt", True, True),
+        ("Her aunt", "Her aunt", True, True),
+        # The right answer within another is another answer.
+        ("She is.\nAnswer: Her aunt or uncle", "Her aunt or uncle", False, False),
+        ("She is her aunt. Answer: her uncle", "her uncle", False, False),
+        ("", "", False, False),
+    ],
+)
+@pytest.mark.parametrize("view", templates.EXPLAINED)
+def test_answers_are_parsed_and_compared(view, generated, answer, matches, strict):
+    [text] = templates.render(EXAMPLE, view, DataConfig())
+    row = judge(generated, EXAMPLE, view, text)
+    assert (row["generated"], row["answer"]) == (generated.strip(), answer)
+    assert (row["answer_match"], row["answer_match_strict"]) == (matches, strict)
+    same = generated == text.target
+    assert (row["exact_match"], row["exact_match_strict"]) == (same, same)
+
+
+def test_rates_are_shares_of_each_view():
+    rows = []
+    for view, generated in (
+        ("label", "her aunt ."),
+        ("label", " Her aunt"),
+        ("label", "Her uncle"),
+        ("rationale", "She is an aunt ."),
+        ("factual", "Because. Answer: Her aunt"),
+        ("factual", "Answer: uncle"),
+    ):
+        [text] = templates.render(EXAMPLE, view, DataConfig())
+        rows.append({"view": view} | judge(generated, EXAMPLE, view, text))
+    assert match_rates(rows) == pytest.approx(
+        {
+            "exact_match/label": 2 / 3,
+            "exact_match_strict/label": 1 / 3,
+            "exact_match/rationale": 1,
+            "exact_match_strict/rationale": 1,
+            "exact_match/factual": 0,
+            "exact_match_strict/factual": 0,
+            "answer_match/factual": 1 / 2,
+            "answer_match_strict/factual": 1 / 2,
+        }
+    )
+    assert match_rates([]) == {}

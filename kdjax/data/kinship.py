@@ -13,7 +13,7 @@ import random
 from collections.abc import Iterator
 
 from kdjax.config import KinshipConfig
-from kdjax.data.sources import Example
+from kdjax.data.example import Example
 
 FEMALE, MALE = 0, 1
 

@@ -5,7 +5,8 @@ epoch follows from the lengths and (seed, epoch). Resuming needs one integer and
 on another number of hosts.
 
 Students that only decode read prompt and target in one row. Those with an encoder read
-the prompt there: a segment then lies in two rows of the same number, side by side.
+the prompt there: a segment then lies in two rows of the same number, side by side. What
+a segment has before its target (a wrong rationale, say) is read in the target's row.
 
 Shapes: M microbatches, R rows of a microbatch (those of one host), T row length,
 S length of the encoder's row, K stored pairs, t target tokens of a segment.
@@ -32,6 +33,8 @@ class BatchPlan:
 
     Epoch e packs the segments in an order drawn from (seed, e); its rows, in order,
     are cut into batches. The last batch of an epoch is filled up with empty rows.
+    Segments of one example and view are alternatives: an epoch takes one of them, each
+    with the same chance (without shuffling it takes all).
     Plans are made when first asked for. Safe to use from several threads.
     """
 
@@ -58,7 +61,7 @@ class BatchPlan:
           seed: of the order.
           shuffle: False keeps the given order (evaluation, labelling).
           encoder_length: positions per row of the encoder; 0 = there is none.
-          start_id: with an encoder, what the decoder reads before each target.
+          start_id: with an encoder, what the decoder reads first.
           end_id: with an encoder, what ends each prompt.
 
         Raises:
@@ -85,6 +88,10 @@ class BatchPlan:
         self.target_lengths = np.asarray([len(s.target_ids) for s in segments])
         # Every token but the last one is read.
         self.lengths = np.asarray(before, np.int64) + self.target_lengths - 1
+        numbers: dict[tuple[str, int], int] = {}
+        self._alternatives = np.asarray(
+            [numbers.setdefault((s.example_id, s.view), len(numbers)) for s in segments]
+        )
         self._limits = {"row_length": (self.lengths, row_length)}
         if encoder_length:
             prompt_lengths = np.asarray([len(self.encoder_ids(s)) for s in segments])
@@ -104,7 +111,8 @@ class BatchPlan:
 
     def before_target(self, segment: Segment) -> Int32[np.ndarray, " p"]:
         """What stands before the target in its row."""
-        return self._start_1 if self.encoder_length else segment.prompt_ids
+        start = self._start_1 if self.encoder_length else segment.prompt_ids
+        return np.concatenate([start, segment.prefix_ids])
 
     def encoder_ids(self, segment: Segment) -> Int32[np.ndarray, " p"]:
         """What the encoder reads: the prompt and the end token."""
@@ -151,6 +159,8 @@ class BatchPlan:
             order = np.arange(len(self.segments))
             if self.shuffle:
                 order = np.random.default_rng([self.seed, epoch]).permutation(order)
+                _, first = np.unique(self._alternatives[order], return_index=True)
+                order = order[np.sort(first)]
             if len(self._rows) >= 3:
                 del self._rows[min(self._rows)]
             lengths, limits = zip(*self._limits.values(), strict=True)

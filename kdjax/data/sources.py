@@ -4,28 +4,17 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from kdjax.config import DataConfig
+from kdjax.data import kinship
+from kdjax.data.example import Example, contradicts, wrong_choices
 
 logger = logging.getLogger(__name__)
 
 Row = Mapping[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Example:
-    """One question with its answer and explanations, or a plain text."""
-
-    id: str  # unique within a split
-    question: str = ""
-    choices: tuple[str, ...] = ()  # empty for a free answer
-    answer: str = ""  # text of the right choice, or the final answer
-    rationale: str = ""  # leads to the answer
-    counterfactuals: tuple[str, ...] = ()  # one per choice other than the answer
-    text: str = ""  # plain text, instead of the above
 
 
 def load_examples(config: DataConfig, split: str, *, seed: int) -> list[Example]:
@@ -51,8 +40,6 @@ def load_examples(config: DataConfig, split: str, *, seed: int) -> list[Example]
     train = split == "train"
     num = config.num_train if train else config.num_eval
     if config.source == "kinship":
-        from kdjax.data import kinship  # it makes Examples: imports this module
-
         if num <= 0:
             raise ValueError(
                 f"num_{split}={num}: source='kinship' generates its examples: "
@@ -71,7 +58,11 @@ def load_examples(config: DataConfig, split: str, *, seed: int) -> list[Example]
     ]
     _check_ids(examples)
     path = config.rationales if train else config.eval_rationales
-    return _join_rationales(examples, path) if path else examples
+    if path:
+        examples = _join_rationales(examples, path)
+    if train and config.counterfactuals:
+        examples = _join_counterfactuals(examples, config.counterfactuals)
+    return examples
 
 
 def _read_rows(config: DataConfig, *, train: bool) -> list[Row]:
@@ -245,7 +236,7 @@ def _plain(row: Row, default: str) -> Example:
             f"row {_id(row, default)!r}: answer={answer!r} is none of its choices "
             f"{list(choices)}: give the text of the right one"
         )
-    counterfactuals = tuple(row.get("counterfactuals") or ())
+    counterfactuals = tuple(text or "" for text in row.get("counterfactuals") or ())
     if counterfactuals and len(counterfactuals) != len(choices) - 1:
         raise ValueError(
             f"row {_id(row, default)!r} has {len(counterfactuals)} counterfactuals for "
@@ -306,23 +297,12 @@ def _join_rationales(examples: list[Example], path: str) -> list[Example]:
     Logs how many examples have none, and how many rationales conclude with another
     choice's letter than the answer's (they are kept).
     """
-    texts: dict[str, str] = {}
-    for row in _read_jsonl(path):
-        if "id" not in row or "text" not in row:
-            raise ValueError(
-                f"rationales={path!r}: a row has columns {sorted(row)}: use id, text"
-            )
-        if str(row["id"]) in texts:
-            raise ValueError(f"rationales={path!r}: id {row['id']!r} occurs twice")
-        texts[str(row["id"])] = row["text"]
+    texts = _read_texts("rationales", path, ("id",))
     joined = [
-        replace(example, rationale=texts.get(example.id, "")) for example in examples
+        replace(example, rationale=texts.get((example.id,), "")) for example in examples
     ]
     num_joined = sum(bool(example.rationale) for example in joined)
-    if num_joined == 0:
-        raise ValueError(
-            f"rationales={path!r} has no id of the examples (first: {examples[0].id!r})"
-        )
+    _check_joined("rationales", path, num_joined, examples)
     logger.info(
         "%s: %d of %d examples have a rationale; %d conclude with another choice than "
         "the answer (kept)",
@@ -334,10 +314,66 @@ def _join_rationales(examples: list[Example], path: str) -> list[Example]:
     return joined
 
 
-def contradicts(example: Example) -> bool:
-    """Whether the rationale's last choice letter, like "(b)", is another's."""
-    letters = re.findall(r"\(([a-z])\)", example.rationale.lower())
-    if not letters or not example.choices:
-        return False
-    index = ord(letters[-1]) - ord("a")
-    return index >= len(example.choices) or example.choices[index] != example.answer
+def _join_counterfactuals(examples: list[Example], path: str) -> list[Example]:
+    """Replaces counterfactuals by those of a jsonl file of {id, choice, text}.
+
+    `choice` is the text of a wrong choice. Logs how many wrong choices have one.
+    """
+    texts = _read_texts("counterfactuals", path, ("id", "choice"))
+    by_id: dict[str, dict[str, str]] = {}
+    for (name, choice), text in texts.items():
+        by_id.setdefault(name, {})[choice] = text
+    joined = []
+    for example in examples:
+        found = by_id.get(example.id, {})
+        for choice in found:
+            if choice not in example.choices or choice == example.answer:
+                what = "the answer" if choice == example.answer else "no choice"
+                raise ValueError(
+                    f"counterfactuals={path!r}: id {example.id!r} has one for "
+                    f"{choice!r}, which is {what} of {list(example.choices)}: give the "
+                    "text of a wrong choice"
+                )
+        # A choice that reads like an earlier one is not repeated.
+        wrong = wrong_choices(example) if found else ()
+        each = tuple(found.pop(choice, "") for choice in wrong)
+        joined.append(replace(example, counterfactuals=each))
+    num_joined = sum(any(example.counterfactuals) for example in joined)
+    _check_joined("counterfactuals", path, num_joined, examples)
+    logger.info(
+        "%s: %d of %d examples have counterfactuals, %d in all",
+        path,
+        num_joined,
+        len(joined),
+        sum(bool(text) for e in joined for text in e.counterfactuals),
+    )
+    return joined
+
+
+def _read_texts(
+    field: str, path: str, names: tuple[str, ...]
+) -> dict[tuple[str, ...], str]:
+    """The column "text" of a jsonl file, by other columns, which name a row once."""
+    columns = (*names, "text")
+    texts: dict[tuple[str, ...], str] = {}
+    for row in _read_jsonl(path):
+        if any(name not in row for name in columns):
+            raise ValueError(
+                f"{field}={path!r}: a row has columns {sorted(row)}: use "
+                f"{', '.join(columns)}"
+            )
+        key = tuple(str(row[name]) for name in names)
+        if key in texts:
+            which = ", ".join(f"{n} {k!r}" for n, k in zip(names, key, strict=True))
+            raise ValueError(f"{field}={path!r}: {which} occurs twice")
+        texts[key] = row["text"]
+    return texts
+
+
+def _check_joined(
+    field: str, path: str, num_joined: int, examples: list[Example]
+) -> None:
+    if num_joined == 0:
+        raise ValueError(
+            f"{field}={path!r} has no id of the examples (first: {examples[0].id!r})"
+        )

@@ -1,28 +1,53 @@
 """The words of the views: how an example reads as a prompt and a target."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
-from kdjax.data.sources import Example
+from kdjax.config import DataConfig
+from kdjax.data.example import Example, wrong_choices
 
 ANSWER, EXPLAIN, BOTH = "Answer:", "Explain:", "Explain and answer:"
+OTHERWISE = "Explain and answer otherwise:"
 CHOICES = "Choices:"
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
+# Views whose target is a rationale, "Answer:" and the answer.
+EXPLAINED = ("rationale_then_label", "factual")
+
+
+class Text(NamedTuple):
+    """One view of one example."""
+
+    prompt: str
+    target: str  # what is learnt
+    prefix: str = ""  # read between the two, not learnt
+
 
 def words() -> list[str]:
-    """Every word that a template adds, for word-level vocabularies."""
+    """Every word that a template adds, for word-level vocabularies; but `OTHERWISE`."""
     letters = [f"({letter})" for letter in LETTERS]
     return [*f"{ANSWER} {EXPLAIN} {BOTH} {CHOICES}".split(), *letters]
 
 
-def render(example: Example, view: str) -> tuple[str, str]:
-    """The (prompt, target) texts of an example.
+def render(example: Example, view: str, config: DataConfig) -> list[Text]:
+    """The texts of a view: one, but a counterfactual for each wrong choice.
 
-    view                  prompt ends with       target
-    label                 "Answer:"              the answer
-    rationale             "Explain:"             the rationale
-    rationale_then_label  "Explain and answer:"  the rationale, "Answer:", the answer
-    text                  (no prompt)            the text
+    view                  prompt ends with                 target
+    label                 "Answer:"                        the answer
+    rationale             "Explain:"                       the rationale
+    rationale_then_label  "Explain and answer:"            rationale, "Answer:", answer
+    factual               "Explain and answer:"            rationale, "Answer:", answer
+    counterfactual        "Explain and answer otherwise:"  the wrong choice
+    text                  (no prompt)                      the text
+
+    What leads to the wrong choice is read, not learnt: its rationale and "Answer:" as
+    the prefix, or the rationale in the prompt, before the cue
+    (`config.counterfactual_place`). A wrong choice without a rationale is left out.
+
+    Args:
+      example: what is rendered.
+      view: one of the above.
+      config: its `prefixes` begin the prompts; `cues=False` leaves out their last line.
 
     Raises:
       ValueError: an unknown view, or an example without what the view needs.
@@ -31,21 +56,41 @@ def render(example: Example, view: str) -> tuple[str, str]:
         raise ValueError(f"view={view!r}: use one of {tuple(_VIEWS)}")
     cue, parts, target = _VIEWS[view]
     for part in parts:
-        if not getattr(example, part):
+        if not any(getattr(example, part)):
             raise ValueError(
                 f"example {example.id!r} has no {part}, which view {view!r} needs: "
-                f"give the data one, or use a method without that view"
+                f"give the data one{_WHERE.get(part, '')}, or use a method without "
+                "that view"
             )
-    return (prompt(example, cue) if cue else ""), target(example)
+    if view == "counterfactual":
+        return list(_counterfactuals(example, config))
+    if not cue:
+        return [Text("", target(example))]
+    return [Text(_prompt(example, view, config), target(example))]
 
 
-def prompt(example: Example, cue: str) -> str:
-    """The question, its lettered choices if any, and a cue, one per line."""
-    lines = [example.question]
+def _prompt(example: Example, view: str, config: DataConfig, given: str = "") -> str:
+    """The question, its lettered choices if any, what is given, and the view's cue."""
+    before = getattr(config.prefixes, view)
+    lines = [f"{before} {example.question}" if before else example.question]
     if example.choices:
         lettered = zip(LETTERS, example.choices, strict=False)
         lines.append(" ".join([CHOICES, *(f"({a}) {text}" for a, text in lettered)]))
-    return "\n".join([*lines, cue])
+    cue = _VIEWS[view].cue if config.cues else ""
+    return "\n".join([*lines, *filter(None, (given, cue))])
+
+
+def _counterfactuals(example: Example, config: DataConfig) -> Iterator[Text]:
+    """One text for each wrong choice that has a rationale."""
+    pairs = zip(wrong_choices(example), example.counterfactuals, strict=True)
+    for choice, rationale in pairs:
+        if not rationale or choice == example.answer:
+            continue
+        if config.counterfactual_place == "prompt":
+            yield Text(_prompt(example, "counterfactual", config, rationale), choice)
+        else:
+            prompt = _prompt(example, "counterfactual", config)
+            yield Text(prompt, choice, prefix=f"{rationale}\n{ANSWER}")
 
 
 def final_answer(generated: str) -> str:
@@ -53,16 +98,29 @@ def final_answer(generated: str) -> str:
     return generated.rpartition(ANSWER)[2].strip()
 
 
-_View = tuple[str, tuple[str, ...], Callable[[Example], str]]
+class _View(NamedTuple):
+    cue: str
+    needs: tuple[str, ...]  # fields of the example
+    target: Callable[[Example], str]
 
-# view -> cue, needed fields, target
-_VIEWS: dict[str, _View] = {
-    "label": (ANSWER, ("question", "answer"), lambda e: e.answer),
-    "rationale": (EXPLAIN, ("question", "rationale"), lambda e: e.rationale),
-    "rationale_then_label": (
-        BOTH,
-        ("question", "rationale", "answer"),
-        lambda e: f"{e.rationale}\n{ANSWER} {e.answer}",
+
+def _explained(example: Example) -> str:
+    return f"{example.rationale}\n{ANSWER} {example.answer}"
+
+
+_WHERE = {
+    "rationale": " (data.rationales)",
+    "counterfactuals": " (data.counterfactuals)",
+}
+_VIEWS = {
+    "label": _View(ANSWER, ("question", "answer"), lambda e: e.answer),
+    "rationale": _View(EXPLAIN, ("question", "rationale"), lambda e: e.rationale),
+    **{
+        v: _View(BOTH, ("question", "rationale", "answer"), _explained)
+        for v in EXPLAINED
+    },
+    "counterfactual": _View(
+        OTHERWISE, ("question", "choices", "counterfactuals"), lambda e: ""
     ),
-    "text": ("", ("text",), lambda e: e.text),
+    "text": _View("", ("text",), lambda e: e.text),
 }

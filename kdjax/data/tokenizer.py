@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -36,11 +37,16 @@ def load(path: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def kinship() -> PreTrainedTokenizerFast:
-    """One token per word of the built-in task and of the view templates."""
+def kinship(more: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """One token per word of the built-in task, of the view templates, and of `more`.
+
+    Words that came later stand at the end, so that ids stay what they were.
+    """
     special = ["<pad>", "<eos>", "<unk>"]
     words = sorted({*kinship_task.vocabulary(), *templates.words()})
-    vocabulary = {word: index for index, word in enumerate([*special, *words])}
+    later = [*templates.OTHERWISE.split(), *more]
+    distinct = dict.fromkeys([*special, *words, *later])
+    vocabulary = {word: index for index, word in enumerate(distinct)}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(

@@ -2,13 +2,14 @@
 
 Prompt and target are tokenised apart and joined, so the boundary never moves. What
 joins them is one space, or nothing where the tokenizer adds its own word boundary or a
-chat template ends the prompt; see `target_prefix`.
+chat template ends the prompt; see `target_prefix`. A prefix stands between the two and
+is joined to both in the same way.
 """
 
 import hashlib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Bool, Int32
@@ -16,10 +17,13 @@ from transformers import PreTrainedTokenizerBase
 
 from kdjax.config import DataConfig
 from kdjax.data import templates
-from kdjax.data.sources import Example
+from kdjax.data.example import Example
+from kdjax.data.templates import Text
 from kdjax.data.tokenizer import fingerprint
 
 logger = logging.getLogger(__name__)
+
+_NONE = np.zeros(0, np.int32)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -30,12 +34,20 @@ class Segment:
     view: int  # index into the method's view names
     prompt_ids: Int32[np.ndarray, " P"]  # at least one token
     target_ids: Int32[np.ndarray, " t"]  # ends with eos, unless it was truncated
-    key: bytes  # 16 bytes: a hash of tokenizer, prompt and target
+    key: bytes  # 16 bytes: a hash of tokenizer, prompt, prefix and target
+    # Read between prompt and target, without loss; mostly empty.
+    prefix_ids: Int32[np.ndarray, " p"] = field(default_factory=lambda: _NONE)
+
+    @property
+    def ids(self) -> Int32[np.ndarray, " n"]:
+        """All tokens, as a model that only decodes has them: prompt, prefix, target."""
+        return np.concatenate([self.prompt_ids, self.prefix_ids, self.target_ids])
 
     @property
     def length(self) -> int:
-        """Input positions: every token but the last one is read."""
-        return len(self.prompt_ids) + len(self.target_ids) - 1
+        """Input positions of such a model: every token but the last one is read."""
+        lengths = map(len, (self.prompt_ids, self.prefix_ids, self.target_ids))
+        return sum(lengths) - 1
 
 
 @dataclass(kw_only=True, slots=True)
@@ -44,6 +56,7 @@ class Counts:
 
     segments: int = 0
     prompt_tokens: int = 0
+    prefix_tokens: int = 0
     target_tokens: int = 0
     truncated: int = 0  # segments
     dropped: int = 0  # segments
@@ -85,6 +98,9 @@ def make_segments(
 ) -> tuple[list[Segment], Counts]:
     """Tokenises every view of every example.
 
+    A counterfactual view makes one segment for each wrong choice that has a rationale,
+    which `BatchPlan` takes in turns.
+
     A beginning-of-sequence token comes first where the tokenizer adds one to plain
     text (chat templates write their own). An empty prompt becomes that token, or else
     eos, so that every target token has something before it.
@@ -93,19 +109,24 @@ def make_segments(
       examples: from `load_examples`.
       views: names; `Segment.view` indexes them.
       tokenizer: prompt and target go through it without special tokens.
-      config: `max_prompt`, `max_target`, `on_long`, `chat_template`. A truncated
-        prompt loses its beginning, a truncated target its end, eos included.
+      config: how prompts read, and `max_prompt`, `max_target`, `on_long`,
+        `chat_template`. Truncated, a prompt or prefix loses its beginning, a target its
+        end, eos included; a target leaves to its prefix what is left of `max_target`.
 
     Returns:
-      Segments ordered by example, then view; and counts, which are logged too.
+      Segments ordered by example, then view, then choice; and counts, which are logged
+      too.
 
     Raises:
-      ValueError: an example lacks what a view needs, or is too long.
+      ValueError: an example lacks what a view needs, or is too long, or the tokenizer
+        does not know a view's prefix.
     """
+    _check_prefixes(views, tokenizer, config)
     items = [
-        (example, view, *templates.render(example, name))
+        (example, view, text)
         for example in examples
         for view, name in enumerate(views)
+        for text in templates.render(example, name, config)
     ]
     segments, counts = _tokenize(items, tuple(views), tokenizer, config)
     return [segment for segment in segments if segment is not None], counts
@@ -126,13 +147,13 @@ def choice_segments(
     """
     items, place, correct = [], [], []
     for index, example in enumerate(examples):
-        prompt, _ = templates.render(example, "label")
+        [text] = templates.render(example, "label", config)
         if not example.choices:
             raise ValueError(
                 f"example {example.id!r} has no choices to score: use generation"
             )
         for number, choice in enumerate(example.choices):
-            items.append((example, 0, prompt, choice))
+            items.append((example, 0, text._replace(target=choice)))
             place.append((index, number))
             correct.append(choice == example.answer)
     segments, _ = _tokenize(items, ("label",), tokenizer, config)
@@ -188,70 +209,104 @@ def _start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return first if first == [tokenizer.bos_token_id] else []
 
 
+def _check_prefixes(
+    views: Sequence[str], tokenizer: PreTrainedTokenizerBase, config: DataConfig
+) -> None:
+    """Refuses prefixes of prompts that would read alike: as an unknown token."""
+    for view in views:
+        prefix = getattr(config.prefixes, view, "")
+        ids = tokenizer.encode(prefix, add_special_tokens=False)
+        if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
+            raise ValueError(
+                f"data.prefixes.{view}={prefix!r}: the tokenizer does not know it: use "
+                "words of its vocabulary, or add this one to it"
+            )
+
+
 def _tokenize(
-    items: list[tuple[Example, int, str, str]],
+    items: list[tuple[Example, int, Text]],
     views: tuple[str, ...],
     tokenizer: PreTrainedTokenizerBase,
     config: DataConfig,
 ) -> tuple[list[Segment | None], Counts]:
-    """Segments of (example, view, prompt, target); None where one was dropped."""
+    """Segments of (example, view, text); None where one was dropped."""
     counts = Counts()
     if not items:
         return [], counts
     chat = config.chat_template
-    prompts = prompt_ids([i[2] for i in items], tokenizer, chat_template=chat)
-    prefix = "" if chat else target_prefix(tokenizer)
-    texts = [(prefix if prompt else "") + target for _, _, prompt, target in items]
-    targets = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    prompts = prompt_ids([i[2].prompt for i in items], tokenizer, chat_template=chat)
+    joint = target_prefix(tokenizer)
+    first = "" if chat else joint  # after the prompt
+    prefixes, texts = [], []
+    for _, _, text in items:
+        prefixes.append(first + text.prefix if text.prefix else "")
+        joined = joint if text.prefix else first if text.prompt else ""
+        texts.append(joined + text.target)
+    encoded = tokenizer(prefixes + texts, add_special_tokens=False)["input_ids"]
     base = fingerprint(tokenizer).encode()
     segments: list[Segment | None] = []
-    for (example, view, _, _), prompt, target in zip(
-        items, prompts, targets, strict=True
+    for (example, view, _), prompt, prefix, target in zip(
+        items, prompts, encoded[: len(items)], encoded[len(items) :], strict=True
     ):
         target = [*target, tokenizer.eos_token_id]
-        if len(prompt) > config.max_prompt or len(target) > config.max_target:
+        room = config.max_target - len(target)  # for the prefix
+        if len(prompt) > config.max_prompt or len(prefix) > room:
             if config.on_long == "error":
-                raise ValueError(
-                    _too_long(example, views[view], prompt, target, config)
-                )
+                where = f"example {example.id!r}, view {views[view]!r}"
+                raise ValueError(_too_long(where, prompt, prefix, target, config))
             if config.on_long == "drop":
                 counts.dropped += 1
                 segments.append(None)
                 continue
             counts.truncated += 1
             prompt = prompt[-config.max_prompt :]
+            prefix = prefix[max(0, len(prefix) - max(0, room)) :]
             target = target[: config.max_target]
-        prompt_P, target_t = np.asarray(prompt, np.int32), np.asarray(target, np.int32)
+        parts = (np.asarray(ids, np.int32) for ids in (prompt, target, prefix))
+        prompt_P, target_t, prefix_p = parts
         counts.segments += 1
         counts.prompt_tokens += len(prompt)
+        counts.prefix_tokens += len(prefix)
         counts.target_tokens += len(target)
-        key = _key(base, prompt_P, target_t)
-        segments.append(Segment(example.id, view, prompt_P, target_t, key))
+        key = _key(base, prompt_P, target_t, prefix_p)
+        kept = prefix_p if prefix else _NONE
+        segments.append(Segment(example.id, view, prompt_P, target_t, key, kept))
     logger.info("views %s: %s", views, counts)
     return segments, counts
 
 
-def _key(base: bytes, prompt_P: np.ndarray, target_t: np.ndarray) -> bytes:
-    """blake2b-128 of fingerprint, lengths and little-endian ids."""
-    lengths = np.asarray([len(prompt_P), len(target_t)], "<i8")
-    arrays = (lengths, prompt_P.astype("<i4"), target_t.astype("<i4"))
+def _key(
+    base: bytes,
+    prompt_P: np.ndarray,
+    target_t: np.ndarray,
+    prefix_p: np.ndarray = _NONE,
+) -> bytes:
+    """blake2b-128 of fingerprint, lengths and little-endian ids.
+
+    With a prefix its length and ids follow those of the prompt. Nothing reads both
+    ways: the first two lengths say how long the content is without a prefix.
+    """
+    read = (prompt_P, prefix_p) if len(prefix_p) else (prompt_P,)
+    parts = (*read, target_t)
+    lengths = np.asarray([len(part) for part in parts], "<i8")
+    arrays = (lengths, *(part.astype("<i4") for part in parts))
     content = base + b"".join(array.tobytes() for array in arrays)
     return hashlib.blake2b(content, digest_size=16).digest()
 
 
 def _too_long(
-    example: Example,
-    view: str,
+    where: str,
     prompt: list[int],
+    prefix: list[int],
     target: list[int],
     config: DataConfig,
 ) -> str:
-    if len(prompt) > config.max_prompt:
-        part, found, limit = "prompt", len(prompt), config.max_prompt
-    else:
-        part, found, limit = "target", len(target), config.max_target
+    part, found, limit = "prompt", len(prompt), config.max_prompt
+    if found <= limit:
+        part, found, limit = "target", len(prefix) + len(target), config.max_target
+    before = "" if part == "prompt" or not prefix else f" ({len(prefix)} before it)"
     return (
-        f"example {example.id!r}, view {view!r}: its {part} has {found} tokens, "
+        f"{where}: its {part} has {found} tokens{before}, "
         f"max_{part}={limit}: use max_{part} >= {found}, or on_long='truncate' or "
         "'drop' (both are counted)"
     )

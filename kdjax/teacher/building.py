@@ -217,13 +217,13 @@ def _build(
         # Shards of a killed run over other examples are refused, not mixed in.
         content = hashlib.blake2b(b"".join(s.key for s in segments), digest_size=16)
         kind, k = _kind(config, data, split)
+        names = data.eval_views if split == "eval" else data.views
         manifest = dataclasses.replace(
             base,
             kind=kind,
             k=vocab_size if kind == "dense" else k,
             num_rounds=settings.num_rounds if kind == "sampled" else 0,
-            data=f"{config.data.source} {config.data.path} {split} "
-            f"{'+'.join(data.views)}",
+            data=f"{config.data.source} {config.data.path} {split} {'+'.join(names)}",
             content=content.hexdigest(),
             dtype=config.train.dtype,
             shard_size=settings.shard_size,

@@ -174,7 +174,7 @@ def import_rows(
 ) -> Manifest:
     """Writes a cache of what another tool's teacher said about these segments.
 
-    A sequence belongs to the segment with its token ids (prompt, then target); one
+    A sequence belongs to the segment with its token ids (prompt to target); one
     without token ids to the segment at its place in the data.
 
     Args:
@@ -192,7 +192,7 @@ def import_rows(
     new_folder(out)
     by_tokens: dict[bytes, list[int]] = {}
     for index, segment in enumerate(segments):
-        by_tokens.setdefault(_tokens(segment).tobytes(), []).append(index)
+        by_tokens.setdefault(segment.ids.tobytes(), []).append(index)
     found: dict[int, Record] = {}
     num_placed = 0
     for number, rows in enumerate(sequences):
@@ -227,13 +227,10 @@ def import_rows(
     return records.finish(out, manifest, num_shards=len(parts))
 
 
-def _tokens(segment: Segment) -> np.ndarray:
-    return np.concatenate([segment.prompt_ids, segment.target_ids]).astype(np.int32)
-
-
 def _record(rows: Rows, segment: Segment, manifest: Manifest) -> Record:
     """The rows of the segment's target tokens as a record at temperature 1."""
-    start, num_tokens = len(segment.prompt_ids), len(segment.target_ids)
+    num_tokens = len(segment.target_ids)
+    start = len(segment.ids) - num_tokens
     length = len(rows.ids)
     where = f"example {segment.example_id!r}"
     if rows.token_ids is None and length >= num_tokens:

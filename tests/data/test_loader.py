@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from kdjax.data import loader, soft
+from kdjax.data.packing import pack
 from kdjax.data.views import Segment
 
 
@@ -24,6 +25,26 @@ def make_segments(num=60, num_views=2, seed=0):
         )
         for i in range(num)
     ]
+
+
+def with_alternatives(num=24, seed=0):
+    """Two views of each example; the second has four alternatives, with prefixes."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for segment in make_segments(num * 2, 2, seed):
+        if segment.view == 0:
+            found.append(segment)
+            continue
+        for choice in range(4):
+            found.append(
+                dataclasses.replace(
+                    segment,
+                    target_ids=np.asarray([80 + choice, 1], np.int32),
+                    prefix_ids=rng.integers(1, 90, 3 + choice).astype(np.int32),
+                    key=segment.key[1:] + bytes([choice]),
+                )
+            )
+    return found
 
 
 def make_plan(segments, **changes):
@@ -79,6 +100,83 @@ def test_an_epoch_holds_every_segment_once(shuffle, form):
             items += flatten(plan.batch(step))
             step += 1
         assert sorted(items) == list(range(60))
+
+
+@FORMS
+def test_an_epoch_takes_one_of_the_alternatives(form):
+    segments = with_alternatives()
+    plan = make_plan(segments, **form)
+    taken = []
+    for epoch in range(200):
+        rows = [segments[item] for item in np.concatenate(plan._epoch(epoch))]
+        found = sorted((s.example_id, s.view) for s in rows)
+        assert found == sorted((f"e{i}", view) for i in range(24) for view in (0, 1))
+        taken.append({s.example_id: s.target_ids[0] - 80 for s in rows if s.view})
+        if epoch in (0, 3):
+            again = make_plan(segments, **form)._epoch(epoch)
+            assert flatten(again) == flatten(plan._epoch(epoch))
+    choices = np.asarray([[of[f"e{i}"] for i in range(24)] for of in taken])
+    # 4,800 draws of 4: a standard deviation is 30; 200 of one example: 6.
+    assert np.abs(np.bincount(choices.ravel()) - 1200).max() < 120
+    for i in range(24):
+        assert np.abs(np.bincount(choices[:, i], minlength=4) - 50).max() < 27
+    # One epoch does not say what the next one takes.
+    repeats = (choices[1:] == choices[:-1]).mean()
+    assert 0.22 < repeats < 0.28
+    other = make_plan(segments, seed=4, **form)._epoch(0)
+    assert flatten(other) != flatten(plan._epoch(0))
+
+
+def test_without_shuffling_all_alternatives_are_there():
+    segments = with_alternatives()
+    plan = make_plan(segments, shuffle=False)
+    items = [
+        item for step in range(plan.steps_per_epoch(0)) for item in plan.batch(step)
+    ]
+    assert sorted(flatten(items)) == list(range(24 * 5))
+
+
+@FORMS
+def test_a_plan_without_alternatives_is_the_permutation_packed(form):
+    segments = make_segments()
+    plan = make_plan(segments, **form)
+    lengths, limits = zip(*plan._limits.values(), strict=True)
+    for epoch in range(3):
+        order = np.random.default_rng([3, epoch]).permutation(np.arange(60))
+        wanted = pack(lengths, order, limits)
+        for row, other in zip(plan._epoch(epoch), wanted, strict=True):
+            np.testing.assert_array_equal(row, other)
+
+
+@FORMS
+def test_a_prefix_is_read_before_the_target_and_not_learnt(form):
+    segments = with_alternatives()
+    plan = make_plan(segments, **form)
+    cache = FakeCache(segments)
+    terms = [term(0), term(1), term(1, "soft")]
+    batch = loader.make_batch(plan, 0, terms=terms, cache=cache, temperature=2.0)
+    seen = 0
+    for row, items in enumerate(plan.batch(0)):
+        for at in loader.placements(plan, items):
+            segment = at.segment
+            before = [91] if form else segment.prompt_ids
+            ids = np.concatenate([before, segment.prefix_ids, segment.target_ids])
+            place = {n: batch[n][0, row, at.whole] for n in ("tokens", "targets")}
+            np.testing.assert_array_equal(place["tokens"], ids[:-1])
+            np.testing.assert_array_equal(place["targets"], ids[1:])
+            learnt = np.arange(len(ids) - 1) >= len(ids) - 1 - len(segment.target_ids)
+            weights = batch["hard_weights"][0, row, at.whole]
+            np.testing.assert_array_equal(weights > 0, learnt)
+            view = batch["view"][0, row, at.whole]
+            np.testing.assert_array_equal(view, np.where(learnt, segment.view, -1))
+            stored = batch["teacher_ids"][0, row, at.whole, 0]
+            soft = learnt if segment.view else np.zeros_like(learnt)
+            np.testing.assert_array_equal(stored, np.where(soft, ids[1:], -1))
+            seen += len(segment.prefix_ids) > 0
+            if form:
+                prompt = batch["encoder_tokens"][0, row, at.prompt]
+                np.testing.assert_array_equal(prompt, [*segment.prompt_ids, 0])
+    assert seen > 2
 
 
 @FORMS
@@ -258,7 +356,7 @@ def test_placements_find_the_targets(form):
             assert (batch["view"][0, row, at.target] == at.segment.view).all()
             if form:
                 prompt = batch["encoder_tokens"][0, row, at.prompt]
-                np.testing.assert_array_equal(prompt, at.segment.prompt_ids)
+                np.testing.assert_array_equal(prompt, [*at.segment.prompt_ids, 0])
             else:
                 assert at.prompt == slice(0, 0)
 
@@ -361,7 +459,7 @@ def test_a_record_of_another_length_is_refused():
     [
         ({"batch_size": 5, "num_microbatches": 2}, "batch_size=5"),
         ({"row_length": 8}, r"example 'e\d+' takes \d+ positions, row_length=8"),
-        ({"encoder_length": 5}, r"example 'e\d+' takes 11 positions, encoder_length=5"),
+        ({"encoder_length": 5}, r"example 'e\d+' takes 12 positions, encoder_length=5"),
     ],
 )
 def test_an_impossible_plan_is_refused(changes, message):

@@ -5,7 +5,8 @@ import os
 import pytest
 
 from kdjax.config import DataConfig
-from kdjax.data.sources import Example, contradicts, load_examples
+from kdjax.data.example import Example, contradicts, wrong_choices
+from kdjax.data.sources import load_examples
 
 CSQA = {
     "id": "c0",
@@ -148,6 +149,61 @@ def test_rationales_are_joined_by_id_as_they_are(tmp_path, caplog):
 def test_bad_rationale_files(tmp_path, rows, message):
     file = write(tmp_path / "r.jsonl", rows)
     config = jsonl(tmp_path, [CSQA], layout="commonsense_qa", rationales=file)
+    with pytest.raises(ValueError, match=message):
+        load(config)
+
+
+def five(id="c0"):
+    labels, texts = list("ABCDE"), ["here", "there", "home", "there", "away"]
+    choices = {"label": labels, "text": texts}
+    return {**CSQA, "id": id, "choices": choices, "answerKey": "C"}
+
+
+def test_counterfactuals_are_joined_by_id_and_choice(tmp_path, caplog):
+    found = [
+        {"id": "c1", "choice": "away", "text": "Off."},
+        {"id": "c0", "choice": "there", "text": " There it is."},
+        {"id": "c0", "choice": "here", "text": "Here."},
+        {"id": "of another split", "choice": "what", "text": "No."},
+    ]
+    config = jsonl(
+        tmp_path,
+        [five("c0"), five("c1"), five("c2"), five("c3")],
+        layout="commonsense_qa",
+        counterfactuals=write(tmp_path / "c.jsonl", found),
+        num_eval=1,
+    )
+    with caplog.at_level(logging.INFO):
+        examples = load(config)
+    assert wrong_choices(examples[0]) == ("here", "there", "there", "away")
+    assert [e.counterfactuals for e in examples] == [
+        ("Here.", " There it is.", "", ""),
+        ("", "", "", "Off."),
+        (),
+    ]
+    assert "2 of 3 examples have counterfactuals, 3 in all" in caplog.text
+    assert load(config, "eval")[0].counterfactuals == ()
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"id": "zz", "choice": "here", "text": "t"}], "no id of the examples"),
+        ([{"id": "c0", "text": "t"}], "use id, choice, text"),
+        (
+            [{"id": "c0", "choice": "moon", "text": "t"}],
+            "'moon', which is no choice of",
+        ),
+        ([{"id": "c0", "choice": "home", "text": "t"}], "'home', which is the answer"),
+        (
+            [{"id": "c0", "choice": "here", "text": "t"}] * 2,
+            "id 'c0', choice 'here' occurs twice",
+        ),
+    ],
+)
+def test_bad_counterfactual_files(tmp_path, rows, message):
+    file = write(tmp_path / "c.jsonl", rows)
+    config = jsonl(tmp_path, [five()], layout="commonsense_qa", counterfactuals=file)
     with pytest.raises(ValueError, match=message):
         load(config)
 

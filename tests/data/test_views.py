@@ -1,3 +1,4 @@
+import dataclasses
 import os
 
 import numpy as np
@@ -5,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from kdjax.config import DataConfig
+from kdjax.config import DataConfig, PrefixConfig
 from kdjax.data import kinship, templates, tokenizer, views
 from kdjax.data.sources import Example, load_examples
 
@@ -15,6 +16,11 @@ EXAMPLE = Example(
     choices=("aunt", "uncle", "aunt"),
     answer="aunt",
     rationale="Alice is the aunt of Ben .",
+)
+WRONG = dataclasses.replace(
+    EXAMPLE,
+    choices=("aunt", "uncle", "niece", "son"),
+    counterfactuals=("He is an uncle .", "", "Her son ."),
 )
 TEXT = Example(id="t1", text="Alice is the aunt of Ben .")
 LONG = DataConfig(max_prompt=8, max_target=4)
@@ -78,10 +84,15 @@ def segments(examples, names, tok, config=None):
             "Who is it ?\nChoices: (a) aunt (b) uncle (c) aunt\nExplain and answer:",
             "Alice is the aunt of Ben .\nAnswer: aunt",
         ),
+        (
+            "factual",
+            "Who is it ?\nChoices: (a) aunt (b) uncle (c) aunt\nExplain and answer:",
+            "Alice is the aunt of Ben .\nAnswer: aunt",
+        ),
     ],
 )
 def test_texts_survive_tokenising(view, prompt, target):
-    assert templates.render(EXAMPLE, view) == (prompt, target)
+    assert templates.render(EXAMPLE, view, DataConfig()) == [(prompt, target, "")]
     tok = byte_level()
     [segment], counts = segments([EXAMPLE], (view,), tok)
     assert tok.decode(segment.prompt_ids) == prompt
@@ -96,9 +107,98 @@ def test_texts_survive_tokenising(view, prompt, target):
 
 
 def test_the_answer_is_found_in_a_generated_text():
-    _, target = templates.render(EXAMPLE, "rationale_then_label")
-    assert templates.final_answer(target) == "aunt"
+    [text] = templates.render(EXAMPLE, "rationale_then_label", DataConfig())
+    assert templates.final_answer(text.target) == "aunt"
     assert templates.final_answer(" aunt ") == "aunt"
+
+
+def test_counterfactuals_are_one_for_each_wrong_choice_with_a_rationale():
+    question = "Who is it ?\nChoices: (a) aunt (b) uncle (c) niece (d) son"
+    cue = "Explain and answer otherwise:"
+    found = templates.render(WRONG, "counterfactual", DataConfig())
+    assert found == [
+        (f"{question}\n{cue}", "uncle", "He is an uncle .\nAnswer:"),
+        (f"{question}\n{cue}", "son", "Her son .\nAnswer:"),
+    ]
+    config = DataConfig(counterfactual_place="prompt")
+    assert templates.render(WRONG, "counterfactual", config) == [
+        (f"{question}\nHe is an uncle .\n{cue}", "uncle", ""),
+        (f"{question}\nHer son .\n{cue}", "son", ""),
+    ]
+
+
+def test_a_choice_that_reads_as_the_answer_is_not_wrong():
+    twice = dataclasses.replace(EXAMPLE, counterfactuals=("He is .", "She is ."))
+    found = templates.render(twice, "counterfactual", DataConfig())
+    assert [text.target for text in found] == ["uncle"]
+
+
+def test_a_wrong_rationale_is_read_as_a_right_one():
+    """In the decoder, the tokens are those of the factual view about another choice."""
+    tok = byte_level(bos="<s>")
+    found, counts = segments([WRONG], ("factual", "counterfactual"), tok)
+    assert [segment.view for segment in found] == [0, 1, 1]
+    assert not len(found[0].prefix_ids)
+    for segment, text in zip(found[1:], ("He is an uncle .", "Her son ."), strict=True):
+        assert segment.prefix_ids.dtype == np.int32
+        choice = text.split()[-2]
+        assert tok.decode(segment.target_ids) == f" {choice}<eos>"
+        prompt = templates.render(WRONG, "counterfactual", DataConfig())[0].prompt
+        whole = [*tok.encode(f"{prompt} {text}\nAnswer: {choice}"), tok.eos_token_id]
+        assert segment.ids.tolist() == whole
+        assert segment.length == len(whole) - 1
+    assert counts.prefix_tokens == sum(len(segment.prefix_ids) for segment in found)
+    config = DataConfig(counterfactual_place="prompt")
+    for segment in segments([WRONG], ("counterfactual",), tok, config)[0]:
+        assert not len(segment.prefix_ids)
+
+
+def test_a_prefix_before_the_answer_after_a_chat_template():
+    pytest.importorskip("jinja2")
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}<assistant>"
+    tok = byte_level(chat_template=template)
+    config = DataConfig(chat_template=True)
+    first, _ = segments([WRONG], ("counterfactual",), tok, config)[0]
+    whole = "<assistant>He is an uncle .\nAnswer: uncle<eos>"
+    assert tok.decode(first.ids).endswith(whole)
+
+
+def test_prefixes_and_cues_are_fields():
+    prefixes = PrefixConfig(label="[predict]", counterfactual="[counterfactual]")
+    config = DataConfig(prefixes=prefixes)
+    [text] = templates.render(EXAMPLE, "label", config)
+    assert text.prompt.startswith("[predict] Who is it ?\nChoices: ")
+    assert text.prompt.endswith("\nAnswer:")
+    [text] = templates.render(EXAMPLE, "rationale", config)
+    assert text.prompt.startswith("Who is it ?")
+    config = DataConfig(prefixes=prefixes, cues=False, counterfactual_place="prompt")
+    [text] = templates.render(EXAMPLE, "label", config)
+    assert text.prompt.endswith(" (c) aunt")
+    text, _ = templates.render(WRONG, "counterfactual", config)
+    assert text.prompt.startswith("[counterfactual] Who is it ?")
+    assert text.prompt.endswith(" (d) son\nHe is an uncle .")
+    [label], _ = segments([EXAMPLE], ("label",), byte_level(), config)
+    choices = views.choice_segments([EXAMPLE], byte_level(), config)
+    assert choices.segments[0].key == label.key
+
+
+def test_the_built_in_tokenizer_learns_the_words_of_prefixes():
+    config = DataConfig(prefixes=PrefixConfig(factual="[factual] :"), num_train=2)
+    examples = load_examples(config, "train", seed=0)
+    with pytest.raises(ValueError, match=r"prefixes.factual='\[factual\] :'"):
+        segments(examples, ("factual",), tokenizer.kinship(), config)
+    tok = tokenizer.kinship(["[factual]", ":"])
+    assert tok.encode("[factual] :") == [len(tok) - 2, len(tok) - 1]
+    found, _ = segments(examples, ("factual", "rationale"), tok, config)
+    assert tok.unk_token_id not in np.concatenate([s.ids for s in found])
+    assert found[0].prompt_ids[0] == len(tok) - 2 != found[1].prompt_ids[0]
+
+
+def test_words_that_came_later_have_the_last_ids():
+    tok = tokenizer.kinship()
+    words = sorted({*kinship.vocabulary(), *templates.words()})
+    assert tok.convert_tokens_to_ids(words) == list(range(3, 3 + len(words)))
+    assert tok.encode("answer otherwise:") == [len(tok) - 2, len(tok) - 1]
 
 
 def test_segments_are_ordered_by_example_then_view():
@@ -142,8 +242,8 @@ def test_chat_template_wraps_the_prompt_only():
     tok = byte_level(chat_template=template)
     config = DataConfig(chat_template=True)
     [segment], _ = segments([EXAMPLE], ("label",), tok, config)
-    prompt, _ = templates.render(EXAMPLE, "label")
-    assert tok.decode(segment.prompt_ids) == f"<user>{prompt}<assistant>"
+    [text] = templates.render(EXAMPLE, "label", config)
+    assert tok.decode(segment.prompt_ids) == f"<user>{text.prompt}<assistant>"
     assert tok.decode(segment.target_ids) == "aunt<eos>"
     [segment], _ = segments([TEXT], ("text",), tok, config)
     assert len(segment.prompt_ids) == 1
@@ -171,6 +271,23 @@ def test_keys_know_where_the_target_starts():
     assert key(b"", a, b) != key(b"", a[:1], np.array([2, 3], np.int32))
 
 
+def test_keys_know_the_prefix():
+    ids = [np.array([i], np.int32) for i in range(4)]
+    pair = np.array([0, 1], np.int32)
+    found = [
+        views._key(b"", *ids[:2]),
+        views._key(b"", *ids[:3]),
+        views._key(b"", ids[0], ids[1], ids[3]),
+        views._key(b"", ids[2], ids[1], ids[0]),
+        views._key(b"", ids[0], pair),
+        views._key(b"", pair, ids[1]),
+        views._key(b"", ids[0], ids[1], pair),
+    ]
+    assert len(set(found)) == len(found)
+    # What was labelled before there were prefixes is found.
+    assert found[0].hex() == "d206e893dcddda98b7ec08bca9ed2ae1"
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -193,6 +310,27 @@ def test_truncation_keeps_the_cue_and_is_counted():
     assert (counts.segments, counts.truncated, counts.dropped) == (1, 1, 0)
 
 
+def test_a_truncated_prefix_loses_its_beginning():
+    tok = byte_level()
+    lengths = len(" uncle") + 1, len(" He is an uncle .\nAnswer:")
+    for limit, prefix, target in (
+        (sum(lengths), " He is an uncle .\nAnswer:", " uncle<eos>"),
+        (sum(lengths) - 4, "is an uncle .\nAnswer:", " uncle<eos>"),
+        (lengths[0] + 1, ":", " uncle<eos>"),
+        (lengths[0], "", " uncle<eos>"),
+        (4, "", " unc"),
+    ):
+        config = DataConfig(max_target=limit, on_long="truncate")
+        found, counts = segments([WRONG], ("counterfactual",), tok, config)
+        assert tok.decode(found[0].prefix_ids) == prefix
+        assert tok.decode(found[0].target_ids) == target
+        assert counts.truncated == (limit < sum(lengths)) + (limit < 22)
+    config = DataConfig(max_target=20)
+    message = r"'q7', view 'counterfactual': its target has 32 tokens \(25 before it\)"
+    with pytest.raises(ValueError, match=f"{message}, max_target=20"):
+        segments([WRONG], ("counterfactual",), tok, config)
+
+
 def test_dropping_is_counted():
     config = DataConfig(max_prompt=20, on_long="drop")
     short = Example(id="s", question="?", answer="aunt")
@@ -212,6 +350,12 @@ def test_dropping_is_counted():
             "'n' has no rationale",
         ),
         (EXAMPLE, "riddle", "view='riddle'"),
+        (EXAMPLE, "counterfactual", r"'q7' has no counterfactuals.*data.counterf"),
+        (
+            dataclasses.replace(WRONG, counterfactuals=("", "", "")),
+            "counterfactual",
+            "'q7' has no counterfactuals",
+        ),
     ],
 )
 def test_what_a_view_needs_is_named(example, view, message):
@@ -243,11 +387,10 @@ def test_kinship_tokenizer_knows_every_word():
     assert len(tok) < 128
     config = DataConfig(num_train=50)
     examples = load_examples(config, "train", seed=0)
-    names = ("label", "rationale", "rationale_then_label")
+    names = ("label", "rationale", "rationale_then_label", "counterfactual")
     found, _ = segments(examples, names, tok, config)
     for segment in found:
-        ids = np.concatenate([segment.prompt_ids, segment.target_ids])
-        assert tok.unk_token_id not in ids
+        assert tok.unk_token_id not in segment.ids
     label, rationale, both = found[:3]
     assert tok.decode(label.target_ids, skip_special_tokens=True) == examples[0].answer
     text = tok.decode(rationale.target_ids, skip_special_tokens=True)

@@ -1,0 +1,33 @@
+"""One question with what is known about it."""
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Example:
+    """One question with its answer and explanations, or a plain text."""
+
+    id: str  # unique within a split
+    question: str = ""
+    choices: tuple[str, ...] = ()  # empty for a free answer
+    answer: str = ""  # text of the right choice, or the final answer
+    rationale: str = ""  # leads to the answer
+    # One per choice other than the answer, in their order; "" where there is none.
+    counterfactuals: tuple[str, ...] = ()
+    text: str = ""  # plain text, instead of the above
+
+
+def wrong_choices(example: Example) -> tuple[str, ...]:
+    """The choices that `counterfactuals` belong to, in their order."""
+    at = example.choices.index(example.answer)
+    return (*example.choices[:at], *example.choices[at + 1 :])
+
+
+def contradicts(example: Example) -> bool:
+    """Whether the rationale's last choice letter, like "(b)", is another's."""
+    letters = re.findall(r"\(([a-z])\)", example.rationale.lower())
+    if not letters or not example.choices:
+        return False
+    index = ord(letters[-1]) - ord("a")
+    return index >= len(example.choices) or example.choices[index] != example.answer

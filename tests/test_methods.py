@@ -1,0 +1,151 @@
+"""Methods: views, shares, terms, and what a config may say about them."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from kdjax import experiment, methods, sharding, train, validation
+from kdjax.config import MethodConfig, PrefixConfig
+from kdjax.models import decoder
+from kdjax.teacher import records
+from tests import small
+
+
+@pytest.mark.parametrize(
+    ("name", "shares"),
+    [
+        ("finetune", {"label": 1.0}),
+        ("rationale_then_label", {"rationale_then_label": 1.0}),
+        ("text", {"text": 1.0}),
+        ("multitask", {"label": 0.2, "rationale": 0.8}),
+        ("counterfactual", {"factual": 0.7, "counterfactual": 0.3}),
+        (
+            "multitask_counterfactual",
+            {"label": 0.12, "rationale": 0.48, "factual": 0.28, "counterfactual": 0.12},
+        ),
+    ],
+)
+def test_views_share_the_loss(name, shares):
+    config = MethodConfig(
+        name=name,
+        label_weight=0.2,
+        counterfactual_weight=0.3,
+        multitask_weight=0.6,
+        hard_weight=0.25,
+        soft_weight=0.5,
+    )
+    assert methods.views(config) == tuple(shares)
+    assert methods.shares(config) == pytest.approx(tuple(shares.values()))
+    assert sum(methods.shares(config)) == pytest.approx(1)
+    weights = {term.name: term.weight for term in methods.terms(config)}
+    assert weights == pytest.approx(
+        {f"{view}/hard": 0.25 * share for view, share in shares.items()}
+        | {f"{view}/soft": 0.5 * share for view, share in shares.items()}
+    )
+    for term in methods.terms(config):
+        assert term.name.startswith(f"{list(shares)[term.view]}/")
+
+
+def test_every_method_has_shares():
+    for name, views in methods.METHODS.items():
+        assert len(methods.shares(MethodConfig(name=name))) == len(views)
+
+
+def test_the_counterfactual_view_is_for_training():
+    for name, views in methods.METHODS.items():
+        held_out = methods.held_out_views(MethodConfig(name=name))
+        assert held_out == views[: len(held_out)]
+        assert set(views) - set(held_out) <= {"counterfactual"}
+    config = MethodConfig(name="counterfactual")
+    assert methods.held_out_views(config) == ("factual",)
+
+
+@pytest.mark.parametrize(
+    ("part", "values", "message"),
+    [
+        ("method", {"counterfactual_weight": 1.5}, "counterfactual_weight=1.5 is a sh"),
+        ("method", {"multitask_weight": -0.1}, "multitask_weight=-0.1 is a share"),
+        ("data", {"counterfactual_place": "encoder"}, "counterfactual_place='encoder'"),
+        ("data", {"cues": False}, r"data.cues=False .* \['label', 'rationale'\]"),
+        (
+            "data",
+            {"cues": False, "prefixes": PrefixConfig(label="[a]", rationale="[a]")},
+            r"\['\[a\]', '\[a\]'\]",
+        ),
+        ("data", {"counterfactuals": "c.jsonl"}, "data.counterfactuals='c.jsonl' with"),
+    ],
+)
+def test_what_a_method_cannot_be_is_named(part, values, message):
+    with pytest.raises(ValueError, match=message):
+        validation.validate(small.config(**{part: values}))
+
+
+def test_prefixes_alone_tell_views_apart():
+    prefixes = PrefixConfig(label="[predict]")
+    config = small.config(data={"cues": False, "prefixes": prefixes})
+    validation.validate(config)
+    data = experiment.load_data(config, splits=("train",))
+    for label, rationale in zip(data.train[::2], data.train[1::2], strict=True):
+        assert label.prompt_ids[1:].tolist() == rationale.prompt_ids.tolist()
+    one = small.config(data={"cues": False}, method={"name": "rationale_then_label"})
+    validation.validate(one)
+
+
+@pytest.mark.parametrize("place", ["decoder", "prompt"])
+def test_a_run_with_all_four_views(place, tmp_path):
+    """Every wrong choice is labelled, and none is held out."""
+    config = small.config(
+        data={"counterfactual_place": place},
+        method={"name": "multitask_counterfactual"},
+        teacher={"steps": 60},
+        train={"steps": 2, "save_every": 0},
+    )
+    train.run(config, tmp_path)
+    data = experiment.load_data(config)
+    assert data.views == (*data.eval_views, "counterfactual")
+    assert {segment.view for segment in data.evaluation} == {0, 1, 2}
+    wrong = [segment for segment in data.train if segment.view == 3]
+    assert len(wrong) == 24 * 4
+    assert all(len(s.prefix_ids) > 0 for s in wrong) == (place == "decoder")
+    cache = records.open_cache(tmp_path / "cache" / "train")
+    assert cache.num_records == len({segment.key for segment in data.train})
+    summary = json.loads((tmp_path / "summary.json").read_text())["student"]
+    names = {name for name in summary if "/" in name}
+    views = ("label", "rationale", "factual")
+    assert names == {
+        *(f"nll/{view}" for view in views),
+        *(f"exact_match/{view}" for view in views),
+        *(f"exact_match_strict/{view}" for view in views),
+        "answer_match/factual",
+        "answer_match_strict/factual",
+    }
+    lines = (tmp_path / "generations.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row["view"] for row in rows] == [*views] * 2
+    assert ["answer" in row for row in rows] == [False, False, True] * 2
+    # The teacher read what stands before a wrong choice.
+    mesh = sharding.make_mesh(config.mesh, devices=jax.devices()[:1])
+    model, params = experiment.load_model(
+        str(tmp_path / "teacher"), mesh, dtype="float32"
+    )
+
+    def log_probs(ids, target):
+        columns = np.arange(len(ids), dtype=np.int32)[None]
+        hidden = decoder.hidden_states(
+            model.graphdef, params, ids[None], columns, np.ones_like(columns)
+        )
+        logits = np.asarray(decoder.logits(params, hidden), np.float64)[0, :-1]
+        logits = logits[-len(target) :]
+        logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        return logp[np.arange(len(target)), target]
+
+    away = 0.0
+    for segment in wrong[:4]:
+        found = cache.read(segment.key).target_log_probs
+        wanted = log_probs(segment.ids, segment.target_ids)
+        np.testing.assert_allclose(found, wanted, atol=0.05)
+        without = np.concatenate([segment.prompt_ids, segment.target_ids])
+        away = max(away, np.abs(log_probs(without, segment.target_ids) - wanted).max())
+    assert (away > 0.2) == (place == "decoder")
