@@ -174,12 +174,22 @@ class CacheConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class LoraConfig:
+    """Low-rank adapters, trained in place of the weights; see `models.lora`."""
+
+    rank: int = 0  # of each adapter; 0 = none, all weights are trained
+    alpha: float = 16.0  # an adapter's product is multiplied by alpha / rank
+    targets: tuple[str, ...] = (".*",)  # regexes of linear layers: "query", "mlp/.*"
+
+
+@dataclass(kw_only=True, slots=True)
 class StudentConfig:
     """How the student starts."""
 
     init: str = "random"  # one of STUDENT_INITS
     path: str = ""  # Hugging Face folder or hub name (init="folder")
     keep_layers: tuple[int, ...] = ()  # teacher layers kept (init="teacher_layers")
+    lora: LoraConfig = field(default_factory=LoraConfig)  # not with init="random"
     decoder: DecoderConfig = field(default_factory=DecoderConfig)  # init="random"
 
 
@@ -224,6 +234,8 @@ class OptimConfig:
     b2: float = 0.95  # adamw
     eps: float = 1e-8  # adamw
     clip_norm: float = 1.0  # global gradient norm limit; 0 = off
+    freeze: tuple[str, ...] = ()  # regexes of paths ("layers/mlp/.*") not trained
+    ema_decay: float = 0.0  # of averaged parameters, which are evaluated; 0 = none
 
 
 @dataclass(kw_only=True, slots=True)
