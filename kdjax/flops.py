@@ -126,19 +126,36 @@ def forward_flops(
 
 
 def train_flops(
-    config: DecoderConfig, *, num_tokens: int, row_length: int, num_head_tokens: int
+    config: DecoderConfig,
+    *,
+    num_tokens: int,
+    row_length: int,
+    num_head_tokens: int,
+    num_frozen: int = 0,
+    trains_head: bool = True,
 ) -> int:
     """FLOPs of a training step: three times the forward pass.
 
     Each product of the forward pass has two in the backward pass, one for the
-    gradient of each operand. Arguments as in `forward_flops`.
+    gradient of each operand; a weight that is not trained spares its own. Adapters'
+    products, of rank / D the size, are not counted.
+
+    Args:
+        config: the model, and the next three as in `forward_flops`.
+        num_tokens: see there.
+        row_length: see there.
+        num_head_tokens: see there.
+        num_frozen: matmul weights of the layers that are not trained.
+        trains_head: the head is trained.
     """
-    return 3 * forward_flops(
+    forward = forward_flops(
         config,
         num_tokens=num_tokens,
         row_length=row_length,
         num_head_tokens=num_head_tokens,
     )
+    head = 0 if trains_head else config.vocab_size * config.width
+    return 3 * forward - 2 * (num_frozen * num_tokens + head * num_head_tokens)
 
 
 def peak_flops(device: jax.Device, dtype: str = "bfloat16") -> float | None:
