@@ -16,7 +16,7 @@ import jax
 from absl import flags
 
 import kdjax
-from kdjax import cli, distributed, flops, parts, sharding, timing, workload
+from kdjax import cli, distributed, flops, parts, program, sharding, timing, workload
 from kdjax.config import Config
 from kdjax.teacher import building
 from kdjax.timing import Samples
@@ -191,6 +191,7 @@ def _rate(
         num_tokens=train.batch_size * train.row_length,
         row_length=train.row_length,
         num_head_tokens=targets,
+        **program.untrained(load.config, load.model.abstract),
     )
     # One CPU device computes with all cores, however many devices it is made to be.
     num_devices = 1 if device.platform == "cpu" else jax.device_count()

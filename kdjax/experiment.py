@@ -12,11 +12,11 @@ from jax.sharding import Mesh
 
 from kdjax import methods, sharding
 from kdjax.checkpoint import Checkpoints
-from kdjax.config import Config, DecoderConfig, StudentConfig
+from kdjax.config import Config, DecoderConfig, LoraConfig, StudentConfig
 from kdjax.data import loader, sources, views
 from kdjax.data import tokenizer as tokenizers
 from kdjax.data.views import Segment
-from kdjax.models import attention, decoder, hf
+from kdjax.models import attention, decoder, hf, lora
 from kdjax.models.shape import kept_layers
 
 
@@ -85,13 +85,17 @@ def make_model(
     dtype: str,
     remat: str = "none",
     kernel: str = "auto",
+    adapters: LoraConfig | None = None,
 ) -> Model:
     """A model whose parameters are split over `mesh` by the table; no memory yet.
 
     What attends is chosen here, for the devices of the mesh: `attention.choose`.
+    `adapters` describes those beside the linear layers, None = none.
     """
     chosen = attention.choose(shape, mesh, dtype=dtype, name=kernel)
-    graphdef, shapes = decoder.create(shape, dtype=dtype, remat=remat, kernel=chosen)
+    graphdef, shapes = decoder.create(
+        shape, dtype=dtype, remat=remat, kernel=chosen, adapters=adapters
+    )
     shardings = sharding.param_shardings(shapes, mesh)
     abstract = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
@@ -149,18 +153,22 @@ def student_shape(config: Config, tokenizer: Any) -> DecoderConfig:
 
 def student_params(config: Config, model: Model, teacher: str) -> Callable[[], Any]:
     """How to make the student's initial parameters, sharded."""
-    student = config.student
-    if student.init == "random":
-        init = jax.jit(
-            lambda key: decoder.init_params(model.shape, key),
-            out_shardings=model.shardings,
-        )
-        return lambda: init(jax.random.key(config.seed))
+    student, shardings = config.student, lora.without(model.shardings)
     folder = student.path if student.init == "folder" else teacher
     layers = student.keep_layers if student.init == "teacher_layers" else None
-    return lambda: hf.load_params(
-        folder, model.shape, shardings=model.shardings, keep_layers=layers
+    init = jax.jit(
+        lambda key: decoder.init_params(model.shape, key), out_shardings=shardings
     )
+
+    def make() -> Any:
+        if student.init == "random":
+            return init(jax.random.key(config.seed))
+        return hf.load_params(
+            folder, model.shape, shardings=shardings, keep_layers=layers
+        )
+
+    key = jax.random.fold_in(jax.random.key(config.seed), 2)
+    return lambda: lora.beside(make(), model.abstract, key)
 
 
 def load_student(
@@ -171,9 +179,14 @@ def load_student(
     *,
     step: int | None = None,
 ) -> tuple[Model, Any]:
-    """The student of a run and its parameters at a checkpoint (None = the newest)."""
+    """The student of a run and its parameters at a checkpoint (None = the newest).
+
+    Adapters stay beside their kernels; where there are averages, these are read.
+    """
     shape = student_shape(config, tokenizer)
-    model = make_model(shape, mesh, dtype=config.train.dtype)
+    model = make_model(
+        shape, mesh, dtype=config.train.dtype, adapters=config.student.lora
+    )
     checkpoints = Checkpoints(workdir / "checkpoints")
     params = checkpoints.restore_params(model.abstract, step=step)
     checkpoints.close()
@@ -240,6 +253,11 @@ def teacher_config(config: Config) -> Config:
             weight_schedule="constant",
             label_smoothing=0.0,
         ),
-        optim=dataclasses.replace(config.optim, learning_rate=teacher.learning_rate),
+        optim=dataclasses.replace(
+            config.optim,
+            learning_rate=teacher.learning_rate,
+            freeze=(),
+            ema_decay=0.0,
+        ),
         train=dataclasses.replace(config.train, steps=teacher.steps, eval_every=0),
     )

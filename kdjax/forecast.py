@@ -11,9 +11,9 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from kdjax import experiment, flops, hlo, program, sharding
+from kdjax import experiment, flops, freezing, hlo, program, sharding
 from kdjax.config import Config, DecoderConfig
-from kdjax.models import attention
+from kdjax.models import attention, decoder
 
 _HEAD_LOOP = "shard_map/while"  # the fused head's scan, as JAX names it
 _NUMBER = r"([\d.]+)([KMGT]?)"
@@ -89,7 +89,13 @@ def compile_step(
     mesh = sharding.make_mesh(config.mesh, devices=devices)
     shape, train = student_shape(config), config.train
     check_rows(config, mesh)
-    model = experiment.make_model(shape, mesh, dtype=train.dtype, remat=train.remat)
+    model = experiment.make_model(
+        shape,
+        mesh,
+        dtype=train.dtype,
+        remat=train.remat,
+        adapters=config.student.lora,
+    )
     made = program.Program(config, model, mesh)
     batch = program.abstract_batch(config, mesh, vocab_size=shape.vocab_size)
     step: Any = made.step  # a jitted function
@@ -125,6 +131,7 @@ def compile_step(
         memory={
             "parameters": bytes_of(made.abstract.params),
             "optimizer state": bytes_of(made.abstract.opt_state),
+            "averages": bytes_of(made.abstract.ema),
             "batch": bytes_of(batch),
             "arguments": stats.argument_size_in_bytes,
             "outputs": stats.output_size_in_bytes,
@@ -230,8 +237,10 @@ def model_flops(config: Config, shape: DecoderConfig) -> tuple[int, int]:
     """
     train = config.train
     tokens = train.batch_size * train.row_length
-    sizes = {"num_tokens": tokens, "row_length": train.row_length}
-    useful = flops.train_flops(shape, **sizes, num_head_tokens=tokens)
+    sizes: dict[str, Any] = {"num_tokens": tokens, "row_length": train.row_length}
+    _, params = decoder.create(shape, adapters=config.student.lora)
+    spared = program.untrained(config, params)
+    useful = flops.train_flops(shape, **sizes, num_head_tokens=tokens, **spared)
     if train.remat != "full":
         return useful, 0
     return useful, flops.forward_flops(shape, **sizes, num_head_tokens=0)
@@ -312,6 +321,12 @@ def replace(config: Config, **parts: dict[str, Any]) -> Config:
 def state_bytes(config: Config, devices: Sequence[jax.Device]) -> int:
     """Parameters, optimizer state and gradients of one device; nothing is compiled."""
     mesh = sharding.make_mesh(config.mesh, devices=devices)
-    model = experiment.make_model(student_shape(config), mesh, dtype=config.train.dtype)
-    abstract = program.Program(config, model, mesh).abstract
-    return bytes_of(abstract) + bytes_of(abstract.params)
+    model = experiment.make_model(
+        student_shape(config),
+        mesh,
+        dtype=config.train.dtype,
+        adapters=config.student.lora,
+    )
+    made = program.Program(config, model, mesh)
+    trained, _ = freezing.split(made.abstract.params, made.frozen)
+    return bytes_of(made.abstract) + bytes_of(trained)

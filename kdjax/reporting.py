@@ -6,16 +6,17 @@ import math
 import pathlib
 import platform
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 import kdjax
-from kdjax import cli, flops, methods
+from kdjax import cli, flops, freezing, methods
 from kdjax.config import Config, DecoderConfig
 from kdjax.data.loader import BatchPlan
+from kdjax.state import TrainState
 from kdjax.writer import Writer
 
 _LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
@@ -30,6 +31,7 @@ class Meter:
       plan: to name the examples of a step.
       views: names of the views.
       writer: gets one object every `train.log_every` steps.
+      untrained: keywords of `flops.train_flops` for what is not trained.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class Meter:
         plan: BatchPlan,
         views: Sequence[str],
         writer: Writer,
+        untrained: Mapping[str, Any],
     ) -> None:
         self._config, self._plan = config, plan
         self._terms = methods.terms(config.method)
@@ -51,6 +54,7 @@ class Meter:
             num_tokens=positions,
             row_length=config.train.row_length,
             num_head_tokens=positions,
+            **untrained,
         )
         self._peak = flops.peak_flops(jax.devices()[0], config.train.dtype)
         self._waited = 0.0  # seconds for data since the last line
@@ -182,6 +186,31 @@ class Meter:
             "sound: lower optim.learning_rate or optim.clip_norm, look at those "
             "examples, or use train.non_finite='skip'"
         )
+
+
+def state_rows(abstract: TrainState, frozen: Collection[str]) -> list[dict[str, str]]:
+    """What a run holds over all devices, and how many of the parameters it trains.
+
+    Args:
+      abstract: the state.
+      frozen: paths of the parameters that are not trained.
+    """
+    parts = {
+        "parameters": abstract.params,
+        "of them trained": freezing.split(abstract.params, frozen)[0],
+        "optimizer state": abstract.opt_state,
+        "averages": abstract.ema,
+    }
+    found = {name: jax.tree.leaves(part) for name, part in parts.items()}
+    return [
+        {
+            "what": name,
+            "numbers": f"{sum(x.size for x in leaves):,}",
+            "bytes": f"{sum(x.size * x.dtype.itemsize for x in leaves):,}",
+        }
+        for name, leaves in found.items()
+        if leaves
+    ]
 
 
 def evaluation_row(
