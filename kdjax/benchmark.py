@@ -16,7 +16,17 @@ import jax
 from absl import flags
 
 import kdjax
-from kdjax import cli, distributed, experiment, flops, parts, sharding, timing, workload
+from kdjax import (
+    cli,
+    distributed,
+    experiment,
+    flops,
+    parts,
+    program,
+    sharding,
+    timing,
+    workload,
+)
 from kdjax.config import Config
 from kdjax.teacher import building
 from kdjax.timing import Samples
@@ -188,7 +198,8 @@ def _rate(
     targets = int((whole.host_batch["view"] >= 0).sum()) * jax.process_count()
     shape = load.model.shape
     sizes = experiment.sizes(shape, train) | {"num_head_tokens": targets}
-    per_step = flops.train_flops(shape, **sizes)
+    spared = program.untrained(load.config, load.model.abstract)
+    per_step = flops.train_flops(shape, **sizes, **spared)
     # One CPU device computes with all cores, however many devices it is made to be.
     num_devices = 1 if device.platform == "cpu" else jax.device_count()
     rates = [matmul_flops * num_devices / s for s in samples["matmul"].round_medians]

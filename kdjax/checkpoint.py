@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from kdjax import freezing
 from kdjax.sharding import path_name
 from kdjax.state import PROJECTION, TrainState
 
@@ -64,7 +65,7 @@ class Checkpoints:
             return
         self._checkpointer.save_async(
             step,
-            state,
+            _stored(state),
             force=True,
             metrics=None if nll is None else {"nll": float(nll)},
             custom_metadata={"config": self._config},
@@ -83,15 +84,23 @@ class Checkpoints:
         """
         step = self._found(step)
         self._check(abstract, step)
-        return self._checkpointer.load(step, abstract)
+        return TrainState(**self._checkpointer.load(step, _stored(abstract)))
 
     def restore_params(self, abstract: Any, *, step: int | None = None) -> Any:
-        """Reads a model's parameters alone; arguments and errors as `restore`."""
+        """Reads a model's parameters alone, of those with averages the averages.
+
+        Arguments and errors as `restore`.
+        """
         step = self._found(step)
         self._check({"params": abstract}, step, partial=True)
+        found = _shapes(self._checkpointer.metadata(step).metadata)
+        averaged = {p.removeprefix("ema/") for p in found if p.startswith("ema/")}
+        params, ema = freezing.split(abstract, averaged)
+        wanted = {name: x for name, x in (("params", params), ("ema", ema)) if x}
         loading = ocp.options.PyTreeOptions.Loading(partial_load=True)
         with ocp.Context(pytree_options=ocp.options.PyTreeOptions(loading=loading)):
-            return self._checkpointer.load(step, {"params": abstract})["params"]
+            loaded = self._checkpointer.load(step, wanted)
+        return freezing.merged(loaded.get("params", {}), loaded.get("ema", {}))
 
     def _found(self, step: int | None) -> int:
         step = self.latest_step() if step is None else step
@@ -127,6 +136,11 @@ class Checkpoints:
     def close(self) -> None:
         """Waits for what is being written."""
         self._checkpointer.close()
+
+
+def _stored(state: TrainState) -> dict[str, Any]:
+    """The fields of a state that there are: without averages there is no trace."""
+    return {name: x for name, x in state._asdict().items() if x is not None}
 
 
 def _shapes(tree: Any) -> dict[str, str]:

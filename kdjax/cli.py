@@ -14,7 +14,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from kdjax import config as config_lib
-from kdjax import distributed, validation
+from kdjax import distributed, resuming, validation
 from kdjax.config import Config
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -149,7 +149,7 @@ def claim(folder: pathlib.Path, config: Config) -> None:
     """
     file = folder / "config.json"
     if file.exists():
-        changed = config_lib.differences(config_lib.from_json(file.read_text()), config)
+        changed = resuming.differences(config_lib.from_json(file.read_text()), config)
         if changed:
             raise ValueError(
                 f"workdir={str(folder)!r} holds a run of another config "

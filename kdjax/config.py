@@ -191,6 +191,15 @@ class CacheConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class LoraConfig:
+    """Low-rank adapters, trained in place of the weights; see `models.lora`."""
+
+    rank: int = 0  # of each adapter; 0 = none, all weights are trained
+    alpha: float = 16.0  # an adapter's product is multiplied by alpha / rank
+    targets: tuple[str, ...] = (".*",)  # regexes of linear layers: "query", "mlp/.*"
+
+
+@dataclass(kw_only=True, slots=True)
 class StudentConfig:
     """How the student starts."""
 
@@ -200,6 +209,7 @@ class StudentConfig:
     keep_encoder_layers: tuple[int, ...] = ()  # of a T5 teacher's encoder; () = all
     dropout: float = -1.0  # rate while training (T5); below 0 = as its shape says
     architecture: str = "decoder"  # of init="random": one of ARCHITECTURES
+    lora: LoraConfig = field(default_factory=LoraConfig)  # not with init="random"
     decoder: DecoderConfig = field(default_factory=DecoderConfig)  # init="random"
     t5: T5Config = field(default_factory=T5Config)  # init="random"; ids of tokenizer
 
@@ -247,6 +257,8 @@ class OptimConfig:
     b2: float = 0.95  # adamw
     eps: float = 1e-8  # adamw
     clip_norm: float = 1.0  # global gradient norm limit; 0 = off
+    freeze: tuple[str, ...] = ()  # regexes of paths ("layers/mlp/.*") not trained
+    ema_decay: float = 0.0  # of averaged parameters, which are evaluated; 0 = none
 
 
 @dataclass(kw_only=True, slots=True)
@@ -340,49 +352,3 @@ def _build(cls: Any, values: dict[str, Any], path: str) -> Any:
             for name, value in values.items()
         }
     )
-
-
-# Fields that change neither the numbers of a run nor what a checkpoint holds.
-_FREE = (
-    "mesh.",
-    "evaluation.",
-    "cache.path",
-    "cache.shard_size",
-    "cache.batch_size",
-    "cache.row_length",
-    "cache.encoder_row_length",
-    "cache.chunk_size",
-    "cache.memory_mib",
-    "train.num_microbatches",
-    "train.chunk_size",
-    "train.memory_mib",
-    "train.log_every",
-    "train.eval_every",
-    "train.save_every",
-    "train.keep_last",
-    "train.keep_best",
-    "train.non_finite",
-    "train.num_threads",
-    "train.prefetch",
-)
-
-
-def differences(old: Config, new: Config) -> list[str]:
-    """The fields that a resumed run may not change, as "field: old -> new"."""
-    before, after = _flat(old), _flat(new)
-    return [
-        f"{name}: {before[name]!r} -> {after[name]!r}"
-        for name in before
-        if before[name] != after[name] and not name.startswith(_FREE)
-    ]
-
-
-def _flat(part: Any, prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for f in dataclasses.fields(part):
-        value = getattr(part, f.name)
-        if dataclasses.is_dataclass(value):
-            found |= _flat(value, f"{prefix}{f.name}.")
-        else:
-            found[prefix + f.name] = value
-    return found

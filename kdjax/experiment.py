@@ -15,6 +15,7 @@ from kdjax.checkpoint import Checkpoints
 from kdjax.config import (
     Config,
     DecoderConfig,
+    LoraConfig,
     StudentConfig,
     T5Config,
     TrainConfig,
@@ -22,7 +23,7 @@ from kdjax.config import (
 from kdjax.data import loader, sources, views
 from kdjax.data import tokenizer as tokenizers
 from kdjax.data.views import Segment
-from kdjax.models import attention, hf, lm
+from kdjax.models import attention, hf, lm, lora
 from kdjax.models.lm import Shape
 
 
@@ -104,15 +105,19 @@ def make_model(
     dtype: str,
     remat: str = "none",
     kernel: str = "auto",
+    adapters: LoraConfig | None = None,
 ) -> Model:
     """A model whose parameters are split over `mesh` by the table; no memory yet.
 
     What attends is chosen here, for the devices of the mesh: `attention.choose`.
+    `adapters` describes those beside the linear layers, None = none.
     """
     chosen = attention.XLA
     if isinstance(shape, DecoderConfig):
         chosen = attention.choose(shape, mesh, dtype=dtype, name=kernel)
-    graphdef, shapes = lm.create(shape, dtype=dtype, remat=remat, kernel=chosen)
+    graphdef, shapes = lm.create(
+        shape, dtype=dtype, remat=remat, kernel=chosen, adapters=adapters
+    )
     shardings = sharding.param_shardings(shapes, mesh)
     abstract = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
@@ -198,24 +203,24 @@ def _kept(config: Config, teacher: Shape) -> dict[str, tuple[int, ...]]:
 
 def student_params(config: Config, model: Model, teacher: str) -> Callable[[], Any]:
     """How to make the student's initial parameters, sharded."""
-    student = config.student
-    if student.init == "random":
-        init = jax.jit(
-            lambda key: lm.init_params(model.shape, key),
-            out_shardings=model.shardings,
-        )
-        return lambda: init(jax.random.key(config.seed))
+    student, shardings = config.student, lora.without(model.shardings)
     folder = student.path if student.init == "folder" else teacher
+    init = jax.jit(
+        lambda key: lm.init_params(model.shape, key), out_shardings=shardings
+    )
 
-    def load() -> Any:
+    def make() -> Any:
+        if student.init == "random":
+            return init(jax.random.key(config.seed))
         layers = None
         if student.init == "teacher_layers":
             layers = _kept(config, hf.read_config(folder))
         return hf.load_params(
-            folder, model.shape, shardings=model.shardings, keep_layers=layers
+            folder, model.shape, shardings=shardings, keep_layers=layers
         )
 
-    return load
+    key = jax.random.fold_in(jax.random.key(config.seed), 2)
+    return lambda: lora.beside(make(), model.abstract, key)
 
 
 def load_student(
@@ -226,9 +231,14 @@ def load_student(
     *,
     step: int | None = None,
 ) -> tuple[Model, Any]:
-    """The student of a run and its parameters at a checkpoint (None = the newest)."""
+    """The student of a run and its parameters at a checkpoint (None = the newest).
+
+    Adapters stay beside their kernels; where there are averages, these are read.
+    """
     shape = student_shape(config, tokenizer)
-    model = make_model(shape, mesh, dtype=config.train.dtype)
+    model = make_model(
+        shape, mesh, dtype=config.train.dtype, adapters=config.student.lora
+    )
     checkpoints = Checkpoints(workdir / "checkpoints")
     params = checkpoints.restore_params(model.abstract, step=step)
     checkpoints.close()
@@ -273,7 +283,7 @@ def layout(shape: Shape, row_length: int, encoder_row_length: int) -> dict[str, 
     }
 
 
-def sizes(shape: Shape, train: TrainConfig) -> dict[str, int]:
+def sizes(shape: Shape, train: TrainConfig) -> dict[str, Any]:
     """Keywords of `flops.train_flops` for a training step; the head sees all tokens."""
     num_tokens = train.batch_size * train.row_length
     found = {"num_tokens": num_tokens, "num_head_tokens": num_tokens}
@@ -328,6 +338,11 @@ def teacher_config(config: Config) -> Config:
             weight_schedule="constant",
             label_smoothing=0.0,
         ),
-        optim=dataclasses.replace(config.optim, learning_rate=teacher.learning_rate),
+        optim=dataclasses.replace(
+            config.optim,
+            learning_rate=teacher.learning_rate,
+            freeze=(),
+            ema_decay=0.0,
+        ),
         train=dataclasses.replace(config.train, steps=teacher.steps, eval_every=0),
     )

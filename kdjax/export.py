@@ -10,7 +10,7 @@ from absl import flags
 
 from kdjax import cli, distributed, experiment, sharding
 from kdjax.config import Config
-from kdjax.models import hf
+from kdjax.models import hf, lora
 
 _OUT = flags.DEFINE_string("out", None, "New folder; <workdir>/export by default.")
 flags.declare_key_flag("step")
@@ -27,10 +27,14 @@ def write(
     step: int | None = None,
     dtype: str = "float32",
 ) -> None:
-    """Exports a checkpoint (None = the newest) with its tokenizer."""
+    """Exports a checkpoint (None = the newest) with its tokenizer.
+
+    Adapters are multiplied and added into their kernels: the result is a plain model.
+    """
     mesh = sharding.make_mesh(config.mesh)
     tokenizer = experiment.load_tokenizer(config)
     model, params = experiment.load_student(config, workdir, mesh, tokenizer, step=step)
+    params = lora.merged(params, config.student.lora)
     hf.save(out, model.shape, params, tokenizer, dtype=dtype)
     distributed.barrier("export")
 

@@ -168,13 +168,31 @@ def forward_flops(
     return body * num_tokens + head
 
 
-def train_flops(config: DecoderConfig | T5Config, **sizes: int) -> int:
+def train_flops(
+    config: DecoderConfig | T5Config,
+    *,
+    num_frozen: int = 0,
+    num_frozen_encoder: int = 0,
+    trains_head: bool = True,
+    **sizes: int,
+) -> int:
     """FLOPs of a training step: three times the forward pass.
 
     Each product of the forward pass has two in the backward pass, one for the
-    gradient of each operand. Arguments as in `forward_flops`.
+    gradient of each operand. That of a weight that is not trained is never computed.
+
+    Args:
+        config: the model.
+        num_frozen: weights that multiply every token and are not trained, the head
+            aside; of those that multiply the encoder's tokens the next.
+        num_frozen_encoder: see there.
+        trains_head: whether the output weight is trained.
+        **sizes: as in `forward_flops`.
     """
-    return 3 * forward_flops(config, **sizes)
+    head = 0 if trains_head else config.vocab_size * config.width
+    spared = num_frozen * sizes["num_tokens"] + head * sizes["num_head_tokens"]
+    spared += num_frozen_encoder * sizes.get("num_encoder_tokens", 0)
+    return 3 * forward_flops(config, **sizes) - 2 * spared
 
 
 def peak_flops(device: jax.Device, dtype: str = "bfloat16") -> float | None:

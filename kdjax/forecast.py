@@ -11,9 +11,9 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from kdjax import experiment, flops, hlo, program, sharding
+from kdjax import experiment, flops, freezing, hlo, program, sharding
 from kdjax.config import Config, DecoderConfig
-from kdjax.models import attention
+from kdjax.models import attention, lm
 from kdjax.models.lm import Shape
 
 _HEAD_LOOP = "shard_map/while"  # the fused head's scan, as JAX names it
@@ -91,7 +91,13 @@ def compile_step(
     mesh = sharding.make_mesh(config.mesh, devices=devices)
     shape, train = student_shape(config), config.train
     check_rows(config, mesh)
-    model = experiment.make_model(shape, mesh, dtype=train.dtype, remat=train.remat)
+    model = experiment.make_model(
+        shape,
+        mesh,
+        dtype=train.dtype,
+        remat=train.remat,
+        adapters=config.student.lora,
+    )
     made = program.Program(config, model, mesh)
     batch = program.abstract_batch(config, shape, mesh, vocab_size=shape.vocab_size)
     step: Any = made.step  # a jitted function
@@ -129,6 +135,7 @@ def compile_step(
         memory={
             "parameters": bytes_of(made.abstract.params),
             "optimizer state": bytes_of(made.abstract.opt_state),
+            "averages": bytes_of(made.abstract.ema),
             "batch": bytes_of(batch),
             "arguments": stats.argument_size_in_bytes,
             "outputs": stats.output_size_in_bytes,
@@ -233,7 +240,9 @@ def model_flops(config: Config, shape: Shape) -> tuple[int, int]:
     Recomputing whole layers (remat="full") repeats their forward pass.
     """
     sizes = experiment.sizes(shape, config.train)
-    useful = flops.train_flops(shape, **sizes)
+    _, params = lm.create(shape, adapters=config.student.lora)
+    spared = program.untrained(config, params)
+    useful = flops.train_flops(shape, **sizes | spared)
     if config.train.remat != "full":
         return useful, 0
     return useful, flops.forward_flops(shape, **sizes | {"num_head_tokens": 0})
@@ -314,6 +323,12 @@ def replace(config: Config, **parts: dict[str, Any]) -> Config:
 def state_bytes(config: Config, devices: Sequence[jax.Device]) -> int:
     """Parameters, optimizer state and gradients of one device; nothing is compiled."""
     mesh = sharding.make_mesh(config.mesh, devices=devices)
-    model = experiment.make_model(student_shape(config), mesh, dtype=config.train.dtype)
-    abstract = program.Program(config, model, mesh).abstract
-    return bytes_of(abstract) + bytes_of(abstract.params)
+    model = experiment.make_model(
+        student_shape(config),
+        mesh,
+        dtype=config.train.dtype,
+        adapters=config.student.lora,
+    )
+    made = program.Program(config, model, mesh)
+    trained, _ = freezing.split(made.abstract.params, made.frozen)
+    return bytes_of(made.abstract) + bytes_of(trained)

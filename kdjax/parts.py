@@ -5,7 +5,7 @@ Legend: M microbatches, N tokens of a microbatch, D width, V vocabulary, K store
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -14,12 +14,11 @@ import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kdjax import experiment, program, sharding, step
+from kdjax import experiment, freezing, program, sharding, step
 from kdjax.config import Config
 from kdjax.experiment import Model
 from kdjax.losses import head
 from kdjax.models import hf, lm
-from kdjax.state import TrainState
 from kdjax.workload import Step, Workload
 
 _TOKEN_SPEC = P(("data", "fsdp"))  # [N, ...]
@@ -37,8 +36,9 @@ def parts(load: Workload, whole: Step) -> dict[str, Callable[[], Any]]:
     rows = jax.jit(
         lambda batch: jax.tree.map(lambda x: x[0], batch), out_shardings=placed
     )(whole.batch)
-    student = _student_pass(load)
-    fused_head = _head_pass(load)
+    frozen = whole.program.frozen
+    student = _student_pass(load, frozen)
+    fused_head = _head_pass(load, frozen)
     update = _update(whole.program)
     num_tokens = rows["tokens"].size
     hidden_ND = jax.jit(
@@ -49,9 +49,11 @@ def parts(load: Workload, whole: Step) -> dict[str, Callable[[], Any]]:
     )(jax.random.key(0))
 
     def update_step() -> Any:
-        step, params, opt_state = carry.state
-        params, opt_state, norm = update(params, opt_state)
-        carry.state = TrainState(step, params, opt_state)
+        old = carry.state
+        trained, kept = freezing.split(old.params, frozen)
+        trained, opt_state, norm = update(trained, old.opt_state)
+        params = freezing.merged(kept, trained)
+        carry.state = old._replace(params=params, opt_state=opt_state)
         return norm
 
     return {
@@ -63,21 +65,27 @@ def parts(load: Workload, whole: Step) -> dict[str, Callable[[], Any]]:
     }
 
 
-def _student_pass(load: Workload) -> Callable[[Any, Any], Any]:
-    def loss_of(params: Any, rows: Any) -> jax.Array:
+def _student_pass(load: Workload, frozen: Collection[str]) -> Callable[[Any, Any], Any]:
+    def loss_of(trained: Any, kept: Any, rows: Any) -> jax.Array:
+        params = freezing.merged(kept, trained)
         hidden_BTD = lm.hidden_states(load.model.graphdef, params, rows)
         return hidden_BTD.astype(jnp.float32).sum()
+
+    def gradient_of(params: Any, rows: Any) -> Any:
+        return jax.value_and_grad(loss_of)(*freezing.split(params, frozen), rows)
 
     shardings = load.model.shardings
     everywhere = sharding.replicated(load.mesh)
     return jax.jit(
-        jax.value_and_grad(loss_of),
+        gradient_of,
         in_shardings=(shardings, NamedSharding(load.mesh, _TOKEN_SPEC)),
-        out_shardings=(everywhere, shardings),
+        out_shardings=(everywhere, freezing.split(shardings, frozen)[0]),
     )
 
 
-def _head_pass(load: Workload) -> Callable[[Any, Any, Any], Any]:
+def _head_pass(
+    load: Workload, frozen: Collection[str]
+) -> Callable[[Any, Any, Any], Any]:
     options = program.loss_options(
         load.config,
         load.model,
@@ -109,12 +117,15 @@ def _head_pass(load: Workload) -> Callable[[Any, Any, Any], Any]:
             **options,
         )[0]
 
-    return jax.jit(jax.value_and_grad(loss_of, argnums=(0, 1)))
+    trains_head = lm.head_weight(freezing.trains(load.model.abstract, frozen))
+    argnums = (0, 1) if trains_head else 0
+    return jax.jit(jax.value_and_grad(loss_of, argnums=argnums))
 
 
 def _update(made: program.Program) -> Callable[[Any, Any], Any]:
-    """The step's update; the gradients are made from the parameters."""
+    """The step's update; the gradients are made from the trained parameters."""
     shardings = jax.tree.map(lambda x: x.sharding, made.abstract)
+    placed = freezing.split(shardings.params, made.frozen)[0]
 
     def update(params: Any, opt_state: Any) -> Any:
         grads = jax.tree.map(lambda x: x * 1e-3, params)
@@ -130,7 +141,7 @@ def _update(made: program.Program) -> Callable[[Any, Any], Any]:
     return jax.jit(
         update,
         donate_argnums=(0, 1),
-        out_shardings=(shardings.params, shardings.opt_state, None),
+        out_shardings=(placed, shardings.opt_state, None),
     )
 
 

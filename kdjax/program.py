@@ -5,9 +5,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh, NamedSharding
 
-from kdjax import live, methods, optim, sharding, state, step
+from kdjax import freezing, live, methods, optim, sharding, state, step
 from kdjax.config import CacheConfig, Config, T5Config
 from kdjax.experiment import Model
 from kdjax.losses import head
@@ -24,6 +25,7 @@ class Program:
     Attributes:
       abstract: shapes and shardings of the state.
       optimizer: of the state.
+      frozen: paths of the model's parameters that are not trained.
       num_rows: rows of a microbatch, over all hosts.
       dropout: whether batches bring keys for it.
     """
@@ -46,6 +48,9 @@ class Program:
           num_valid: vocabulary rows of the student from here on are padding; None =
             none.
           teacher: one that runs in the step (teacher.online); else None.
+
+        Raises:
+          ValueError: what `freezing.frozen_paths` and `matching` refuse.
         """
         self._config, self._model, self._mesh = config, model, mesh
         self._num_valid, self._teacher = num_valid, teacher
@@ -53,8 +58,15 @@ class Program:
         self._matching = matching(config, model.shape, beside)
         self.optimizer = optim.make_optimizer(config.optim, steps=config.train.steps)
         params = model.abstract | self._projection(jax.random.key(0), abstract=True)
-        self.abstract = state.abstract_state(params, self.optimizer, mesh)
         self.dropout = lm.dropout(model.shape) > 0
+        self.frozen = freezing.frozen_paths(model.abstract, config.optim.freeze)
+        self.abstract = state.abstract_state(
+            params,
+            self.optimizer,
+            mesh,
+            frozen=self.frozen,
+            averages=config.optim.ema_decay > 0,
+        )
         self.num_rows = config.train.batch_size // config.train.num_microbatches
         self._steps: dict[float, TrainStep] = {}
 
@@ -65,6 +77,7 @@ class Program:
             self.abstract,
             self.optimizer,
             lambda: make_params() | self._projection(key),
+            frozen=self.frozen,
         )
 
     def _projection(self, key: jax.Array, *, abstract: bool = False) -> dict[str, Any]:
@@ -134,6 +147,8 @@ class Program:
             loss=loss_options(config, self._model, temperature, self._num_valid),
             teacher=beside,
             matching=self._matching,
+            frozen_paths=self.frozen,
+            ema_decay=config.optim.ema_decay,
         )
 
 
@@ -194,6 +209,24 @@ def matching(
         hidden=method.hidden_loss if method.hidden_weight else None,
         attention=method.attention_weight > 0,
     )
+
+
+def untrained(config: Config, params: Any) -> dict[str, Any]:
+    """Keywords of `flops.train_flops` for what a run does not train.
+
+    Args:
+      config: the run.
+      params: of the model, or their shapes.
+    """
+    frozen = freezing.frozen_paths(params, config.optim.freeze)
+    kept = flatten_dict(freezing.split(params, frozen)[1], sep="/")
+    kernels = {path: x.size for path, x in kept.items() if path.endswith("/kernel")}
+    of_encoder = sum(n for path, n in kernels.items() if lm.reads_encoder(path))
+    return {
+        "num_frozen": sum(kernels.values()) - of_encoder,
+        "num_frozen_encoder": of_encoder,
+        "trains_head": lm.head_weight(freezing.trains(params, frozen)),
+    }
 
 
 def loss_options(

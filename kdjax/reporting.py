@@ -6,17 +6,18 @@ import math
 import pathlib
 import platform
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 import kdjax
-from kdjax import cli, experiment, flops, methods
+from kdjax import cli, experiment, flops, freezing, methods
 from kdjax.config import Config
 from kdjax.data.loader import BatchPlan
 from kdjax.models.lm import Shape
+from kdjax.state import TrainState
 from kdjax.writer import Writer
 
 _LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
@@ -31,6 +32,7 @@ class Meter:
       plan: to name the examples of a step.
       views: names of the views.
       writer: gets one object every `train.log_every` steps.
+      untrained: keywords of `flops.train_flops` for what is not trained.
     """
 
     def __init__(
@@ -40,13 +42,15 @@ class Meter:
         plan: BatchPlan,
         views: Sequence[str],
         writer: Writer,
+        untrained: Mapping[str, Any],
     ) -> None:
         self._config, self._plan = config, plan
         self._terms = methods.terms(config.method)
         self._views, self._writer = views, writer
         divergence = config.method.divergence
         self._soft_name = "kl" if divergence == "forward_kl" else divergence
-        self._flops = flops.train_flops(shape, **experiment.sizes(shape, config.train))
+        sizes = experiment.sizes(shape, config.train) | dict(untrained)
+        self._flops = flops.train_flops(shape, **sizes)
         self._peak = flops.peak_flops(jax.devices()[0], config.train.dtype)
         self._waited = 0.0  # seconds for data since the last line
         self._tokens = self._targets = self._steps = self._skipped = 0
@@ -177,6 +181,31 @@ class Meter:
             "sound: lower optim.learning_rate or optim.clip_norm, look at those "
             "examples, or use train.non_finite='skip'"
         )
+
+
+def state_rows(abstract: TrainState, frozen: Collection[str]) -> list[dict[str, str]]:
+    """What a run holds over all devices, and how many of the parameters it trains.
+
+    Args:
+      abstract: the state.
+      frozen: paths of the parameters that are not trained.
+    """
+    parts = {
+        "parameters": abstract.params,
+        "of them trained": freezing.split(abstract.params, frozen)[0],
+        "optimizer state": abstract.opt_state,
+        "averages": abstract.ema,
+    }
+    found = {name: jax.tree.leaves(part) for name, part in parts.items()}
+    return [
+        {
+            "what": name,
+            "numbers": f"{sum(x.size for x in leaves):,}",
+            "bytes": f"{sum(x.size * x.dtype.itemsize for x in leaves):,}",
+        }
+        for name, leaves in found.items()
+        if leaves
+    ]
 
 
 def evaluation_row(

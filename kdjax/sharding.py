@@ -42,6 +42,11 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"(encoder|decoder)/layers/mlp/down/kernel", P(None, "tensor", "fsdp")),
     (r"(encoder|decoder)/(layers/.*_)?norm/scale", P()),
     (r"(encoder|decoder)/position_bias/table", P()),
+    # Adapters: what they share with their kernel is split as that is, the rank never.
+    (r"(.*/)?layers/.*/(query|key|value|gate|up)/lora_a", P(None, "fsdp")),
+    (r"(.*/)?layers/.*/(query|key|value|gate|up)/lora_b", P(None, None, "tensor")),
+    (r"(.*/)?layers/.*/(out|down)/lora_a", P(None, "tensor")),
+    (r"(.*/)?layers/.*/(out|down)/lora_b", P(None, None, "fsdp")),
 )
 HEAD_SPEC = P(None, ("fsdp", "tensor"))
 BATCH_SPEC = P(None, ("data", "fsdp"))  # [microbatch, row, ...]

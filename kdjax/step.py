@@ -4,7 +4,7 @@ Legend: M microbatches, B rows of a microbatch, T time, V vocabulary, D width,
 N = B * T tokens, K stored pairs.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import flax.nnx as nnx
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from kdjax import live, sharding, state
+from kdjax import freezing, live, sharding, state
 from kdjax.losses import head
 from kdjax.models import decoder, lm
 from kdjax.state import TrainState
@@ -48,6 +48,8 @@ def make_train_step(
     loss: Mapping[str, Any],
     teacher: live.LiveTeacher | None = None,
     matching: live.Matching | None = None,
+    frozen_paths: Collection[str] = (),
+    ema_decay: float = 0.0,
 ) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
     """Compiles (state, batch, the teacher's parameters or None) -> (state, metrics).
 
@@ -70,6 +72,8 @@ def make_train_step(
       teacher: one that runs in the step, outside of what is differentiated; else the
         batch brings the cache's records where there are soft terms.
       matching: layers that are compared with those of `teacher`.
+      frozen_paths: parameters that have no gradient, as in `abstract`.
+      ema_decay: of the averages, where `abstract` has them.
 
     Returns:
       The compiled function. metrics has "loss", "grad_norm", "learning_rate", "finite"
@@ -99,9 +103,9 @@ def make_train_step(
         )
 
     def loss_of(
-        params: Any, rows: Batch, said: live.FromTeacher
+        trained: Any, kept: Any, rows: Batch, said: live.FromTeacher
     ) -> tuple[jax.Array, Any]:
-        params, projection_nDE = state.split(params)
+        params, projection_nDE = state.split(freezing.merged(kept, trained))
         if matching is None:
             hidden_BTD, watched = lm.hidden_states(graphdef, params, rows), None
         else:
@@ -149,16 +153,17 @@ def make_train_step(
 
     def gradients(params: Any, batch: Batch, frozen: Any) -> tuple[Any, Any, Any]:
         num_microbatches = batch["tokens"].shape[0]
+        trained, kept = freezing.split(params, frozen_paths)
         if num_microbatches == 1:
             rows = jax.tree.map(lambda x: x[0], batch)
-            (total, sums), grads = grad_of(params, rows, ask(frozen, rows))
+            (total, sums), grads = grad_of(trained, kept, rows, ask(frozen, rows))
             return total, jax.tree.map(lambda x: x[None], sums), grads
 
         def add(carry: Any, rows: Batch) -> tuple[Any, Any]:
-            (total, sums), grads = grad_of(params, rows, ask(frozen, rows))
+            (total, sums), grads = grad_of(trained, kept, rows, ask(frozen, rows))
             return jax.tree.map(jnp.add, carry, (total, grads)), sums
 
-        zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
+        zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, trained))
         (total, grads), sums = jax.lax.scan(add, zero, batch)
         return total, sums, grads
 
@@ -169,14 +174,16 @@ def make_train_step(
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(total) & jnp.isfinite(grad_norm)
         # Ours is written for strict promotion, optax is not.
+        trained, kept = freezing.split(old.params, frozen_paths)
         with jax.numpy_dtype_promotion("standard"):
-            updates, opt_state = optimizer.update(grads, old.opt_state, old.params)
-            params = optax.apply_updates(old.params, updates)
+            updates, opt_state = optimizer.update(grads, old.opt_state, trained)
+            params = optax.apply_updates(trained, updates)
             learning_rate = schedule(old.step)
-        params, opt_state = jax.tree.map(
+        ema = state.averaged(old.ema, params, decay=ema_decay, step=old.step)
+        params, opt_state, ema = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),
-            (params, opt_state),
-            (old.params, old.opt_state),
+            (params, opt_state, ema),
+            (trained, old.opt_state, old.ema),
         )
         metrics = {
             "loss": total,
@@ -190,7 +197,8 @@ def make_train_step(
                 if name in batch
             ),
         } | jax.tree.map(lambda x: x.sum(0), sums)
-        return TrainState(old.step + 1, params, opt_state), metrics
+        params = freezing.merged(kept, params)
+        return TrainState(old.step + 1, params, opt_state, ema), metrics
 
     return jax.jit(
         train_step,

@@ -11,14 +11,14 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from kdjax import cli, distributed, experiment, methods, sharding, state
+from kdjax import cli, distributed, experiment, freezing, methods, sharding, state
 from kdjax.checkpoint import Checkpoints
 from kdjax.config import Config, to_json
 from kdjax.data import loader
 from kdjax.experiment import Data, Model
 from kdjax.models import hf
-from kdjax.program import Program, check_teacher
-from kdjax.reporting import Meter, evaluation_row, run_summary
+from kdjax.program import Program, check_teacher, untrained
+from kdjax.reporting import Meter, evaluation_row, run_summary, state_rows
 from kdjax.scoring import Scorer, match_rates
 from kdjax.teacher import building
 from kdjax.writer import Writer, print_table
@@ -50,8 +50,9 @@ def fit(
       scorer: held-out evaluation every `train.eval_every` steps.
 
     Returns:
-      The parameters, the throughput of this process's steps, and the held-out metrics
-      after the last step ({} without a scorer, or if no step was left to do).
+      The parameters (averages where they are kept), the throughput of this process's
+      steps, and the held-out metrics after the last step ({} without a scorer, or if no
+      step was left to do).
 
     Raises:
       ValueError: a non-finite loss with train.non_finite="stop".
@@ -90,6 +91,9 @@ def fit(
     )
     start = checkpoints.latest_step() or 0
     current = checkpoints.restore(abstract) if start else program.init(make_params)
+    if distributed.is_main():
+        rows_held = state_rows(abstract, program.frozen)
+        print_table(f"{config.name}: what is trained", rows_held)
     preemption = distributed.Preemption()
     writer = Writer(
         workdir,
@@ -97,7 +101,8 @@ def fit(
         is_main=distributed.is_main(),
         resume_step=start,
     )
-    meter = Meter(config, model.shape, plan, data.views, writer)
+    spared = untrained(config, model.abstract)
+    meter = Meter(config, model.shape, plan, data.views, writer, spared)
     pending: tuple[int, Any] | None = None
     held_out: dict[str, float] = {}
     batches = loader.iterate(
@@ -129,7 +134,7 @@ def fit(
             held_out = (
                 {}
                 if scorer is None or not (evaluate or last)
-                else meter.held_out(done, scorer(state.split(current.params)[0]))
+                else meter.held_out(done, scorer(state.in_use(current)))
             )
             if save or last or stopping:
                 checkpoints.save(done, current, nll=held_out.get("nll"))
@@ -139,7 +144,7 @@ def fit(
         checkpoints.close()
         preemption.close()
         writer.curves()
-    return state.split(current.params)[0], meter.throughput(), held_out
+    return state.in_use(current), meter.throughput(), held_out
 
 
 def train_teacher(config: Config, workdir: pathlib.Path, mesh: Mesh) -> None:
@@ -172,13 +177,18 @@ def run(config: Config, workdir: pathlib.Path) -> None:
     data = experiment.load_data(config)
     shape = experiment.student_shape(config, data.tokenizer)
     model = experiment.make_model(
-        shape, mesh, dtype=config.train.dtype, remat=config.train.remat
+        shape,
+        mesh,
+        dtype=config.train.dtype,
+        remat=config.train.remat,
+        adapters=config.student.lora,
     )
     # What can be wrong with rows and caches is found before anything is computed.
     experiment.make_plan(config, shape, data.train)
     has_teacher = experiment.has_teacher(config)
     if has_teacher:
         check_teacher(config, shape, experiment.teacher_shape(config, data.tokenizer))
+    freezing.frozen_paths(model.abstract, config.optim.freeze)
     building.check(config, data, workdir)
 
     if has_teacher:

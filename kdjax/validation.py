@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import types
 import typing
 from typing import Any
@@ -24,6 +25,7 @@ from kdjax.config import (
     TAILS,
     Config,
     DecoderConfig,
+    StudentConfig,
     T5Config,
 )
 from kdjax.models import families, t5
@@ -156,6 +158,13 @@ def validate(config: Config) -> None:
         raise ValueError(
             f"optim.learning_rate={config.optim.learning_rate} must be positive"
         )
+    if not 0 <= config.optim.ema_decay < 1:
+        raise ValueError(
+            f"optim.ema_decay={config.optim.ema_decay} is a share: use 0 (no averages) "
+            "to below 1, for example 0.999"
+        )
+    _check_patterns(config.optim.freeze, "optim.freeze")
+    _check_lora(student)
     methods.divergence(method)
     if cache.kind == "sampled" and method.divergence != "forward_kl":
         raise ValueError(
@@ -267,6 +276,41 @@ def _check_texts(config: Config) -> None:
                 f"data.{name}={getattr(data, name)!r} with data.source='kinship': it "
                 "writes its own: use '', or another source"
             )
+
+
+def _check_patterns(patterns: tuple[str, ...], name: str) -> None:
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"{name}={pattern!r} is no regular expression: {error}"
+            ) from None
+
+
+def _check_lora(student: StudentConfig) -> None:
+    lora = student.lora
+    if lora.rank < 0:
+        raise ValueError(
+            f"student.lora.rank={lora.rank} is below 0: use 0 for no adapters"
+        )
+    _check_patterns(lora.targets, "student.lora.targets")
+    if not lora.rank:
+        return
+    if student.init == "random":
+        raise ValueError(
+            f"student.lora.rank={lora.rank} with student.init='random': adapters leave "
+            "the weights as they are, here random: use student.init='folder' or "
+            "'teacher_layers', or a rank of 0"
+        )
+    if not 0 < lora.alpha < math.inf:
+        raise ValueError(
+            f"student.lora.alpha={lora.alpha} must be positive and finite: use 16.0"
+        )
+    if not lora.targets:
+        raise ValueError(
+            "student.lora.targets=() names no layer: use for example ('.*',)"
+        )
 
 
 def _check_layer_map(config: Config) -> None:

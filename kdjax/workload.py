@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from kdjax import experiment, methods, program, sharding, state
+from kdjax import experiment, methods, program, sharding
 from kdjax.config import Config, T5Config, TrainConfig
 from kdjax.data import loader
 from kdjax.experiment import Model
@@ -240,8 +240,7 @@ class Step:
             student = dataclasses.replace(config.student, init="random")
             config = dataclasses.replace(config, student=student)
             make_params = experiment.student_params(config, self._load.model, "")
-        abstract, optimizer = self.program.abstract, self.program.optimizer
-        return state.init_state(abstract, optimizer, make_params)
+        return self.program.init(make_params)
 
 
 def batch_bytes(batch: loader.Batch) -> dict[str, int]:
@@ -259,5 +258,9 @@ def cache_bytes(cache: Cache) -> int:
 
 def _student(config: Config, shape: Shape, mesh: Mesh) -> Model:
     return experiment.make_model(
-        shape, mesh, dtype=config.train.dtype, remat=config.train.remat
+        shape,
+        mesh,
+        dtype=config.train.dtype,
+        remat=config.train.remat,
+        adapters=config.student.lora,
     )

@@ -69,6 +69,8 @@ def test_forward_flops_by_hand():
     expected = 32 * (products + attention) + 10 * head
     assert flops.forward_flops(CONFIG, **arguments) == expected
     assert flops.train_flops(CONFIG, **arguments) == 3 * expected
+    spared = flops.train_flops(CONFIG, **arguments, num_frozen=7, trains_head=False)
+    assert spared == 3 * expected - 2 * 7 * 32 - 10 * head
 
 
 @pytest.mark.parametrize(

@@ -27,9 +27,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from kdjax.config import DTYPES, REMATS, DecoderConfig
+from kdjax.config import DTYPES, REMATS, DecoderConfig, LoraConfig
 from kdjax.losses.options import PLAIN, LogitRule
-from kdjax.models import attention, rotary
+from kdjax.models import attention, lora, rotary
 from kdjax.models.attention import Kernel
 from kdjax.models.layers import (
     MLP,
@@ -163,6 +163,7 @@ def create(
     dtype: str = "float32",
     remat: str = "none",
     kernel: Kernel = attention.XLA,
+    adapters: LoraConfig | None = None,
 ) -> tuple[nnx.GraphDef, Params]:
     """Describe a model without allocating it.
 
@@ -172,22 +173,25 @@ def create(
       remat: what the backward pass recomputes: "none"; "dots" (everything but matmuls
         with parameters); "full" (whole layers, keeping their inputs).
       kernel: what attends within packed rows, from `attention.choose`.
+      adapters: low-rank ones beside the linear layers (`lora`); None = none.
 
     Returns:
       The graph definition that the functions below take, and the parameters as a
       nested dict of `jax.ShapeDtypeStruct`.
 
     Raises:
-      ValueError: a config that describes no model.
+      ValueError: a config that describes no model, or adapters of no layer.
     """
     check(config)
     one_of("dtype", dtype, DTYPES)
     one_of("remat", remat, REMATS)
-    model = nnx.eval_shape(
-        lambda: Decoder(
-            config, dtype=dtype, remat=remat, kernel=kernel, rngs=nnx.Rngs(params=0)
-        )
-    )
+
+    def make() -> Decoder:
+        rngs = nnx.Rngs(params=0)
+        model = Decoder(config, dtype=dtype, remat=remat, kernel=kernel, rngs=rngs)
+        return lora.add(model, adapters)
+
+    model = nnx.eval_shape(make)
     graphdef, state = nnx.split(model)
     return graphdef, nnx.to_pure_dict(state)
 

@@ -46,7 +46,13 @@ def recomputing(body: Callable, remat: str) -> Callable:
 
 
 class Linear(nnx.Module):
-    """x @ kernel, and a bias where there is one, in the dtype of x."""
+    """x @ kernel, and a bias where there is one, in the dtype of x.
+
+    With an adapter (`models.lora`) lora_scale * (x @ lora_a) @ lora_b is added.
+    """
+
+    lora_a: nnx.Param  # [in_dim, rank], and [rank, out_dim]; only with an adapter
+    lora_b: nnx.Param
 
     def __init__(
         self,
@@ -62,12 +68,17 @@ class Linear(nnx.Module):
         if bias:
             self.bias = nnx.Param(jnp.zeros((out_dim,), jnp.float32))
         self.has_bias = bias
+        self.lora_scale = 0.0  # without an adapter
 
     def __call__(self, x: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
         """Apply to the last axis."""
         # One row axis: the kernel's gradient then contracts one axis, not two, which
         # XLA's CPU backend multiplies nearly twice as fast.
-        product = x.reshape(-1, x.shape[-1]) @ self.kernel[...].astype(x.dtype)
+        rows = x.reshape(-1, x.shape[-1])
+        product = rows @ self.kernel[...].astype(x.dtype)
+        if self.lora_scale:
+            inner = self.lora_scale * (rows @ self.lora_a[...].astype(x.dtype))
+            product += inner @ self.lora_b[...].astype(x.dtype)
         if self.has_bias:
             product += self.bias[...].astype(x.dtype)[None]
         return product.reshape(*x.shape[:-1], -1)

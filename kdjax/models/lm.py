@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from kdjax.config import DecoderConfig, T5Config
+from kdjax.config import DecoderConfig, LoraConfig, T5Config
 from kdjax.losses.options import LogitRule
 from kdjax.models import attention, decoder, t5
 from kdjax.models import shape as decoder_shape
@@ -32,14 +32,17 @@ def create(
     dtype: str = "float32",
     remat: str = "none",
     kernel: attention.Kernel = attention.XLA,
+    adapters: LoraConfig | None = None,
 ) -> tuple[nnx.GraphDef, Params]:
     """Describe a model without allocating it, as `decoder.create`.
 
     T5's biased scores are computed by XLA whatever the kernel.
     """
     if isinstance(shape, T5Config):
-        return t5.create(shape, dtype=dtype, remat=remat)
-    return decoder.create(shape, dtype=dtype, remat=remat, kernel=kernel)
+        return t5.create(shape, dtype=dtype, remat=remat, adapters=adapters)
+    return decoder.create(
+        shape, dtype=dtype, remat=remat, kernel=kernel, adapters=adapters
+    )
 
 
 def init_params(shape: Shape, key: Array) -> Params:
@@ -57,6 +60,12 @@ def stacks(shape: Shape) -> dict[str, int]:
         "encoder/layers": shape.num_encoder_layers,
         "decoder/layers": shape.num_decoder_layers,
     }
+
+
+def reads_encoder(path: str) -> bool:
+    """Whether a T5's kernel multiplies the encoder's tokens, not the decoder's."""
+    cross = ("decoder/layers/cross/key", "decoder/layers/cross/value")
+    return path.startswith(("encoder/", *cross))
 
 
 def kept_layers(shape: Shape, layers: Mapping[str, Sequence[int]]) -> Shape:

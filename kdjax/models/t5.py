@@ -32,8 +32,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from kdjax.config import DTYPES, REMATS, T5Config
+from kdjax.config import DTYPES, REMATS, LoraConfig, T5Config
 from kdjax.losses.options import LogitRule
+from kdjax.models import lora
 from kdjax.models.layers import Embedding, Head
 from kdjax.models.shape import one_of
 from kdjax.models.t5_layers import Memory, Reads, Stack, attending, split_keys
@@ -80,7 +81,11 @@ class T5(nnx.Module):
 
 
 def create(
-    config: T5Config, *, dtype: str = "float32", remat: str = "none"
+    config: T5Config,
+    *,
+    dtype: str = "float32",
+    remat: str = "none",
+    adapters: LoraConfig | None = None,
 ) -> tuple[nnx.GraphDef, Params]:
     """Describe a model without allocating it.
 
@@ -89,20 +94,24 @@ def create(
       dtype: compute dtype, "float32" or "bfloat16"; parameters are float32.
       remat: what the backward pass recomputes: "none"; "dots" (everything but matmuls
         with parameters); "full" (whole layers, keeping their inputs).
+      adapters: low-rank ones beside the linear layers (`lora`); None = none.
 
     Returns:
       The graph definition that the functions below take, and the parameters as a
       nested dict of `jax.ShapeDtypeStruct`.
 
     Raises:
-      ValueError: a config that describes no model.
+      ValueError: a config that describes no model, or adapters of no layer.
     """
     check(config)
     one_of("dtype", dtype, DTYPES)
     one_of("remat", remat, REMATS)
-    model = nnx.eval_shape(
-        lambda: T5(config, dtype=dtype, remat=remat, rngs=nnx.Rngs(params=0))
-    )
+
+    def make() -> T5:
+        model = T5(config, dtype=dtype, remat=remat, rngs=nnx.Rngs(params=0))
+        return lora.add(model, adapters)
+
+    model = nnx.eval_shape(make)
     graphdef, state = nnx.split(model)
     return graphdef, nnx.to_pure_dict(state)
 

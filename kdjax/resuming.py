@@ -1,0 +1,51 @@
+"""What a resumed run may change of its config, and what not."""
+
+import dataclasses
+from typing import Any
+
+from kdjax.config import Config
+
+# Fields that change neither the numbers of a run nor what a checkpoint holds.
+_FREE = (
+    "mesh.",
+    "evaluation.",
+    "cache.path",
+    "cache.shard_size",
+    "cache.batch_size",
+    "cache.row_length",
+    "cache.encoder_row_length",
+    "cache.chunk_size",
+    "cache.memory_mib",
+    "train.num_microbatches",
+    "train.chunk_size",
+    "train.memory_mib",
+    "train.log_every",
+    "train.eval_every",
+    "train.save_every",
+    "train.keep_last",
+    "train.keep_best",
+    "train.non_finite",
+    "train.num_threads",
+    "train.prefetch",
+)
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """The fields that a resumed run may not change, as "field: old -> new"."""
+    before, after = _flat(old), _flat(new)
+    return [
+        f"{name}: {before[name]!r} -> {after[name]!r}"
+        for name in before
+        if before[name] != after[name] and not name.startswith(_FREE)
+    ]
+
+
+def _flat(part: Any, prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for f in dataclasses.fields(part):
+        value = getattr(part, f.name)
+        if dataclasses.is_dataclass(value):
+            found |= _flat(value, f"{prefix}{f.name}.")
+        else:
+            found[prefix + f.name] = value
+    return found
