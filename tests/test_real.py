@@ -51,3 +51,47 @@ def test_smoke(name, argument, real_data, smollm2, tmp_path):
     assert summary["teacher"]["agreement"] > 0.99
     if name == "smollm2_csqa":
         assert 0 <= summary["teacher"]["accuracy"] <= 1
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [
+        ("csqa_t5_base", "multitask,smoke"),
+        ("csqa_t5_base", "rationale_then_label,smoke"),
+        ("csqa_t5_base", "multitask_counterfactual,smoke"),
+        ("csqa_smollm2", "multitask,smoke"),
+    ],
+)
+def test_paper_smoke(name, argument, real_data, smollm2, tmp_path):
+    """Hard labels, no teacher; wrong rationales are written here."""
+    folder = real_data / "commonsense_qa"
+    lines = (folder / "train.jsonl").read_text().splitlines()[:64]
+    wrong = tmp_path / "wrong.jsonl"
+    with open(wrong, "w") as file:
+        for row in map(json.loads, lines):
+            for label, text in zip(*row["choices"].values(), strict=True):
+                if label != row["answerKey"]:
+                    said = {"id": row["id"], "choice": text, "text": f"It is {text}."}
+                    file.write(json.dumps(said) + "\n")
+    place = [f"--config.student.path={smollm2}"]
+    if name == "csqa_t5_base":
+        place = [f"--config.data.tokenizer={real_data / 't5_tokenizer'}"]
+    if "counterfactual" in argument:
+        place.append(f"--config.data.counterfactuals={wrong}")
+    command = [
+        *(sys.executable, "-m", "kdjax.train", f"--workdir={tmp_path / 'run'}"),
+        f"--config={ROOT}/configs/paper/{name}.py:{argument}",
+        *flags(name, real_data, smollm2)[1:],
+        *place,
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert np.isfinite(summary["student"]["nll"]) and summary["teacher"] == {}
+    if "multitask" in argument:
+        assert 0 <= summary["student"]["accuracy"] <= 1
+        assert 0 <= summary["student"]["exact_match/label"] <= 1
+    else:
+        assert 0 <= summary["student"]["answer_match/rationale_then_label"] <= 1
