@@ -75,7 +75,7 @@ def make_config(data: str, tokenizer: str, num_examples: int) -> Config:
         student=StudentConfig(architecture="t5", t5=SHAPE),
         method=MethodConfig(name="multitask", hard_weight=1.0, soft_weight=0.0),
         optim=OptimConfig(learning_rate=5e-5, schedule="constant"),
-        train=TrainConfig(batch_size=4, row_length=256, encoder_row_length=384),
+        train=TrainConfig(batch_size=4, row_length=224, encoder_row_length=384),
     )
 
 

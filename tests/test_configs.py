@@ -38,7 +38,7 @@ def test_paper_configs_have_every_method(name):
         for further in ("", "cpu", "soft", "smoke,soft"):
             config = module.get_config(",".join(filter(None, (method, further))))
             if config.method.soft_weight:
-                with pytest.raises(ValueError, match="teacher.path=''"):
+                with pytest.raises(ValueError, match=r"teacher\.path=''"):
                     validation.validate(config)
                 config.teacher.path = "FOLDER"
             validation.validate(config)

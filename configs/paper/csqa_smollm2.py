@@ -10,8 +10,8 @@ The decoder-only form of csqa_t5_base.py: METHOD is as there, and so are wrong
 rationales. A pretrained student reads a cue ("Answer:", "Explain:") better than a
 prefix it has never seen, so views are told apart by cues. Further arguments:
 
-    soft    half of the weight on a teacher's distributions: --config.teacher.path=FOLDER
-            of a model with the same vocabulary
+    soft    half of the weight on a teacher's distributions, with
+            --config.teacher.path=FOLDER of a model with the same vocabulary
     cpu     100 steps of about a dozen examples, 200 held-out rows: 20 minutes on two
             cores
     smoke   a few rows and steps
