@@ -116,7 +116,12 @@ def make_model(
     if isinstance(shape, DecoderConfig):
         chosen = attention.choose(shape, mesh, dtype=dtype, name=kernel)
     graphdef, shapes = lm.create(
-        shape, dtype=dtype, remat=remat, kernel=chosen, adapters=adapters
+        shape,
+        dtype=dtype,
+        remat=remat,
+        kernel=chosen,
+        unroll=mesh.devices.flat[0].platform == "cpu" and remat == "none",
+        adapters=adapters,
     )
     shardings = sharding.param_shardings(shapes, mesh)
     abstract = jax.tree.map(

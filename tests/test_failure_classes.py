@@ -134,7 +134,8 @@ BREAKS = [
         what="the teacher's arrays of all microbatches are kept",
         file="step.py",
         old="        def add(carry: Any, rows: Batch) -> tuple[Any, Any]:\n"
-        "            (total, sums), grads = grad_of(trained, kept, rows, ask(frozen, rows))",
+        "            (total, sums), grads = "
+        "grad_of(trained, kept, rows, ask(frozen, rows))",
         new="        told = jax.lax.map(lambda rows: ask(frozen, rows), batch)\n"
         "        batch = (batch, told)"
         "\n\n        def add(carry: Any, both: Any) -> tuple[Any, Any]:\n"

@@ -12,7 +12,7 @@ prefix it has never seen, so views are told apart by cues. Further arguments:
 
     soft    half of the weight on a teacher's distributions, with
             --config.teacher.path=FOLDER of a model with the same vocabulary
-    cpu     100 steps of about a dozen examples, 200 held-out rows: 20 minutes on two
+    cpu     100 steps of about seven examples, 200 held-out rows: 20 minutes on two
             cores
     smoke   a few rows and steps
 
@@ -86,7 +86,7 @@ def get_config(argument: str = "") -> Config:
     if arguments & {"cpu", "smoke"}:
         config.data.num_eval = 200
         config.train.steps = 100
-        config.train.batch_size = max(2, ROWS[method] // 5)
+        config.train.batch_size = max(2, ROWS[method] // 8)
         config.train.remat = "none"
         config.evaluation.batch_size = 4
         config.evaluation.num_generations = 8

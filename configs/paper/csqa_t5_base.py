@@ -131,7 +131,8 @@ def small(config: Config) -> None:
     config.data.tokenizer = "google/t5-v1_1-base"
     config.data.num_eval = 200
     config.optim.learning_rate, config.optim.warmup_steps = 2e-3, 50
-    config.train.steps, config.train.log_every = 600, 20
+    config.train.steps, config.train.log_every = 400, 20
+    config.train.batch_size = max(2, 2 * config.train.batch_size // 5)
     config.train.eval_every, config.train.save_every = 200, 200
     config.evaluation.num_generations = 16
     config.evaluation.max_new_tokens = 64

@@ -38,6 +38,7 @@ from kdjax.models.layers import (
     Head,
     RMSNorm,
     recomputing,
+    scan_layers,
 )
 from kdjax.models.shape import check, one_of
 from kdjax.models.watch import NOTHING, Watch, Watched, keep, room
@@ -86,10 +87,12 @@ class Decoder(nnx.Module):
         dtype: str,
         remat: str,
         kernel: Kernel,
+        unroll: bool = False,
         rngs: nnx.Rngs,
     ):
         """Draw all parameters."""
         self.dtype, self.remat, self.kernel = dtype, remat, kernel
+        self.unroll = unroll
         self.num_layers = config.num_layers
         self.embedding_scale = config.width**0.5 if config.scale_embeddings else 1.0
         self.logit_rule = LogitRule(softcap=config.final_softcap or None)
@@ -141,8 +144,11 @@ class Decoder(nnx.Module):
             return (x_BTD, watched), layer_cache
 
         layers = (stacked, cache, self._per_layer(), slots_L)
-        (x_BTD, watched), cache = jax.lax.scan(
-            recomputing(body, self.remat), (x_BTD, watched), layers
+        (x_BTD, watched), cache = scan_layers(
+            recomputing(body, self.remat),
+            (x_BTD, watched),
+            layers,
+            unroll=self.unroll,
         )
         return self.norm(x_BTD), cache, watched
 
@@ -163,6 +169,7 @@ def create(
     dtype: str = "float32",
     remat: str = "none",
     kernel: Kernel = attention.XLA,
+    unroll: bool = False,
     adapters: LoraConfig | None = None,
 ) -> tuple[nnx.GraphDef, Params]:
     """Describe a model without allocating it.
@@ -173,6 +180,8 @@ def create(
       remat: what the backward pass recomputes: "none"; "dots" (everything but matmuls
         with parameters); "full" (whole layers, keeping their inputs).
       kernel: what attends within packed rows, from `attention.choose`.
+      unroll: write out the layers where they are few, as suits a CPU; see
+        `layers.scan_layers`.
       adapters: low-rank ones beside the linear layers (`lora`); None = none.
 
     Returns:
@@ -188,7 +197,9 @@ def create(
 
     def make() -> Decoder:
         rngs = nnx.Rngs(params=0)
-        model = Decoder(config, dtype=dtype, remat=remat, kernel=kernel, rngs=rngs)
+        model = Decoder(
+            config, dtype=dtype, remat=remat, kernel=kernel, unroll=unroll, rngs=rngs
+        )
         return lora.add(model, adapters)
 
     model = nnx.eval_shape(make)

@@ -32,6 +32,7 @@ def create(
     dtype: str = "float32",
     remat: str = "none",
     kernel: attention.Kernel = attention.XLA,
+    unroll: bool = False,
     adapters: LoraConfig | None = None,
 ) -> tuple[nnx.GraphDef, Params]:
     """Describe a model without allocating it, as `decoder.create`.
@@ -39,9 +40,16 @@ def create(
     T5's biased scores are computed by XLA whatever the kernel.
     """
     if isinstance(shape, T5Config):
-        return t5.create(shape, dtype=dtype, remat=remat, adapters=adapters)
+        return t5.create(
+            shape, dtype=dtype, remat=remat, unroll=unroll, adapters=adapters
+        )
     return decoder.create(
-        shape, dtype=dtype, remat=remat, kernel=kernel, adapters=adapters
+        shape,
+        dtype=dtype,
+        remat=remat,
+        kernel=kernel,
+        unroll=unroll,
+        adapters=adapters,
     )
 
 

@@ -53,7 +53,15 @@ class Rows(NamedTuple):
 class T5(nnx.Module):
     """Embedding, the two stacks, and the head if it is not the embedding."""
 
-    def __init__(self, config: T5Config, *, dtype: str, remat: str, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: T5Config,
+        *,
+        dtype: str,
+        remat: str,
+        unroll: bool = False,
+        rngs: nnx.Rngs,
+    ):
         """Draw all parameters."""
         self.dtype = dtype
         self.logit_rule = LogitRule(
@@ -61,7 +69,7 @@ class T5(nnx.Module):
         )
         shape = (config.vocab_size, config.width)
         self.embed = Embedding(*shape, std=1.0, rngs=rngs)
-        stack = functools.partial(Stack, config, remat=remat, rngs=rngs)
+        stack = functools.partial(Stack, config, remat=remat, unroll=unroll, rngs=rngs)
         self.encoder = stack(config.num_encoder_layers, is_decoder=False)
         self.decoder = stack(config.num_decoder_layers, is_decoder=True)
         if not config.tie_embeddings:
@@ -85,6 +93,7 @@ def create(
     *,
     dtype: str = "float32",
     remat: str = "none",
+    unroll: bool = False,
     adapters: LoraConfig | None = None,
 ) -> tuple[nnx.GraphDef, Params]:
     """Describe a model without allocating it.
@@ -94,6 +103,8 @@ def create(
       dtype: compute dtype, "float32" or "bfloat16"; parameters are float32.
       remat: what the backward pass recomputes: "none"; "dots" (everything but matmuls
         with parameters); "full" (whole layers, keeping their inputs).
+      unroll: write out the layers where they are few, as suits a CPU; see
+        `layers.scan_layers`.
       adapters: low-rank ones beside the linear layers (`lora`); None = none.
 
     Returns:
@@ -108,7 +119,8 @@ def create(
     one_of("remat", remat, REMATS)
 
     def make() -> T5:
-        model = T5(config, dtype=dtype, remat=remat, rngs=nnx.Rngs(params=0))
+        rngs = nnx.Rngs(params=0)
+        model = T5(config, dtype=dtype, remat=remat, unroll=unroll, rngs=rngs)
         return lora.add(model, adapters)
 
     model = nnx.eval_shape(make)

@@ -329,6 +329,40 @@ def test_dropout_needs_a_key_and_a_rate(model):
     np.testing.assert_array_equal(off, run(without, params, *rows, key))
 
 
+def test_random_bits_are_uniform_and_independent():
+    """Of rows, of keys that were split, of neighbours, and bit by bit."""
+    keys = t5_layers.split_keys(jax.random.split(jax.random.key(0), 3), 2)
+    bits = np.asarray(jax.vmap(lambda k: t5_layers.random_bits(k, (4, 50, 1000)))(keys))
+    streams = bits.reshape(6, -1)
+    num = streams.shape[1]
+    share = np.unpackbits(streams.view(np.uint8).reshape(6, num, 4), axis=2).mean(1)
+    assert np.abs(share - 0.5).max() < 5 * 0.5 / num**0.5
+    found = np.stack([np.bincount(s >> 24, minlength=256) for s in streams])
+    chi2 = ((found - num / 256) ** 2 / (num / 256)).sum(1)
+    assert (np.abs(chi2 - 255) < 6 * (2 * 255) ** 0.5).all()
+    unit = streams / 2**32 - 0.5
+    lags = [unit[:, :-lag] * unit[:, lag:] for lag in (1, 2, 1000, 50000)]
+    others = [unit[i] * unit[j] for i in range(6) for j in range(i)]
+    for products in [*(row for lag in lags for row in lag), *others]:
+        assert abs(products.mean()) < 5 / 12 / len(products) ** 0.5
+
+
+def test_layers_written_out_are_those_of_the_loop(model):
+    _, params = model
+    rows = (rows_of(tokens_of(2, 9)), rows_of(tokens_of(2, 8)))
+    results = []
+    for unroll in (False, True):
+        graphdef, _ = t5.create(V1_1, unroll=unroll)
+
+        def loss(params, graphdef=graphdef):
+            return jnp.sin(run(graphdef, params, *rows, jax.random.key(2))).sum()
+
+        results.append(jax.jit(jax.value_and_grad(loss))(params))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), *results
+    )
+
+
 def test_dropout_keeps_the_expectation(model):
     first, second = t5_layers._droppers(
         0.2, jax.random.split(jax.random.key(0), 100), 2
