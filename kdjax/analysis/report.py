@@ -97,7 +97,7 @@ def render(
         frontier=plots.frontier(points, lowest=_falls(design)),
         pareto=pareto,
         reliability=plots.reliability(reliability or {}, name="reliability"),
-        link=lambda run: f"./{urllib.parse.quote(f'{folder}/{run.name}')}/",
+        link=lambda run: _link(run, folder),
         columns=tuple(dict.fromkeys((*design.factors, design.seed))),
         alpha=stats.ALPHA,
     )
@@ -120,6 +120,12 @@ def p_value(value: float | None) -> str:
     if value is None:
         return _NONE
     return "< 0.0001" if value < 0.0001 else number(value, 4)
+
+
+def _link(run: runs.Run, folder: str) -> str:
+    """To the directory of a run; relative, whatever its name looks like."""
+    path = run.name if folder in ("", ".") else f"{folder}/{run.name}"
+    return f"./{urllib.parse.quote(path)}/"
 
 
 def _decimals(values: Sequence[float]) -> int:

@@ -87,7 +87,7 @@ def test_every_run_has_a_row_and_a_link_to_its_directory(whole):
     assert len(page.ids) == len(set(page.ids))
     for run in found:
         assert f"run-{run.row}" in page.ids
-        assert f"./{urllib.parse.quote('./' + run.name)}/" in page.links
+        assert f"./{urllib.parse.quote(run.name)}/" in page.links
         if run.value("accuracy") is not None:
             # Its dot and its number in the table of groups, at least.
             assert page.links.count(f"#run-{run.row}") >= 2
