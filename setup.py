@@ -10,7 +10,15 @@ version = re.search(
     r'__version__ = "(.+)"', (root / "kdjax" / "__init__.py").read_text()
 ).group(1)
 
+compare = [  # statistics and figures of kdjax.analysis
+    "matplotlib>=3.9",
+    "pandas>=2.2",
+    "scikit-posthocs>=0.11",
+    "scipy>=1.14",
+    "statsmodels>=0.14.4",
+]
 test = [
+    *compare,
     "pytest>=8",
     "pytest-xdist>=3.6",
     "beartype>=0.19",
@@ -25,6 +33,7 @@ setup(
     long_description=(root / "README.md").read_text(),
     long_description_content_type="text/markdown",
     packages=find_packages(include=["kdjax", "kdjax.*"]),
+    package_data={"kdjax.analysis": ["*.jinja"]},
     python_requires=">=3.11",
     install_requires=[
         "absl-py>=2.1",
@@ -61,6 +70,6 @@ setup(
         "peers": ["torch>=2.6", "trl>=1.0"],
         "plan": ["libtpu"],  # compiles for TPU slices, also where there is none
         "tfds": ["tensorflow-datasets>=4.9"],
-        "report": ["pandas>=2.2", "scipy>=1.14"],
+        "compare": compare,
     },
 )

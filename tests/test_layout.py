@@ -22,6 +22,7 @@ ALLOWED = {  # part -> the parts of kdjax it may import
     "flops": {"config"},
     "hlo": set(),
     "topology": {"flops"},
+    "analysis": {"analysis"},
 }
 
 

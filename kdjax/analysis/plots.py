@@ -1,0 +1,323 @@
+"""Figures of a comparison as SVG text that stands inside a page.
+
+The same numbers give the same text. Ink takes the page's colour, so that a figure reads
+on light, dark and paper; words stay words.
+"""
+
+import dataclasses
+import io
+import math
+import xml.etree.ElementTree as ET
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kdjax.analysis import runs
+
+_INK = "#010203"  # becomes currentColor
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9")
+_MARKERS = ("o", "s", "D", "^", "v", "P", "X")
+_LONGEST = 48  # characters of a name beside an axis
+_STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "kdjax",
+    "text.parse_math": False,
+    "axes.formatter.useoffset": False,
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "legend.frameon": False,
+} | dict.fromkeys(
+    (
+        "text.color",
+        "axes.edgecolor",
+        "axes.labelcolor",
+        "xtick.color",
+        "ytick.color",
+        "grid.color",
+    ),
+    _INK,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Point:
+    """A group of runs by what it costs and how good it is."""
+
+    name: str
+    second: str
+    cost: float
+    quality: float
+    link: str = ""  # to where its numbers are
+
+
+def dots(groups: Sequence[runs.Group], label: str, *, name: str = "figure") -> str:
+    """Every run as a dot, and every group's mean with its interval.
+
+    Args:
+      groups: of runs; a row for each level of the first factor, a colour for each of
+        the second. Collapsed runs are crosses.
+      label: of the axis.
+      name: unique in the page; stands before all ids.
+
+    Returns:
+      SVG; "" where no run has a number.
+    """
+    filled = [group for group in groups if group.values]
+    if not filled:
+        return ""
+    firsts = list(dict.fromkeys(group.first for group in groups))
+    seconds = list(dict.fromkeys(group.second for group in groups))
+    with _style():
+        figure = _figure(7.2, 1.1 + 0.22 * len(firsts) * (len(seconds) + 0.6))
+        axes = figure.subplots()
+        shown = {}
+        for group in filled:
+            place = seconds.index(group.second)
+            lift = (place + 0.5) / len(seconds) - 0.5
+            height = firsts.index(group.first) + 0.7 * lift
+            colour, marker = _look(place)
+            _runs(axes, group, height, colour)
+            if group.low is not None:
+                axes.hlines(height, group.low, group.high, color=colour, linewidth=1.6)
+            shown[group.second] = axes.scatter(
+                group.mean, height, s=34, marker=marker, color=colour, zorder=3
+            )
+        axes.set_yticks(range(len(firsts)), [_short(first) for first in firsts])
+        axes.set_ylim(len(firsts) - 0.4, -0.6)
+        axes.set_xlabel(label)
+        axes.grid(axis="x", alpha=0.2)
+        _legend(figure, shown)
+        return _svg(figure, name, f"{label}: runs, means and intervals")
+
+
+def pareto(
+    points: Sequence[Point],
+    cost: str,
+    quality: str,
+    *,
+    lowest: bool = False,
+    name: str = "figure",
+) -> str:
+    """Quality against cost, with a line through the points that nothing beats.
+
+    Args:
+      points: at least one.
+      cost: label of its axis.
+      quality: label of its axis.
+      lowest: less quality is better (NLL).
+      name: unique in the page; stands before all ids.
+    """
+    if not points:
+        return ""
+    seconds = list(dict.fromkeys(point.second for point in points))
+    best = frontier(points, lowest=lowest)
+    with _style():
+        figure = _figure(7.2, 4.2)
+        axes = figure.subplots()
+        shown = {}
+        for point in points:
+            colour, marker = _look(seconds.index(point.second))
+            drawn = axes.scatter(
+                point.cost,
+                point.quality,
+                s=42,
+                marker=marker,
+                color=colour,
+                alpha=1.0 if point in best else 0.45,
+            )
+            drawn.set_urls([point.link or None])
+            shown[point.second] = drawn
+            axes.annotate(
+                _short(point.name),
+                (point.cost, point.quality),
+                xytext=(5, 4),
+                textcoords="offset points",
+                fontsize=8,
+            )
+        axes.step(
+            [point.cost for point in best],
+            [point.quality for point in best],
+            where="post",
+            color=_INK,
+            linewidth=0.9,
+            linestyle="--",
+        )
+        costs = [point.cost for point in points]
+        if min(costs) > 0 and max(costs) > 20 * min(costs):
+            axes.set_xscale("log")
+            axes.xaxis.set_minor_formatter("")
+        axes.xaxis.set_major_formatter(_tick)
+        axes.set_xlabel(_short(cost))
+        axes.set_ylabel(_short(quality))
+        axes.margins(0.12)
+        axes.grid(alpha=0.2)
+        _legend(figure, shown)
+        return _svg(figure, name, f"{quality} against {cost}")
+
+
+def frontier(points: Sequence[Point], *, lowest: bool = False) -> list[Point]:
+    """Points that no other beats in one of cost and quality and equals in the other.
+
+    Returns:
+      by rising cost; of points with the same numbers, all.
+    """
+    sign = -1 if lowest else 1
+
+    def beaten(point: Point) -> bool:
+        return any(
+            other.cost <= point.cost
+            and sign * other.quality >= sign * point.quality
+            and (other.cost, other.quality) != (point.cost, point.quality)
+            for other in points
+        )
+
+    found = [point for point in points if not beaten(point)]
+    return sorted(found, key=lambda point: point.cost)
+
+
+def reliability(
+    bins: Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[float]]],
+    *,
+    name: str = "figure",
+) -> str:
+    """Accuracy against confidence, one panel a model.
+
+    Args:
+      bins: title -> for each bin of equal width on (0, 1]: predictions, the sum of
+        their confidences, how many were right.
+      name: unique in the page; stands before all ids.
+
+    Source: Guo et al., 2017, arXiv 1706.04599, section 2.
+    """
+    if not bins:
+        return ""
+    columns = min(3, len(bins))
+    lines = math.ceil(len(bins) / columns)
+    with _style():
+        figure = _figure(2.4 * columns, 2.5 * lines)
+        grid = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
+        for axes in grid.ravel()[len(bins) :]:
+            axes.set_visible(False)
+        for axes, (title, counted) in zip(grid.ravel(), bins.items(), strict=False):
+            _panel(axes, title, *counted)
+        return _svg(figure, name, "accuracy against confidence")
+
+
+def _panel(
+    axes: Any,
+    title: str,
+    counts_B: Sequence[float],
+    confidences_B: Sequence[float],
+    corrects_B: Sequence[float],
+) -> None:
+    axes.plot((0, 1), (0, 1), color=_INK, linewidth=0.8, linestyle="--")
+    total = sum(counts_B)
+    triples = zip(counts_B, confidences_B, corrects_B, strict=True)
+    for place, (count, confidence, correct) in enumerate(triples):
+        if not count:
+            continue
+        middle = (place + 0.5) / len(counts_B)
+        axes.bar(
+            middle,
+            correct / count,
+            width=0.92 / len(counts_B),
+            color=_COLOURS[0],
+            alpha=0.25 + 0.75 * count / total,
+        )
+        axes.plot(confidence / count, correct / count, ".", color=_COLOURS[1])
+    gaps = zip(corrects_B, confidences_B, strict=True)
+    error = sum(abs(right - sure) for right, sure in gaps) / total if total else 0.0
+    words = f"ECE {error:.3f}" if total else "no prediction"
+    axes.set_title(f"{_short(title, 28)}\n{words}", fontsize=9)
+    axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy")
+    axes.label_outer()
+
+
+def _runs(axes: Any, group: runs.Group, height: float, colour: str) -> None:
+    for run, value in zip(group.runs, group.values, strict=True):
+        drawn = axes.scatter(
+            value,
+            height,
+            s=16,
+            marker="x" if run.collapsed else "o",
+            color=colour,
+            alpha=0.55,
+            linewidths=0.8,
+        )
+        drawn.set_urls([f"#run-{run.row}"])
+
+
+def _style() -> Any:
+    import matplotlib
+
+    return matplotlib.rc_context(_STYLE)
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _look(place: int) -> tuple[str, str]:
+    """Colour and marker of a level: print without colour tells markers apart."""
+    return _COLOURS[place % len(_COLOURS)], _MARKERS[place % len(_MARKERS)]
+
+
+def _legend(figure: Any, shown: Mapping[str, Any]) -> None:
+    """Names the levels of the second factor, where there are several."""
+    if len(shown) < 2:
+        return
+    # A zero-width space keeps a name that starts with "_" from being left out.
+    names = [f"\u200b{_short(level)}" for level in shown]
+    figure.legend(list(shown.values()), names, loc="outside upper right", ncols=3)
+
+
+def _tick(value: float, position: int | None = None) -> str:
+    """A number beside an axis, without a power of ten."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:g}"
+
+
+def _short(text: str, longest: int = _LONGEST) -> str:
+    line = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))
+    return line if len(line) <= longest else line[: longest - 1] + "…"
+
+
+def _svg(figure: Any, name: str, description: str) -> str:
+    """The figure as an element of an HTML page: no ids or styles of the page's own."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    root = ET.fromstring(buffer.getvalue())
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if child.tag.endswith(("}metadata", "}style")):
+                parent.remove(child)
+    for element in root.iter():
+        element.tag = element.tag.rpartition("}")[2]
+        old = dict(element.attrib)
+        element.attrib.clear()
+        for key, value in old.items():
+            plain = key.rpartition("}")[2]
+            if plain == "target":
+                continue
+            if plain == "id":
+                value = f"{name}-{value}"
+            elif plain == "href" and element.tag == "use":
+                value = f"#{name}-{value.removeprefix('#')}"
+            value = value.replace("url(#", f"url(#{name}-")
+            element.set(plain, value.replace(_INK, "currentColor"))
+    box = root.get("viewBox", "")
+    root.attrib.clear()
+    root.attrib |= {
+        "viewBox": box,
+        "role": "img",
+        "aria-label": description,
+        "style": f"stroke-linejoin: round; max-width: {_width(box)}pt",
+    }
+    return ET.tostring(root, encoding="unicode")
+
+
+def _width(box: str) -> str:
+    return box.split()[2]

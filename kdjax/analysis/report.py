@@ -1,0 +1,210 @@
+"""One page about a comparison: report.html, complete in itself.
+
+No script, nothing fetched, every number with a link to the runs behind it. Whatever
+comes from data is escaped by the template engine, figures by the XML writer.
+"""
+
+import math
+import os
+import pathlib
+import urllib.parse
+from collections.abc import Mapping, Sequence
+
+import jinja2
+
+from kdjax.analysis import plots, runs, stats
+
+_TEMPLATE = "report.html.jinja"
+_NONE = "\N{EN DASH}"
+_DIGITS = 4  # of the largest number of a column
+Bins = Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[float]]]
+
+
+def write(
+    path: str | os.PathLike,
+    found: Sequence[runs.Run],
+    design: runs.Design,
+    *,
+    title: str = "Comparison",
+    folder: str = ".",
+    reliability: Bins | None = None,
+) -> None:
+    """Writes the page, whole or not at all.
+
+    Args:
+      path: of the HTML file.
+      found: all runs, failed ones too.
+      design: what is compared.
+      title: of the page.
+      folder: where the runs' directories are, seen from the page.
+      reliability: title -> bins, as of `plots.reliability`; None has no diagram.
+    """
+    text = render(found, design, title=title, folder=folder, reliability=reliability)
+    target = pathlib.Path(path)
+    temporary = target.with_name(target.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(target)
+
+
+def render(
+    found: Sequence[runs.Run],
+    design: runs.Design,
+    *,
+    title: str = "Comparison",
+    folder: str = ".",
+    reliability: Bins | None = None,
+) -> str:
+    """The page as text; `write` has the arguments. The same runs give the same text."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": number, "p": p_value}
+    comparisons = [stats.compare(found, metric, design) for metric in design.metrics]
+    figures = {
+        index: plots.dots(
+            comparison.everything.groups,
+            comparison.metric,
+            name=f"metric-{index}",
+        )
+        for index, comparison in enumerate(comparisons, start=1)
+    }
+    points, pareto = _pareto(found, design, comparisons[0])
+    return environment.get_template(_TEMPLATE).render(
+        title=title,
+        design=design,
+        runs=found,
+        counts=_counts(found),
+        failed=[run for run in found if run.status != "done"],
+        collapsed=[run for run in found if run.collapsed],
+        comparisons=comparisons,
+        digits={m: _decimals(_values(found, m)) for m in design.numbers},
+        best={c.metric: _best(c, design) for c in comparisons},
+        overview=_overview(comparisons),
+        places={
+            (group.first, group.second): place
+            for place, group in enumerate(comparisons[0].everything.groups, start=1)
+        },
+        versions=_versions,
+        figures=figures,
+        points=points,
+        frontier=plots.frontier(points, lowest=_falls(design)),
+        pareto=pareto,
+        reliability=plots.reliability(reliability or {}, name="reliability"),
+        link=lambda run: _link(run, folder),
+        columns=tuple(dict.fromkeys((*design.factors, design.seed))),
+        alpha=stats.ALPHA,
+    )
+
+
+def number(value: float | None, decimals: int | None = None) -> str:
+    """A number as text: with decimals, or with four digits; a dash where none is."""
+    if value is None:
+        return _NONE
+    if not math.isfinite(value):
+        raise AssertionError(f"value={value} has no place in a report")
+    if decimals is None:
+        decimals = _decimals([value])
+    text = f"{value:,.{decimals}f}"
+    return text.replace("-", "\N{MINUS SIGN}")
+
+
+def p_value(value: float | None) -> str:
+    """A probability as text: four decimals."""
+    if value is None:
+        return _NONE
+    return "< 0.0001" if value < 0.0001 else number(value, 4)
+
+
+def _link(run: runs.Run, folder: str) -> str:
+    """To the directory of a run; relative, whatever its name looks like."""
+    path = run.name if folder in ("", ".") else f"{folder}/{run.name}"
+    return f"./{urllib.parse.quote(path)}/"
+
+
+def _decimals(values: Sequence[float]) -> int:
+    """Decimals with which the largest of the numbers has four digits."""
+    largest = max((abs(value) for value in values), default=0.0)
+    if not largest:
+        return _DIGITS
+    return min(max(_DIGITS - 1 - math.floor(math.log10(largest)), 0), 12)
+
+
+def _values(found: Sequence[runs.Run], column: str) -> list[float]:
+    values = (run.value(column) for run in found)
+    return [value for value in values if value is not None]
+
+
+def _counts(found: Sequence[runs.Run]) -> dict[str, int]:
+    """How many runs have each status, in the order in which they come."""
+    counts: dict[str, int] = {}
+    for run in found:
+        status = run.status or "no status"
+        counts[status] = counts.get(status, 0) + 1
+    return counts
+
+
+def _best(comparison: stats.Comparison, design: runs.Design) -> set[tuple[str, str]]:
+    """Groups with the best mean of their level of the second factor."""
+    sign = -1 if comparison.metric in design.lowest else 1
+    best: dict[str, float] = {}
+    for group in comparison.everything.groups:
+        if group.mean is not None:
+            best[group.second] = max(
+                best.get(group.second, -math.inf), sign * group.mean
+            )
+    return {
+        (group.first, group.second)
+        for group in comparison.everything.groups
+        if group.mean is not None and sign * group.mean == best[group.second]
+    }
+
+
+def _overview(comparisons: Sequence[stats.Comparison]) -> list[list[runs.Group]]:
+    """A line a group: itself once a metric."""
+    columns = [comparison.everything.groups for comparison in comparisons]
+    return [list(line) for line in zip(*columns, strict=True)]
+
+
+def _versions(comparison: stats.Comparison) -> list[tuple[str, stats.Tests]]:
+    """All runs, and beside them what is left without outliers."""
+    versions = [("all runs", comparison.everything)]
+    if comparison.without is not None:
+        versions.append(("without outliers", comparison.without))
+    return versions
+
+
+def _falls(design: runs.Design) -> bool:
+    return design.metrics[0] in design.lowest
+
+
+def _pareto(
+    found: Sequence[runs.Run], design: runs.Design, first: stats.Comparison
+) -> tuple[list[plots.Point], str]:
+    """Mean quality (the first metric) and cost of each group that has both."""
+    if not design.cost:
+        return [], ""
+    costs = runs.groups(found, design.cost, design)
+    points = [
+        plots.Point(
+            name=group.name,
+            second=group.second,
+            cost=cost.mean,
+            quality=group.mean,
+            link=f"#group-1-{index}",
+        )
+        for index, (cost, group) in enumerate(
+            zip(costs, first.everything.groups, strict=True), start=1
+        )
+        if cost.mean is not None and group.mean is not None
+    ]
+    figure = plots.pareto(
+        points, design.cost, first.metric, lowest=_falls(design), name="pareto"
+    )
+    return points, figure
