@@ -372,7 +372,7 @@ def test_a_whole_run(tmp_path, capsys):
     mesh = sharding.make_mesh(config.mesh)
     tokenizer = experiment.load_tokenizer(config)
     _, params = experiment.load_student(config, run, mesh, tokenizer)
-    base = hf.load_params(run / "teacher", shape, keep_layers=(1,))
+    base = hf.load_params(run / "teacher", shape, keep_layers={"layers": (1,)})
     jax.tree.map(np.testing.assert_array_equal, lora.without(params), base)
 
     shutil.copytree(run, tmp_path / "again")
