@@ -135,6 +135,7 @@ def save(
     dtype: str = "float32",
     max_shard_bytes: int = 5 * 2**30,
     overwrite: bool = False,
+    readme: str = "",
 ) -> None:
     """Write a folder that `transformers` loads as it is, by the class of its kind.
 
@@ -150,6 +151,7 @@ def save(
       dtype: of the stored tensors, "float32", "bfloat16" or "float16".
       max_shard_bytes: above this the weights are split over several files.
       overwrite: replace an existing model folder.
+      readme: the model card, README.md; "" writes none.
 
     Raises:
       ValueError: the folder exists and may not be replaced, or the shape is not one of
@@ -197,6 +199,8 @@ def save(
     )
     if tokenizer is not None:
         tokenizer.save_pretrained(scratch)
+    if readme:
+        (scratch / "README.md").write_text(readme, encoding="utf-8")
     if path.exists():
         shutil.rmtree(path)
     os.replace(scratch, path)
