@@ -4,8 +4,9 @@
         [--devices=8] [--out=DIR] [--json=FILE]
 
 Makes a folder of several safetensors files without ever holding it, and loads it in a
-process of its own onto virtual CPU devices, an fsdp mesh over all of them. Reported in units of the parameters' size there: the largest resident memory
-(VmHWM: Linux) less what was resident before; of saving less what was before saving.
+process of its own onto virtual CPU devices, an fsdp mesh over all of them. Reported:
+the largest resident memory (VmHWM: Linux) less what was resident before, of loading and
+of saving what was loaded, and its share of the parameters' size.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -73,14 +75,16 @@ def memory(name: str) -> int:
     raise ValueError(f"/proc/self/status has no {name}: measured on Linux only")
 
 
-def measure(folder: pathlib.Path, dtype: str) -> dict[str, float]:
+def measure(folder: pathlib.Path, dtype: str) -> dict[str, Any]:
     """Loads and saves a folder in this process."""
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=-1))
     shape = hf.read_config(folder)
     shardings = sharding.param_shardings(hf.lm.create(shape)[1], mesh)
     jax.device_put(np.zeros(8), mesh.devices.flat[0]).block_until_ready()
     files = folder.glob("*.safetensors")
-    found = {"files_mib": sum(file.stat().st_size for file in files) / 2**20}
+    found: dict[str, Any] = {
+        "files_mib": sum(file.stat().st_size for file in files) / 2**20
+    }
     with tempfile.TemporaryDirectory(dir=folder) as out:
         for verb in ("load", "save"):
             pathlib.Path("/proc/self/clear_refs").write_text("5")  # VmHWM = VmRSS
@@ -92,10 +96,10 @@ def measure(folder: pathlib.Path, dtype: str) -> dict[str, float]:
             else:
                 hf.save(pathlib.Path(out) / "new", shape, params, dtype=dtype)
             peak = memory("VmHWM") - before
-            found |= {
-                f"{verb}_seconds": time.perf_counter() - start,
-                f"{verb}_peak_mib": peak / 2**20,
-                f"{verb}_peak_share": peak / size,
+            found[verb] = {
+                "seconds": time.perf_counter() - start,
+                "peak_mib": peak / 2**20,
+                "peak_share": peak / size,
             }
     return found
 
@@ -121,8 +125,12 @@ def main(argv: list[str]) -> None:
         if done.returncode:
             raise ValueError(f"loading failed: {done.stderr}")
         found = json.loads(done.stdout.splitlines()[-1])
+    rows = [{"what": verb} | found[verb] for verb in ("load", "save")]
     print_table(
-        f"{_STORED.value} files as {_DTYPE.value}, {_DEVICES.value} devices", [found]
+        f"{found['files_mib']:.0f} MiB of {_STORED.value} as "
+        f"{found['parameters_mib']:.0f} MiB of {_DTYPE.value}, "
+        f"{_DEVICES.value} devices",
+        rows,
     )
     if _JSON.value:
         pathlib.Path(_JSON.value).write_text(json.dumps(found, indent=2) + "\n")
