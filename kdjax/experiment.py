@@ -167,7 +167,7 @@ def student_shape(config: Config, tokenizer: Any) -> Shape:
         shape = hf.read_config(student.path)
     elif student.init == "teacher_layers":
         shape = teacher_shape(config, tokenizer)
-        shape = lm.kept_layers(shape, _kept(config, shape))
+        shape = lm.kept_layers(shape, kept_layers(config, shape))
     else:
         own = student.t5 if student.architecture == "t5" else student.decoder
         shape = _sized(own, tokenizer)
@@ -182,7 +182,7 @@ def student_shape(config: Config, tokenizer: Any) -> Shape:
     return shape
 
 
-def _kept(config: Config, teacher: Shape) -> dict[str, tuple[int, ...]]:
+def kept_layers(config: Config, teacher: Shape) -> dict[str, tuple[int, ...]]:
     """The teacher's layers that the student keeps, by their stack.
 
     Raises:
@@ -219,7 +219,7 @@ def student_params(config: Config, model: Model, teacher: str) -> Callable[[], A
             return init(jax.random.key(config.seed))
         layers = None
         if student.init == "teacher_layers":
-            layers = _kept(config, hf.read_config(folder))
+            layers = kept_layers(config, hf.read_config(folder))
         return hf.load_params(
             folder, model.shape, shardings=shardings, keep_layers=layers
         )

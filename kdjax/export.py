@@ -1,14 +1,17 @@
 """Writes a student as a Hugging Face folder: python -m kdjax.export --workdir=DIR.
 
 `transformers.AutoModelForCausalLM.from_pretrained(OUT)` loads it as it is; so does
-kdjax, as a teacher or a student.
+kdjax, as a teacher or a student. Tokenizer, chat template and a model card are in it.
 """
 
+import json
 import pathlib
+from typing import Any
 
 from absl import flags
 
-from kdjax import cli, distributed, experiment, sharding
+from kdjax import card, cli, distributed, experiment, origins, sharding, writer
+from kdjax.checkpoint import Checkpoints
 from kdjax.config import Config
 from kdjax.models import hf, lora
 
@@ -27,7 +30,7 @@ def write(
     step: int | None = None,
     dtype: str = "float32",
 ) -> None:
-    """Exports a checkpoint (None = the newest) with its tokenizer.
+    """Exports a checkpoint (None = the newest) with its tokenizer and a model card.
 
     Adapters are multiplied and added into their kernels: the result is a plain model.
     """
@@ -35,8 +38,27 @@ def write(
     tokenizer = experiment.load_tokenizer(config)
     model, params = experiment.load_student(config, workdir, mesh, tokenizer, step=step)
     params = lora.merged(params, config.student.lora)
-    hf.save(out, model.shape, params, tokenizer, dtype=dtype)
+    found = origins.find(config, model, experiment.teacher_folder(config, workdir))
+    done = step or _newest(workdir)
+    readme = card.write(
+        config, model.shape, found, step=done, summary=_summary(workdir, done)
+    )
+    hf.save(out, model.shape, params, tokenizer, dtype=dtype, readme=readme)
     distributed.barrier("export")
+
+
+def _newest(workdir: pathlib.Path) -> int:
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    step = checkpoints.latest_step()
+    checkpoints.close()
+    return step or 0
+
+
+def _summary(workdir: pathlib.Path, step: int) -> dict[str, Any] | None:
+    """The results of a run, unless they are of another step."""
+    file = workdir / writer.SUMMARY
+    found = json.loads(file.read_text()) if file.is_file() else {}
+    return found if found.get("steps") == step else None
 
 
 def run(config: Config, workdir: pathlib.Path) -> None:

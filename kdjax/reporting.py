@@ -13,12 +13,12 @@ import jax
 import numpy as np
 
 import kdjax
-from kdjax import cli, experiment, flops, freezing, methods
+from kdjax import cli, experiment, flops, freezing, methods, origins
 from kdjax.config import Config
 from kdjax.data.loader import BatchPlan
 from kdjax.models.lm import Shape
 from kdjax.state import TrainState
-from kdjax.writer import Writer
+from kdjax.writer import Writer, print_table
 
 _LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
 
@@ -206,6 +206,18 @@ def state_rows(abstract: TrainState, frozen: Collection[str]) -> list[dict[str, 
         for name, leaves in found.items()
         if leaves
     ]
+
+
+def report_origins(workdir: pathlib.Path, name: str, found: dict[str, str]) -> None:
+    """Shows where the initial parameters come from, and writes it to init.json.
+
+    Args:
+      workdir: of the run.
+      name: of the run.
+      found: from `origins.find`.
+    """
+    cli.write_atomically(workdir / "init.json", json.dumps(found, indent=2) + "\n")
+    print_table(f"{name}: what the student starts from", origins.rows(found))
 
 
 def evaluation_row(

@@ -11,14 +11,29 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from kdjax import cli, distributed, experiment, freezing, methods, sharding, state
+from kdjax import (
+    cli,
+    distributed,
+    experiment,
+    freezing,
+    methods,
+    origins,
+    sharding,
+    state,
+)
 from kdjax.checkpoint import Checkpoints
 from kdjax.config import Config, to_json
 from kdjax.data import loader
 from kdjax.experiment import Data, Model
 from kdjax.models import hf
 from kdjax.program import Program, check_teacher, untrained
-from kdjax.reporting import Meter, evaluation_row, run_summary, state_rows
+from kdjax.reporting import (
+    Meter,
+    evaluation_row,
+    report_origins,
+    run_summary,
+    state_rows,
+)
 from kdjax.scoring import Scorer, match_rates
 from kdjax.teacher import building
 from kdjax.writer import Writer, print_table
@@ -201,6 +216,8 @@ def run(config: Config, workdir: pathlib.Path) -> None:
         if config.teacher.online and methods.needs_teacher(config.method)
         else None
     )
+    if distributed.is_main():
+        report_origins(workdir, config.name, origins.find(config, model, teacher_path))
     cache = caches.get("eval")
     scorer = Scorer(config, data, model, mesh, cache=cache)
     params, throughput, student = fit(

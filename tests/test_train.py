@@ -350,6 +350,9 @@ def test_a_non_finite_loss_stops_the_run_and_is_not_saved(finished, tmp_path):
 def test_export_and_evaluate(finished, tmp_path):
     config, workdir = finished
     export.write(config, workdir, tmp_path / "out")
+    readme = (tmp_path / "out" / "README.md").read_text()
+    assert f"| nll | {summary(workdir)['student']['nll']:.4g} | " in readme
+    assert str(workdir) not in readme and "| teacher | trained for this run |" in readme
     exported = hf.load_params(tmp_path / "out", hf.read_config(tmp_path / "out"))
     jax.tree.map(np.testing.assert_array_equal, final_params(config, workdir), exported)
     wanted = summary(workdir)

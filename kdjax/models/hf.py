@@ -3,16 +3,15 @@
 A folder holds config.json and either model.safetensors or several shards with
 model.safetensors.index.json. Hugging Face stores one [out, in] matrix a layer; here
 kernels are [in, out] and layers are stacked, so reading takes slices, transposes and
-stacks them: a process touches only the parts that its own devices hold.
+stacks them: a process touches only the parts that its own devices hold, and the host
+holds one part, or when writing one layer's tensor, at a time.
 """
 
-import contextlib
 import hashlib
-import json
 import os
 import pathlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -22,15 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 from huggingface_hub import errors
 from jax.experimental import multihost_utils
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from kdjax.config import T5Config
-from kdjax.models import families, lm, t5_names
+from kdjax.models import families, lm, t5_names, weights
 from kdjax.models.lm import Shape
-
-INDEX = "model.safetensors.index.json"
-FLOATS = ("F32", "F16", "BF16")
 
 
 def resolve(path: str | os.PathLike) -> pathlib.Path:
@@ -64,10 +58,10 @@ def read_config(path: str | os.PathLike) -> Shape:
     file = folder / "config.json"
     if not file.is_file():
         raise ValueError(f"{file} is missing: give a Hugging Face model folder")
-    raw = _read_json(file)
+    raw = weights.read_json(file)
     if raw.get("model_type") != "t5":
         return families.read(raw, str(file))
-    return t5_names.read(raw, str(file), lambda: t5_names.HEAD in _names_in(folder))
+    return t5_names.read(raw, str(file), lambda: t5_names.HEAD in weights.names(folder))
 
 
 def _names(config: Shape) -> ModuleType:
@@ -115,27 +109,21 @@ def load_params(
     if shardings is None:
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         shardings = jax.tree.map(lambda _: device, shapes)
-    with contextlib.ExitStack() as stack:
-        tensors, files = _open_tensors(folder, stack)
-        tensors = names_of.without_copies(tensors, files, config)
-        _check_tensors(
-            folder, tensors, files, _stored_shapes(config, lm.stacks(stored))
-        )
+    tensors, files = weights.find(folder)
+    tensors = names_of.without_copies(tensors, files, config)
+    _check_tensors(folder, tensors, files, stored_shapes(config, lm.stacks(stored)))
 
-        def load(key_path, shape, sharding):
-            path = join(key_path)
-            stack_of = _stack_of(config, path)
-            names, transposed = names_of.stored_names(
-                config, path, layers.get(stack_of, ())
-            )
+    def load(key_path, shape, sharding):
+        path = join(key_path)
+        stack = _stack_of(config, path)
+        names, transposed = names_of.stored_names(config, path, layers.get(stack, ()))
 
-            def read(index):
-                part = _read(tensors, names, index, bool(stack_of), transposed)
-                return part.astype(jnp.dtype(dtype))
+        def read(index):
+            return _read(tensors, names, index, bool(stack), transposed, dtype)
 
-            return jax.make_array_from_callback(shape.shape, sharding, _memoised(read))
+        return _placed(shape.shape, sharding, read)
 
-        return jax.tree_util.tree_map_with_path(load, shapes, shardings)
+    return jax.tree_util.tree_map_with_path(load, shapes, shardings)
 
 
 def save(
@@ -147,6 +135,7 @@ def save(
     dtype: str = "float32",
     max_shard_bytes: int = 5 * 2**30,
     overwrite: bool = False,
+    readme: str = "",
 ) -> None:
     """Write a folder that `transformers` loads as it is, by the class of its kind.
 
@@ -162,6 +151,7 @@ def save(
       dtype: of the stored tensors, "float32", "bfloat16" or "float16".
       max_shard_bytes: above this the weights are split over several files.
       overwrite: replace an existing model folder.
+      readme: the model card, README.md; "" writes none.
 
     Raises:
       ValueError: the folder exists and may not be replaced, or the shape is not one of
@@ -174,9 +164,16 @@ def save(
             f"path={str(path)!r} exists and is not empty: remove it, choose another, "
             "or replace a model folder with overwrite=True"
         )
-    described = _names(config).write(config)
-    tensors = _stored_tensors(config, jax.tree.map(_to_host, params))
+    described, stored = _names(config).write(config), _stored(config, params)
+
+    def fetch(name):
+        leaf, layer, transposed = stored[name]
+        part = _to_host(leaf, layer)
+        return part.T if transposed else part
+
     if jax.process_index() != 0:
+        for name in stored:  # in the order in which process 0 does
+            fetch(name)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.tmp-{os.getpid()}")
@@ -188,11 +185,22 @@ def save(
     } | {name: value for name, value in described.items() if name.endswith("_token_id")}
     # Both spellings: transformers 4 reads the first, transformers 5 the second.
     stored_as = {"torch_dtype": dtype, "dtype": dtype}
-    _write_json(scratch / "config.json", described | stored_as | ids)
-    _write_json(scratch / "generation_config.json", {"_from_model_config": True} | ids)
-    _write_weights(scratch, tensors, dtype, max_shard_bytes)
+    weights.write_json(scratch / "config.json", described | stored_as | ids)
+    weights.write_json(
+        scratch / "generation_config.json", {"_from_model_config": True} | ids
+    )
+    shapes = stored_shapes(config, lm.stacks(config))
+    weights.write(
+        scratch,
+        {name: shapes[name] for name in stored},
+        fetch,
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+    )
     if tokenizer is not None:
         tokenizer.save_pretrained(scratch)
+    if readme:
+        (scratch / "README.md").write_text(readme, encoding="utf-8")
     if path.exists():
         shutil.rmtree(path)
     os.replace(scratch, path)
@@ -207,46 +215,6 @@ def fingerprint(path: str | os.PathLike) -> str:
             content = hashlib.file_digest(stream, "sha256").hexdigest()
         digest.update(f"{file.name} {content}\n".encode())
     return digest.hexdigest()
-
-
-def _open_tensors(
-    folder: pathlib.Path, stack: contextlib.ExitStack
-) -> tuple[dict[str, Any], dict[str, pathlib.Path]]:
-    """Lazy slices and files by tensor name; files stay open as long as `stack`.
-
-    The files are also those of tensors that an index names and no file holds.
-    """
-    files, origins = ["model.safetensors"], {}
-    if (folder / INDEX).is_file():
-        weight_map = _read_json(folder / INDEX).get("weight_map")
-        if not weight_map:
-            raise ValueError(f"{folder / INDEX} lacks weight_map: download it again")
-        files = sorted(set(weight_map.values()))
-        origins = {name: folder / file for name, file in weight_map.items()}
-    tensors: dict[str, Any] = {}
-    for file in files:
-        if not (folder / file).is_file():
-            raise ValueError(f"{folder / file} is missing: download the folder again")
-        try:
-            opened = stack.enter_context(safe_open(folder / file, framework="np"))
-            names = opened.keys()
-            tensors |= {name: opened.get_slice(name) for name in names}
-        except SafetensorError as error:
-            raise ValueError(
-                f"{folder / file} is damaged ({error}): download the folder again"
-            ) from error
-        origins |= dict.fromkeys(names, folder / file)
-    return tensors, origins
-
-
-def _read_json(file: pathlib.Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{file} is damaged ({error}): download it again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds no object: download it again")
-    return content
 
 
 def join(key_path) -> str:
@@ -268,7 +236,7 @@ def _tensors_of(
     return *_names(config).stored_names(config, path, layers), bool(stack)
 
 
-def _stored_shapes(
+def stored_shapes(
     config: Shape, stacks: Mapping[str, int]
 ) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor in the files of a model of so many layers."""
@@ -281,19 +249,11 @@ def _stored_shapes(
     return result
 
 
-def _names_in(folder: pathlib.Path) -> set[str]:
-    """Names of the tensors of a folder; none where it has no weights."""
-    if not any(folder.glob("*.safetensors")):
-        return set()
-    with contextlib.ExitStack() as stack:
-        return set(_open_tensors(folder, stack)[0])
-
-
 def _check_tensors(
     folder: pathlib.Path, tensors: dict, files: dict, wanted: dict
 ) -> None:
-    several = (folder / INDEX).is_file()
-    whole = folder / (INDEX if several else "model.safetensors")
+    several = (folder / weights.INDEX).is_file()
+    whole = folder / (weights.INDEX if several else "model.safetensors")
     for kind, names in (
         ("lacks", wanted.keys() - tensors.keys()),
         ("also has", tensors.keys() - wanted.keys()),
@@ -304,87 +264,73 @@ def _check_tensors(
                 f"({len(names)} such): config.json and weights do not belong together"
             )
     for name, shape in wanted.items():
-        tensor = tensors[name]
-        found_type, found_shape = tensor.get_dtype(), tensor.get_shape()
-        if tuple(found_shape) != shape or found_type not in FLOATS:
+        found = tensors[name]
+        if found.shape != shape or found.dtype not in weights.FLOATS:
             raise ValueError(
-                f"{files[name]}: tensor {name} is {found_type}{found_shape}, "
-                f"wanted shape {list(shape)} in one of {FLOATS}: check config.json"
+                f"{files[name]}: tensor {name} is {found.dtype}{list(found.shape)}, "
+                f"wanted shape {list(shape)} in one of {weights.FLOATS}: check "
+                "config.json"
             )
 
 
 def _read(
-    tensors: dict, names: list[str], index: tuple, stacked: bool, transposed: bool
+    tensors: dict,
+    names: list[str],
+    index: tuple[slice, ...],
+    stacked: bool,
+    transposed: bool,
+    dtype: str,
 ) -> np.ndarray:
     """The part `index` of a parameter, from the tensors behind it."""
     if not stacked:
-        return tensors[names[0]][index]
+        return tensors[names[0]][index].astype(jnp.dtype(dtype), copy=False)
     layers, *rest = index
     stored = tuple(rest[::-1] if transposed else rest)
-    parts = [tensors[name][stored] for name in names[layers]]
-    return np.stack([part.T if transposed else part for part in parts])
+    sizes = [part.stop - part.start for part in index]
+    found = np.empty(sizes, jnp.dtype(dtype))
+    for layer, name in zip(found, names[layers], strict=True):
+        layer[...] = tensors[name][stored].T if transposed else tensors[name][stored]
+    return found
 
 
-def _memoised(read):
-    """Devices that hold the same part share one read of it."""
-    known = {}
+def _placed(
+    shape: tuple[int, ...],
+    sharding: jax.sharding.Sharding,
+    read: Callable[[tuple[slice, ...]], np.ndarray],
+) -> jax.Array:
+    """An array of the parts that `read` gives, of which the host holds one at a time.
 
-    def lookup(index):
-        key = tuple((part.start, part.stop) for part in index)
-        if key not in known:
-            known[key] = read(index)
-        return known[key]
+    Devices that hold the same part share one read of it.
+    """
+    holders: dict[tuple[tuple[int, int], ...], list] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        sized = zip(index or (), shape, strict=True)
+        bounds = tuple(part.indices(size)[:2] for part, size in sized)
+        holders.setdefault(bounds, []).append(device)
+    placed = []
+    for bounds, devices in holders.items():
+        part = read(tuple(slice(*ends) for ends in bounds))
+        placed += jax.block_until_ready([jax.device_put(part, d) for d in devices])
+        del part  # before the next one is read
+    return jax.make_array_from_single_device_arrays(shape, sharding, placed)
 
-    return lookup
 
-
-def _to_host(array: jax.Array) -> np.ndarray:
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
-        return multihost_utils.process_allgather(array, tiled=True)
-    return np.asarray(array)
-
-
-def _stored_tensors(config: Shape, params: dict) -> dict[str, np.ndarray]:
-    """Views of the parameters by Hugging Face name."""
+def _stored(
+    config: Shape, params: lm.Params
+) -> dict[str, tuple[Any, int | None, bool]]:
+    """By Hugging Face name: a parameter, which of its layers, whether transposed."""
     result, stacks = {}, lm.stacks(config)
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):
         names, transposed, stacked = _tensors_of(config, join(key_path), stacks)
-        parts = leaf if stacked else [leaf]
-        for name, part in zip(names, parts, strict=True):
-            result[name] = part.T if transposed else part
+        for layer, name in enumerate(names):
+            result[name] = leaf, layer if stacked else None, transposed
     return dict(sorted(result.items()))
 
 
-def _write_weights(
-    folder: pathlib.Path, tensors: dict[str, np.ndarray], dtype: str, max_bytes: int
-) -> None:
-    itemsize = jnp.dtype(dtype).itemsize
-    shards: list[list[str]] = [[]]
-    room = max_bytes
-    for name, tensor in tensors.items():
-        size = tensor.size * itemsize
-        if size > room and shards[-1]:
-            shards.append([])
-            room = max_bytes
-        shards[-1].append(name)
-        room -= size
-    files = ["model.safetensors"]
-    if len(shards) > 1:
-        count = len(shards)
-        files = [
-            f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)
-        ]
-        total = sum(tensor.size for tensor in tensors.values()) * itemsize
-        weight_map = {
-            n: f for f, names in zip(files, shards, strict=True) for n in names
-        }
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        _write_json(folder / INDEX, index)
-    for file, names in zip(files, shards, strict=True):
-        cast = {n: np.ascontiguousarray(tensors[n], jnp.dtype(dtype)) for n in names}
-        save_file(cast, folder / file, metadata={"format": "pt"})
-        (folder / file).chmod(0o644)  # safetensors lets nobody else read it
-
-
-def _write_json(file: pathlib.Path, content: dict) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n")
+def _to_host(leaf: Any, layer: int | None) -> np.ndarray:
+    """A parameter, or one layer of it; every process must call this."""
+    # An array remembers its copy on the host: this one is gone with it.
+    array = leaf.copy() if layer is None else leaf[layer]
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        return multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)

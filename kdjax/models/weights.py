@@ -1,0 +1,169 @@
+"""A folder's safetensors files, read and written one tensor at a time.
+
+A file is mapped into memory only while a tensor is read from it: pages of a mapping
+count as the process's own for as long as it lasts, which would double the memory that
+loading takes. Writing holds one tensor, not one file.
+"""
+
+import json
+import math
+import os
+import pathlib
+import struct
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp  # its import lets NumPy know bfloat16
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+INDEX = "model.safetensors.index.json"
+_CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+FLOATS = tuple(_CODES.values())
+
+
+class Tensor:
+    """A tensor in a file; `tensor[index]` reads a part of it.
+
+    Attributes:
+      file: where it is.
+      name: as it is called there.
+      dtype: the format's name of its type, as "F32".
+      shape: as it is stored.
+    """
+
+    def __init__(self, file: pathlib.Path, name: str, found: Any) -> None:
+        self.file, self.name = file, name
+        self.dtype, self.shape = found.get_dtype(), tuple(found.get_shape())
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        with _opened(self.file) as tensors:
+            return tensors.get_slice(self.name)[index]
+
+
+def find(folder: pathlib.Path) -> tuple[dict[str, Tensor], dict[str, pathlib.Path]]:
+    """The tensors of a folder, and the file of each, by name.
+
+    The files are also those of tensors that an index names and no file holds.
+
+    Raises:
+      ValueError: a file that is missing, cut short or damaged.
+    """
+    origins = {}
+    if (folder / INDEX).is_file():
+        weight_map = read_json(folder / INDEX).get("weight_map")
+        if not weight_map:
+            raise ValueError(f"{folder / INDEX} lacks weight_map: download it again")
+        origins = {name: folder / file for name, file in weight_map.items()}
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(set(origins.values())) or [folder / "model.safetensors"]:
+        of_file = sorted(name for name, found in origins.items() if found == file)
+        holds = f", with {len(of_file)} tensors, {of_file[0]} ..." if of_file else ""
+        if not file.is_file():
+            raise ValueError(f"{file} is missing{holds}: download the folder again")
+        try:
+            with _opened(file) as opened:
+                for name in opened.keys():  # noqa: SIM118 - not a dict
+                    tensors[name] = Tensor(file, name, opened.get_slice(name))
+                    origins[name] = file
+        except SafetensorError as error:
+            raise ValueError(
+                f"{file} is damaged ({error}){holds}: download the folder again"
+            ) from error
+    return tensors, origins
+
+
+def names(folder: pathlib.Path) -> set[str]:
+    """Names of the tensors of a folder; none where it has no weights."""
+    return set(find(folder)[0]) if any(folder.glob("*.safetensors")) else set()
+
+
+def write(
+    folder: pathlib.Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    fetch: Callable[[str], np.ndarray],
+    *,
+    dtype: str,
+    max_shard_bytes: int,
+) -> None:
+    """Write tensors to one file, or to several with an index.
+
+    Args:
+      folder: where, made before.
+      shapes: of each tensor by name, in the order in which they are written.
+      fetch: gives a tensor by its name; called once for each, in this order.
+      dtype: they are cast to it: "float32", "bfloat16" or "float16".
+      max_shard_bytes: tensors of one file; a larger tensor has a file for itself.
+
+    Raises:
+      ValueError: a tensor of another shape.
+    """
+    itemsize = jnp.dtype(dtype).itemsize
+    sizes = {name: itemsize * math.prod(shape) for name, shape in shapes.items()}
+    shards: list[list[str]] = [[]]
+    room = max_shard_bytes
+    for name, size in sizes.items():
+        if size > room and shards[-1]:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append(name)
+        room -= size
+    files = ["model.safetensors"]
+    if len(shards) > 1:
+        count = len(shards)
+        files = [
+            f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)
+        ]
+        weight_map = {
+            n: f for f, names in zip(files, shards, strict=True) for n in names
+        }
+        total = {"total_size": sum(sizes.values())}
+        write_json(folder / INDEX, {"metadata": total, "weight_map": weight_map})
+    for file, found in zip(files, shards, strict=True):
+        with open(folder / file, "wb") as stream:
+            stream.write(_header({name: shapes[name] for name in found}, dtype))
+            for name in found:
+                part = np.ascontiguousarray(fetch(name), jnp.dtype(dtype))
+                if part.shape != shapes[name]:
+                    raise ValueError(
+                        f"tensor {name} has shape {part.shape}, wanted {shapes[name]}: "
+                        "the parameters are not of this config"
+                    )
+                stream.write(part.view(np.uint8))
+
+
+def _header(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> bytes:
+    """What a file begins with: where each of its tensors is, and how long that is."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + jnp.dtype(dtype).itemsize * math.prod(shape)
+        described = {"dtype": _CODES[dtype], "shape": shape}
+        header[name] = described | {"data_offsets": (start, end)}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # what follows is aligned
+    return struct.pack("<Q", len(encoded)) + encoded
+
+
+def read_json(file: pathlib.Path) -> dict[str, Any]:
+    """The object in a file.
+
+    Raises:
+      ValueError: the file holds none.
+    """
+    try:
+        content = json.loads(file.read_text())
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file} is damaged ({error}): download it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds no object: download it again")
+    return content
+
+
+def write_json(file: pathlib.Path, content: dict) -> None:
+    """Write an object, indented."""
+    file.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _opened(file: str | os.PathLike) -> Any:
+    return safe_open(file, framework="np")

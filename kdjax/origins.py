@@ -1,0 +1,67 @@
+"""Where a student's initial parameters come from, in words that name no machine."""
+
+import os
+from collections.abc import Mapping
+
+from flax.traverse_util import flatten_dict
+from huggingface_hub import errors, utils
+
+from kdjax import experiment
+from kdjax.config import Config
+from kdjax.experiment import Model
+from kdjax.models import hf, lora
+
+
+def is_hub_name(path: str) -> bool:
+    """Whether a path names a model or data set of the hub, and is no local file."""
+    try:
+        utils.validate_repo_id(path)
+    except errors.HFValidationError:
+        return False
+    return bool(path) and not os.path.exists(path)
+
+
+def name_of(path: str) -> str:
+    """A hub name as it is, of a local path the last component."""
+    return path if is_hub_name(path) else os.path.basename(os.path.abspath(path))
+
+
+def find(config: Config, model: Model, teacher: str) -> dict[str, str]:
+    """The origin of each of the student's parameters, by its path.
+
+    Args:
+      config: the run.
+      model: the student.
+      teacher: the teacher's folder or hub name.
+    """
+    student, kept = config.student, {}
+    name = name_of(student.path if student.init == "folder" else teacher)
+    if student.init == "teacher_layers":
+        kept = experiment.kept_layers(config, hf.read_config(teacher))
+
+    def origin(path: str) -> str:
+        if lora.is_adapter(path):
+            return "adapter, random"
+        if student.init == "random":
+            return "random"
+        if student.init == "folder":
+            return f"folder {name}"
+        for stack, layers in kept.items():
+            if path.startswith(f"{stack}/"):
+                return f"teacher layers {tuple(layers)} of {name}"
+        return f"teacher {name}"
+
+    return {path: origin(path) for path in flatten_dict(model.abstract, sep="/")}
+
+
+def rows(found: Mapping[str, str]) -> list[dict[str, str]]:
+    """One line an origin: the parameters that have it, stacks and others by name."""
+    groups: dict[str, dict[str, None]] = {}
+    for path, origin in found.items():
+        before, layers, _ = path.partition("layers/")
+        group = before + "layers" if layers else path.rsplit("/", 1)[0]
+        groups.setdefault(origin, {})[group] = None
+    return [
+        {"parameters": ", ".join(names), "from": origin}
+        for origin, names in groups.items()
+    ]
