@@ -25,6 +25,7 @@ setup(
     long_description=(root / "README.md").read_text(),
     long_description_content_type="text/markdown",
     packages=find_packages(include=["kdjax", "kdjax.*"]),
+    package_data={"kdjax.teacher": ["prompt_files/*"]},
     python_requires=">=3.11",
     install_requires=[
         "absl-py>=2.1",
@@ -56,6 +57,7 @@ setup(
         # CPU index, the default wheel brings several GB of CUDA libraries.
         "reference": ["torch>=2.6"],
         "dev": [*test, "ruff>=0.9", "codespell>=2.3", "mypy>=1.15", "pre-commit>=4"],
+        "annotate": ["openai>=2.0"],  # kdjax.annotate asks a server
         "cuda": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],
         "peers": ["torch>=2.6", "trl>=1.0"],

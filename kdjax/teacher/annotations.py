@@ -95,7 +95,8 @@ class Part:
             ) from None
         self._file.seek(0)
         length = sum(len(line) for line in self._file if line.endswith(b"\n"))
-        self._file.truncate(length)
+        if length < self._file.tell():
+            self._file.truncate(length)
 
     def __enter__(self) -> "Part":
         """Returns self."""

@@ -33,7 +33,7 @@ class Answers(http.server.ThreadingHTTPServer):
         self.numbers = {}  # prompt -> in order of arrival
         self.bodies, self.headers = [], []
         self.under_way = self.most_under_way = self.served = 0
-        self.release = threading.Event()
+        self.release, self.meeting = threading.Event(), threading.Barrier(6)
 
     @property
     def url(self):
@@ -87,6 +87,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def reply(self, fault, prompt, number):
         found = json.dumps(answer(prompt, number))
+        if fault == "meet":
+            self.server.meeting.wait(20)
+            fault = None
         if fault is None:
             with self.server.lock:
                 self.server.served += 1
@@ -202,8 +205,9 @@ def test_nothing_is_lost_or_doubled(tmp_path, method):
 
 
 def test_what_is_sent(tmp_path):
-    with serving() as server:
-        made = config(server, temperature=0.7, top_p=0.9, stop=("\nQ:",))
+    with serving(lambda number: ("meet",) if number < 6 else ()) as server:
+        fields = {"temperature": 0.7, "top_p": 0.9, "stop": ("\nQ:",), "timeout": 30.0}
+        made = config(server, **fields)
         annotating.annotate(made, tmp_path)
         body = server.bodies[0]
         assert body["model"] == "m" and body["max_tokens"] == 5
@@ -217,7 +221,7 @@ def test_what_is_sent(tmp_path):
             made.annotate,
         )
         assert first.request.messages in [body["messages"] for body in server.bodies]
-        assert 1 < server.most_under_way <= made.annotate.concurrency
+        assert server.most_under_way == made.annotate.concurrency == 6
 
 
 @pytest.mark.parametrize(
