@@ -131,9 +131,13 @@ def _in_threads(
     server = backends.Server(config.annotate, spent=spent)
 
     def finish(item: Item) -> Work:
-        work = Work(item, files, config.annotate)
-        while work.request:
-            work.take(server(work.request))
+        try:
+            work = Work(item, files, config.annotate)
+            while work.request:
+                work.take(server(work.request))
+        except Exception:
+            server.stop()  # before this thread takes another item
+            raise
         return work
 
     pool = concurrent.futures.ThreadPoolExecutor(config.annotate.concurrency)
@@ -147,7 +151,7 @@ def _in_threads(
                 continue
             except Exception as error:
                 failure = failure or error
-                server.stop()
+                server.stop()  # where it was the writing that failed
     finally:
         server.stop()
         pool.shutdown(cancel_futures=True)

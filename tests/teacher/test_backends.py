@@ -233,7 +233,7 @@ def test_what_is_sent(tmp_path):
         ),
         (403, "status 403"),
         (404, r"annotate\.model='m': unknown to the server"),
-        (400, r"refuses the rationale prompt of example .* \(status 400: no: Bearer"),
+        (400, r"refuses the rationale prompt of .* \(status 400: .*no: Bearer \[key\]"),
     ],
 )
 def test_a_refusal_is_one_error_without_the_key(tmp_path, status, message, caplog):
