@@ -22,9 +22,10 @@ def run(config: Config, workdir: pathlib.Path) -> None:
     if distributed.is_main():
         counts = {name: report[name] for name in ("rows", "kept", "dropped")}
         print_table(
-            f"{config.name}: {report['file']}",
-            [counts | report["gates"] | {"new_tokens": report["new_tokens"]}],
+            f"{config.name}: annotations",
+            [{"": name, "rows": n} for name, n in (counts | report["gates"]).items()],
         )
+        print(report["file"])
         cli.write_json(report)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from kdjax import annotate as verb
-from kdjax import generate, resuming, validation
+from kdjax import cli, generate, resuming, validation
 from kdjax.config import ANNOTATIONS, AnnotateConfig
 from kdjax.data import kinship, sources
 from kdjax.data import tokenizer as tokenizers
@@ -62,7 +62,7 @@ def config(places, data=None, **fields):
     made = small.config(
         data=data,
         teacher={"path": str(places / "teacher")},
-        annotate=AnnotateConfig(**(small_ones | fields)),
+        annotate=AnnotateConfig(**fields),
     )
     validation.validate(made)
     return made
@@ -337,10 +337,14 @@ def test_the_result_is_training_data(places, tmp_path):
             assert text == wrong[example.id, choice]
 
 
-def test_the_verb_prints_counts(places, tmp_path, capsys):
+def test_the_verb_prints_counts(places, tmp_path, capsys, monkeypatch):
+    written = []
+    monkeypatch.setattr(cli, "write_json", written.append)
     verb.run(config(places, method="zero_shot"), tmp_path)
-    printed = " ".join(capsys.readouterr().out.split())
-    assert "kept" in printed and "contradicts" in printed and str(NUM) in printed
+    lines = capsys.readouterr().out.splitlines()
+    assert any("kept" in line and f" {NUM} " in line for line in lines)
+    assert any("contradicts" in line for line in lines)
+    assert [report["file"] for report in written] == lines[-1:]
 
 
 @pytest.mark.parametrize(
