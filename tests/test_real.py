@@ -111,6 +111,7 @@ def test_annotate_smoke(method, real_data, smollm2, tmp_path):
         "--config.data.chat_template=True",
         f"--config.annotate.method={method}",
         "--config.annotate.max_new_tokens=24",
+        "--config.annotate.num_demonstrations=2",
         "--config.annotate.batch_size=5",
     ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
