@@ -10,6 +10,7 @@ version = re.search(
     r'__version__ = "(.+)"', (root / "kdjax" / "__init__.py").read_text()
 ).group(1)
 
+annotate = ["openai>=2.0"]
 compare = [  # statistics and figures of kdjax.analysis
     "matplotlib>=3.9",
     "pandas>=2.2",
@@ -19,6 +20,7 @@ compare = [  # statistics and figures of kdjax.analysis
 ]
 test = [
     *compare,
+    *annotate,
     "pytest>=8",
     "pytest-xdist>=3.6",
     "beartype>=0.19",
@@ -33,7 +35,10 @@ setup(
     long_description=(root / "README.md").read_text(),
     long_description_content_type="text/markdown",
     packages=find_packages(include=["kdjax", "kdjax.*"]),
-    package_data={"kdjax.analysis": ["*.jinja"]},
+    package_data={
+        "kdjax.analysis": ["*.jinja"],
+        "kdjax.teacher": ["prompt_files/*"],
+    },
     python_requires=">=3.11",
     install_requires=[
         "absl-py>=2.1",
@@ -65,6 +70,7 @@ setup(
         # CPU index, the default wheel brings several GB of CUDA libraries.
         "reference": ["torch>=2.6"],
         "dev": [*test, "ruff>=0.9", "codespell>=2.3", "mypy>=1.15", "pre-commit>=4"],
+        "annotate": annotate,  # kdjax.annotate asks a server
         "cuda": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],
         "peers": ["torch>=2.6", "trl>=1.0"],

@@ -36,6 +36,17 @@ FAMILIES = (
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 ROTARY = ("global", "local", "none")
+ANNOTATIONS = (
+    "zero_shot",
+    "few_shot",
+    "counterfactual",
+    "contrastive",
+    "critique_revision",
+)
+BACKENDS = ("local", "server")
+QUALITIES = ("good", "bad")
+CONTRASTS = ("wrong", "empty")
+GATES = ("empty", "cut_off", "no_choice", "contradicts", "leaks")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -306,6 +317,35 @@ class EvalConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class AnnotateConfig:
+    """How a teacher writes rationales by prompting; training reads none of it."""
+
+    method: str = "few_shot"  # one of ANNOTATIONS
+    split: str = "train"  # whose examples: "train" or "eval"
+    path: str = ""  # folder; "" = <workdir>/annotations/<split>-<method>
+    backend: str = "local"  # one of BACKENDS
+    model: str = ""  # folder or hub name, "" = the teacher; or a server's name for it
+    prompts: str = ""  # folder of prompt files; "" = the built-in ones
+    num_demonstrations: int = 7  # worked examples before the question (not zero_shot)
+    quality: str = "good"  # of the rationales asked for: one of QUALITIES
+    contrast: str = "wrong"  # answer that is decoded against: one of CONTRASTS
+    contrast_weight: float = 0.5  # lambda of its log-probabilities (contrastive)
+    max_new_tokens: int = 128  # of each generated text
+    temperature: float = 0.0  # 0 = most probable token, else sampling
+    top_p: float = 1.0  # sample among the fewest tokens of at least this probability
+    stop: tuple[str, ...] = ("\nQuestion:",)  # a text ends before the first of these
+    seed: int = 0  # of adjectives, requests, wrong choices and sampling
+    batch_size: int = 16  # prompts decoded together (local)
+    drop: tuple[str, ...] = ()  # rationales left out of the result: some of GATES
+    url: str = ""  # of an OpenAI-compatible server, as "http://localhost:8000/v1"
+    key_variable: str = "OPENAI_API_KEY"  # environment variable with its key; "" = none
+    concurrency: int = 8  # requests at a time (server)
+    num_retries: int = 8  # of a request that failed in passing (server)
+    timeout: float = 120.0  # seconds for a request (server)
+    token_budget: int = 0  # tokens, prompts too, to spend on a server; 0 = no limit
+
+
+@dataclass(kw_only=True, slots=True)
 class Config:
     """One experiment."""
 
@@ -321,6 +361,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
+    annotate: AnnotateConfig = field(default_factory=AnnotateConfig)
 
 
 def to_json(config: Config) -> str:

@@ -4,6 +4,7 @@ Shapes: B rows, P prompt time (right padded), N new tokens, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +47,7 @@ def make_generate(
       Jitted `generate(params, prompts_BP, lengths_B, key, temperature) -> tokens_BN`,
       int32. Prompts are right padded (with any id); a row of length 0 stays empty: all
       `pad_id`. Temperature 0 takes the most probable token; the end token is included.
+      `key` may be an array of B keys: a row's draws then hang on its own key alone.
 
     Raises:
       ValueError: more tokens than the model's max_length, or a top_k or top_p out of
@@ -53,17 +55,7 @@ def make_generate(
 
     Source: Holtzman et al., 2020, arXiv 1904.09751, section 3.1 (top_p).
     """
-    _check(config, max_prompt, max_new_tokens, top_k, top_p)
-
-    def choose(logits_BV, key, temperature):
-        def sample(_):
-            scaled_BV = filter_logits(logits_BV / temperature, top_k=top_k, top_p=top_p)
-            return jax.random.categorical(key, scaled_BV).astype(jnp.int32)
-
-        def greedy(_):
-            return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-
-        return jax.lax.cond(temperature > 0, sample, greedy, None)
+    check(config, max_prompt, max_new_tokens, top_k, top_p)
 
     @jax.jit
     def generate(params, prompts_BP, lengths_B, key, temperature):
@@ -90,7 +82,9 @@ def make_generate(
         def extend(carry):
             step, hidden_BD, done_B, tokens_BN, cache = carry
             logits_BV = lm.logits(graphdef, params, hidden_BD)
-            token_B = choose(logits_BV, jax.random.fold_in(key, step), temperature)
+            token_B = choose(
+                logits_BV, key, step, temperature, top_k=top_k, top_p=top_p
+            )
             token_B = jnp.where(done_B, jnp.int32(pad_id), token_B)
             tokens_BN = jax.lax.dynamic_update_index_in_dim(tokens_BN, token_B, step, 1)
             done_B = done_B | (token_B == eos_id)
@@ -103,6 +97,46 @@ def make_generate(
         return jax.lax.while_loop(unfinished, extend, start)[3]
 
     return generate
+
+
+def choose(
+    logits_BV: Float[Array, "B V"],
+    key: Array,
+    step: Int[Array, ""],
+    temperature: Float[Array, ""],
+    *,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> Int[Array, "B"]:
+    """The next token of each row: the most probable one, or one drawn.
+
+    Args:
+      logits_BV: up to a constant a row.
+      key: one random key, or B of them.
+      step: number of the token; draws differ between steps.
+      temperature: 0 = the most probable one.
+      top_k: see `make_generate`.
+      top_p: see `make_generate`.
+    """
+
+    def sample(_):
+        scaled_BV = filter_logits(logits_BV / temperature, top_k=top_k, top_p=top_p)
+        if not _is_rows(key):
+            step_key = jax.random.fold_in(key, step)
+            return jax.random.categorical(step_key, scaled_BV).astype(jnp.int32)
+        keys_B = jax.vmap(jax.random.fold_in, (0, None))(key, step)
+        return jax.vmap(jax.random.categorical)(keys_B, scaled_BV).astype(jnp.int32)
+
+    def greedy(_):
+        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+
+    return jax.lax.cond(temperature > 0, sample, greedy, None)
+
+
+def _is_rows(key: Array) -> bool:
+    """Whether there is a key for each row; old keys are arrays of two numbers."""
+    typed = jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
+    return typed and key.ndim == 1
 
 
 def filter_logits(
@@ -137,6 +171,7 @@ def generate_texts(
     top_k: int = 0,
     top_p: float = 1.0,
     compiled: dict[int, Callable] | None = None,
+    place: Callable[[np.ndarray], Any] = lambda x: x,
     on_batch: Callable[[int], None] = lambda num_prompts: None,
 ) -> list[list[int]]:
     """Continue tokenised prompts, batched by length and padded to few shapes.
@@ -150,12 +185,14 @@ def generate_texts(
       eos_id: token that ends a continuation; -1 = none does.
       pad_id: fills up rows.
       batch_size: prompts decoded together.
-      key: random key; needed when temperature > 0.
+      key: random key, needed when temperature > 0; or one for each prompt, so that what
+        is drawn does not hang on the other prompts.
       temperature: 0 = most probable token, else sampling.
       top_k: see `make_generate`.
       top_p: see `make_generate`.
       compiled: filled with one compiled function a prompt shape; pass the same dict
         with the same arguments again (other params, prompts) to compile nothing.
+      place: puts the arrays of a batch, [batch_size, ...], on devices.
       on_batch: called with the number of prompts done since the last call.
 
     Returns:
@@ -177,7 +214,7 @@ def generate_texts(
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         longest = len(prompts[chosen[-1]])
-        width = _prompt_shape(longest, lm.room(config, max_new_tokens))
+        width = prompt_shape(longest, lm.room(config, max_new_tokens))
         if width not in compiled:
             compiled[width] = make_generate(
                 config,
@@ -189,14 +226,14 @@ def generate_texts(
                 top_k=top_k,
                 top_p=top_p,
             )
-        prompts_BP = np.full((batch_size, width), pad_id, np.int32)
-        lengths_B = np.zeros(batch_size, np.int32)
-        for row, index in enumerate(chosen):
-            lengths_B[row] = len(prompts[index])
-            prompts_BP[row, : lengths_B[row]] = prompts[index]
-        batch_key = jax.random.fold_in(key, start)
+        rows = padded([prompts[i] for i in chosen], batch_size, width, pad_id)
+        if _is_rows(key):
+            filled = chosen + chosen[:1] * (batch_size - len(chosen))
+            batch_key = key[np.asarray(filled)]
+        else:
+            batch_key = jax.random.fold_in(key, start)
         tokens_BN = np.asarray(
-            compiled[width](params, prompts_BP, lengths_B, batch_key, temperature)
+            compiled[width](params, *map(place, rows), batch_key, temperature)
         )
         for row, index in enumerate(chosen):
             (ends,) = np.nonzero(tokens_BN[row] == eos_id)
@@ -206,7 +243,19 @@ def generate_texts(
     return results
 
 
-def _prompt_shape(longest: int, limit: int) -> int:
+def padded(
+    prompts: Sequence[Sequence[int]], num_rows: int, width: int, pad_id: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts as rows, right padded, and their lengths; rows without one have 0."""
+    prompts_BP = np.full((num_rows, width), pad_id, np.int32)
+    lengths_B = np.zeros(num_rows, np.int32)
+    for row, prompt in enumerate(prompts):
+        lengths_B[row] = len(prompt)
+        prompts_BP[row, : len(prompt)] = prompt
+    return prompts_BP, lengths_B
+
+
+def prompt_shape(longest: int, limit: int) -> int:
     """The smallest allowed padded length; `limit` itself is the last one."""
     if longest > limit:
         raise ValueError(
@@ -219,15 +268,18 @@ def _prompt_shape(longest: int, limit: int) -> int:
     return min(width, limit)
 
 
-def _check(config, max_prompt, max_new_tokens, top_k, top_p) -> None:
+def check(
+    config: lm.Shape, max_prompt: int, max_new_tokens: int, top_k: int, top_p: float
+) -> None:
+    """Refuses what `make_generate` cannot do, with a ValueError."""
     if max_prompt < 1 or max_new_tokens < 1:
         raise ValueError(
             f"max_prompt={max_prompt}, max_new_tokens={max_new_tokens}: use at least 1"
         )
-    if max_prompt > lm.room(config, max_new_tokens):
+    if (limit := lm.room(config, max_new_tokens)) < max_prompt:
         raise ValueError(
             f"max_prompt={max_prompt} + max_new_tokens={max_new_tokens} exceeds the "
-            f"model's max_length={config.max_length}: shorten one of them"
+            f"model's max_length={limit + max_new_tokens}: shorten one of them"
         )
     if top_k < 0 or not 0 < top_p <= 1:
         raise ValueError(

@@ -9,6 +9,7 @@ from kdjax.config import Config
 _FREE = (
     "mesh.",
     "evaluation.",
+    "annotate.",
     "cache.path",
     "cache.shard_size",
     "cache.batch_size",

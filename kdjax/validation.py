@@ -30,6 +30,7 @@ from kdjax.config import (
 )
 from kdjax.models import families, t5
 from kdjax.models.shape import check
+from kdjax.teacher import settings
 
 
 def _one_of(value: str, name: str, allowed: tuple[str, ...]) -> None:
@@ -235,6 +236,7 @@ def validate(config: Config) -> None:
             "student.keep_layers=() with student.init='teacher_layers': give the "
             "teacher layers to keep, for example (0, 5, 11)"
         )
+    settings.check(config.annotate)
     _check_t5(student.t5)
     for part, name in (
         (student.decoder, "student"),

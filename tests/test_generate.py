@@ -168,3 +168,22 @@ def test_refusals(model):
         generate.generate_texts(CONFIG, *model, [[1] * 60], **fields)
     with pytest.raises(ValueError, match="pass a random key"):
         generate.generate_texts(CONFIG, *model, [[1]], temperature=1.0, **fields)
+
+
+def test_a_row_with_its_own_key_does_not_hang_on_the_others(model):
+    keys = jax.random.split(jax.random.key(4), len(PROMPTS))
+    fields = {"max_new_tokens": NEW, "eos_id": -1, "pad_id": PAD, "temperature": 2.0}
+    together = generate.generate_texts(
+        CONFIG, *model, PROMPTS, key=keys, batch_size=4, **fields
+    )
+    for order in ([3, 1, 0, 2], [2]):
+        apart = generate.generate_texts(
+            CONFIG,
+            *model,
+            [PROMPTS[i] for i in order],
+            key=keys[np.array(order)],
+            batch_size=4,
+            **fields,
+        )
+        assert apart == [together[i] for i in order]
+    assert len({tuple(row) for row in together}) > 1

@@ -7,7 +7,16 @@ import re
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "kdjax"
 FILES = sorted(PACKAGE.rglob("*.py"))
-VERBS = ("train", "label", "evaluate", "export", "cache", "plan", "benchmark")
+VERBS = (
+    "train",
+    "label",
+    "annotate",
+    "evaluate",
+    "export",
+    "cache",
+    "plan",
+    "benchmark",
+)
 ALLOWED = {  # part -> the parts of kdjax it may import
     "losses": {"losses"},
     "metrics": set(),

@@ -9,6 +9,8 @@ import sys
 import numpy as np
 import pytest
 
+from kdjax.config import ANNOTATIONS
+
 ROOT = pathlib.Path(__file__).parent.parent
 
 
@@ -95,3 +97,30 @@ def test_paper_smoke(name, argument, real_data, smollm2, tmp_path):
         assert 0 <= summary["student"]["exact_match/label"] <= 1
     else:
         assert 0 <= summary["student"]["answer_match/rationale_then_label"] <= 1
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize("method", ANNOTATIONS)
+def test_annotate_smoke(method, real_data, smollm2, tmp_path):
+    """A real model explains five real questions in each way."""
+    command = [
+        *(sys.executable, "-m", "kdjax.annotate", f"--workdir={tmp_path}"),
+        f"--config={ROOT}/configs/smollm2_csqa.py:smoke",
+        *flags("smollm2_csqa", real_data, smollm2),
+        "--config.data.num_train=5",
+        "--config.data.chat_template=True",
+        f"--config.annotate.method={method}",
+        "--config.annotate.max_new_tokens=24",
+        "--config.annotate.num_demonstrations=2",
+        "--config.annotate.batch_size=5",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    folder = tmp_path / "annotations" / f"train-{method}"
+    several = method == "counterfactual"
+    name = "counterfactuals.jsonl" if several else "rationales.jsonl"
+    rows = [json.loads(line) for line in (folder / name).read_text().splitlines()]
+    assert len(rows) == (20 if several else 5)
+    assert all(len(row["text"].split()) > 3 for row in rows)
+    assert len({row["text"] for row in rows}) > 3

@@ -1,0 +1,33 @@
+"""A teacher writes rationales by prompting: python -m kdjax.annotate --config=FILE.py.
+
+`config.annotate` says how (docs/annotate.md). Killed anywhere and started again it goes
+on with the rows that are missing; with none missing it does nothing.
+"""
+
+import pathlib
+
+from absl import flags
+
+from kdjax import cli, distributed
+from kdjax.config import Config
+from kdjax.teacher import annotating
+from kdjax.writer import print_table
+
+flags.declare_key_flag("json")
+
+
+def run(config: Config, workdir: pathlib.Path) -> None:
+    """Annotates, prints what was kept, and writes the report where asked."""
+    report = annotating.annotate(config, workdir)
+    if distributed.is_main():
+        counts = {name: report[name] for name in ("rows", "kept", "dropped")}
+        print_table(
+            f"{config.name}: annotations",
+            [{"": name, "rows": n} for name, n in (counts | report["gates"]).items()],
+        )
+        print(report["file"])
+        cli.write_json(report)
+
+
+if __name__ == "__main__":
+    cli.run(run)

@@ -1,0 +1,182 @@
+"""What a teacher is asked for each rationale, request by request.
+
+Adjectives, critique requests, wrong choices and the seeds of sampling follow from
+(annotate.seed, id), whatever the order in which examples are taken.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Generator, Sequence
+
+from kdjax.config import AnnotateConfig
+from kdjax.data.example import Example, wrong_choices
+from kdjax.teacher import prompts
+from kdjax.teacher.annotations import Key, Row
+from kdjax.teacher.prompts import Messages, PromptFiles
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """One text to be generated."""
+
+    id: str  # of the example
+    step: str  # what for
+    messages: Messages
+    contrast: Messages | None = None  # decoded against, where there is one
+    seed: int  # of its sampling, below 2^31
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Completion:
+    """What was generated."""
+
+    text: str  # as it came, up to the end token or a stop string
+    finish_reason: str  # "stop", "length", or what a server says
+    prompt_tokens: int | None  # None where a server does not say
+    new_tokens: int | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Item:
+    """One rationale to be written."""
+
+    example: Example
+    answer: str  # the choice that it explains
+    choice: str = ""  # the same, where an example has several rationales
+
+    @property
+    def key(self) -> Key:
+        """Names its row."""
+        return self.example.id, self.choice
+
+
+def make_items(examples: Sequence[Example], asked: AnnotateConfig) -> list[Item]:
+    """What is to be written: a rationale an example, or one a wrong choice.
+
+    Raises:
+      ValueError: an example without question, answer, or the choices that are needed.
+    """
+    items = []
+    for example in examples:
+        if not example.question or not example.answer:
+            raise ValueError(
+                f"example {example.id!r} has no question with an answer: rationales "
+                "are written for these; use another data.layout"
+            )
+        if asked.method == "counterfactual" or (
+            asked.method == "contrastive" and asked.contrast == "wrong"
+        ):
+            wrong = _wrong(example)
+            if not wrong:
+                raise ValueError(
+                    f"example {example.id!r} has no wrong choice, which annotate.method"
+                    f"={asked.method!r} needs: use another one"
+                    + (" or contrast='empty'" * (asked.method == "contrastive"))
+                )
+            if asked.method == "counterfactual":
+                items += [Item(example=example, answer=c, choice=c) for c in wrong]
+                continue
+        items.append(Item(example=example, answer=example.answer))
+    return items
+
+
+class Work:
+    """An item on its way: the request that is to be answered next, or None."""
+
+    def __init__(self, item: Item, files: PromptFiles, asked: AnnotateConfig) -> None:
+        self.item = item
+        self._drawn: Row = {}
+        self._calls: list[Row] = []
+        self._asked = _asked(item, files, asked, self._drawn)
+        self.request: Request | None = next(self._asked)
+        self.prompt_hash = _digest(self.request)  # of the first prompt
+
+    def take(self, completion: Completion) -> None:
+        """The answer to the request."""
+        assert self.request is not None
+        call = {"step": self.request.step, "prompt_hash": _digest(self.request)}
+        self._calls.append(call | dataclasses.asdict(completion))
+        try:
+            self.request = self._asked.send(completion)
+        except StopIteration:
+            self.request = None
+
+    def row(self, settings: Row) -> Row:
+        """What is written: the last text, and how it came about."""
+        row: Row = {"id": self.item.example.id}
+        if self.item.choice:
+            row["choice"] = self.item.choice
+        row["text"] = self._calls[-1]["text"].strip()
+        row["finish_reason"] = self._calls[-1]["finish_reason"]
+        row["prompt_hash"] = self.prompt_hash
+        for name in ("prompt_tokens", "new_tokens"):
+            counts = [call[name] for call in self._calls]
+            row[name] = None if None in counts else sum(counts)
+        return row | self._drawn | {"calls": self._calls, "settings": settings}
+
+
+def _asked(
+    item: Item, files: PromptFiles, asked: AnnotateConfig, drawn: Row
+) -> Generator[Request, Completion, None]:
+    """The requests of an item in turn; notes in `drawn` what was drawn for it."""
+    example, where = item.example, (asked.seed, *item.key)
+
+    def request(
+        step: str, messages: Messages, contrast: Messages | None = None
+    ) -> Request:
+        content = json.dumps([*map(str, where), step]).encode()
+        seed = int.from_bytes(hashlib.blake2b(content, digest_size=4).digest()) >> 1
+        return Request(
+            id=example.id, step=step, messages=messages, contrast=contrast, seed=seed
+        )
+
+    if asked.method == "zero_shot":
+        yield request("rationale", prompts.zero_shot(example, item.answer))
+        return
+    words = files.adjectives[asked.quality]
+    drawn["adjectives"] = prompts.draw(words, 2, *where, "adjectives")
+
+    def few_shot(answer: str) -> Messages:
+        return prompts.few_shot(
+            example,
+            answer,
+            files,
+            adjectives=drawn["adjectives"],
+            num_demonstrations=asked.num_demonstrations,
+        )
+
+    if asked.method == "contrastive":
+        other = ""
+        if asked.contrast == "wrong":
+            [other] = prompts.draw(_wrong(example), 1, *where, "contrast")
+        drawn["contrast"] = other
+        yield request("rationale", few_shot(item.answer), few_shot(other))
+        return
+    if asked.method != "critique_revision":
+        yield request("rationale", few_shot(item.answer))
+        return
+    [pair] = prompts.draw(files.requests, 1, *where, "request")
+    drawn["request"] = pair["name"]
+    draft = (yield request("draft", few_shot(item.answer))).text.strip()
+    criticism = yield request(
+        "critique", prompts.critique(example, draft, pair["critique"], files)
+    )
+    yield request(
+        "revision",
+        prompts.revision(
+            example, draft, criticism.text.strip(), pair["revision"], files
+        ),
+    )
+
+
+def _wrong(example: Example) -> list[str]:
+    """The texts of the wrong choices, each once."""
+    if not example.choices:
+        return []
+    return [c for c in dict.fromkeys(wrong_choices(example)) if c != example.answer]
+
+
+def _digest(request: Request) -> str:
+    parts = (request.messages, request.contrast)
+    return prompts.digest(*(part for part in parts if part is not None))

@@ -1,0 +1,83 @@
+"""What may be wrong with a written rationale, as far as a program can tell."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from kdjax.config import GATES
+from kdjax.data.example import Example, contradicts
+from kdjax.data.templates import CHOICES, LETTERS
+from kdjax.teacher.prompts import QUESTION
+
+_MARKS = re.compile(rf"^\s*({re.escape(QUESTION)}|{re.escape(CHOICES)})", re.MULTILINE)
+
+
+class Gates:
+    """Finds what is wrong with rationales of examples.
+
+    empty        there is no text
+    cut_off      it did not end by itself: the limit of tokens came first
+    no_choice    it names none of the choices, neither by its letter nor by its text
+    contradicts  it concludes with the letter of another choice than the explained one
+    leaks        it goes on to another turn, or has another question's words
+
+    Args:
+      questions: those that prompts show and that the data asks.
+    """
+
+    names = GATES
+
+    def __init__(self, questions: Iterable[str]) -> None:
+        self._by_start: dict[str, set[str]] = {}
+        for question in questions:
+            words = _normal(question)
+            for start in _sentences(question)[:1]:
+                self._by_start.setdefault(start, set()).add(words)
+
+    def __call__(self, row: dict[str, Any], example: Example, answer: str) -> list[str]:
+        """The gates that a row does not pass.
+
+        Args:
+          row: its text and finish_reason.
+          example: what it is about.
+          answer: the text of the choice that it explains.
+        """
+        text = row["text"]
+        told = replace(example, answer=answer, rationale=text)
+        checks = {
+            "empty": not text,
+            "cut_off": row["finish_reason"] != "stop",
+            "no_choice": bool(example.choices) and not _names_choice(text, example),
+            "contradicts": contradicts(told),
+            "leaks": self._leaks(text, example),
+        }
+        return [name for name, found in checks.items() if found]
+
+    def _leaks(self, text: str, example: Example) -> bool:
+        if _MARKS.search(text):
+            return True
+        whole, own = _normal(text), _normal(example.question)
+        return any(
+            question in whole and question not in own
+            for sentence in _sentences(text)
+            for question in self._by_start.get(sentence, ())
+        )
+
+
+def _names_choice(text: str, example: Example) -> bool:
+    words = f" {_normal(text)} "
+    letters = (
+        f"({letter})" for letter, _ in zip(LETTERS, example.choices, strict=False)
+    )
+    named = any(letter in text.lower() for letter in letters)
+    return named or any(f" {_normal(c)} " in words for c in example.choices if c)
+
+
+def _sentences(text: str) -> list[str]:
+    return list(filter(None, map(_normal, re.split(r"(?<=[.?!])\s+|\n", text))))
+
+
+def _normal(text: str) -> str:
+    """Lower case words with one space between them."""
+    return " ".join(re.findall(r"\w+", text.lower()))

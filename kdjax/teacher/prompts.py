@@ -1,0 +1,267 @@
+"""Prompts that make a teacher write rationales, as chat messages or plain text.
+
+A turn states a question, its lettered choices and the answer to be explained; worked
+examples come before it as turns of their own. What they say is in the files of a
+folder, `prompt_files/` unless the user has another:
+
+  demonstrations.jsonl  {question, choices, answer, rationale}
+  adjectives.json       {good: [...], bad: [...]}: qualities of a rationale
+  requests.jsonl        {name, critique, revision}: what is asked for in turn
+  critiques.jsonl       {question, choices, answer, rationale, request, critique}
+  revisions.jsonl       the same, and revision
+"""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from kdjax.data.example import Example
+from kdjax.data.templates import ANSWER, CHOICES, LETTERS
+
+QUESTION, EXPLANATION = "Question:", "Explanation"
+CRITIQUE, REVISION = "Critique:", "Revised explanation:"
+STEP_BY_STEP = "Let's think step by step about why this is the answer."
+EXPLAIN_TASK = (
+    "Each question comes with an answer. Explain in a few sentences why that answer "
+    "fits, and end with it."
+)
+CRITIQUE_TASK = "Each explanation of an answer is followed by a critique of it."
+REVISION_TASK = "Each explanation of an answer is criticised and then written anew."
+FOLDER = pathlib.Path(__file__).parent / "prompt_files"
+
+Message = dict[str, str]  # role ("user" or "assistant") and content
+Messages = list[Message]
+_T = TypeVar("_T")
+
+_WORKED = ("question", "choices", "answer", "rationale")
+_COLUMNS = {
+    "demonstrations": _WORKED,
+    "requests": ("name", "critique", "revision"),
+    "critiques": (*_WORKED, "request", "critique"),
+    "revisions": (*_WORKED, "request", "critique", "revision"),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class PromptFiles:
+    """What a folder of prompt files says."""
+
+    demonstrations: tuple[dict[str, Any], ...]
+    adjectives: dict[str, list[str]]  # quality -> adjectives
+    requests: tuple[dict[str, Any], ...]
+    critiques: tuple[dict[str, Any], ...]
+    revisions: tuple[dict[str, Any], ...]
+    digest: str  # of all of it
+
+
+def load(folder: str = "") -> PromptFiles:
+    """Reads and checks a folder of prompt files; "" is the built-in one.
+
+    Raises:
+      ValueError: a file, column or adjective that is missing, or an answer that is none
+        of its choices.
+    """
+    path = pathlib.Path(folder) if folder else FOLDER
+    found = {name: _rows(path / f"{name}.jsonl", _COLUMNS[name]) for name in _COLUMNS}
+    adjectives = _json(path / "adjectives.json", _read(path / "adjectives.json"))
+    for quality in ("good", "bad"):
+        words = adjectives.get(quality) if isinstance(adjectives, dict) else None
+        if not isinstance(words, list) or len(set(words)) < 2:
+            raise ValueError(
+                f"{path / 'adjectives.json'}: {quality!r} is {words!r}: give a list of "
+                "two adjectives or more"
+            )
+    content = json.dumps([found, adjectives], sort_keys=True)
+    return PromptFiles(
+        **{name: tuple(rows) for name, rows in found.items()},
+        adjectives=adjectives,
+        digest=hashlib.blake2b(content.encode(), digest_size=16).hexdigest(),
+    )
+
+
+def draw(items: Sequence[_T], num: int, *key: object) -> list[_T]:
+    """Some of the items, in an order that follows from the key: seed, id, purpose."""
+
+    def rank(index: int) -> bytes:
+        text = json.dumps([*map(str, key), index])
+        return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+    return [items[index] for index in sorted(range(len(items)), key=rank)[:num]]
+
+
+def zero_shot(example: Example, answer: str) -> Messages:
+    """The question, the answer, and the request to think step by step."""
+    return [_user(f"{_stated(example, answer)}\n{STEP_BY_STEP}")]
+
+
+def few_shot(
+    example: Example,
+    answer: str,
+    files: PromptFiles,
+    *,
+    adjectives: Sequence[str],
+    num_demonstrations: int,
+) -> Messages:
+    """Worked examples, each qualified by the adjectives, and the question likewise.
+
+    Args:
+      example: what is asked about.
+      answer: the text of the choice to explain, right or wrong; "" leaves it open.
+      files: where the worked examples are.
+      adjectives: "Explanation (clear, complete):" asks for two of them.
+      num_demonstrations: of the file, the first ones.
+
+    Raises:
+      ValueError: the file has fewer.
+    """
+    if num_demonstrations > len(files.demonstrations):
+        raise ValueError(
+            f"annotate.num_demonstrations={num_demonstrations}: the prompt files have "
+            f"{len(files.demonstrations)}: use no more, or add some"
+        )
+    cue = f"{EXPLANATION} ({', '.join(adjectives)}):"
+    turns = [
+        (f"{_stated(_example(row), row['answer'])}\n{cue}", row["rationale"])
+        for row in files.demonstrations[:num_demonstrations]
+    ]
+    return _dialogue(EXPLAIN_TASK, turns, f"{_stated(example, answer)}\n{cue}")
+
+
+def critique(
+    example: Example, rationale: str, request: str, files: PromptFiles
+) -> Messages:
+    """Worked critiques, and the request for one of this rationale."""
+    turns = [
+        (_criticise(_example(row), row["rationale"], row["request"]), row["critique"])
+        for row in files.critiques
+    ]
+    return _dialogue(CRITIQUE_TASK, turns, _criticise(example, rationale, request))
+
+
+def revision(
+    example: Example, rationale: str, criticism: str, request: str, files: PromptFiles
+) -> Messages:
+    """Worked revisions, and the request for one of this rationale."""
+    turns = [
+        (
+            _revise(_example(row), row["rationale"], row["critique"], row["request"]),
+            row["revision"],
+        )
+        for row in files.revisions
+    ]
+    asked = _revise(example, rationale, criticism, request)
+    return _dialogue(REVISION_TASK, turns, asked)
+
+
+def plain(messages: Messages) -> str:
+    """The messages as one text for models without a chat template.
+
+    A turn ends with a blank line; what the assistant said follows its cue after one
+    space.
+    """
+    text = ""
+    for message in messages:
+        text += message["content"]
+        text += " " if message["role"] == "user" else "\n\n"
+    return text.rstrip(" ")
+
+
+def digest(*prompts: Messages) -> str:
+    """blake2b-128 of prompts, hexadecimal."""
+    content = json.dumps(prompts, ensure_ascii=True).encode()
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def lettered(example: Example, choice: str) -> str:
+    """A choice with its letter, as "(b) shed"; a free answer as it is."""
+    if choice not in example.choices:
+        return choice
+    letters = LETTERS[example.choices.index(choice) :]
+    return f"({letters[0]}) {choice}" if letters else choice
+
+
+def _user(content: str) -> Message:
+    return {"role": "user", "content": content}
+
+
+def _dialogue(task: str, turns: list[tuple[str, str]], asked: str) -> Messages:
+    """The task before the first turn, the turns, and what is asked."""
+    contents = [*(said for said, _ in turns), asked]
+    contents[0] = f"{task}\n\n{contents[0]}"
+    messages = [_user(contents[0])]
+    for (_, answered), said in zip(turns, contents[1:], strict=True):
+        messages += [{"role": "assistant", "content": answered}, _user(said)]
+    return messages
+
+
+def _stated(example: Example, answer: str) -> str:
+    lines = [f"{QUESTION} {example.question}"]
+    if example.choices:
+        each = zip(LETTERS, example.choices, strict=False)
+        lines.append(" ".join([CHOICES, *(f"({a}) {text}" for a, text in each)]))
+    lines.append(f"{ANSWER} {lettered(example, answer)}".rstrip())
+    return "\n".join(lines)
+
+
+def _explained(example: Example, rationale: str) -> str:
+    stated = _stated(example, example.answer)
+    return f"{stated}\n{EXPLANATION}: {rationale}".rstrip()
+
+
+def _criticise(example: Example, rationale: str, request: str) -> str:
+    return f"{_explained(example, rationale)}\n{request}\n{CRITIQUE}"
+
+
+def _revise(example: Example, rationale: str, criticism: str, request: str) -> str:
+    explained = _explained(example, rationale)
+    return f"{explained}\n{CRITIQUE} {criticism}".rstrip() + f"\n{request}\n{REVISION}"
+
+
+def _example(row: dict[str, Any]) -> Example:
+    return Example(
+        id="",
+        question=row["question"],
+        choices=tuple(row["choices"]),
+        answer=row["answer"],
+    )
+
+
+def _read(file: pathlib.Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(
+            f"{file} cannot be read ({error.strerror}): annotate.prompts names a "
+            f"folder with {', '.join(f'{name}.jsonl' for name in _COLUMNS)} and "
+            "adjectives.json"
+        ) from error
+
+
+def _json(where: object, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not JSON: {error}") from error
+
+
+def _rows(file: pathlib.Path, columns: tuple[str, ...]) -> list[dict[str, Any]]:
+    rows = []
+    for number, line in enumerate(_read(file).splitlines(), 1):
+        if not line.strip():
+            continue
+        where = f"{file}:{number}"
+        row = _json(where, line)
+        if not isinstance(row, dict) or any(not row.get(name) for name in columns):
+            raise ValueError(f"{where} lacks one of the columns {', '.join(columns)}")
+        if "choices" in columns and row["answer"] not in row["choices"]:
+            raise ValueError(
+                f"{where}: answer={row['answer']!r} is none of its choices "
+                f"{row['choices']}: give the text of the right one"
+            )
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"{file} has no rows: give one or more")
+    return rows

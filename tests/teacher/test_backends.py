@@ -1,0 +1,292 @@
+"""A server that fails in every way, and what is written all the same."""
+
+import collections
+import contextlib
+import http.server
+import json
+import logging
+import re
+import threading
+
+import pytest
+
+from kdjax.config import AnnotateConfig
+from kdjax.data import kinship
+from kdjax.teacher import annotating, annotations, asking, backends
+from tests import small
+
+pytest.importorskip("openai")
+
+KEY = "sk-very-secret"
+NUM = 24
+
+
+class Answers(http.server.ThreadingHTTPServer):
+    """Answers "echo <last question's id>" after the faults of that question."""
+
+    daemon_threads = False  # closing waits for what is being answered
+
+    def __init__(self, faults=lambda number: ()):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.faults, self.lock = faults, threading.Lock()
+        self.tries = collections.Counter()  # by prompt
+        self.numbers = {}  # prompt -> in order of arrival
+        self.bodies, self.headers = [], []
+        self.under_way = self.most_under_way = self.served = 0
+        self.release, self.meeting = threading.Event(), threading.Barrier(6)
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_port}/v1"
+
+
+def answer(prompt, number):
+    found = re.findall(r"How is (\w+) related to (\w+)", prompt)[-1]
+    return {
+        "id": "x",
+        "object": "chat.completion",
+        "created": 0,
+        "model": "m",
+        "choices": [
+            {
+                "index": 0,
+                "finish_reason": "length" if number % 5 == 4 else "stop",
+                "message": {
+                    "role": "assistant",
+                    "content": f" {found} \u00e9\ud83d\ude00",
+                },
+            }
+        ],
+        "usage": {"prompt_tokens": 10, "completion_tokens": 3, "total_tokens": 13},
+    }
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *arguments):
+        pass
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        server, prompt = self.server, json.dumps(body["messages"])
+        with server.lock:
+            server.under_way += 1
+            server.most_under_way = max(server.most_under_way, server.under_way)
+            server.bodies.append(body)
+            server.headers.append(self.headers)
+            number = server.numbers.setdefault(prompt, len(server.numbers))
+            faults = server.faults(number)
+            tried, server.tries[prompt] = server.tries[prompt], server.tries[prompt] + 1
+        try:
+            fault = faults[tried] if tried < len(faults) else None
+            self.reply(fault, body["messages"][-1]["content"], number)
+        finally:
+            with server.lock:
+                server.under_way -= 1
+
+    def reply(self, fault, prompt, number):
+        found = json.dumps(answer(prompt, number))
+        if fault == "meet":
+            self.server.meeting.wait(20)
+            fault = None
+        if fault is None:
+            with self.server.lock:
+                self.server.served += 1
+            return self.send(200, found)
+        if fault == "timeout":
+            self.server.release.wait(20)  # until the test is over
+            self.close_connection = True
+            return None
+        if fault == "lost":
+            self.close_connection = True
+            return None
+        if fault == "short":
+            return self.send(200, found, length=len(found) + 50)
+        if isinstance(fault, int):
+            said = {"error": {"message": f"no: {self.headers['Authorization']}"}}
+            return self.send(fault, json.dumps(said), retry="0.01")
+        return self.send(200, fault)
+
+    def send(self, status, text, *, length=None, retry=None):
+        content = text.encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(length or len(content)))
+        if retry:
+            self.send_header("Retry-After", retry)
+        self.end_headers()
+        self.wfile.write(content)
+        if length:
+            self.close_connection = True
+
+
+FAULTS = (
+    (),
+    (429,),
+    (500, 503),
+    ("timeout",),
+    ("lost", 429),
+    ("{", "", "null", "[]", '{"choices": []}'),
+    ('{"choices": [{"message": {"content": 3}, "finish_reason": "stop"}]}',),
+    ("short",),
+    (408, 409, 502),
+)
+
+
+@contextlib.contextmanager
+def serving(faults=lambda number: ()):
+    server = Answers(faults)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.release.set()
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@pytest.fixture(autouse=True)
+def surroundings(monkeypatch):
+    monkeypatch.setenv("TEACHER_KEY", KEY)
+    monkeypatch.setattr(backends, "_FIRST_DELAY", 0.01)
+
+
+def config(server, **fields):
+    fields = {
+        "backend": "server",
+        "url": server.url,
+        "model": "m",
+        "key_variable": "TEACHER_KEY",
+        "num_demonstrations": 1,
+        "max_new_tokens": 5,
+        "timeout": 2.0,
+        "concurrency": 6,
+        **fields,
+    }
+    return small.config(data={"num_train": NUM}, annotate=AnnotateConfig(**fields))
+
+
+def examples(made):
+    return kinship.generate(made.data.kinship, num_examples=NUM, seed=0, split="train")
+
+
+def rows_of(folder, name="rationales.jsonl"):
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+@pytest.mark.parametrize("method", ["few_shot", "critique_revision"])
+def test_nothing_is_lost_or_doubled(tmp_path, method):
+    with serving(lambda number: FAULTS[number % len(FAULTS)]) as server:
+        made = config(server, method=method)
+        report = annotating.annotate(made, tmp_path)
+        folder = annotating.folder_of(made, tmp_path)
+        rows = rows_of(folder)
+        assert [row["id"] for row in rows] == [e.id for e in examples(made)]
+        parts = list(annotations.read(folder))
+        assert sorted(row["id"] for row in parts) == sorted(row["id"] for row in rows)
+        steps = 3 if method == "critique_revision" else 1
+        for row, example in zip(rows, examples(made), strict=True):
+            names = re.findall(r"How is (\w+) related to (\w+)", example.question)[-1]
+            assert row["text"] == f"{names} é\U0001f600"
+            assert len(row["calls"]) == steps
+            assert row["prompt_tokens"] == 10 * steps
+            assert row["new_tokens"] == 3 * steps
+        assert len(server.numbers) == steps * NUM  # prompts
+        assert report["rows"] == NUM and report["gates"]["cut_off"] > 0
+        assert report["finish_reasons"].keys() == {"length", "stop"}
+        seen = len(server.bodies)
+        before = (folder / "rationales.jsonl").stat()
+        assert annotating.annotate(made, tmp_path) == report
+        assert len(server.bodies) == seen
+        assert (folder / "rationales.jsonl").stat().st_mtime_ns == before.st_mtime_ns
+
+
+def test_what_is_sent(tmp_path):
+    with serving(lambda number: ("meet",) if number < 6 else ()) as server:
+        fields = {"temperature": 0.7, "top_p": 0.9, "stop": ("\nQ:",), "timeout": 30.0}
+        made = config(server, **fields)
+        annotating.annotate(made, tmp_path)
+        body = server.bodies[0]
+        assert body["model"] == "m" and body["max_tokens"] == 5
+        assert (body["temperature"], body["top_p"]) == (0.7, 0.9)
+        assert body["stop"] == ["\nQ:"]
+        assert len({body["seed"] for body in server.bodies}) == NUM
+        assert server.headers[0]["Authorization"] == f"Bearer {KEY}"
+        first = asking.Work(
+            asking.make_items(examples(made), made.annotate)[0],
+            annotating.prompts.load(),
+            made.annotate,
+        )
+        assert first.request.messages in [body["messages"] for body in server.bodies]
+        assert server.most_under_way == made.annotate.concurrency == 6
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        (
+            401,
+            r"annotate\.key_variable='TEACHER_KEY': the server at .* refuses its key",
+        ),
+        (403, "status 403"),
+        (404, r"annotate\.model='m': unknown to the server"),
+        (400, r"refuses the rationale prompt of .* \(status 400: .*no: Bearer \[key\]"),
+    ],
+)
+def test_a_refusal_is_one_error_without_the_key(tmp_path, status, message, caplog):
+    caplog.set_level(logging.DEBUG)
+    with serving(lambda number: (status,) * 9) as server:
+        made = config(server)
+        with pytest.raises(ValueError, match=message) as caught:
+            annotating.annotate(made, tmp_path)
+        assert KEY not in str(caught.value) and "\n" not in str(caught.value)
+        assert len(server.bodies) <= made.annotate.concurrency  # none tried again
+    assert KEY not in caplog.text
+    for file in tmp_path.rglob("*"):
+        assert not file.is_file() or KEY not in file.read_text()
+
+
+def test_a_server_that_stays_ill_ends_the_run_and_the_next_one_goes_on(tmp_path):
+    with serving(lambda number: (500,) * 3 if number == 7 else ()) as server:
+        made = config(server, num_retries=2, concurrency=1)
+        with pytest.raises(ValueError, match=r"failed 3 times .*status 500"):
+            annotating.annotate(made, tmp_path)
+        folder = annotating.folder_of(made, tmp_path)
+        assert len(list(annotations.read(folder))) == 7
+        assert not (folder / "rationales.jsonl").exists()
+        report = annotating.annotate(made, tmp_path)
+        assert report["rows"] == NUM and server.served == NUM
+
+
+def test_the_budget_ends_the_run_before_it_is_exceeded(tmp_path):
+    with serving() as server:
+        made = config(server, token_budget=13 * 10 + 5, concurrency=1)
+        for _ in range(2):  # a second start may not spend it again
+            with pytest.raises(ValueError, match=r"token_budget=135 is spent \(1[34]"):
+                annotating.annotate(made, tmp_path)
+        done = len(list(annotations.read(annotating.folder_of(made, tmp_path))))
+        assert done == server.served == 11  # the eleventh was asked for with 5 left
+        made.annotate.token_budget = 0
+        annotating.annotate(made, tmp_path)
+        assert server.served == NUM
+
+
+def test_a_missing_key_is_named(tmp_path, monkeypatch):
+    monkeypatch.delenv("TEACHER_KEY")
+    with serving() as server:
+        with pytest.raises(
+            ValueError, match="key_variable='TEACHER_KEY': this variable"
+        ):
+            annotating.annotate(config(server), tmp_path)
+        annotating.annotate(config(server, key_variable=""), tmp_path)
+        assert server.served == NUM
+
+
+def test_a_server_that_is_not_there(tmp_path):
+    with serving() as server:
+        made = config(server, num_retries=1, concurrency=1)
+    with pytest.raises(ValueError, match=r"failed 2 times .*no connection"):
+        annotating.annotate(made, tmp_path)

@@ -1,0 +1,54 @@
+"""What is said to be wrong with a rationale."""
+
+import pytest
+
+from kdjax.data.example import Example
+from kdjax.teacher.gates import Gates
+
+EXAMPLE = Example(
+    id="milk",
+    question="She was thirsty. Where is milk kept?",
+    choices=("the fridge", "shed", "attic"),
+    answer="the fridge",
+)
+OTHER = "Tom went out. What did he forget at home?"
+GATES = Gates([EXAMPLE.question, OTHER, "Why?"])
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("Milk turns sour when warm, so it is kept in the fridge.", []),
+        ("It is cold there. So the answer is (a).", []),
+        ("", ["empty", "no_choice"]),
+        ("Milk is white.", ["no_choice"]),
+        ("A watershed is large.", ["no_choice"]),
+        ("The Fridge!", []),
+        ("Not (a), so the answer is (b) shed.", ["contradicts"]),
+        ("The fridge.\nQuestion: What is it?", ["leaks"]),
+        ("The fridge.\nChoices: (a)", ["leaks"]),
+        (f"The fridge. {OTHER} He forgot it.", ["leaks"]),
+        ("The fridge. Tom went out.", []),
+        (f"{EXAMPLE.question} In the fridge.", []),
+    ],
+)
+def test_texts(text, found):
+    row = {"text": text, "finish_reason": "stop"}
+    assert GATES(row, EXAMPLE, EXAMPLE.answer) == found
+
+
+def test_a_text_that_met_its_limit_is_cut_off():
+    row = {"text": "It is in the fridge, because", "finish_reason": "length"}
+    assert GATES(row, EXAMPLE, EXAMPLE.answer) == ["cut_off"]
+
+
+def test_a_counterfactual_is_held_to_its_own_choice():
+    row = {"text": "So the answer is (b).", "finish_reason": "stop"}
+    assert GATES(row, EXAMPLE, "shed") == []
+    assert GATES(row, EXAMPLE, "attic") == ["contradicts"]
+
+
+def test_a_free_answer_names_no_choice():
+    example = Example(id="sum", question="What is 2 + 2?", answer="4")
+    row = {"text": "Two and two.", "finish_reason": "stop"}
+    assert GATES(row, example, "4") == []

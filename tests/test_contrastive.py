@@ -1,0 +1,139 @@
+"""Contrastive decoding, against a whole forward pass for every token."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kdjax import contrastive, generate
+from kdjax.config import DecoderConfig, T5Config
+from kdjax.models import lm
+
+DECODER = DecoderConfig(
+    vocab_size=61,
+    width=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    mlp_width=48,
+    max_length=64,
+    init_std=0.3,
+)
+T5 = T5Config(
+    vocab_size=61, width=32, num_heads=4, head_dim=8, mlp_width=48, init_factor=2.0
+)
+PROMPTS = [[5, 9, 14], [7], [3, 4, 5, 6, 7, 8, 9], [11, 2]]
+CONTRASTS = [[5, 9, 20, 21], [7, 30], [3, 4, 5, 6, 8, 8], [12, 2]]
+NEW, PAD = 6, 0
+
+
+@pytest.fixture(scope="module", params=[DECODER, T5], ids=["decoder", "t5"])
+def model(request):
+    shape = request.param
+    graphdef, _ = lm.create(shape)
+    return shape, graphdef, lm.init_params(shape, jax.random.key(0))
+
+
+def whole_log_probs(model, prompt, new):
+    """log p(next | prompt, new) without a cache, in float64."""
+    shape, graphdef, params = model
+    if isinstance(shape, T5Config):
+        tokens, encoder = [shape.start_id, *new], np.array([prompt], np.int32)
+    else:
+        tokens, encoder = [*prompt, *new], None
+    width = 16  # one compiled shape
+    tokens_1T = np.array([tokens + [PAD] * (width - len(tokens))], np.int32)
+    rows = {
+        "tokens": tokens_1T,
+        "positions": np.arange(width, dtype=np.int32)[None],
+        "segments": (np.arange(width) < len(tokens)).astype(np.int32)[None],
+    }
+    if encoder is not None:
+        rows |= {"encoder_tokens": encoder, "encoder_segments": np.ones_like(encoder)}
+    hidden_1TD = lm.hidden_states(graphdef, params, rows)
+    logits_V = np.asarray(
+        lm.logits(graphdef, params, hidden_1TD[0, len(tokens) - 1]), np.float64
+    )
+    return logits_V - np.log(np.exp(logits_V - logits_V.max()).sum()) - logits_V.max()
+
+
+def by_force(model, prompt, contrast, weight, eos=-1):
+    new = []
+    while len(new) < NEW:
+        score_V = whole_log_probs(model, prompt, new)
+        score_V -= weight * whole_log_probs(model, contrast, new)
+        best = np.sort(score_V)
+        assert best[-1] - best[-2] > 1e-4  # a tie would test nothing
+        new.append(int(np.argmax(score_V)))
+        if new[-1] == eos:
+            return new[:-1]
+    return new
+
+
+def texts(model, weight, **fields):
+    fields = {"max_new_tokens": NEW, "eos_id": -1, "pad_id": PAD, "batch_size": 3} | {
+        "keys": jax.random.split(jax.random.key(3), len(PROMPTS)),
+        **fields,
+    }
+    return contrastive.generate_texts(
+        *model, PROMPTS, CONTRASTS, weight=weight, **fields
+    )
+
+
+@pytest.mark.parametrize("weight", [0.5, 2.0])
+def test_equals_a_forward_pass_a_token(model, weight):
+    expected = [
+        by_force(model, *pair, weight) for pair in zip(PROMPTS, CONTRASTS, strict=True)
+    ]
+    assert texts(model, weight) == expected
+    assert expected != texts(model, 0.0)
+    eos = expected[0][2]
+    assert texts(model, weight, eos_id=eos) == [
+        row[: row.index(eos)] if eos in row else row for row in expected
+    ]
+
+
+def test_a_weight_of_zero_is_greedy_decoding(model):
+    fields = {"max_new_tokens": NEW, "eos_id": -1, "pad_id": PAD}
+    greedy = generate.generate_texts(*model, PROMPTS, **fields)
+    assert texts(model, 0.0) == greedy
+
+
+def test_equal_prompts_choose_as_the_one_does(model):
+    """log p - w log p is (1 - w) log p: the same order for w < 1, reversed beyond."""
+    fields = {"max_new_tokens": NEW, "eos_id": -1, "pad_id": PAD}
+    greedy = generate.generate_texts(*model, PROMPTS, **fields)
+    keys = jax.random.split(jax.random.key(0), len(PROMPTS))
+    same = [*model, PROMPTS, PROMPTS]
+    assert contrastive.generate_texts(*same, weight=0.5, keys=keys, **fields) == greedy
+    least = contrastive.generate_texts(*same, weight=2.0, keys=keys, **fields)
+    for prompt, row in zip(PROMPTS, least, strict=True):
+        assert row[0] == int(np.argmin(whole_log_probs(model, prompt, [])))
+
+
+def test_samples_follow_the_scores_and_a_rows_own_key(model):
+    shape, graphdef, params = model
+    call = contrastive.make_generate(
+        shape, graphdef, max_prompt=4, max_new_tokens=1, eos_id=-1, pad_id=PAD
+    )
+    rows = 2000
+    prompts, contrasts = (
+        generate.padded([side[0]] * rows, rows, 4, PAD) for side in (PROMPTS, CONTRASTS)
+    )
+    keys = jax.random.split(jax.random.key(1), rows)
+    tokens_BN = call(params, *prompts, *contrasts, 0.5, keys, 2.0)
+    score_V = whole_log_probs(model, PROMPTS[0], [])
+    score_V -= 0.5 * whole_log_probs(model, CONTRASTS[0], [])
+    frequency = np.bincount(tokens_BN[:, 0], minlength=shape.vocab_size) / rows
+    expected = np.asarray(jax.nn.softmax(jnp.asarray(score_V, jnp.float32) / 2.0))
+    assert np.abs(frequency - expected).max() < 0.045  # four standard deviations
+    again = texts(model, 0.5, temperature=1.0, batch_size=3)
+    assert again == texts(model, 0.5, temperature=1.0, batch_size=4)
+
+
+def test_an_empty_contrast_is_refused(model):
+    keys = jax.random.split(jax.random.key(0), 1)
+    fields = {"max_new_tokens": NEW, "eos_id": -1, "pad_id": PAD}
+    with pytest.raises(ValueError, match=r"contrasts\[0\] is empty"):
+        contrastive.generate_texts(*model, [[1]], [[]], weight=0.5, keys=keys, **fields)
