@@ -12,7 +12,7 @@ prefix it has never seen, so views are told apart by cues. Further arguments:
 
     soft    half of the weight on a teacher's distributions, with
             --config.teacher.path=FOLDER of a model with the same vocabulary
-    cpu     100 steps of about seven examples, 200 held-out rows: 20 minutes on two
+    cpu     100 steps of about seven examples, 200 held-out rows: half an hour on two
             cores
     smoke   a few rows and steps
 
