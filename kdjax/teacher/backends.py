@@ -223,10 +223,11 @@ class Server:
     def _try(self, request: Request) -> tuple[Completion | str, float]:
         """The completion, or what went wrong in passing and the seconds to wait."""
         annotate, openai = self._annotate, self._openai
+        messages: Any = request.messages  # as plain dicts
         try:
             answer = self._client.chat.completions.with_raw_response.create(
                 model=annotate.model,
-                messages=request.messages,
+                messages=messages,
                 max_tokens=annotate.max_new_tokens,
                 temperature=float(annotate.temperature),
                 top_p=float(annotate.top_p),
