@@ -288,6 +288,16 @@ def layout(shape: Shape, row_length: int, encoder_row_length: int) -> dict[str, 
     }
 
 
+def whole_length(student: Shape, row_length: int, encoder_row_length: int) -> int:
+    """Tokens of a row that holds prompt and target of what a student's rows hold.
+
+    For a model that only decodes beside a student that has an encoder.
+    """
+    if isinstance(student, DecoderConfig):
+        return row_length
+    return row_length + (encoder_row_length or row_length)
+
+
 def sizes(shape: Shape, train: TrainConfig) -> dict[str, Any]:
     """Keywords of `flops.train_flops` for a training step; the head sees all tokens."""
     num_tokens = train.batch_size * train.row_length
@@ -321,7 +331,11 @@ def teacher_folder(config: Config, workdir: pathlib.Path) -> str:
 
 def teacher_config(config: Config) -> Config:
     """The run that trains the built-in task's teacher: hard labels, more examples."""
-    teacher = config.teacher
+    teacher, train = config.teacher, config.train
+    if config.student.init == "random" and config.student.architecture == "t5":
+        rows = train.row_length, train.encoder_row_length
+        length = whole_length(config.student.t5, *rows)
+        train = dataclasses.replace(train, row_length=length)
     return dataclasses.replace(
         config,
         name=f"{config.name}-teacher",
@@ -349,5 +363,5 @@ def teacher_config(config: Config) -> Config:
             freeze=(),
             ema_decay=0.0,
         ),
-        train=dataclasses.replace(config.train, steps=teacher.steps, eval_every=0),
+        train=dataclasses.replace(train, steps=teacher.steps, eval_every=0),
     )

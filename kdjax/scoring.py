@@ -10,11 +10,18 @@ import numpy as np
 from jax.sharding import Mesh
 
 from kdjax import generate, methods, metrics, sharding, step
-from kdjax.config import Config, T5Config
+from kdjax.config import Config, DecoderConfig, T5Config
 from kdjax.data import loader, templates, views
 from kdjax.data.example import Example
 from kdjax.data.templates import Text
-from kdjax.experiment import Data, Model, layout, num_valid
+from kdjax.experiment import (
+    Data,
+    Model,
+    layout,
+    num_valid,
+    student_shape,
+    whole_length,
+)
 from kdjax.program import chunk_size
 
 MATCHES = (
@@ -42,6 +49,7 @@ class Scorer:
     ) -> None:
         self._config, self._data, self._model = config, data, model
         self._mesh, self._cache = mesh, cache
+        self._student = student_shape(config, data.tokenizer)
         self._tokens = self._plan(data.evaluation)
         self._choices = None
         if "label" in data.eval_views and any(e.choices for e in data.eval_examples):
@@ -77,11 +85,14 @@ class Scorer:
 
     def _plan(self, segments: Sequence[views.Segment]) -> loader.BatchPlan:
         evaluation, train = self._config.evaluation, self._config.train
-        rows = layout(
-            self._model.shape,
+        lengths = (
             evaluation.row_length or train.row_length,
             evaluation.encoder_row_length or train.encoder_row_length,
         )
+        shape, student = self._model.shape, self._student
+        if isinstance(shape, DecoderConfig):
+            lengths = whole_length(student, *lengths), 0
+        rows = layout(shape, *lengths)
         return loader.BatchPlan(
             segments, batch_size=evaluation.batch_size, shuffle=False, **rows
         )
