@@ -27,6 +27,7 @@ _WORKDIR = flags.DEFINE_string(
 )
 _COMPILED_BYTES = 2 * 2**30  # beyond it what was not used for longest goes
 _FLAG_ERRORS = (flags.Error, KeyError, TypeError, ValueError, OSError, AttributeError)
+CONFIG = "config.json"  # of a run, in its directory
 _JSON = flags.DEFINE_string("json", None, "Also write the result to this file.")
 STEP = flags.DEFINE_integer(
     "step", None, "Checkpoint of the student; the newest by default.", lower_bound=1
@@ -34,7 +35,11 @@ STEP = flags.DEFINE_integer(
 
 
 def run(
-    main: Callable[[Config, pathlib.Path], None], *, keep_compiled: bool = True
+    main: Callable[[Any, pathlib.Path], None],
+    *,
+    kind: type = Config,
+    validate: Callable[[Any], Any] = validation.validate,
+    keep_compiled: bool = True,
 ) -> None:
     """Parses the flags, validates the config and calls `main(config, workdir)`.
 
@@ -43,6 +48,8 @@ def run(
 
     Args:
       main: the verb.
+      kind: what get_config returns.
+      validate: checks it.
       keep_compiled: what is compiled is kept on disk and read by later runs; False
         where the compilation itself is measured.
     """
@@ -50,7 +57,7 @@ def run(
     def start(arguments: list[str]) -> None:
         if arguments:
             raise ValueError(f"arguments {arguments} are not flags: use --name=value")
-        config = given_config()
+        config = given_config(kind, validate)
         distributed.start()
         if keep_compiled:
             _keep_compiled()
@@ -102,41 +109,43 @@ def _keep_compiled() -> None:
     jax.config.update("jax_compilation_cache_max_size", _COMPILED_BYTES)
 
 
-def given_config() -> Config:
+def given_config(
+    kind: type = Config, validate: Callable[[Any], Any] = validation.validate
+) -> Any:
     """The config of --config, else the one that --workdir ran with, validated.
 
     Raises:
-      ValueError: there is none, or it says what cannot be.
+      ValueError: there is none, it is of another kind, or it says what cannot be.
     """
-    config = _given()
-    validation.validate(config)
+    config = _given(kind)
+    validate(config)
     return config
 
 
-def _given() -> Config:
+def _given(kind: type) -> Any:
     config = _CONFIG.value
-    if config is None:
-        file = pathlib.Path(_WORKDIR.value or "") / "config.json"
+    if config is None and kind is Config:
+        file = pathlib.Path(_WORKDIR.value or "") / CONFIG
         if not _WORKDIR.value or not file.is_file():
             raise ValueError(
                 "--config is missing: give --config=configs/NAME.py, or the --workdir "
                 "of a run"
             )
-        config = config_lib.from_json(file.read_text())
-    if not isinstance(config, Config):
-        file = config_flags.get_config_filename(flags.FLAGS["config"])
-        if not pathlib.Path(file).is_file():
-            raise ValueError(
-                f"--config={file}: no such file; give the path of a config"
-            )
-        raise ValueError(
-            "get_config of --config must return a kdjax.config.Config, not "
-            f"{type(config).__name__}"
-        )
-    return config
+        return config_lib.from_json(file.read_text())
+    if config is None:
+        raise ValueError("--config is missing: give --config=configs/compare/NAME.py")
+    if isinstance(config, kind):
+        return config
+    file = config_flags.get_config_filename(flags.FLAGS["config"])
+    if not pathlib.Path(file).is_file():
+        raise ValueError(f"--config={file}: no such file; give the path of a config")
+    raise ValueError(
+        f"get_config of --config must return a {kind.__module__}.{kind.__name__}, not "
+        f"{type(config).__name__}"
+    )
 
 
-def workdir(config: Config) -> pathlib.Path:
+def workdir(config: Any) -> pathlib.Path:
     """--workdir, or runs/<name>."""
     return pathlib.Path(_WORKDIR.value or pathlib.Path("runs") / config.name)
 
@@ -147,7 +156,19 @@ def claim(folder: pathlib.Path, config: Config) -> None:
     Raises:
       ValueError: another config has run there; the fields that differ are named.
     """
-    file = folder / "config.json"
+    check_owner(folder, config)
+    distributed.barrier("claim")
+    if distributed.is_main():
+        write_config(folder, config)
+
+
+def check_owner(folder: pathlib.Path, config: Config) -> None:
+    """Checks that no other config has run in a directory.
+
+    Raises:
+      ValueError: one has; the fields that differ are named.
+    """
+    file = folder / CONFIG
     if file.exists():
         changed = resuming.differences(config_lib.from_json(file.read_text()), config)
         if changed:
@@ -155,9 +176,11 @@ def claim(folder: pathlib.Path, config: Config) -> None:
                 f"workdir={str(folder)!r} holds a run of another config "
                 f"({'; '.join(changed)}): use another --workdir, or remove it"
             )
-    distributed.barrier("claim")
-    if distributed.is_main():
-        write_atomically(file, config_lib.to_json(config))
+
+
+def write_config(folder: pathlib.Path, config: Config) -> None:
+    """Writes the config that a directory is of."""
+    write_atomically(folder / CONFIG, config_lib.to_json(config))
 
 
 def write_json(found: Any) -> None:

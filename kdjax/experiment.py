@@ -16,6 +16,7 @@ from kdjax.config import (
     Config,
     DecoderConfig,
     LoraConfig,
+    MethodConfig,
     StudentConfig,
     T5Config,
     TrainConfig,
@@ -331,7 +332,7 @@ def teacher_folder(config: Config, workdir: pathlib.Path) -> str:
 
 def teacher_config(config: Config) -> Config:
     """The run that trains the built-in task's teacher: hard labels, more examples."""
-    teacher, train = config.teacher, config.train
+    teacher, train, method = config.teacher, config.train, config.method
     if config.student.init == "random" and config.student.architecture == "t5":
         rows = train.row_length, train.encoder_row_length
         length = whole_length(config.student.t5, *rows)
@@ -348,14 +349,13 @@ def teacher_config(config: Config) -> Config:
             ),
         ),
         student=StudentConfig(init="random", decoder=teacher.decoder),
-        method=dataclasses.replace(
-            config.method,
+        method=MethodConfig(
+            name=method.name,
+            label_weight=method.label_weight,
+            counterfactual_weight=method.counterfactual_weight,
+            multitask_weight=method.multitask_weight,
             hard_weight=1.0,
             soft_weight=0.0,
-            hidden_weight=0.0,
-            attention_weight=0.0,
-            weight_schedule="constant",
-            label_smoothing=0.0,
         ),
         optim=dataclasses.replace(
             config.optim,

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 import kdjax
-from kdjax import cli, experiment, flops, freezing, methods, origins
+from kdjax import cli, experiment, flops, freezing, methods, metrics, origins
 from kdjax.config import Config
 from kdjax.data.loader import BatchPlan
 from kdjax.models.lm import Shape
@@ -239,6 +239,7 @@ def run_summary(
     teacher_shape: Shape | None,
     throughput: dict[str, float],
     generations: list[dict[str, Any]],
+    bins: metrics.Bins | None,
 ) -> None:
     """Writes summary.json and generations.jsonl."""
     if not throughput and (workdir / "summary.json").is_file():
@@ -265,6 +266,10 @@ def run_summary(
         }
         | {name: importlib.metadata.version(name) for name in _LIBRARIES},
     }
+    if bins is not None:
+        names = ("counts", "confidences", "corrects")
+        numbers = (np.asarray(x).tolist() for x in bins)
+        summary["reliability"] = dict(zip(names, numbers, strict=True))
     cli.write_atomically(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
     lines = "".join(json.dumps(row) + "\n" for row in generations)
     cli.write_atomically(workdir / "generations.jsonl", lines)

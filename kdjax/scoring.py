@@ -66,6 +66,7 @@ class Scorer:
             num_valid=num_valid(model.shape, cache),
         )
         self._generate: dict[Any, Any] = {}  # compiled once, whatever the call
+        self.bins: metrics.Bins | None = None  # of the last call's ece
         # Every view's records are read, whatever the training terms are.
         self._soft = tuple(
             methods.Term(name=name, view=index, kind="soft", weight=1.0)
@@ -147,14 +148,14 @@ class Scorer:
             shares = np.exp(scores - scores.max())
             confidence.append(shares.max() / shares.sum())
             correct.append(choices.correct[of_example][scores.argmax()])
-        bins = metrics.ece(
+        self.bins = metrics.ece(
             jnp.asarray(confidence, jnp.float32),
             jnp.asarray(correct, jnp.float32),
             num_bins=self._config.evaluation.num_bins,
         )
         return {
             "accuracy": float(np.mean(correct)),
-            "ece": float(metrics.finalize_ece(bins)),
+            "ece": float(metrics.finalize_ece(self.bins)),
         }
 
     def generations(self, params: Any) -> list[dict[str, Any]]:

@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from kdjax import evaluate, experiment, export, sharding, state, train, validation
+from kdjax import (
+    evaluate,
+    experiment,
+    export,
+    fitting,
+    sharding,
+    state,
+    train,
+    validation,
+)
 from kdjax.checkpoint import Checkpoints
 from kdjax.config import MeshConfig
 from kdjax.models import hf
@@ -92,7 +101,7 @@ def paths_in(folder):
 def test_a_run_evaluates_exports_and_returns_the_averages(tmp_path, monkeypatch):
     config, run = small.config(optim={"ema_decay": 0.5}), tmp_path / "run"
     returned = {}
-    fit = train.fit
+    fit = fitting.fit
 
     def keep(config, **keywords):
         returned[config.name] = fit(config, **keywords)

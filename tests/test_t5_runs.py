@@ -8,7 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kdjax import experiment, export, generate, methods, program, sharding, state, train
+from kdjax import (
+    experiment,
+    export,
+    fitting,
+    generate,
+    methods,
+    program,
+    sharding,
+    state,
+    train,
+)
 from kdjax.config import MeshConfig, T5Config
 from kdjax.data import loader
 from kdjax.data import tokenizer as tokenizers
@@ -77,7 +87,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(finished, tmp_path):
     def fit(folder, calls):
         for _ in range(calls):
             try:
-                found = train.fit(
+                found = fitting.fit(
                     half,
                     workdir=folder,
                     mesh=mesh,

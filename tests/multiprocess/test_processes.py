@@ -5,7 +5,6 @@ import pathlib
 
 import numpy as np
 
-from kdjax import train
 from tests import small
 from tests.multiprocess import launch
 

@@ -1,0 +1,1 @@
+"""Grids of runs: what they are, how they run, what they gave."""

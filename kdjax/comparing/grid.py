@@ -1,0 +1,270 @@
+"""A comparison: runs that differ by levels of factors, and what they share.
+
+A run is a config like any other; teachers, their labels and rationales that several
+runs need are made once, before them.
+"""
+
+import copy
+import dataclasses
+import hashlib
+import itertools
+import json
+import pathlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from kdjax import experiment, methods, validation
+from kdjax.analysis.runs import Design
+from kdjax.config import Config
+
+SEED = "seed"  # the factor that every comparison has
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+]*")
+
+Changes = Mapping[str, Any]  # field of a config, as "method.name" -> its value
+
+
+@dataclass(kw_only=True)
+class Comparison:
+    """Runs for every combination of levels, and how they are compared."""
+
+    name: str = "comparison"  # the default workdir is runs/<name>
+    base: Config = field(default_factory=Config)  # what all runs have in common
+    factors: dict[str, dict[str, Changes]] = field(default_factory=dict)
+    # factor -> level -> what it changes; later factors overwrite earlier ones
+    seeds: tuple[int, ...] = (0, 1, 2)  # each combination is run with each
+    leave_out: tuple[Mapping[str, str], ...] = ()  # combinations not run, by levels
+    metrics: tuple[str, ...] = ("answer_accuracy",)  # columns that are compared
+    first: tuple[str, ...] = ("method",)  # factors whose combinations are compared
+    second: tuple[str, ...] = ()  # at each combination of these
+    floors: dict[str, float] = field(default_factory=dict)  # chance, by metric
+    cost: str = "parameters"  # column of the Pareto plot; "" = none
+    annotate: bool = False  # rationales come from `annotate`, not from data.rationales
+    faithfulness: bool = False  # explanations are measured too
+    latency: bool = False  # decoding is timed, and its memory counted, a student
+
+    def design(self) -> Design:
+        """What the report compares."""
+        return Design(
+            metrics=self.metrics,
+            factors=tuple(self.factors),
+            first=self.first,
+            second=self.second,
+            floors=self.floors,
+            cost=self.cost,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """A directory, and the commands that fill it."""
+
+    name: str  # of its directory, below the comparison's
+    config: Config
+    commands: tuple[tuple[str, ...], ...]  # verb and flags; --workdir is added
+    needs: tuple[str, ...] = ()  # items that come before
+    levels: Mapping[str, str] = field(default_factory=dict)  # of a run: with its seed
+
+    @property
+    def is_run(self) -> bool:
+        """Whether it is a run, a row of the results."""
+        return bool(self.levels)
+
+
+def runs(comparison: Comparison) -> dict[str, tuple[dict[str, str], Config]]:
+    """The grid: name -> (levels with the seed, config), before anything is shared.
+
+    Raises:
+      ValueError: a factor or level that cannot be, or a config that is not valid.
+    """
+    _check(comparison)
+    found: dict[str, tuple[dict[str, str], Config]] = {}
+    for combination in itertools.product(*comparison.factors.values()):
+        levels = dict(zip(comparison.factors, combination, strict=True))
+        if any(left.items() <= levels.items() for left in comparison.leave_out):
+            continue
+        for seed in comparison.seeds:
+            name = "-".join([*levels.values(), f"s{seed}"])
+            config = copy.deepcopy(comparison.base)
+            config.name, config.seed = f"{comparison.name}-{name}", seed
+            for factor, level in levels.items():
+                for path, value in comparison.factors[factor][level].items():
+                    _change(config, path, value, f"factors[{factor!r}][{level!r}]")
+            try:
+                validation.validate(config)
+            except ValueError as error:
+                raise ValueError(f"run {name}: {error}") from None
+            found[name] = levels | {SEED: str(seed)}, config
+    if not found:
+        raise ValueError("leave_out leaves out every combination: nothing to run")
+    return found
+
+
+def items(comparison: Comparison, workdir: pathlib.Path) -> list[Item]:
+    """All there is to do, each item after those it needs.
+
+    Args:
+      comparison: the grid.
+      workdir: of the comparison; configs of runs name shared directories in it.
+
+    Raises:
+      ValueError: as `runs`.
+    """
+    grid = runs(comparison)
+    shared: dict[str, Item] = {}
+    needs: dict[str, list[str]] = {name: [] for name in grid}
+    for name, (_, config) in grid.items():
+        if comparison.annotate:
+            needs[name] += _annotations(config, workdir, shared)
+        if experiment.has_teacher(config) and not config.teacher.path:
+            needs[name].append(_teacher(config, workdir, shared))
+    for name, of_run in needs.items():
+        _, config = grid[name]
+        if experiment.has_teacher(config):
+            of_run.append(_labels(config, workdir, shared, tuple(of_run)))
+    commands = [("kdjax.train",)]
+    if comparison.faithfulness:
+        commands.append(("kdjax.evaluate", "--faithfulness"))
+    return [
+        *shared.values(),
+        *(
+            Item(
+                name=f"runs/{name}",
+                config=config,
+                commands=tuple(commands),
+                needs=tuple(dict.fromkeys(needs[name])),
+                levels=levels,
+            )
+            for name, (levels, config) in grid.items()
+        ),
+    ]
+
+
+def _check(comparison: Comparison) -> None:
+    """What can be wrong with the grid itself."""
+    if not isinstance(comparison.base, Config):
+        raise ValueError(f"base={comparison.base!r} is not a kdjax.config.Config")
+    if not comparison.seeds or len(set(comparison.seeds)) < len(comparison.seeds):
+        raise ValueError(f"seeds={comparison.seeds}: give at least one, each once")
+    if SEED in comparison.factors:
+        raise ValueError(f"factors has {SEED!r}, which every comparison has: use seeds")
+    for factor, levels in comparison.factors.items():
+        if not levels:
+            raise ValueError(f"factors[{factor!r}] has no level: give one")
+        for level in levels:
+            # Levels name directories; "-" stands between them.
+            if not _NAME.fullmatch(level):
+                raise ValueError(
+                    f"factors[{factor!r}] has level={level!r}: use letters, digits and "
+                    "any of . _ = +, a letter or digit first"
+                )
+    for left in comparison.leave_out:
+        for factor, level in left.items():
+            if level not in comparison.factors.get(factor, {}):
+                raise ValueError(
+                    f"leave_out={dict(left)}: there is no level {level!r} of {factor!r}"
+                )
+    comparison.design()
+
+
+def _change(config: Config, path: str, value: Any, where: str) -> None:
+    """Sets a field of a config by its path.
+
+    Raises:
+      ValueError: there is no such field.
+    """
+    *parts, name = path.split(".")
+    part: Any = config
+    for step in parts:
+        part = getattr(part, step, None)
+    if not dataclasses.is_dataclass(part) or not hasattr(part, name):
+        raise ValueError(f"{where}: a config has no field {path!r}")
+    setattr(part, name, copy.deepcopy(value))
+
+
+def _digest(*parts: Any) -> str:
+    """A short name for what decides the content of something shared."""
+    plain = [dataclasses.asdict(p) if dataclasses.is_dataclass(p) else p for p in parts]
+    text = json.dumps(plain, sort_keys=True).encode()
+    return hashlib.blake2b(text, digest_size=5).hexdigest()
+
+
+def _own(config: Config, name: str) -> Config:
+    """A config for a shared directory."""
+    return dataclasses.replace(copy.deepcopy(config), name=name)
+
+
+def _teacher(config: Config, workdir: pathlib.Path, shared: dict[str, Item]) -> str:
+    """The item that trains a run's teacher, whose folder the run is given."""
+    trained = experiment.teacher_config(config)
+    parts = (trained.data, trained.student, trained.method, trained.optim)
+    name = f"shared/teacher-{_digest(*parts, trained.train, trained.seed)}"
+    if name not in shared:
+        shared[name] = Item(
+            name=name,
+            config=_own(config, name),
+            commands=(("kdjax.train", "--until=teacher"),),
+        )
+    config.teacher.path = str(workdir / name / "teacher")
+    return name
+
+
+def _labels(
+    config: Config,
+    workdir: pathlib.Path,
+    shared: dict[str, Item],
+    needs: tuple[str, ...],
+) -> str:
+    """The item that labels a run's examples, whose cache the run is given."""
+    soft = methods.has_soft_terms(config.method) and not config.teacher.online
+    teacher = (config.teacher.path, config.train.dtype)
+    parts = (config.data, config.cache, config.method.name, *teacher)
+    name = f"shared/labels-{_digest(*parts)}"
+    config.cache.path = str(workdir / name / "cache")
+    # Held-out rows are labelled for all runs, training rows if one of them asks.
+    if name not in shared or soft:
+        shared[name] = Item(
+            name=name,
+            config=_own(config, name),
+            commands=(("kdjax.label",),),
+            needs=needs,
+        )
+    return name
+
+
+def _annotations(
+    config: Config, workdir: pathlib.Path, shared: dict[str, Item]
+) -> list[str]:
+    """The items that write a run's rationales, whose files the run is given."""
+    data, views = config.data, methods.views(config.method)
+    wanted = []
+    if set(views) - {"label", "counterfactual"}:
+        wanted.append(("rationales", "train", config.annotate.method))
+        if not data.eval_rationales:
+            wanted.append(("eval_rationales", "eval", config.annotate.method))
+    if "counterfactual" in views:
+        wanted.append(("counterfactuals", "train", "counterfactual"))
+    plain = dataclasses.replace(
+        data, rationales="", eval_rationales="", counterfactuals=""
+    )
+    found = []
+    for target, split, method in wanted:
+        annotate = dataclasses.replace(config.annotate, method=method, split=split)
+        model = annotate.model or config.teacher.path
+        if not model:
+            raise ValueError(
+                "annotate=True asks a model: name it by annotate.model or teacher.path "
+                "(a teacher that is trained here cannot be asked)"
+            )
+        name = f"shared/rationales-{_digest(plain, annotate, model)}"
+        folder = workdir / name / "rationales"
+        if name not in shared:
+            own = _own(config, name)
+            own.data = copy.deepcopy(plain)
+            own.annotate = dataclasses.replace(annotate, path=str(folder))
+            shared[name] = Item(name=name, config=own, commands=(("kdjax.annotate",),))
+        file = "counterfactuals" if method == "counterfactual" else "rationales"
+        setattr(data, target, str(folder / f"{file}.jsonl"))
+        found.append(name)
+    return found

@@ -1,0 +1,168 @@
+"""What the runs of a comparison gave: results.csv, and the report made of it."""
+
+import csv
+import io
+import json
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kdjax import cli
+from kdjax.analysis import report
+from kdjax.analysis import runs as analysed
+from kdjax.comparing import processes
+from kdjax.comparing.grid import SEED, Comparison, Item
+
+RESULTS, REPORT = "results.csv", "report.html"
+DONE, FAILED, MISSING = "done", "failed", "not run"
+# Views whose answer a method gives, the one that is asked for an answer alone first.
+_ANSWERS = (
+    "exact_match/label",
+    "answer_match/factual",
+    "answer_match/rationale_then_label",
+)
+
+
+def numbers(folder: pathlib.Path) -> dict[str, float]:
+    """The numbers of a finished run, by column.
+
+    Those of the student in summary.json as they are, and
+
+      answer_accuracy: share of greedy answers that are right up to case, white space
+        and a final full stop: of the view that answers alone, else of the one that
+        explains first;
+      teacher_accuracy: of the teacher, by likelihood of the choices;
+      retention: accuracy / teacher_accuracy;
+      parameters: of the student;
+
+    with what was measured of its explanations (faithfulness.json) and of its decoding
+    (latency.json), where it was.
+    """
+    summary = json.loads((folder / "summary.json").read_text())
+    student, teacher = summary["student"], summary["teacher"]
+    found = dict(student)
+    answers = [student[name] for name in _ANSWERS if name in student]
+    if answers:
+        found["answer_accuracy"] = answers[0]
+    if "accuracy" in teacher:
+        found["teacher_accuracy"] = teacher["accuracy"]
+        if "accuracy" in student and teacher["accuracy"]:
+            found["retention"] = student["accuracy"] / teacher["accuracy"]
+    found["parameters"] = summary["parameters"]["student"]
+    for name in ("faithfulness.json", "latency.json"):
+        if (folder / name).is_file():
+            found |= json.loads((folder / name).read_text())
+    return {name: float(value) for name, value in found.items()}
+
+
+def rows(items: Sequence[Item], workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """A row a run, in the grid's order, whatever became of it."""
+    found = []
+    for item in items:
+        if not item.is_run:
+            continue
+        folder = workdir / item.name
+        error = processes.error(folder)
+        done = processes.finished(item, workdir)
+        status = DONE if done else FAILED if error else MISSING
+        row = {"run": folder.name, "status": status, "error": error, **item.levels}
+        found.append(row | (numbers(folder) if done else {}))
+    return found
+
+
+def write(
+    comparison: Comparison, items: Sequence[Item], workdir: pathlib.Path
+) -> list[dict[str, Any]]:
+    """Writes results.csv and report.html; returns the rows.
+
+    Numbers are written so that they read back equal; the same runs give the same bytes.
+
+    Raises:
+      ValueError: a metric that no run has.
+    """
+    found = rows(items, workdir)
+    names = dict.fromkeys(name for row in found for name in row)
+    missing = [m for m in comparison.metrics if m not in names]
+    if missing and any(row["status"] == DONE for row in found):
+        known = sorted(set(names) - set(_fixed(comparison)))
+        raise ValueError(f"metrics={missing}: no run has them; runs have {known}")
+    first = _fixed(comparison)
+    columns = dict.fromkeys([*first, *comparison.metrics, *sorted(names)])
+    if comparison.cost:
+        columns.setdefault(comparison.cost)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(columns), restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: _cell(v) for k, v in row.items()} for row in found)
+    cli.write_atomically(workdir / RESULTS, text.getvalue())
+    design = comparison.design()
+    report.write(
+        workdir / REPORT,
+        analysed.read(workdir / RESULTS, design),
+        design,
+        title=comparison.name,
+        folder="runs",
+        reliability=_reliability(comparison, found, workdir),
+    )
+    return found
+
+
+def means(
+    comparison: Comparison, found: Sequence[Mapping[str, Any]]
+) -> list[dict[str, str]]:
+    """A line a group of the first metrics: mean and standard deviation over seeds."""
+    groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    factors = (*comparison.first, *comparison.second)
+    for row in found:
+        groups.setdefault(tuple(row[f] for f in factors), []).append(row)
+    lines = []
+    for levels, members in groups.items():
+        line = dict(zip(factors, levels, strict=True))
+        for metric in comparison.metrics:
+            values = [row[metric] for row in members if metric in row]
+            line[metric] = _summary(values)
+        done = sum(row["status"] == DONE for row in members)
+        lines.append(line | {"runs": f"{done}/{len(members)}"})
+    return lines
+
+
+def _summary(values: Sequence[float]) -> str:
+    if not values:
+        return "-"
+    mean = math.fsum(values) / len(values)
+    if len(values) == 1:
+        return f"{mean:.4g}"
+    squares = math.fsum((value - mean) ** 2 for value in values)
+    return f"{mean:.4g} ± {math.sqrt(squares / (len(values) - 1)):.2g}"
+
+
+def _fixed(comparison: Comparison) -> list[str]:
+    return ["run", "status", "error", *comparison.factors, SEED]
+
+
+def _cell(value: Any) -> str:
+    return repr(value) if isinstance(value, float) else str(value)
+
+
+def _reliability(
+    comparison: Comparison, found: Sequence[Mapping[str, Any]], workdir: pathlib.Path
+) -> dict[str, tuple[Sequence[float], Sequence[float], Sequence[float]]]:
+    """Bins of each group, its runs together: counts, confidences, right ones."""
+    groups: dict[str, list[tuple[Sequence[float], ...]]] = {}
+    for row in found:
+        if row["status"] != DONE:
+            continue
+        folder = workdir / "runs" / row["run"]
+        bins = json.loads((folder / "summary.json").read_text()).get("reliability")
+        if bins:
+            factors = (*comparison.first, *comparison.second)
+            of_group = groups.setdefault(", ".join(row[f] for f in factors), [])
+            of_group.append((bins["counts"], bins["confidences"], bins["corrects"]))
+    return {
+        title: tuple(
+            [math.fsum(values) for values in zip(*part, strict=True)]
+            for part in zip(*members, strict=True)
+        )
+        for title, members in groups.items()
+    }
