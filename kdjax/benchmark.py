@@ -6,6 +6,7 @@ compared takes turns in one process. Without a labelled cache in --workdir, or w
 benchmark.md says what each number is.
 """
 
+import json
 import pathlib
 import sys
 import tempfile
@@ -21,6 +22,7 @@ from kdjax import (
     distributed,
     experiment,
     flops,
+    latency,
     parts,
     program,
     sharding,
@@ -48,6 +50,11 @@ _ONLINE = flags.DEFINE_bool(
 flags.declare_key_flag("json")
 _PROFILE = flags.DEFINE_string(
     "profile", None, "Write a jax.profiler trace of three steps to this folder."
+)
+_DECODE = flags.DEFINE_bool(
+    "decode",
+    False,
+    "Time the student's decoding; also in <workdir>/latency.json.",
 )
 _PROFILED_STEPS = 3
 
@@ -271,6 +278,9 @@ def _mib(memory: Mapping[str, int]) -> str:
 
 def run(config: Config, workdir: pathlib.Path) -> None:
     """Measures one config, prints the tables and writes what was asked for."""
+    if _DECODE.value:
+        _decode(config, workdir)
+        return
     mesh = sharding.make_mesh(config.mesh)
     with tempfile.TemporaryDirectory(prefix="kdjax-benchmark-") as folder:
         load = None if _SYNTHETIC.value else workload.real(config, workdir, mesh)
@@ -288,6 +298,18 @@ def run(config: Config, workdir: pathlib.Path) -> None:
         )
     if distributed.is_main():
         print_report(found)
+        cli.write_json(found)
+
+
+def _decode(config: Config, workdir: pathlib.Path) -> None:
+    rounds = _ROUNDS.value
+    calls = len(latency.BATCH_SIZES) * (1 + rounds)
+    with progress(calls, "decode", is_main=distributed.is_main()) as advance:
+        found = latency.measure(config, rounds=rounds, advance=advance)
+    if distributed.is_main():
+        title = f"{config.name}: decoding, random weights"
+        print_table(title, [{"what": k, "value": _number(v)} for k, v in found.items()])
+        cli.write_atomically(workdir / "latency.json", json.dumps(found) + "\n")
         cli.write_json(found)
 
 

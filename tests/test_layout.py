@@ -12,6 +12,7 @@ VERBS = (
     "label",
     "annotate",
     "evaluate",
+    "compare",
     "export",
     "cache",
     "plan",

@@ -15,7 +15,7 @@ from kdjax.analysis import extras
 
 _LARGEST = 1e100  # beyond it a metric counts as infinite
 _FENCE = 1.5  # interquartile ranges beyond the quartiles
-_LOWEST = ("nll", "kl", "ece", "loss", "perplexity", "seconds", "memory", "latency")
+LOWEST = ("nll", "kl", "ece", "loss", "perplexity", "seconds", "memory", "latency")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class Design:
     first: tuple[str, ...]  # of them: their combinations are compared ...
     second: tuple[str, ...] = ()  # ... at each combination of these
     seed: str = "seed"  # column, where there is one
-    lowest: tuple[str, ...] = _LOWEST  # metrics of which less is better
+    lowest: tuple[str, ...] = LOWEST  # metrics of which less is better
     floors: Mapping[str, float] = dataclasses.field(default_factory=dict)
     # metric -> value that a run must pass, else it counts as collapsed (chance)
     cost: str = ""  # column of numbers that the Pareto plot has on its axis

@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kdjax import experiment, methods, validation
-from kdjax.analysis.runs import Design
+from kdjax.analysis.runs import LOWEST, Design
 from kdjax.config import Config
 
+LATENCY = "shared/latency"  # begins the names of items that time decoding
 SEED = "seed"  # the factor that every comparison has
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+]*")
 
@@ -46,8 +47,10 @@ class Comparison:
 
     def design(self) -> Design:
         """What the report compares."""
+        falling = [m for m in self.metrics if m.partition("/")[0] in LOWEST]
         return Design(
             metrics=self.metrics,
+            lowest=tuple(falling),
             factors=tuple(self.factors),
             first=self.first,
             second=self.second,
@@ -64,6 +67,7 @@ class Item:
     config: Config
     commands: tuple[tuple[str, ...], ...]  # verb and flags; --workdir is added
     needs: tuple[str, ...] = ()  # items that come before
+    alone: bool = False  # nothing runs beside it: it is timed
     levels: Mapping[str, str] = field(default_factory=dict)  # of a run: with its seed
 
     @property
@@ -123,7 +127,9 @@ def items(comparison: Comparison, workdir: pathlib.Path) -> list[Item]:
         _, config = grid[name]
         if experiment.has_teacher(config):
             of_run.append(_labels(config, workdir, shared, tuple(of_run)))
-    commands = [("kdjax.train",)]
+        if comparison.latency:
+            of_run.append(_latency(config, shared, tuple(of_run)))
+    commands: list[tuple[str, ...]] = [("kdjax.train",)]
     if comparison.faithfulness:
         commands.append(("kdjax.evaluate", "--faithfulness"))
     return [
@@ -185,8 +191,7 @@ def _change(config: Config, path: str, value: Any, where: str) -> None:
 
 def _digest(*parts: Any) -> str:
     """A short name for what decides the content of something shared."""
-    plain = [dataclasses.asdict(p) if dataclasses.is_dataclass(p) else p for p in parts]
-    text = json.dumps(plain, sort_keys=True).encode()
+    text = json.dumps(parts, sort_keys=True, default=dataclasses.asdict).encode()
     return hashlib.blake2b(text, digest_size=5).hexdigest()
 
 
@@ -229,6 +234,23 @@ def _labels(
             config=_own(config, name),
             commands=(("kdjax.label",),),
             needs=needs,
+        )
+    return name
+
+
+def _latency(config: Config, shared: dict[str, Item], needs: tuple[str, ...]) -> str:
+    """The item that times the decoding of a run's student."""
+    parts = (config.student, config.data.max_prompt, config.evaluation.max_new_tokens)
+    of_teacher = config.student.init == "teacher_layers"
+    teacher = config.teacher.path if of_teacher else ""
+    name = f"{LATENCY}-{_digest(*parts, teacher, config.train.dtype)}"
+    if name not in shared:
+        shared[name] = Item(
+            name=name,
+            config=_own(config, name),
+            commands=(("kdjax.benchmark", "--decode"),),
+            needs=needs,
+            alone=True,
         )
     return name
 

@@ -13,7 +13,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any
 
 from kdjax import cli
 from kdjax.comparing.grid import Item
@@ -96,7 +97,7 @@ def run(
     waiting = [item for item in items if not finished(item, workdir)]
     unfinished = {item.name for item in waiting}
     failed: set[str] = set()
-    running: list[tuple[Item, Place, Iterator[str | None]]] = []
+    running: list[tuple[Item, Place, Generator[str | None, None, None]]] = []
     try:
         while waiting or running:
             for item in list(waiting):
@@ -105,16 +106,17 @@ def run(
                     failed.add(item.name)
                     _fail(workdir / item.name, f"{lost[0]} failed, which it needs")
                     report(item, error(workdir / item.name))
-                elif free and not unfinished & set(item.needs):
+                elif _can_start(item, unfinished, running, free):
                     waiting.remove(item)
-                    place = free.pop()
+                    place = Place((), {}) if item.alone else free.pop()
                     running.append((item, place, _steps(item, workdir, place)))
             for entry in list(running):
                 item, place, steps = entry
                 if (outcome := next(steps)) is None:
                     continue
                 running.remove(entry)
-                free.append(place)
+                if not item.alone:
+                    free.append(place)
                 if outcome:
                     failed.add(item.name)
                 else:
@@ -126,7 +128,21 @@ def run(
             steps.close()
 
 
-def _steps(item: Item, workdir: pathlib.Path, place: Place) -> Iterator[str | None]:
+def _can_start(
+    item: Item,
+    unfinished: set[str],
+    running: Sequence[tuple[Item, Any, Any]],
+    free: Sequence[Place],
+) -> bool:
+    """Whether all that an item needs is there, and room for it."""
+    if unfinished & set(item.needs) or any(other.alone for other, _, _ in running):
+        return False
+    return not running if item.alone else bool(free)
+
+
+def _steps(
+    item: Item, workdir: pathlib.Path, place: Place
+) -> Generator[str | None, None, None]:
     """Runs the commands of an item; yields None until done, then the error or ""."""
     folder = workdir / item.name
     (folder / FAILED).unlink(missing_ok=True)

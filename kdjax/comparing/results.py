@@ -12,7 +12,7 @@ from kdjax import cli
 from kdjax.analysis import report
 from kdjax.analysis import runs as analysed
 from kdjax.comparing import processes
-from kdjax.comparing.grid import SEED, Comparison, Item
+from kdjax.comparing.grid import LATENCY, SEED, Comparison, Item
 
 RESULTS, REPORT = "results.csv", "report.html"
 DONE, FAILED, MISSING = "done", "failed", "not run"
@@ -36,8 +36,7 @@ def numbers(folder: pathlib.Path) -> dict[str, float]:
       retention: accuracy / teacher_accuracy;
       parameters: of the student;
 
-    with what was measured of its explanations (faithfulness.json) and of its decoding
-    (latency.json), where it was.
+    with what was measured of its explanations (faithfulness.json), where it was.
     """
     summary = json.loads((folder / "summary.json").read_text())
     student, teacher = summary["student"], summary["teacher"]
@@ -50,9 +49,7 @@ def numbers(folder: pathlib.Path) -> dict[str, float]:
         if "accuracy" in student and teacher["accuracy"]:
             found["retention"] = student["accuracy"] / teacher["accuracy"]
     found["parameters"] = summary["parameters"]["student"]
-    for name in ("faithfulness.json", "latency.json"):
-        if (folder / name).is_file():
-            found |= json.loads((folder / name).read_text())
+    found |= _read(folder / "faithfulness.json")
     return {name: float(value) for name, value in found.items()}
 
 
@@ -66,9 +63,19 @@ def rows(items: Sequence[Item], workdir: pathlib.Path) -> list[dict[str, Any]]:
         error = processes.error(folder)
         done = processes.finished(item, workdir)
         status = DONE if done else FAILED if error else MISSING
-        row = {"run": folder.name, "status": status, "error": error, **item.levels}
-        found.append(row | (numbers(folder) if done else {}))
+        row: dict[str, Any] = {"run": folder.name, "status": status, "error": error}
+        row |= item.levels
+        if done:
+            row |= numbers(folder)
+            for name in item.needs:
+                if name.startswith(LATENCY):
+                    row |= _read(workdir / name / "latency.json")
+        found.append(row)
     return found
+
+
+def _read(file: pathlib.Path) -> dict[str, float]:
+    return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def write(
@@ -147,9 +154,9 @@ def _cell(value: Any) -> str:
 
 def _reliability(
     comparison: Comparison, found: Sequence[Mapping[str, Any]], workdir: pathlib.Path
-) -> dict[str, tuple[Sequence[float], Sequence[float], Sequence[float]]]:
-    """Bins of each group, its runs together: counts, confidences, right ones."""
-    groups: dict[str, list[tuple[Sequence[float], ...]]] = {}
+) -> report.Bins:
+    """Bins of each group, its runs together."""
+    groups: dict[str, list[dict[str, list[float]]]] = {}
     for row in found:
         if row["status"] != DONE:
             continue
@@ -158,11 +165,16 @@ def _reliability(
         if bins:
             factors = (*comparison.first, *comparison.second)
             of_group = groups.setdefault(", ".join(row[f] for f in factors), [])
-            of_group.append((bins["counts"], bins["confidences"], bins["corrects"]))
+            of_group.append(bins)
+
+    def total(members: list[dict[str, list[float]]], name: str) -> list[float]:
+        return [sum(values) for values in zip(*(m[name] for m in members), strict=True)]
+
     return {
-        title: tuple(
-            [math.fsum(values) for values in zip(*part, strict=True)]
-            for part in zip(*members, strict=True)
+        title: (
+            total(members, "counts"),
+            total(members, "confidences"),
+            total(members, "corrects"),
         )
         for title, members in groups.items()
     }

@@ -1,0 +1,82 @@
+"""What a student costs once deployed: seconds and memory of decoding."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from kdjax import experiment, generate, sharding
+from kdjax.config import Config
+from kdjax.models import lm
+
+BATCH_SIZES = (1, 32)
+_MIB = 2**20
+
+
+def measure(
+    config: Config,
+    *,
+    batch_sizes: tuple[int, ...] = BATCH_SIZES,
+    rounds: int = 5,
+    advance: Callable[[int], None] = lambda amount: None,
+) -> dict[str, float]:
+    """Times greedy decoding by a student's shape, compiled and warm.
+
+    The weights are random and no row ends before `evaluation.max_new_tokens`; prompts
+    have `data.max_prompt` tokens, or as many as the model has room for.
+
+    Args:
+      config: of the student's run; adapters count as merged.
+      batch_sizes: B, prompts decoded together.
+      rounds: timed calls of each, in turn.
+      advance: called with the calls done since the last one.
+
+    Returns:
+      For each B: latency/B, milliseconds a token of a row (a call's, its prompts
+      included, over its new tokens; median); decoded_per_second/B, new tokens a second
+      of all rows; memory/B, MiB of parameters, cache and temporary arrays.
+    """
+    mesh = sharding.make_mesh(config.mesh)
+    shape = experiment.student_shape(config, experiment.load_tokenizer(config))
+    model = experiment.make_model(shape, mesh, dtype=config.train.dtype)
+    params = jax.jit(
+        lambda key: lm.init_params(shape, key), out_shardings=model.shardings
+    )(jax.random.key(0))
+    new_tokens = config.evaluation.max_new_tokens
+    length = min(config.data.max_prompt, lm.room(shape, new_tokens))
+    decode: Any = generate.make_generate(
+        shape,
+        model.graphdef,
+        max_prompt=length,
+        max_new_tokens=new_tokens,
+        eos_id=-1,
+        pad_id=0,
+    )
+    calls, memory = {}, {}
+    for size in batch_sizes:
+        prompts = np.ones((size, length), np.int32)
+        lengths = np.full(size, length, np.int32)
+        arguments = (params, prompts, lengths, jax.random.key(0), np.float32(0))
+        compiled = decode.lower(*arguments).compile()
+        needed = compiled.memory_analysis()
+        memory[size] = needed.argument_size_in_bytes + needed.temp_size_in_bytes
+        jax.block_until_ready(compiled(*arguments))
+        calls[size] = compiled, arguments
+        advance(1)
+    seconds: dict[int, list[float]] = {size: [] for size in batch_sizes}
+    for _ in range(rounds):
+        for size, (compiled, arguments) in calls.items():
+            start = time.perf_counter()
+            jax.block_until_ready(compiled(*arguments))
+            seconds[size].append(time.perf_counter() - start)
+            advance(1)
+    found = {}
+    for size, taken in seconds.items():
+        median = statistics.median(taken)
+        found[f"latency/{size}"] = 1000 * median / new_tokens
+        found[f"decoded_per_second/{size}"] = size * new_tokens / median
+        found[f"memory/{size}"] = memory[size] / _MIB
+    return found

@@ -1,0 +1,179 @@
+"""What a comparison's runs are, and what they share."""
+
+import dataclasses
+import pathlib
+
+import pytest
+
+from kdjax.comparing import grid
+from kdjax.comparing.grid import Comparison
+from tests import small
+
+LABELS = {
+    "hard": {"method.hard_weight": 1.0, "method.soft_weight": 0.0},
+    "soft": {"method.hard_weight": 0.5, "method.soft_weight": 0.5},
+}
+
+
+def comparison(**changes) -> Comparison:
+    """Two methods, with and without soft labels, two seeds."""
+    found = Comparison(
+        name="small",
+        base=small.config(),
+        factors={
+            "method": {n: {"method.name": n} for n in ("finetune", "multitask")},
+            "labels": LABELS,
+        },
+        seeds=(0, 7),
+        second=("labels",),
+    )
+    return dataclasses.replace(found, **changes)
+
+
+def items(found: Comparison) -> dict[str, grid.Item]:
+    return {i.name: i for i in grid.items(found, pathlib.Path("/somewhere"))}
+
+
+def test_every_combination_is_a_run_with_each_seed():
+    found = grid.runs(comparison())
+    assert list(found) == [
+        f"{method}-{labels}-s{seed}"
+        for method in ("finetune", "multitask")
+        for labels in ("hard", "soft")
+        for seed in (0, 7)
+    ]
+    levels, config = found["multitask-soft-s7"]
+    assert levels == {"method": "multitask", "labels": "soft", "seed": "7"}
+    assert config.seed == 7 and config.method.name == "multitask"
+    assert config.method.soft_weight == 0.5
+    assert found["multitask-hard-s7"][1].method.soft_weight == 0.0
+
+
+def test_runs_share_no_part_of_a_config():
+    configs = [config for _, config in grid.runs(comparison()).values()]
+    configs[0].data.num_train = -1
+    assert all(c.data.num_train == 24 for c in configs[1:])
+
+
+def test_left_out_combinations_are_not_run():
+    left = ({"method": "finetune", "labels": "soft"},)
+    found = grid.runs(comparison(leave_out=left))
+    assert len(found) == 6
+    assert not any(name.startswith("finetune-soft") for name in found)
+
+
+def test_a_teacher_a_method_and_labels_for_all_its_runs():
+    found = items(comparison())
+    shared = [name for name in found if name.startswith("shared/")]
+    assert [name.split("-")[0] for name in shared] == ["shared/teacher"] * 2 + [
+        "shared/labels"
+    ] * 2
+    teacher, labels = found["runs/multitask-hard-s0"].needs
+    for name in ("multitask-soft-s0", "multitask-soft-s7", "multitask-hard-s7"):
+        assert found[f"runs/{name}"].needs == (teacher, labels)
+    assert not {teacher, labels} & set(found["runs/finetune-soft-s0"].needs)
+    assert found[labels].needs == (teacher,)
+    run = found["runs/multitask-hard-s0"].config
+    assert run.teacher.path == f"/somewhere/{teacher}/teacher"
+    assert run.cache.path == f"/somewhere/{labels}/cache"
+    assert found[labels].config.teacher.path == run.teacher.path
+    # Training rows are labelled because some runs have soft terms.
+    assert found[labels].config.method.soft_weight == 0.5
+    assert found[teacher].config.teacher.path == ""
+
+
+def test_what_comes_first_is_listed_first():
+    seen: set[str] = set()
+    for item in grid.items(comparison(), pathlib.Path("w")):
+        assert set(item.needs) <= seen
+        seen.add(item.name)
+
+
+@pytest.mark.parametrize(
+    ("change", "teachers", "labels"),
+    [
+        ({"method.temperature": 1.0}, 1, 1),
+        ({"student.decoder.width": 16, "student.decoder.num_heads": 2}, 1, 1),
+        ({"optim.learning_rate": 0.1}, 1, 1),
+        ({"train.steps": 3}, 1, 1),
+        ({"cache.k": 4}, 1, 2),
+        ({"data.num_train": 8}, 1, 2),
+        ({"teacher.label_noise": 0.5}, 2, 2),
+        ({"teacher_seed": 1}, 2, 2),
+        ({"teacher.steps": 2}, 2, 2),
+    ],
+)
+def test_a_factor_makes_anew_what_depends_on_it(change, teachers, labels):
+    factors = {"factor": {"as_is": {}, "changed": change}}
+    found = items(comparison(factors=factors, first=("factor",), second=()))
+    names = [name.split("-")[0] for name in found]
+    assert names.count("shared/teacher") == teachers
+    assert names.count("shared/labels") == labels
+
+
+def test_a_named_teacher_is_not_trained():
+    base = small.config(teacher=dict(path="some/folder"))
+    found = items(comparison(base=base))
+    assert not any(name.startswith("shared/teacher") for name in found)
+
+
+def test_annotations_are_made_once_and_read():
+    base = small.config(teacher=dict(path="some/folder"))
+    base.data = dataclasses.replace(base.data, source="jsonl", path="rows.jsonl")
+    factors = {
+        "method": {n: {"method.name": n} for n in ("finetune", "counterfactual")},
+        "generation": {
+            n: {"annotate.method": n} for n in ("few_shot", "critique_revision")
+        },
+    }
+    found = items(comparison(base=base, factors=factors, annotate=True, second=()))
+    written = {n for n in found if n.startswith("shared/rationales")}
+    # Two methods of generation for both splits; wrong rationales, once for each.
+    commands = {n: found[n].config.annotate for n in written}
+    assert sorted((a.method, a.split) for a in commands.values()) == [
+        ("counterfactual", "train"),
+        ("critique_revision", "eval"),
+        ("critique_revision", "train"),
+        ("few_shot", "eval"),
+        ("few_shot", "train"),
+    ]
+    run = found["runs/counterfactual-few_shot-s0"]
+    assert set(run.needs) & written
+    by_path = {f"{found[n].config.annotate.path}": a for n, a in commands.items()}
+    folder, file = run.config.data.rationales.rsplit("/", 1)
+    assert by_path[folder].method == "few_shot" and file == "rationales.jsonl"
+    folder, file = run.config.data.counterfactuals.rsplit("/", 1)
+    assert (
+        by_path[folder].method == "counterfactual" and file == "counterfactuals.jsonl"
+    )
+    assert not set(found["runs/finetune-few_shot-s0"].needs) & written
+    assert all(found[n].config.data.rationales == "" for n in written)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"factors": {"method": {}}}, "has no level"),
+        ({"factors": {"method": {"a/b": {}}}}, "level='a/b'"),
+        ({"factors": {"seed": {"a": {}}}}, "every comparison has"),
+        ({"factors": {"method": {"a": {"method.nam": 1}}}}, "no field 'method.nam'"),
+        ({"factors": {"method": {"a": {"no.such": 1}}}}, "no field 'no.such'"),
+        (
+            {"factors": {"method": {"a": {"method.name": "magic"}}}},
+            "run a-s0: method.name='magic'",
+        ),
+        ({"seeds": ()}, "seeds=()"),
+        ({"seeds": (1, 1)}, "each once"),
+        ({"leave_out": ({"method": "none"},)}, "no level 'none'"),
+        ({"leave_out": ({},)}, "leaves out every combination"),
+        ({"first": ("nothing",)}, "first="),
+        ({"metrics": ()}, "metrics=()"),
+        ({"base": None}, "base=None"),
+        ({"annotate": True}, "annotate=True asks a model"),
+    ],
+)
+def test_what_cannot_be_is_refused(changes, message):
+    changes = {"second": ()} | changes
+    with pytest.raises(ValueError) as error:
+        grid.items(comparison(**changes), pathlib.Path("w"))
+    assert message in str(error.value)
