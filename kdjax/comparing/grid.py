@@ -17,7 +17,7 @@ from typing import Any
 
 from kdjax import experiment, methods, validation
 from kdjax.analysis.runs import LOWEST, Design
-from kdjax.config import Config
+from kdjax.config import Config, DataConfig
 
 LATENCY = "shared/latency"  # begins the names of items that time decoding
 SEED = "seed"  # the factor that every comparison has
@@ -34,6 +34,8 @@ class Comparison:
     base: Config = field(default_factory=Config)  # what all runs have in common
     factors: dict[str, dict[str, Changes]] = field(default_factory=dict)
     # factor -> level -> what it changes; later factors overwrite earlier ones
+    where: tuple[tuple[Mapping[str, str], Changes], ...] = ()
+    # (levels, what runs that have them all change further)
     seeds: tuple[int, ...] = (0, 1, 2)  # each combination is run with each
     leave_out: tuple[Mapping[str, str], ...] = ()  # combinations not run, by levels
     metrics: tuple[str, ...] = ("answer_accuracy",)  # columns that are compared
@@ -41,7 +43,7 @@ class Comparison:
     second: tuple[str, ...] = ()  # at each combination of these
     floors: dict[str, float] = field(default_factory=dict)  # chance, by metric
     cost: str = "parameters"  # column of the Pareto plot; "" = none
-    annotate: bool = False  # rationales come from `annotate`, not from data.rationales
+    annotate: bool = False  # rationales that data names no file for are written first
     faithfulness: bool = False  # explanations are measured too
     latency: bool = False  # decoding is timed, and its memory counted, a student
 
@@ -93,8 +95,11 @@ def runs(comparison: Comparison) -> dict[str, tuple[dict[str, str], Config]]:
             config = copy.deepcopy(comparison.base)
             config.name, config.seed = f"{comparison.name}-{name}", seed
             for factor, level in levels.items():
-                for path, value in comparison.factors[factor][level].items():
-                    _change(config, path, value, f"factors[{factor!r}][{level!r}]")
+                where = f"factors[{factor!r}][{level!r}]"
+                _change(config, comparison.factors[factor][level], where)
+            for wanted, changes in comparison.where:
+                if wanted.items() <= levels.items():
+                    _change(config, changes, f"where={dict(wanted)}")
             try:
                 validation.validate(config)
             except ValueError as error:
@@ -128,7 +133,7 @@ def items(comparison: Comparison, workdir: pathlib.Path) -> list[Item]:
         if experiment.has_teacher(config):
             of_run.append(_labels(config, workdir, shared, tuple(of_run)))
         if comparison.latency:
-            of_run.append(_latency(config, shared, tuple(of_run)))
+            of_run.append(_latency(config, workdir, shared, tuple(of_run)))
     commands: list[tuple[str, ...]] = [("kdjax.train",)]
     if comparison.faithfulness:
         commands.append(("kdjax.evaluate", "--faithfulness"))
@@ -165,28 +170,32 @@ def _check(comparison: Comparison) -> None:
                     f"factors[{factor!r}] has level={level!r}: use letters, digits and "
                     "any of . _ = +, a letter or digit first"
                 )
-    for left in comparison.leave_out:
-        for factor, level in left.items():
+    named = [("leave_out", levels) for levels in comparison.leave_out]
+    named += [("where", levels) for levels, _ in comparison.where]
+    for name, combination in named:
+        for factor, level in combination.items():
             if level not in comparison.factors.get(factor, {}):
                 raise ValueError(
-                    f"leave_out={dict(left)}: there is no level {level!r} of {factor!r}"
+                    f"{name}={dict(combination)}: there is no level {level!r} of "
+                    f"{factor!r}"
                 )
     comparison.design()
 
 
-def _change(config: Config, path: str, value: Any, where: str) -> None:
-    """Sets a field of a config by its path.
+def _change(config: Config, changes: Changes, where: str) -> None:
+    """Sets fields of a config by their paths.
 
     Raises:
       ValueError: there is no such field.
     """
-    *parts, name = path.split(".")
-    part: Any = config
-    for step in parts:
-        part = getattr(part, step, None)
-    if not dataclasses.is_dataclass(part) or not hasattr(part, name):
-        raise ValueError(f"{where}: a config has no field {path!r}")
-    setattr(part, name, copy.deepcopy(value))
+    for path, value in changes.items():
+        *parts, name = path.split(".")
+        part: Any = config
+        for step in parts:
+            part = getattr(part, step, None)
+        if not dataclasses.is_dataclass(part) or not hasattr(part, name):
+            raise ValueError(f"{where}: a config has no field {path!r}")
+        setattr(part, name, copy.deepcopy(value))
 
 
 def _digest(*parts: Any) -> str:
@@ -223,8 +232,13 @@ def _labels(
 ) -> str:
     """The item that labels a run's examples, whose cache the run is given."""
     soft = methods.has_soft_terms(config.method) and not config.teacher.online
-    teacher = (config.teacher.path, config.train.dtype)
-    parts = (config.data, config.cache, config.method.name, *teacher)
+    # Wherever the comparison's directory is, names are the same.
+    data = {
+        name: value.removeprefix(str(workdir)) if isinstance(value, str) else value
+        for name, value in dataclasses.asdict(config.data).items()
+    }
+    teacher = (config.teacher.path.removeprefix(str(workdir)), config.train.dtype)
+    parts = (data, config.cache, config.method.name, *teacher)
     name = f"shared/labels-{_digest(*parts)}"
     config.cache.path = str(workdir / name / "cache")
     # Held-out rows are labelled for all runs, training rows if one of them asks.
@@ -238,11 +252,16 @@ def _labels(
     return name
 
 
-def _latency(config: Config, shared: dict[str, Item], needs: tuple[str, ...]) -> str:
+def _latency(
+    config: Config,
+    workdir: pathlib.Path,
+    shared: dict[str, Item],
+    needs: tuple[str, ...],
+) -> str:
     """The item that times the decoding of a run's student."""
     parts = (config.student, config.data.max_prompt, config.evaluation.max_new_tokens)
     of_teacher = config.student.init == "teacher_layers"
-    teacher = config.teacher.path if of_teacher else ""
+    teacher = config.teacher.path.removeprefix(str(workdir)) if of_teacher else ""
     name = f"{LATENCY}-{_digest(*parts, teacher, config.train.dtype)}"
     if name not in shared:
         shared[name] = Item(
@@ -258,20 +277,33 @@ def _latency(config: Config, shared: dict[str, Item], needs: tuple[str, ...]) ->
 def _annotations(
     config: Config, workdir: pathlib.Path, shared: dict[str, Item]
 ) -> list[str]:
-    """The items that write a run's rationales, whose files the run is given."""
+    """The items that write rationales a run lacks; it is given their files."""
     data, views = config.data, methods.views(config.method)
     wanted = []
     if set(views) - {"label", "counterfactual"}:
-        wanted.append(("rationales", "train", config.annotate.method))
-        if not data.eval_rationales:
-            wanted.append(("eval_rationales", "eval", config.annotate.method))
+        wanted += [
+            ("rationales", "train", config.annotate.method),
+            ("eval_rationales", "eval", config.annotate.method),
+        ]
     if "counterfactual" in views:
         wanted.append(("counterfactuals", "train", "counterfactual"))
-    plain = dataclasses.replace(
-        data, rationales="", eval_rationales="", counterfactuals=""
+    # Nothing else of the data decides what is written.
+    plain = DataConfig(
+        source=data.source,
+        layout=data.layout,
+        path=data.path,
+        eval_path=data.eval_path,
+        train_split=data.train_split,
+        eval_split=data.eval_split,
+        num_train=data.num_train,
+        num_eval=data.num_eval,
+        chat_template=data.chat_template,
+        kinship=data.kinship,
     )
     found = []
     for target, split, method in wanted:
+        if getattr(data, target):
+            continue
         annotate = dataclasses.replace(config.annotate, method=method, split=split)
         model = annotate.model or config.teacher.path
         if not model:

@@ -62,6 +62,15 @@ def test_left_out_combinations_are_not_run():
     assert not any(name.startswith("finetune-soft") for name in found)
 
 
+def test_a_combination_changes_more():
+    changed = (({"method": "finetune", "labels": "soft"}, {"train.steps": 9}),)
+    found = grid.runs(comparison(where=changed))
+    assert {name for name, (_, c) in found.items() if c.train.steps == 9} == {
+        "finetune-soft-s0",
+        "finetune-soft-s7",
+    }
+
+
 def test_a_teacher_a_method_and_labels_for_all_its_runs():
     found = items(comparison())
     shared = [name for name in found if name.startswith("shared/")]
@@ -80,6 +89,12 @@ def test_a_teacher_a_method_and_labels_for_all_its_runs():
     # Training rows are labelled because some runs have soft terms.
     assert found[labels].config.method.soft_weight == 0.5
     assert found[teacher].config.teacher.path == ""
+
+
+def test_names_are_the_same_wherever_it_runs():
+    found = comparison(latency=True)
+    first, second = (grid.items(found, pathlib.Path(w)) for w in ("/a", "/b/c"))
+    assert [item.name for item in first] == [item.name for item in second]
 
 
 def test_what_comes_first_is_listed_first():
@@ -150,6 +165,23 @@ def test_annotations_are_made_once_and_read():
     assert all(found[n].config.data.rationales == "" for n in written)
 
 
+def test_rationales_of_a_file_are_not_written_again():
+    base = small.config(teacher=dict(path="some/folder"))
+    base.data = dataclasses.replace(
+        base.data,
+        source="jsonl",
+        path="rows.jsonl",
+        rationales="given.jsonl",
+        eval_rationales="held_out.jsonl",
+    )
+    factors = {"method": {"counterfactual": {"method.name": "counterfactual"}}}
+    found = items(comparison(base=base, factors=factors, annotate=True, second=()))
+    written = [i for name, i in found.items() if name.startswith("shared/rationales")]
+    assert [i.config.annotate.method for i in written] == ["counterfactual"]
+    run = found["runs/counterfactual-s0"].config
+    assert run.data.rationales == "given.jsonl"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -165,6 +197,7 @@ def test_annotations_are_made_once_and_read():
         ({"seeds": ()}, "seeds=()"),
         ({"seeds": (1, 1)}, "each once"),
         ({"leave_out": ({"method": "none"},)}, "no level 'none'"),
+        ({"where": (({"method": "none"}, {}),)}, "where={'method': 'none'}"),
         ({"leave_out": ({},)}, "leaves out every combination"),
         ({"first": ("nothing",)}, "first="),
         ({"metrics": ()}, "metrics=()"),
