@@ -6,9 +6,11 @@ import pathlib
 import pytest
 
 from kdjax import methods, validation
+from kdjax.comparing import grid
 
 FOLDER = pathlib.Path(__file__).parent.parent / "configs"
-FILES = sorted(FOLDER.rglob("*.py"))
+COMPARISONS = sorted((FOLDER / "compare").glob("*.py"))
+FILES = sorted(set(FOLDER.rglob("*.py")) - set(COMPARISONS))
 
 
 def load(file):
@@ -28,6 +30,34 @@ def test_configs_are_valid(file):
         validation.validate(config)
     with pytest.raises(ValueError, match="nonsense"):
         module.get_config("nonsense")
+
+
+@pytest.mark.parametrize("file", COMPARISONS, ids=lambda file: file.stem)
+def test_comparisons_are_valid(file):
+    module = load(file)
+    for argument in ("", "smoke"):
+        comparison = module.get_config(argument)
+        items = grid.items(comparison, pathlib.Path("workdir"))
+        assert any(item.is_run for item in items)
+        assert argument in comparison.name
+    with pytest.raises(ValueError, match="nonsense"):
+        module.get_config("nonsense")
+
+
+@pytest.mark.parametrize("argument", ["", "cpu", "smoke,t5", "cpu,smollm2"])
+def test_a_comparison_has_every_method_with_each_student(argument):
+    comparison = load(FOLDER / "compare" / "csqa.py").get_config(argument)
+    runs = grid.runs(comparison)
+    students = set(comparison.factors["student"])
+    both = {"t5", "smollm2"}
+    assert students == (set(argument.split(",")) & both or both)
+    pairs = {(levels["student"], levels["method"]) for levels, _ in runs.values()}
+    assert pairs == {(s, m) for s in students for m in set(methods.METHODS) - {"text"}}
+    # A student's rows hold as many examples whatever the other student is.
+    for levels, config in runs.values():
+        is_t5 = levels["student"] == "t5"
+        assert bool(config.train.encoder_row_length) == is_t5
+        assert (config.teacher.path == "") == is_t5
 
 
 @pytest.mark.parametrize("name", ["csqa_t5_base", "csqa_smollm2"])
