@@ -2,13 +2,17 @@
 
 --model says which: "student" (the run's newest checkpoint, the default), "teacher", or
 any Hugging Face folder with the run's tokenizer. All go through the same code.
+
+--faithfulness measures instead how the student's rationales and answers hang together,
+and writes faithfulness.json beside its generations; --simulator adds LAS.
 """
 
+import json
 import pathlib
 
 from absl import flags
 
-from kdjax import cli, distributed, experiment, sharding
+from kdjax import cli, distributed, experiment, explaining, sharding, simulator
 from kdjax.config import Config
 from kdjax.models.lm import Shape
 from kdjax.reporting import evaluation_row
@@ -18,6 +22,12 @@ from kdjax.writer import print_table
 
 _MODEL = flags.DEFINE_string(
     "model", "student", '"student", "teacher", or a Hugging Face folder.'
+)
+_FAITHFULNESS = flags.DEFINE_bool(
+    "faithfulness", False, "Measure the student's explanations, of a finished run."
+)
+_SIMULATOR = flags.DEFINE_string(
+    "simulator", None, "Directory of a simulator, which is trained unless it is there."
 )
 flags.declare_key_flag("json")
 flags.declare_key_flag("step")
@@ -52,6 +62,9 @@ def _score(
 
 def run(config: Config, workdir: pathlib.Path) -> None:
     """Evaluates one model, prints a table and writes the metrics where asked."""
+    if _FAITHFULNESS.value:
+        _explain(config, workdir)
+        return
     metrics, shape = _score(config, workdir, _MODEL.value, cli.STEP.value)
     if distributed.is_main():
         print_table(
@@ -59,6 +72,19 @@ def run(config: Config, workdir: pathlib.Path) -> None:
             [evaluation_row(_MODEL.value, metrics, shape)],
         )
         cli.write_json({"model": _MODEL.value} | metrics)
+
+
+def _explain(config: Config, workdir: pathlib.Path) -> None:
+    folder = pathlib.Path(_SIMULATOR.value) if _SIMULATOR.value else None
+    if folder is not None:
+        simulator.train_simulator(config, folder)
+    found = explaining.measure(config, workdir, simulator=folder)
+    if distributed.is_main():
+        rows = [{"measure": k, "value": f"{v:.4f}"} for k, v in found.items()]
+        print_table(f"{config.name}: its explanations", rows)
+        text = json.dumps(found, indent=2) + "\n"
+        cli.write_atomically(workdir / "faithfulness.json", text)
+        cli.write_json(found)
 
 
 if __name__ == "__main__":

@@ -52,14 +52,18 @@ class Data:
 
 def load_tokenizer(config: Config) -> Any:
     """The tokenizer: the data's own, the teacher's, the student's, the built-in one."""
-    student = config.student.path if config.student.init == "folder" else ""
-    built_in = config.data.source == "kinship"
-    paths = (config.data.tokenizer, config.teacher.path, "" if built_in else student)
-    path = next(filter(None, paths), "")
-    if path:
+    if path := tokenizer_path(config):
         return tokenizers.load(hf.resolve(path))
     prefixes = dataclasses.astuple(config.data.prefixes)
     return tokenizers.kinship(" ".join(prefixes).split())
+
+
+def tokenizer_path(config: Config) -> str:
+    """Folder or hub name of the tokenizer; "" = the built-in one."""
+    student = config.student.path if config.student.init == "folder" else ""
+    built_in = config.data.source == "kinship"
+    paths = (config.data.tokenizer, config.teacher.path, "" if built_in else student)
+    return next(filter(None, paths), "")
 
 
 def has_teacher(config: Config) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Float64
 
 from kdjax import generate, methods, metrics, sharding, step
 from kdjax.config import Config, DecoderConfig, T5Config
@@ -83,6 +84,12 @@ class Scorer:
           accuracy (the right choice is the most probable one) and ece.
         """
         return self._token_metrics(params) | self._choice_metrics(params)
+
+    def log_probs(
+        self, params: Any, segments: Sequence[views.Segment]
+    ) -> Float64[np.ndarray, " N"]:
+        """Log-probability of the target of each segment, nats."""
+        return -self._per_segment(params, self._plan(segments), None)["nll"]
 
     def _plan(self, segments: Sequence[views.Segment]) -> loader.BatchPlan:
         evaluation, train = self._config.evaluation, self._config.train
@@ -175,10 +182,17 @@ class Scorer:
         ]
         if not wanted:
             return []
+        texts = self.texts(params, [text.prompt for _, _, text in wanted])
+        return [
+            {"id": example.id, "view": view} | judge(generated, example, view, text)
+            for (example, view, text), generated in zip(wanted, texts, strict=True)
+        ]
+
+    def texts(self, params: Any, asked: Sequence[str]) -> list[str]:
+        """What follows each of some prompts, by greedy decoding."""
+        config, data = self._config, self._data
         prompts = views.prompt_ids(
-            [text.prompt for _, _, text in wanted],
-            data.tokenizer,
-            chat_template=config.data.chat_template,
+            asked, data.tokenizer, chat_template=config.data.chat_template
         )
         prompts = [ids[-config.data.max_prompt :] for ids in prompts]
         if isinstance(self._model.shape, T5Config):
@@ -194,14 +208,7 @@ class Scorer:
             pad_id=data.tokenizer.pad_token_id,
             compiled=self._generate,
         )
-        return [
-            {"id": example.id, "view": view} | judge(generated, example, view, text)
-            for (example, view, text), generated in zip(
-                wanted,
-                data.tokenizer.batch_decode(tokens, skip_special_tokens=True),
-                strict=True,
-            )
-        ]
+        return data.tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
 
 def judge(generated: str, example: Example, view: str, text: Text) -> dict[str, Any]:

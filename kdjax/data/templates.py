@@ -66,10 +66,10 @@ def render(example: Example, view: str, config: DataConfig) -> list[Text]:
         return list(_counterfactuals(example, config))
     if not cue:
         return [Text("", target(example))]
-    return [Text(_prompt(example, view, config), target(example))]
+    return [Text(ask(example, view, config), target(example))]
 
 
-def _prompt(example: Example, view: str, config: DataConfig, given: str = "") -> str:
+def ask(example: Example, view: str, config: DataConfig, given: str = "") -> str:
     """The question, its lettered choices if any, what is given, and the view's cue."""
     before = getattr(config.prefixes, view)
     lines = [f"{before} {example.question}" if before else example.question]
@@ -87,9 +87,9 @@ def _counterfactuals(example: Example, config: DataConfig) -> Iterator[Text]:
         if not rationale or choice == example.answer:
             continue
         if config.counterfactual_place == "prompt":
-            yield Text(_prompt(example, "counterfactual", config, rationale), choice)
+            yield Text(ask(example, "counterfactual", config, rationale), choice)
         else:
-            prompt = _prompt(example, "counterfactual", config)
+            prompt = ask(example, "counterfactual", config)
             yield Text(prompt, choice, prefix=f"{rationale}\n{ANSWER}")
 
 

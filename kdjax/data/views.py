@@ -64,7 +64,7 @@ class Counts:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class ChoiceSegments:
-    """The label prompt with each choice as the target, in the examples' order."""
+    """A prompt with each choice as the target, in the examples' order."""
 
     segments: list[Segment]  # N of them
     example: Int32[np.ndarray, " N"]  # index of the example
@@ -136,18 +136,27 @@ def choice_segments(
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
     config: DataConfig,
+    *,
+    texts: Sequence[Text] | None = None,
 ) -> ChoiceSegments:
-    """The label prompt followed by each choice, for multiple-choice scoring.
+    """A prompt followed by each choice, for multiple-choice scoring.
 
     Two choices may read the same; both are `correct` if they read as the answer. An
     example is left out whole if `on_long="drop"` drops one of its choices.
+
+    Args:
+      examples: with choices.
+      tokenizer: as in `make_segments`.
+      config: as in `make_segments`.
+      texts: prompt and prefix of each example; None = those of the label view.
 
     Raises:
       ValueError: an example without choices, or too long.
     """
     items, place, correct = [], [], []
-    for index, example in enumerate(examples):
-        [text] = templates.render(example, "label", config)
+    if texts is None:
+        texts = [templates.render(e, "label", config)[0] for e in examples]
+    for index, (example, text) in enumerate(zip(examples, texts, strict=True)):
         if not example.choices:
             raise ValueError(
                 f"example {example.id!r} has no choices to score: use generation"

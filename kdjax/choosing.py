@@ -1,0 +1,108 @@
+"""Choices of a finished run's model, by likelihood, after what it is made to read."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Float64
+
+from kdjax import experiment
+from kdjax.config import Config, DataConfig, T5Config
+from kdjax.data import views
+from kdjax.data.example import Example
+from kdjax.data.templates import Text
+from kdjax.data.views import Segment
+from kdjax.experiment import Data
+from kdjax.scoring import Scorer
+
+_MULTIPLE = 128  # rows are made longer by multiples of this
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Chooser:
+    """What a model is asked through."""
+
+    tokenizer: Any
+    data: DataConfig  # how prompts read, and the limits of segments
+    log_probs: Callable[[Sequence[Segment]], Float64[np.ndarray, " N"]]  # of targets
+    texts: Callable[[Sequence[str]], list[str]]  # what it writes after prompts
+
+
+def load(config: Config, workdir: pathlib.Path, mesh: Mesh, data: Data) -> Chooser:
+    """The student of a finished run, asked with the same words as in its run.
+
+    A target may be longer than `data.max_target` by what the student generates; what is
+    longer still loses its beginning, whatever `data.on_long` says.
+
+    Args:
+      config: the run.
+      workdir: its checkpoints, of which the newest is read.
+      mesh: devices.
+      data: with its held-out segments.
+    """
+    limits = dataclasses.replace(
+        config.data,
+        max_target=config.data.max_target + config.evaluation.max_new_tokens,
+        on_long="truncate",
+    )
+    model, params = experiment.load_student(config, workdir, mesh, data.tokenizer)
+    rows = config.evaluation.row_length or config.train.row_length
+    prompt_rows = (
+        config.evaluation.encoder_row_length or config.train.encoder_row_length or rows
+    )
+    if isinstance(model.shape, T5Config):
+        needed, prompts_needed = limits.max_target, limits.max_prompt + 1
+    else:
+        needed, prompts_needed = limits.max_prompt + limits.max_target, 0
+    evaluation = dataclasses.replace(
+        config.evaluation,
+        row_length=_at_least(rows, needed),
+        encoder_row_length=_at_least(prompt_rows, prompts_needed),
+    )
+    config = dataclasses.replace(config, evaluation=evaluation)
+    scorer = Scorer(config, data, model, mesh)
+    return Chooser(
+        tokenizer=data.tokenizer,
+        data=limits,
+        log_probs=lambda segments: scorer.log_probs(params, segments),
+        texts=lambda prompts: scorer.texts(params, prompts),
+    )
+
+
+def _at_least(length: int, needed: int) -> int:
+    return length if length >= needed else -(-needed // _MULTIPLE) * _MULTIPLE
+
+
+def choose(
+    chooser: Chooser,
+    examples: Sequence[Example],
+    texts: Sequence[Text] | None = None,
+    *,
+    change: Callable[[Segment], Segment] = lambda segment: segment,
+) -> list[str]:
+    """The most probable choice of each example; the first of equally probable ones.
+
+    A choice's probability is that of all its tokens and the end token, as of the
+    accuracy of a run.
+
+    Args:
+      chooser: the model.
+      examples: with choices.
+      texts: prompt and prefix of each; None = those of the label view.
+      change: of each segment before it is scored.
+    """
+    if not examples:
+        return []
+    found = views.choice_segments(
+        examples, chooser.tokenizer, chooser.data, texts=texts
+    )
+    log_probs_N = chooser.log_probs([change(segment) for segment in found.segments])
+    best = []
+    for index, example in enumerate(examples):
+        (members,) = np.nonzero(found.example == index)
+        chosen = members[log_probs_N[members].argmax()]
+        best.append(example.choices[found.choice[chosen]])
+    return best

@@ -1,0 +1,359 @@
+"""Records of a run, and what a student does after rationales it is made to read."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from kdjax import (
+    choosing,
+    experiment,
+    explaining,
+    fitting,
+    methods,
+    sharding,
+    simulator,
+)
+from kdjax.choosing import Chooser
+from kdjax.config import DataConfig, KinshipConfig, PrefixConfig
+from kdjax.data import kinship, templates, tokenizer, views
+from kdjax.data.example import Example, wrong_choices
+from kdjax.scoring import Scorer
+from tests import small
+from tests.data.test_views import byte_level
+
+WORDS = tokenizer.kinship(["[f]", "[c]"])
+LIMITS = DataConfig(
+    max_prompt=200,
+    max_target=100,
+    prefixes=PrefixConfig(factual="[f]", counterfactual="[c]"),
+)
+EXAMPLES = kinship.generate(
+    KinshipConfig(min_hops=2, max_hops=3), num_examples=40, seed=0, split="eval"
+)
+AUNT = Example(id="q", question="Who ?", choices=("aunt", "uncle"), answer="aunt")
+
+
+def row(view, generated, key="q"):
+    return {"id": key, "view": view, "generated": generated}
+
+
+@pytest.mark.parametrize(
+    ("said", "rationale", "answer", "stated"),
+    [
+        (
+            {"label": " uncle ", "rationale": "Aunt or uncle , so AUNT ."},
+            "Aunt or uncle , so AUNT .",
+            "uncle",
+            "aunt",
+        ),
+        ({"label": "aunt", "rationale": "Nobody ."}, "Nobody .", "aunt", ""),
+        ({"factual": "An aunt .\nAnswer: uncle"}, "An aunt .", "uncle", None),
+        (
+            {"rationale_then_label": "Answer: aunt . Answer: uncle"},
+            "Answer: aunt .",
+            "uncle",
+            None,
+        ),
+        ({"factual": "She is an aunt"}, "She is an aunt", "She is an aunt", None),
+        (
+            {
+                "label": "aunt",
+                "rationale": "An uncle .",
+                "factual": "So aunt .\nAnswer: aunt",
+            },
+            "An uncle .",
+            "aunt",
+            "aunt",
+        ),
+    ],
+)
+def test_records_say_where_rationale_and_answer_come_from(
+    said, rationale, answer, stated
+):
+    rows = [row(view, text) for view, text in said.items()]
+    [found] = explaining.records(rows, [AUNT])
+    assert (found.rationale, found.answer) == (rationale, answer)
+    assert found.stated == stated
+    assert (found.id, found.question, found.gold) == ("q", "Who ?", "aunt")
+    assert found.choices == ("aunt", "uncle")
+
+
+def test_without_a_rationale_there_is_no_record():
+    assert explaining.records([row("label", "aunt")], [AUNT]) == []
+    assert explaining.records([], [AUNT]) == []
+    with pytest.raises(ValueError, match=r"generations of \['other'\]"):
+        explaining.records([row("label", "aunt", "other")], [AUNT])
+
+
+def written(examples, answers=None):
+    """Records of a student that writes the data's rationales."""
+    answers = answers or [e.answer for e in examples]
+    rows = [
+        row("factual", f"{e.rationale}\nAnswer: {a}", e.id)
+        for e, a in zip(examples, answers, strict=True)
+    ]
+    return explaining.records(rows, examples)
+
+
+def chooser(log_probs, *, texts=None, words=WORDS, **limits):
+    return Chooser(
+        tokenizer=words,
+        data=dataclasses.replace(LIMITS, **limits),
+        log_probs=lambda segments: np.asarray([log_probs(s) for s in segments]),
+        texts=texts,
+    )
+
+
+def last_place(segment):
+    """Of the choice's first token in what is read before it: follows the rationale."""
+    (places,) = np.nonzero(segment.prefix_ids == segment.target_ids[0])
+    return float(places[-1]) if len(places) else -1.0
+
+
+def test_a_student_that_follows_is_right_after_the_right_rationale():
+    own = written(EXAMPLES)
+    # Its own rationales are those of the example before it.
+    shifted = [
+        dataclasses.replace(r, rationale=before.rationale)
+        for r, before in zip(own, [own[-1], *own], strict=False)
+    ]
+    student = chooser(last_place)
+    found = explaining.forced(student, shifted, EXAMPLES, "factual", seed=1)
+    assert found["oracle_accuracy"] == 1
+    assert found["plain_accuracy"] < 0.6
+    right = 0
+    for example in EXAMPLES:
+        ids = np.asarray(WORDS.encode(example.rationale), np.int32)
+        words = WORDS.decode(
+            explaining.perturbed(ids, WORDS, seed=1, key=example.id)
+        ).split()
+        places = [
+            max((i for i, w in enumerate(words) if w == choice), default=-1)
+            for choice in example.choices
+        ]
+        right += example.choices[int(np.argmax(places))] == example.answer
+    assert found["perturbed_accuracy"] == pytest.approx(right / len(EXAMPLES))
+    assert 0.2 < found["perturbed_accuracy"] < 0.9
+
+
+def test_a_student_that_ignores_rationales_is_the_same_after_all():
+    student = chooser(lambda s: (int(s.target_ids[0]) * 7919) % 101)
+    found = explaining.forced(student, written(EXAMPLES), EXAMPLES, "factual", seed=1)
+    assert len(set(found.values())) == 1 and 0 < found["plain_accuracy"] < 1
+
+
+@pytest.mark.parametrize("words", [WORDS, byte_level()], ids=["words", "bytes"])
+def test_the_rationale_and_the_cue_stand_before_each_choice(words):
+    seen = []
+
+    def log_probs(segment):
+        seen.append(segment)
+        return 0.0
+
+    example = EXAMPLES[0]
+    student = chooser(log_probs, words=words, max_prompt=2000, max_target=2000)
+    explaining.forced(student, written([example]), [example], "factual", seed=0)
+    assert len(seen) == 3 * len(example.choices)
+    [text] = templates.render(example, "factual", LIMITS)
+    for index, segment in enumerate(seen[: 2 * len(example.choices)]):
+        choice = example.choices[index % len(example.choices)]
+        assert words.decode(segment.prompt_ids).split() == text.prompt.split()
+        read = words.decode(segment.prefix_ids)
+        assert read.split() == f"{example.rationale} Answer:".split()
+        read = words.decode(segment.target_ids, skip_special_tokens=True)
+        assert read.split() == choice.split()
+        assert segment.target_ids[-1] == words.eos_token_id
+    whole, changed = seen[5].prefix_ids, seen[10].prefix_ids
+    differs = whole != changed
+    num_cue = len(words.encode("\nAnswer:", add_special_tokens=False))
+    assert not differs[-num_cue:].any()
+    assert differs.sum() == -(-(len(whole) - num_cue) // 2)
+    for segment in seen[11:]:
+        np.testing.assert_array_equal(segment.prefix_ids, changed)
+
+
+def test_draws_follow_from_seed_and_example():
+    ids = np.asarray(WORDS.encode(EXAMPLES[0].rationale), np.int32)[:9]
+
+    def draw(seed=0, key="a"):
+        return explaining.perturbed(ids, WORDS, seed=seed, key=key)
+
+    np.testing.assert_array_equal(draw(), draw())
+    assert (draw() != ids).sum() == 5
+    assert (draw() != draw(seed=1)).any() and (draw() != draw(key="b")).any()
+    many = np.concatenate([draw(key=str(n)) for n in range(300)])
+    assert not set(WORDS.all_special_ids) & set(many.tolist())
+    assert set(many.tolist()) == set(range(len(WORDS))) - set(WORDS.all_special_ids)
+    assert len(explaining.perturbed(ids[:0], WORDS, seed=0, key="a")) == 0
+
+
+def test_prefixes_are_swapped_by_hand():
+    """A student that answers rightly but after [c], and follows every rationale there.
+
+    After [f] it follows wrong rationales of choices that begin with an "a" to "m".
+    """
+    examples = EXAMPLES[:10]
+    answers = [e.answer for e in examples]
+    answers[0] = wrong_choices(examples[0])[0]
+    asked = []
+
+    def texts(prompts):
+        asked.extend(prompts)
+        said = [e.answer for e in examples]
+        said[1] = wrong_choices(examples[1])[0]
+        said[2] = wrong_choices(examples[2])[0]
+        return [f"So .\nAnswer: {answer}." for answer in said]
+
+    def log_probs(segment):
+        read = WORDS.decode(segment.prompt_ids)
+        if read.startswith("[f]"):
+            word = WORDS.decode(segment.target_ids[:1])
+            return last_place(segment) if word < "n" else -2.0
+        return last_place(segment)
+
+    found = explaining.swapped(
+        chooser(log_probs, texts=texts), written(examples, answers), examples
+    )
+    pairs = [(e, c) for e in examples for c in wrong_choices(e)]
+    followed = [c < "n" for _, c in pairs]
+    assert 0 < sum(followed) < len(pairs)
+    assert found == pytest.approx(
+        {
+            "prefix_changes_answer": 3 / 10,
+            "factual_prefix_accuracy": 9 / 10,
+            "counterfactual_prefix_accuracy": 8 / 10,
+            "prefix_changes_choice": 1 - np.mean(followed),
+            "factual_prefix_follows": np.mean(followed),
+            "counterfactual_prefix_follows": 1,
+        }
+    )
+    assert asked == [
+        templates.render(e, "counterfactual", LIMITS)[0].prompt for e in examples
+    ]
+
+
+def test_without_wrong_rationales_prefixes_are_swapped_all_the_same():
+    bare = [dataclasses.replace(e, counterfactuals=()) for e in EXAMPLES[:2]]
+    student = chooser(last_place, texts=lambda prompts: [""] * len(prompts))
+    found = explaining.swapped(student, written(bare), bare)
+    assert found == {
+        "prefix_changes_answer": 1,
+        "factual_prefix_accuracy": 1,
+        "counterfactual_prefix_accuracy": 0,
+    }
+
+
+def test_wrong_rationales_stand_in_the_prompt_where_the_method_has_them():
+    """Then segments are those that the method trains on, but for the choices."""
+    example, seen = EXAMPLES[0], []
+    student = chooser(
+        lambda s: seen.append(s) or 0.0,
+        texts=lambda prompts: ["aunt"] * len(prompts),
+        counterfactual_place="prompt",
+    )
+    explaining.swapped(student, written([example]), [example])
+    learnt, _ = views.make_segments([example], ("counterfactual",), WORDS, student.data)
+    scored = {(s.prompt_ids.tobytes(), s.target_ids.tobytes()) for s in seen}
+    for segment in learnt:
+        assert (segment.prompt_ids.tobytes(), segment.target_ids.tobytes()) in scored
+    assert not any(len(s.prefix_ids) for s in seen)
+
+
+def finished(config, folder):
+    """What a finished run leaves, as far as it is read here; trained for two steps."""
+    mesh = sharding.make_mesh(config.mesh)
+    data = experiment.load_data(config)
+    shape = experiment.student_shape(config, data.tokenizer)
+    model = experiment.make_model(shape, mesh, dtype="float32")
+    params, _, _ = fitting.fit(
+        config,
+        workdir=folder,
+        mesh=mesh,
+        data=data,
+        model=model,
+        make_params=experiment.student_params(config, model, ""),
+    )
+    rows = Scorer(config, data, model, mesh).generations(params)
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "generations.jsonl").write_text(lines)
+    return rows
+
+
+NAMED = {"num_records", "words", "names_gold", "names_answer"}
+NAMED |= {"names_distractor", "num_distractors"}
+FORCED = {"plain_accuracy", "oracle_accuracy", "perturbed_accuracy"}
+SWAPPED = {
+    "prefix_changes_answer",
+    "factual_prefix_accuracy",
+    "counterfactual_prefix_accuracy",
+    "prefix_changes_choice",
+    "factual_prefix_follows",
+    "counterfactual_prefix_follows",
+}
+MEASURES = {
+    "finetune": set(),
+    "rationale_then_label": NAMED | FORCED,
+    "multitask": NAMED | {"self_consistency"},
+    "counterfactual": NAMED | FORCED | SWAPPED,
+    "multitask_counterfactual": NAMED | {"self_consistency"} | FORCED | SWAPPED,
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "architecture"),
+    [*((name, "decoder") for name in MEASURES), ("multitask_counterfactual", "t5")],
+)
+def test_every_method_has_its_measures(method, architecture, tmp_path):
+    assert methods.METHODS.keys() - MEASURES.keys() == {"text"}
+    config = small.config(
+        method={"name": method, "soft_weight": 0.0, "temperature": 1.0},
+        student={"architecture": architecture},
+        train={"steps": 2},
+    )
+    finished(config, tmp_path)
+    found = explaining.measure(config, tmp_path)
+    assert set(found) == {f"faithfulness/{name}" for name in MEASURES[method]}
+    assert all(np.isfinite(list(found.values())))
+    if method == "multitask_counterfactual":
+        assert explaining.measure(config, tmp_path) == found
+
+
+def test_a_run_is_measured_with_a_simulator(tmp_path):
+    """LAS is of the answers that are choices: here the run is made to give them."""
+    config = small.config(method={"name": "multitask", "soft_weight": 0.0})
+    config.train.steps = 2
+    rows = finished(config, tmp_path)
+    folder = tmp_path / "simulator"
+    simulator.train_simulator(config, folder, decoder=small.SHAPE, steps=2)
+    answers = {e.id: e.answer for e in experiment.load_data(config).eval_examples}
+    for found in rows:
+        if found["view"] == "label":
+            found["generated"] = answers[found["id"]]
+    lines = "".join(json.dumps(found) + "\n" for found in rows)
+    (tmp_path / "generations.jsonl").write_text(lines)
+    measures = explaining.measure(config, tmp_path, simulator=folder)
+    counts = [measures[f"faithfulness/num_{n}"] for n in ("leaking", "hidden")]
+    assert sum(counts) == measures["faithfulness/num_records"] == 2
+    assert -1 <= measures["faithfulness/las"] <= 1
+
+
+def test_a_run_that_is_not_finished_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"no generations\.jsonl: let the run finish"):
+        explaining.measure(small.config(), tmp_path)
+
+
+def test_choices_after_the_label_prompt_are_those_of_the_accuracy(tmp_path):
+    config = small.config(method={"name": "multitask", "soft_weight": 0.0})
+    config.train.steps = 2
+    finished(config, tmp_path)
+    mesh = sharding.make_mesh(config.mesh)
+    data = experiment.load_data(config, splits=("eval",))
+    student = choosing.load(config, tmp_path, mesh, data)
+    chosen = choosing.choose(student, data.eval_examples)
+    right = [c == e.answer for c, e in zip(chosen, data.eval_examples, strict=True)]
+    model, params = experiment.load_student(config, tmp_path, mesh, data.tokenizer)
+    accuracy = Scorer(config, data, model, mesh)(params)["accuracy"]
+    assert np.mean(right) == pytest.approx(accuracy)
+    assert choosing.choose(student, []) == []
