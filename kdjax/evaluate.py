@@ -4,7 +4,8 @@
 any Hugging Face folder with the run's tokenizer. All go through the same code.
 
 --faithfulness measures instead how the student's rationales and answers hang together,
-and writes faithfulness.json beside its generations; --simulator adds LAS.
+and writes faithfulness.json beside its generations; --simulator adds LAS, and alone
+trains the simulator.
 """
 
 import json
@@ -62,8 +63,11 @@ def _score(
 
 def run(config: Config, workdir: pathlib.Path) -> None:
     """Evaluates one model, prints a table and writes the metrics where asked."""
+    if _SIMULATOR.value:
+        simulator.train_simulator(config, pathlib.Path(_SIMULATOR.value))
     if _FAITHFULNESS.value:
         _explain(config, workdir)
+    if _SIMULATOR.value or _FAITHFULNESS.value:
         return
     metrics, shape = _score(config, workdir, _MODEL.value, cli.STEP.value)
     if distributed.is_main():
@@ -76,8 +80,6 @@ def run(config: Config, workdir: pathlib.Path) -> None:
 
 def _explain(config: Config, workdir: pathlib.Path) -> None:
     folder = pathlib.Path(_SIMULATOR.value) if _SIMULATOR.value else None
-    if folder is not None:
-        simulator.train_simulator(config, folder)
     found = explaining.measure(config, workdir, simulator=folder)
     if distributed.is_main():
         rows = [{"measure": k, "value": f"{v:.4f}"} for k, v in found.items()]

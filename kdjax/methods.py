@@ -62,6 +62,11 @@ def held_out_views(config: MethodConfig) -> tuple[str, ...]:
     return tuple(view for view in views(config) if view != "counterfactual")
 
 
+def explains(config: MethodConfig) -> bool:
+    """Whether a student of the method writes rationales."""
+    return any(view not in ("label", "text") for view in held_out_views(config))
+
+
 def shares(config: MethodConfig) -> tuple[float, ...]:
     """The share of each view in the loss; they sum to 1.
 

@@ -101,12 +101,18 @@ def get_config(argument: str = "") -> Comparison:
             for method in T5_ROWS
         ),
         seeds=((0,) if "smoke" in arguments else (0, 1) if small else tuple(range(6))),
-        metrics=("answer_accuracy", "nll"),
+        metrics=(
+            "answer_accuracy",
+            "faithfulness/las",
+            "faithfulness/names_gold",
+            "faithfulness/words",
+        ),
         first=("method",),
         second=("student",),
         floors={"answer_accuracy": 0.2},
         cost="parameters",
         annotate=True,
+        faithfulness=True,
     )
 
 

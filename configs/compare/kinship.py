@@ -80,11 +80,18 @@ def get_config(argument: str = "") -> Comparison:
                 "soft": {"method.hard_weight": 0.1, "method.soft_weight": 0.9},
             },
         },
-        metrics=("answer_accuracy",),
+        metrics=(
+            "answer_accuracy",
+            "faithfulness/las",
+            "faithfulness/names_gold",
+            "faithfulness/names_distractor",
+            "faithfulness/words",
+        ),
         first=("method",),
         second=("labels",),
         floors={"answer_accuracy": 0.2},
         cost="",
+        faithfulness=True,
     )
     if argument:
         shrink(comparison)

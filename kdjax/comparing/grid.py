@@ -15,10 +15,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from kdjax import experiment, methods, validation
+from kdjax import experiment, methods, simulator, validation
 from kdjax.analysis.runs import LOWEST, Design
-from kdjax.config import Config, DataConfig
+from kdjax.config import Config, DataConfig, to_json
 
+SIMULATOR = "simulator"  # folder of the reader of rationales, in its item's
 LATENCY = "shared/latency"  # begins the names of items that time decoding
 SEED = "seed"  # the factor that every comparison has
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+]*")
@@ -134,12 +135,16 @@ def items(comparison: Comparison, workdir: pathlib.Path) -> list[Item]:
             of_run.append(_labels(config, workdir, shared, tuple(of_run)))
         if comparison.latency:
             of_run.append(_latency(config, workdir, shared, tuple(of_run)))
-    commands: list[tuple[str, ...]] = [("kdjax.train",)]
-    if comparison.faithfulness:
-        commands.append(("kdjax.evaluate", "--faithfulness"))
-    return [
-        *shared.values(),
-        *(
+    found = []
+    for name, (levels, config) in grid.items():
+        commands: list[tuple[str, ...]] = [("kdjax.train",)]
+        if comparison.faithfulness and methods.explains(config.method):
+            reader = _simulator(config, workdir, shared, tuple(needs[name]))
+            needs[name].append(reader)
+            folder = workdir / reader / SIMULATOR
+            flags = ("--faithfulness", f"--simulator={folder}")
+            commands.append(("kdjax.evaluate", *flags))
+        found.append(
             Item(
                 name=f"runs/{name}",
                 config=config,
@@ -147,9 +152,8 @@ def items(comparison: Comparison, workdir: pathlib.Path) -> list[Item]:
                 needs=tuple(dict.fromkeys(needs[name])),
                 levels=levels,
             )
-            for name, (levels, config) in grid.items()
-        ),
-    ]
+        )
+    return [*shared.values(), *found]
 
 
 def _check(comparison: Comparison) -> None:
@@ -232,12 +236,8 @@ def _labels(
 ) -> str:
     """The item that labels a run's examples, whose cache the run is given."""
     soft = methods.has_soft_terms(config.method) and not config.teacher.online
-    # Wherever the comparison's directory is, names are the same.
-    data = {
-        name: value.removeprefix(str(workdir)) if isinstance(value, str) else value
-        for name, value in dataclasses.asdict(config.data).items()
-    }
-    teacher = (config.teacher.path.removeprefix(str(workdir)), config.train.dtype)
+    data = _relative(dataclasses.asdict(config.data), workdir)
+    teacher = (_relative(config.teacher.path, workdir), config.train.dtype)
     parts = (data, config.cache, config.method.name, *teacher)
     name = f"shared/labels-{_digest(*parts)}"
     config.cache.path = str(workdir / name / "cache")
@@ -261,7 +261,7 @@ def _latency(
     """The item that times the decoding of a run's student."""
     parts = (config.student, config.data.max_prompt, config.evaluation.max_new_tokens)
     of_teacher = config.student.init == "teacher_layers"
-    teacher = config.teacher.path.removeprefix(str(workdir)) if of_teacher else ""
+    teacher = _relative(config.teacher.path, workdir) if of_teacher else ""
     name = f"{LATENCY}-{_digest(*parts, teacher, config.train.dtype)}"
     if name not in shared:
         shared[name] = Item(
@@ -272,6 +272,35 @@ def _latency(
             alone=True,
         )
     return name
+
+
+def _simulator(
+    config: Config,
+    workdir: pathlib.Path,
+    shared: dict[str, Item],
+    needs: tuple[str, ...],
+) -> str:
+    """The item that trains the reader of a run's rationales."""
+    reader = json.loads(to_json(simulator.simulator_config(config)))
+    name = f"shared/simulator-{_digest(_relative(reader, workdir))}"
+    if name not in shared:
+        folder = workdir / name / SIMULATOR
+        shared[name] = Item(
+            name=name,
+            config=_own(config, name),
+            commands=(("kdjax.evaluate", f"--simulator={folder}"),),
+            needs=needs,
+        )
+    return name
+
+
+def _relative(value: Any, workdir: pathlib.Path) -> Any:
+    """The same without the comparison's directory in any text: it may be moved."""
+    if isinstance(value, str):
+        return value.removeprefix(str(workdir))
+    if isinstance(value, dict):
+        return {name: _relative(inner, workdir) for name, inner in value.items()}
+    return value
 
 
 def _annotations(

@@ -91,8 +91,24 @@ def test_a_teacher_a_method_and_labels_for_all_its_runs():
     assert found[teacher].config.teacher.path == ""
 
 
+def test_runs_that_explain_are_measured_by_one_simulator():
+    found = items(comparison(faithfulness=True))
+    readers = [n for n in found if n.startswith("shared/simulator")]
+    # Each method's teacher has a tokenizer folder of its own.
+    (reader,) = readers
+    run = found["runs/multitask-soft-s0"]
+    assert reader in run.needs
+    assert run.commands[1] == (
+        "kdjax.evaluate",
+        "--faithfulness",
+        f"--simulator=/somewhere/{reader}/simulator",
+    )
+    assert found[reader].commands[0][1].endswith(f"{reader}/simulator")
+    assert len(found["runs/finetune-soft-s0"].commands) == 1
+
+
 def test_names_are_the_same_wherever_it_runs():
-    found = comparison(latency=True)
+    found = comparison(latency=True, faithfulness=True)
     first, second = (grid.items(found, pathlib.Path(w)) for w in ("/a", "/b/c"))
     assert [item.name for item in first] == [item.name for item in second]
 
