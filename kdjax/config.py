@@ -14,6 +14,7 @@ SOURCES = ("kinship", "jsonl", "datasets", "tfds", "text")
 LAYOUTS = ("plain", "commonsense_qa", "gsm8k")
 PLACES = ("decoder", "prompt")
 LONG_POLICIES = ("error", "truncate", "drop")
+MISSING_POLICIES = ("error", "drop")
 CACHE_KINDS = ("top_k", "sampled", "dense")
 TAILS = ("bucket", "renormalize_teacher", "renormalize_both", "drop")
 OPTIMIZERS = ("adamw", "adafactor")
@@ -24,15 +25,7 @@ STUDENT_INITS = ("random", "folder", "teacher_layers")
 ARCHITECTURES = ("decoder", "t5")
 NON_FINITE = ("stop", "skip")
 HIDDEN_LOSSES = ("mse", "cosine")
-FAMILIES = (
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "smollm3",
-    "gemma2",
-    "gemma3_text",
-)
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma2", "gemma3_text")
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 ROTARY = ("global", "local", "none")
@@ -93,6 +86,7 @@ class DataConfig:
     max_prompt: int = 256  # longest prompt, tokens
     max_target: int = 256  # longest target, tokens, eos and a decoder's prefix too
     on_long: str = "error"  # a longer example: one of LONG_POLICIES (counted, logged)
+    on_missing: str = "error"  # no rationale to train on: one of MISSING_POLICIES
     cues: bool = True  # prompts end with a line that asks, as "Answer:"
     prefixes: PrefixConfig = field(default_factory=PrefixConfig)
     kinship: KinshipConfig = field(default_factory=KinshipConfig)

@@ -20,7 +20,7 @@ from kdjax.config import (
     T5Config,
     TrainConfig,
 )
-from kdjax.data import loader, sources, views
+from kdjax.data import loader, selection, sources, views
 from kdjax.data import tokenizer as tokenizers
 from kdjax.data.views import Segment
 from kdjax.models import attention, hf, lm, lora
@@ -77,10 +77,13 @@ def load_data(config: Config, *, splits: tuple[str, ...] = ("train", "eval")) ->
         split: sources.load_examples(config.data, split, seed=config.data.kinship.seed)
         for split in splits
     }
-    segments = {}
+    segments: dict[str, list[Segment]] = {}
     for split, found in examples.items():
+        chosen = selection.select(found, names[split], split, config.data)
+        for note in chosen.notes:
+            print(note, file=sys.stderr)
         segments[split], counts = views.make_segments(
-            found, names[split], tokenizer, config.data
+            chosen.examples, names[split], tokenizer, config.data
         )
         if counts.truncated or counts.dropped:
             print(
