@@ -15,6 +15,7 @@ LAYOUTS = ("plain", "commonsense_qa", "gsm8k")
 PLACES = ("decoder", "prompt")
 LONG_POLICIES = ("error", "truncate", "drop")
 MISSING_POLICIES = ("error", "drop")
+TRUSTS = ("keep", "drop", "weight")
 CACHE_KINDS = ("top_k", "sampled", "dense")
 TAILS = ("bucket", "renormalize_teacher", "renormalize_both", "drop")
 OPTIMIZERS = ("adamw", "adafactor")
@@ -79,6 +80,9 @@ class DataConfig:
     eval_rationales: str = ""  # the same for held-out rows
     counterfactuals: str = ""  # jsonl of {id, choice, text}: for a wrong choice each
     counterfactual_place: str = "decoder"  # of the wrong rationale: one of PLACES
+    labels: str = ""  # jsonl of {id, answer} by a teacher, to train on; "" = gold
+    trust: str = "keep"  # what becomes of its wrong answers: one of TRUSTS
+    wrong_weight: float = 0.5  # of their tokens in the loss, 0 to 1 (trust="weight")
     num_train: int = 0  # training examples to use; 0 = all (kinship: must be > 0)
     num_eval: int = 0  # held-out examples to use; 0 = all (kinship: must be > 0)
     tokenizer: str = ""  # Hugging Face folder or hub name; "" = the teacher's own
@@ -86,7 +90,7 @@ class DataConfig:
     max_prompt: int = 256  # longest prompt, tokens
     max_target: int = 256  # longest target, tokens, eos and a decoder's prefix too
     on_long: str = "error"  # a longer example: one of LONG_POLICIES (counted, logged)
-    on_missing: str = "error"  # no rationale to train on: one of MISSING_POLICIES
+    on_missing: str = "error"  # no rationale, no label: one of MISSING_POLICIES
     cues: bool = True  # prompts end with a line that asks, as "Answer:"
     prefixes: PrefixConfig = field(default_factory=PrefixConfig)
     kinship: KinshipConfig = field(default_factory=KinshipConfig)

@@ -47,6 +47,7 @@ class Data:
     train: list[Segment]
     evaluation: list[Segment]
     eval_examples: list[sources.Example]
+    labels: dict[str, Any]  # of a teacher's answers: `selection.trusted`
 
 
 def load_tokenizer(config: Config) -> Any:
@@ -78,8 +79,10 @@ def load_data(config: Config, *, splits: tuple[str, ...] = ("train", "eval")) ->
         for split in splits
     }
     segments: dict[str, list[Segment]] = {}
+    labels: dict[str, Any] = {}
     for split, found in examples.items():
         chosen = selection.select(found, names[split], split, config.data)
+        labels |= chosen.labels
         for note in chosen.notes:
             print(note, file=sys.stderr)
         segments[split], counts = views.make_segments(
@@ -98,6 +101,7 @@ def load_data(config: Config, *, splits: tuple[str, ...] = ("train", "eval")) ->
         train=segments.get("train", []),
         evaluation=segments.get("eval", []),
         eval_examples=examples.get("eval", []),
+        labels=labels,
     )
 
 

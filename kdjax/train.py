@@ -253,6 +253,7 @@ def run(config: Config, workdir: pathlib.Path) -> None:
             teacher_shape=teacher_shape,
             throughput=throughput,
             generations=generations,
+            labels=data.labels,
         )
         print_table(f"{config.name}: held-out results", rows)
 

@@ -1,11 +1,16 @@
-"""Which examples are used: those that have what the method needs."""
+"""Which training examples are learnt from, with which answer, and how much.
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+A teacher's answers may stand in for the gold ones (`data.labels`); examples without
+what the method needs may be left out (`data.on_missing`).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from kdjax.config import DataConfig
 from kdjax.data import templates
-from kdjax.data.example import Example
+from kdjax.data.example import Example, wrong_choices
 
 # What is joined to examples, and the fields of the data's config that name its file.
 _JOINED = {"rationale": "rationales", "counterfactuals": "counterfactuals"}
@@ -16,6 +21,7 @@ class Selection:
     """The examples of a split that are used."""
 
     examples: list[Example]
+    labels: dict[str, Any]  # the report of `trusted`
     notes: list[str]  # what became of the others, in words
 
 
@@ -25,15 +31,127 @@ def select(
     """What is learnt from, or held out, of the examples from `load_examples`.
 
     Raises:
-      ValueError: as `complete`.
+      ValueError: as `trusted` and `complete`.
     """
-    kept, without = complete(examples, views, split, config)
-    notes = [
-        f"{split}: {lacking} of {len(examples)} examples left out, without {part} "
+    kept, labels = list(examples), {}
+    if split == "train":
+        kept, labels = trusted(examples, config)
+    notes = []
+    if labels:
+        fate = {"keep": "kept", "drop": "left out", "weight": "weighed"}[config.trust]
+        notes.append(
+            f"labels: {labels['accuracy']:.2%} of the teacher's answers to "
+            f"{labels['examples']} training examples are right; {labels['wrong']} "
+            f"wrong {fate} (data.trust={config.trust}), {labels['without']} examples "
+            "without an answer left out"
+        )
+    num = len(kept)
+    kept, without = complete(kept, views, split, config)
+    notes += [
+        f"{split}: {lacking} of {num} examples left out, without {part} "
         f"(data.on_missing={config.on_missing})"
         for part, lacking in without.items()
     ]
-    return Selection(examples=kept, notes=notes)
+    return Selection(examples=kept, labels=labels, notes=notes)
+
+
+def relabelled(
+    examples: Sequence[Example], answers: Mapping[tuple[str, ...], Any], path: str
+) -> list[Example]:
+    """Puts a teacher's answers in place of the data's, which become `gold`.
+
+    A row's own rationale explains the gold answer: it goes where the teacher's is
+    another, and so does a counterfactual for what is now the answer.
+
+    Args:
+      examples: with gold answers.
+      answers: (id,) -> answer, the text of a choice where there are choices; "" or
+        nothing where the teacher has none.
+      path: the file they are from, for errors.
+
+    Raises:
+      ValueError: an answer that is no choice, or an example without a question.
+    """
+    found = []
+    for example in examples:
+        if not example.answer:
+            raise ValueError(
+                f"labels={path!r}: example {example.id!r} has no answer to replace: "
+                "use data with questions, or labels=''"
+            )
+        told = answers.get((example.id,))
+        answer = "" if told is None else str(told)
+        if not example.choices:
+            answer = answer.strip()
+        elif answer and answer not in example.choices:
+            raise ValueError(
+                f"labels={path!r}: id {example.id!r} has {answer!r}, which is no "
+                f"choice of {list(example.choices)}: give the text of one, or ''"
+            )
+        other = replace(example, answer=answer, gold=example.answer)
+        if answer != example.answer:
+            other = replace(other, rationale="", counterfactuals=_moved(example, other))
+        found.append(other)
+    return found
+
+
+def _moved(example: Example, other: Example) -> tuple[str, ...]:
+    """The counterfactuals of an example in the order of another answer's choices."""
+    if not example.counterfactuals:
+        return ()
+    pairs = zip(wrong_choices(example), example.counterfactuals, strict=True)
+    texts = dict(reversed(list(pairs)))  # the first of choices that read alike
+    return tuple(texts.pop(choice, "") for choice in wrong_choices(other))
+
+
+def trusted(
+    examples: Sequence[Example], config: DataConfig
+) -> tuple[list[Example], dict[str, Any]]:
+    """What is trained on of examples with a teacher's answers, and how right these are.
+
+    Wrong ones are kept, left out or weighed by `wrong_weight`, as `config.trust` says;
+    those without an answer are an error or left out (`config.on_missing`).
+
+    Returns:
+      The examples, and a report: "examples" in all, those "without" an answer, those
+      with a "wrong" one, those "dropped" for it; "accuracy", right / answered. Without
+      `config.labels` the same examples and {}.
+
+    Raises:
+      ValueError: examples without an answer that are not left out, or none would stay.
+    """
+    if not config.labels:
+        return list(examples), {}
+    silent = [example.id for example in examples if not example.answer]
+    if silent and config.on_missing == "error":
+        raise ValueError(
+            f"labels={config.labels!r} has no answer for {len(silent)} of "
+            f"{len(examples)} training examples (first: "
+            f"{', '.join(map(repr, silent[:3]))}): give theirs, or leave them out "
+            "(data.on_missing='drop')"
+        )
+    kept = []
+    num_wrong = 0
+    for example in examples:
+        is_wrong = bool(example.answer) and example.answer != example.gold
+        num_wrong += is_wrong
+        if is_wrong and config.trust == "weight":
+            example = replace(example, weight=config.wrong_weight)
+        if example.answer and not (is_wrong and config.trust == "drop"):
+            kept.append(example)
+    if not kept:
+        raise ValueError(
+            f"data.trust={config.trust!r} leaves none of {len(examples)} training "
+            f"examples: all answers of labels={config.labels!r} are wrong"
+        )
+    num_answered = len(examples) - len(silent)
+    return kept, {
+        "examples": len(examples),
+        "without": len(silent),
+        "wrong": num_wrong,
+        "dropped": num_wrong if config.trust == "drop" else 0,
+        "accuracy": (num_answered - num_wrong) / num_answered,
+    }
 
 
 def complete(
