@@ -36,6 +36,7 @@ ANNOTATIONS = (
     "counterfactual",
     "contrastive",
     "critique_revision",
+    "answer",
 )
 BACKENDS = ("local", "server")
 QUALITIES = ("good", "bad")
@@ -316,7 +317,7 @@ class EvalConfig:
 
 @dataclass(kw_only=True, slots=True)
 class AnnotateConfig:
-    """How a teacher writes rationales by prompting; training reads none of it."""
+    """How a teacher writes rationales or answers; training reads none of it."""
 
     method: str = "few_shot"  # one of ANNOTATIONS
     split: str = "train"  # whose examples: "train" or "eval"
