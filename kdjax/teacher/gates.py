@@ -74,7 +74,7 @@ def chosen(text: str, example: Example) -> str:
     if not example.choices:
         return text.strip().partition("\n")[0].rstrip()
     letters = re.findall(r"\(([a-z])\)", text.lower())
-    if alone := re.fullmatch(r"\s*([a-z])[).:]?\s*", text.lower()):
+    if alone := re.fullmatch(r"\s*([a-z])[).:]*\s*", text.lower()):
         letters = [alone[1]]
     if letters:
         index = LETTERS.index(letters[0])
