@@ -69,7 +69,14 @@ setup(
         # Reference models for the tests; on a machine without a GPU use torch's own
         # CPU index, the default wheel brings several GB of CUDA libraries.
         "reference": ["torch>=2.6"],
-        "dev": [*test, "ruff>=0.9", "codespell>=2.3", "mypy>=1.15", "pre-commit>=4"],
+        "dev": [
+            *test,
+            "ruff>=0.9",
+            "codespell>=2.3",
+            "mypy>=1.15",
+            "pre-commit>=4",
+            "transformers[serving]>=5.0",  # a server for the real-data tests; has torch
+        ],
         "annotate": annotate,  # kdjax.annotate asks a server
         "cuda": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],

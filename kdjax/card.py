@@ -115,9 +115,12 @@ def _data(data: DataConfig) -> str:
     if data.source == "kinship":
         return f"the built-in task kinship, {count}"
     parts = [f"{origins.name_of(data.path)} ({data.source}, layout {data.layout})"]
-    for name in ("rationales", "counterfactuals"):
+    for name in ("rationales", "counterfactuals", "labels"):
         if getattr(data, name):
             parts.append(f"{name} {origins.name_of(getattr(data, name))}")
+    if data.trust != "keep":
+        weight = data.wrong_weight if data.trust == "weight" else 0.0
+        parts.append(f"wrong labels weigh {weight:g}")
     return ", ".join([*parts, count])
 
 

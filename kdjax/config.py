@@ -14,6 +14,8 @@ SOURCES = ("kinship", "jsonl", "datasets", "tfds", "text")
 LAYOUTS = ("plain", "commonsense_qa", "gsm8k")
 PLACES = ("decoder", "prompt")
 LONG_POLICIES = ("error", "truncate", "drop")
+MISSING_POLICIES = ("error", "drop")
+TRUSTS = ("keep", "drop", "weight")
 CACHE_KINDS = ("top_k", "sampled", "dense")
 TAILS = ("bucket", "renormalize_teacher", "renormalize_both", "drop")
 OPTIMIZERS = ("adamw", "adafactor")
@@ -24,15 +26,7 @@ STUDENT_INITS = ("random", "folder", "teacher_layers")
 ARCHITECTURES = ("decoder", "t5")
 NON_FINITE = ("stop", "skip")
 HIDDEN_LOSSES = ("mse", "cosine")
-FAMILIES = (
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "smollm3",
-    "gemma2",
-    "gemma3_text",
-)
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma2", "gemma3_text")
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 ROTARY = ("global", "local", "none")
@@ -42,6 +36,7 @@ ANNOTATIONS = (
     "counterfactual",
     "contrastive",
     "critique_revision",
+    "answer",
 )
 BACKENDS = ("local", "server")
 QUALITIES = ("good", "bad")
@@ -86,6 +81,9 @@ class DataConfig:
     eval_rationales: str = ""  # the same for held-out rows
     counterfactuals: str = ""  # jsonl of {id, choice, text}: for a wrong choice each
     counterfactual_place: str = "decoder"  # of the wrong rationale: one of PLACES
+    labels: str = ""  # jsonl of {id, answer} by a teacher, to train on; "" = gold
+    trust: str = "keep"  # what becomes of its wrong answers: one of TRUSTS
+    wrong_weight: float = 0.5  # of their tokens in the loss, 0 to 1 (trust="weight")
     num_train: int = 0  # training examples to use; 0 = all (kinship: must be > 0)
     num_eval: int = 0  # held-out examples to use; 0 = all (kinship: must be > 0)
     tokenizer: str = ""  # Hugging Face folder or hub name; "" = the teacher's own
@@ -93,6 +91,7 @@ class DataConfig:
     max_prompt: int = 256  # longest prompt, tokens
     max_target: int = 256  # longest target, tokens, eos and a decoder's prefix too
     on_long: str = "error"  # a longer example: one of LONG_POLICIES (counted, logged)
+    on_missing: str = "error"  # no rationale, no label: one of MISSING_POLICIES
     cues: bool = True  # prompts end with a line that asks, as "Answer:"
     prefixes: PrefixConfig = field(default_factory=PrefixConfig)
     kinship: KinshipConfig = field(default_factory=KinshipConfig)
@@ -318,7 +317,7 @@ class EvalConfig:
 
 @dataclass(kw_only=True, slots=True)
 class AnnotateConfig:
-    """How a teacher writes rationales by prompting; training reads none of it."""
+    """How a teacher writes rationales or answers; training reads none of it."""
 
     method: str = "few_shot"  # one of ANNOTATIONS
     split: str = "train"  # whose examples: "train" or "eval"

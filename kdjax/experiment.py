@@ -21,7 +21,7 @@ from kdjax.config import (
     T5Config,
     TrainConfig,
 )
-from kdjax.data import loader, sources, views
+from kdjax.data import loader, selection, sources, views
 from kdjax.data import tokenizer as tokenizers
 from kdjax.data.views import Segment
 from kdjax.models import attention, hf, lm, lora
@@ -48,6 +48,7 @@ class Data:
     train: list[Segment]
     evaluation: list[Segment]
     eval_examples: list[sources.Example]
+    labels: dict[str, Any]  # of a teacher's answers: `selection.trusted`
 
 
 def load_tokenizer(config: Config) -> Any:
@@ -82,10 +83,15 @@ def load_data(config: Config, *, splits: tuple[str, ...] = ("train", "eval")) ->
         split: sources.load_examples(config.data, split, seed=config.data.kinship.seed)
         for split in splits
     }
-    segments = {}
+    segments: dict[str, list[Segment]] = {}
+    labels: dict[str, Any] = {}
     for split, found in examples.items():
+        chosen = selection.select(found, names[split], split, config.data)
+        labels |= chosen.labels
+        for note in chosen.notes:
+            print(note, file=sys.stderr)
         segments[split], counts = views.make_segments(
-            found, names[split], tokenizer, config.data
+            chosen.examples, names[split], tokenizer, config.data
         )
         if counts.truncated or counts.dropped:
             print(
@@ -100,6 +106,7 @@ def load_data(config: Config, *, splits: tuple[str, ...] = ("train", "eval")) ->
         train=segments.get("train", []),
         evaluation=segments.get("eval", []),
         eval_examples=examples.get("eval", []),
+        labels=labels,
     )
 
 

@@ -240,6 +240,7 @@ def run_summary(
     throughput: dict[str, float],
     generations: list[dict[str, Any]],
     bins: metrics.Bins | None,
+    labels: dict[str, Any],
 ) -> None:
     """Writes summary.json and generations.jsonl."""
     if not throughput and (workdir / "summary.json").is_file():
@@ -256,6 +257,7 @@ def run_summary(
             "student": flops.params_count(student_shape),
             "teacher": teacher_shape and flops.params_count(teacher_shape),
         },
+        **({"labels": labels} if labels else {}),
         "tokens_per_second": throughput.get("tokens_per_second"),
         "throughput": throughput,
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",

@@ -127,6 +127,7 @@ def run(config: Config, workdir: pathlib.Path) -> None:
             throughput=throughput,
             generations=generations,
             bins=scorer.bins,
+            labels=data.labels,
         )
         print_table(f"{config.name}: held-out results", rows)
 

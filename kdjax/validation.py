@@ -15,6 +15,7 @@ from kdjax.config import (
     HIDDEN_LOSSES,
     LAYOUTS,
     LONG_POLICIES,
+    MISSING_POLICIES,
     NON_FINITE,
     OPTIMIZERS,
     PLACES,
@@ -23,6 +24,7 @@ from kdjax.config import (
     SOURCES,
     STUDENT_INITS,
     TAILS,
+    TRUSTS,
     Config,
     DecoderConfig,
     StudentConfig,
@@ -84,6 +86,8 @@ def validate(config: Config) -> None:
         (data.source, "data.source", SOURCES),
         (data.layout, "data.layout", LAYOUTS),
         (data.on_long, "data.on_long", LONG_POLICIES),
+        (data.on_missing, "data.on_missing", MISSING_POLICIES),
+        (data.trust, "data.trust", TRUSTS),
         (data.counterfactual_place, "data.counterfactual_place", PLACES),
         (cache.kind, "cache.kind", CACHE_KINDS),
         (student.init, "student.init", STUDENT_INITS),
@@ -147,6 +151,7 @@ def validate(config: Config) -> None:
         (method.label_weight, "method.label_weight"),
         (method.counterfactual_weight, "method.counterfactual_weight"),
         (method.multitask_weight, "method.multitask_weight"),
+        (data.wrong_weight, "data.wrong_weight"),
     ):
         if not 0 <= share <= 1:
             raise ValueError(f"{name}={share} is a share: use 0 to 1")
@@ -272,12 +277,17 @@ def _check_texts(config: Config) -> None:
             "nothing tells their prompts apart: give each view its own prefix, or use "
             "data.cues=True"
         )
-    for name in ("rationales", "eval_rationales", "counterfactuals"):
+    for name in ("rationales", "eval_rationales", "counterfactuals", "labels"):
         if data.source == "kinship" and getattr(data, name):
             raise ValueError(
                 f"data.{name}={getattr(data, name)!r} with data.source='kinship': it "
                 "writes its own: use '', or another source"
             )
+    if data.trust != "keep" and not data.labels:
+        raise ValueError(
+            f"data.trust={data.trust!r} with data.labels='': gold answers are not "
+            "wrong: name a file of a teacher's, or use data.trust='keep'"
+        )
 
 
 def _check_patterns(patterns: tuple[str, ...], name: str) -> None:

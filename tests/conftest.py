@@ -37,7 +37,7 @@ def real_data() -> pathlib.Path:
     return _folder("KDJAX_REAL_DATA")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def smollm2() -> pathlib.Path:
     """SmolLM2-135M-Instruct as a Hugging Face folder."""
     return _folder("KDJAX_SMOLLM2")

@@ -144,8 +144,12 @@ def log_softmax(logits):
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
-def loss_by_hand(logits_RTV, rows, contents, student, teacher, texts, weights, shares):
+def loss_by_hand(
+    logits_RTV, rows, contents, student, teacher, texts, weights, shares, weigh
+):
     """Sum over views of share * (hard * mean nll + soft * T^2 * mean KL).
+
+    A mean is over all tokens, each times what its example weighs.
 
     Args:
       logits_RTV: of the packed rows.
@@ -156,6 +160,7 @@ def loss_by_hand(logits_RTV, rows, contents, student, teacher, texts, weights, s
       texts: segment -> view and ids of (prompt, read, learnt with the end).
       weights: of the hard and the soft terms.
       shares: view -> its share of the loss.
+      weigh: example's id -> weight.
     """
     sums = {view: np.zeros(3) for view in shares}  # nll, KL, tokens
     for row, segments in enumerate(contents):
@@ -175,7 +180,8 @@ def loss_by_hand(logits_RTV, rows, contents, student, teacher, texts, weights, s
             p_tV = np.exp(log_softmax(teacher.log_probs(segment.key) / TEMPERATURE))
             log_q_tV = log_softmax(np.asarray(logits_tV, np.float64) / TEMPERATURE)
             kl_t = (p_tV * (np.log(p_tV) - log_q_tV)).sum(-1)
-            sums[view] += nll_t.sum(), kl_t.sum(), len(learnt)
+            weight = weigh(segment.example_id)
+            sums[view] += weight * nll_t.sum(), weight * kl_t.sum(), len(learnt)
             start = stop
     assert all(count for _, _, count in sums.values())
     hard, soft = weights
@@ -196,6 +202,18 @@ CASES = [
 @pytest.mark.parametrize("terms", TERMS)
 @pytest.mark.parametrize(("name", "place"), CASES)
 def test_the_loss_is_the_methods(name, place, terms, kind):
+    check_loss(name, place, terms, kind)
+
+
+@pytest.mark.parametrize("kind", STUDENTS)
+def test_an_example_weighs_what_it_should(kind):
+    def weigh(id):
+        return (1.0, 0.25, 0.0)[int(id.rpartition("-")[2]) % 3]
+
+    check_loss("multitask", "decoder", "hard and soft", kind, weigh)
+
+
+def check_loss(name, place, terms, kind, weigh=lambda id: 1.0):
     student, weights = STUDENTS[kind], TERMS[terms]
     config = small.config(
         data={"counterfactual_place": place},
@@ -214,6 +232,9 @@ def test_the_loss_is_the_methods(name, place, terms, kind):
     )
     mesh = sharding.make_mesh(MeshConfig(), devices=jax.devices()[:1])
     data = experiment.load_data(config, splits=("train",))
+    data.train[:] = [
+        dataclasses.replace(s, weight=weigh(s.example_id)) for s in data.train
+    ]
     model = experiment.make_model(
         experiment.student_shape(config, data.tokenizer), mesh, dtype="float32"
     )
@@ -249,6 +270,8 @@ def test_the_loss_is_the_methods(name, place, terms, kind):
 
     contents = [[plan.segments[item] for item in row] for row in plan.batch(1)]
     wanted = loss_by_hand(
-        logits_RTV, rows, contents, student, teacher, texts, weights, SHARES[name]
+        *(logits_RTV, rows, contents, student, teacher, texts, weights),
+        shares=SHARES[name],
+        weigh=weigh,
     )
     np.testing.assert_allclose(float(found["loss"]), wanted, rtol=1e-5)

@@ -9,7 +9,8 @@ import sys
 import numpy as np
 import pytest
 
-from kdjax.config import ANNOTATIONS
+from kdjax.config import ANNOTATIONS, AnnotateConfig
+from kdjax.teacher import annotating
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -118,9 +119,11 @@ def test_annotate_smoke(method, real_data, smollm2, tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     folder = tmp_path / "annotations" / f"train-{method}"
-    several = method == "counterfactual"
-    name = "counterfactuals.jsonl" if several else "rationales.jsonl"
+    name = annotating.result_name(AnnotateConfig(method=method))
     rows = [json.loads(line) for line in (folder / name).read_text().splitlines()]
-    assert len(rows) == (20 if several else 5)
+    assert len(rows) == (20 if method == "counterfactual" else 5)
+    if method == "answer":
+        assert sum(bool(row["answer"]) for row in rows) > 2
+        return
     assert all(len(row["text"].split()) > 3 for row in rows)
     assert len({row["text"] for row in rows}) > 3

@@ -16,10 +16,17 @@ class Example:
     # One per choice other than the answer, in their order; "" where there is none.
     counterfactuals: tuple[str, ...] = ()
     text: str = ""  # plain text, instead of the above
+    gold: str = ""  # the data's own answer, where `answer` is a teacher's
+    weight: float = 1.0  # of its tokens in the loss
 
 
 def wrong_choices(example: Example) -> tuple[str, ...]:
-    """The choices that `counterfactuals` belong to, in their order."""
+    """The choices that `counterfactuals` belong to, in their order.
+
+    All of them where there is no answer.
+    """
+    if not example.answer:
+        return example.choices
     at = example.choices.index(example.answer)
     return (*example.choices[:at], *example.choices[at + 1 :])
 

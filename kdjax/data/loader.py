@@ -220,7 +220,8 @@ def make_batch(
     A token's weight is the sum over the terms of its view and kind of
     `term.weight / count`, count being the target tokens of that view in the whole
     global batch: known from the lengths, so that the loss is one plain sum however the
-    batch is cut.
+    batch is cut. It is multiplied by its segment's weight, which the count leaves out:
+    0.5 halves what a segment adds to the loss, whatever it shares the batch with.
 
     Args:
       plan: the batches.
@@ -324,7 +325,8 @@ def _write(
         batch["encoder_segments"][row, at.prompt] = number
     batch["view"][row, at.target] = segment.view
     for kind, of_view in weights.items():
-        batch[f"{kind}_weights"][row, at.target] = of_view.get(segment.view, 0.0)
+        weight = of_view.get(segment.view, 0.0) * segment.weight
+        batch[f"{kind}_weights"][row, at.target] = weight
 
 
 def iterate(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kdjax.config import DataConfig
-from kdjax.data import kinship
+from kdjax.data import kinship, selection
 from kdjax.data.example import Example, contradicts, wrong_choices
 
 logger = logging.getLogger(__name__)
@@ -25,7 +25,8 @@ def load_examples(config: DataConfig, split: str, *, seed: int) -> list[Example]
     its last `num_eval` rows. Rows without an id get "<split>-<row number>".
 
     Args:
-      config: where from. `num_train` / `num_eval` keep the first rows (0 = all).
+      config: where from. `num_train` / `num_eval` keep the first rows (0 = all). With
+        `labels` training answers are a teacher's, "" where it has none: `gold` tells.
       split: "train" or "eval".
       seed: for the generated source only.
 
@@ -57,6 +58,11 @@ def load_examples(config: DataConfig, split: str, *, seed: int) -> list[Example]
         for index, row in enumerate(rows[: num or len(rows)])
     ]
     _check_ids(examples)
+    if train and config.labels:
+        answers = _read_texts("labels", config.labels, ("id",), "answer")
+        examples = selection.relabelled(examples, answers, config.labels)
+        answered = sum(bool(example.answer) for example in examples)
+        _check_joined("labels", config.labels, answered, examples)
     path = config.rationales if train else config.eval_rationales
     if path:
         examples = _join_rationales(examples, path)
@@ -326,6 +332,8 @@ def _join_counterfactuals(examples: list[Example], path: str) -> list[Example]:
     joined = []
     for example in examples:
         found = by_id.get(example.id, {})
+        if example.gold not in ("", example.answer):
+            found.pop(example.answer, None)  # for what is the answer now
         for choice in found:
             if choice not in example.choices or choice == example.answer:
                 what = "the answer" if choice == example.answer else "no choice"
@@ -351,11 +359,11 @@ def _join_counterfactuals(examples: list[Example], path: str) -> list[Example]:
 
 
 def _read_texts(
-    field: str, path: str, names: tuple[str, ...]
-) -> dict[tuple[str, ...], str]:
-    """The column "text" of a jsonl file, by other columns, which name a row once."""
-    columns = (*names, "text")
-    texts: dict[tuple[str, ...], str] = {}
+    field: str, path: str, names: tuple[str, ...], column: str = "text"
+) -> dict[tuple[str, ...], Any]:
+    """A column of a jsonl file, by other columns, which name a row once."""
+    columns = (*names, column)
+    texts: dict[tuple[str, ...], Any] = {}
     for row in _read_jsonl(path):
         if any(name not in row for name in columns):
             raise ValueError(
@@ -366,7 +374,7 @@ def _read_texts(
         if key in texts:
             which = ", ".join(f"{n} {k!r}" for n, k in zip(names, key, strict=True))
             raise ValueError(f"{field}={path!r}: {which} occurs twice")
-        texts[key] = row["text"]
+        texts[key] = row[column]
     return texts
 
 

@@ -54,19 +54,23 @@ def render(example: Example, view: str, config: DataConfig) -> list[Text]:
     """
     if view not in _VIEWS:
         raise ValueError(f"view={view!r}: use one of {tuple(_VIEWS)}")
-    cue, parts, target = _VIEWS[view]
-    for part in parts:
-        if not any(getattr(example, part)):
-            raise ValueError(
-                f"example {example.id!r} has no {part}, which view {view!r} needs: "
-                f"give the data one{_WHERE.get(part, '')}, or use a method without "
-                "that view"
-            )
+    cue, _, target = _VIEWS[view]
+    if part := lacking(example, view):
+        raise ValueError(
+            f"example {example.id!r} has no {part}, which view {view!r} needs: give "
+            f"the data one{_WHERE.get(part, '')}, or use a method without that view"
+        )
     if view == "counterfactual":
         return list(_counterfactuals(example, config))
     if not cue:
         return [Text("", target(example))]
     return [Text(ask(example, view, config), target(example))]
+
+
+def lacking(example: Example, view: str) -> str:
+    """What a view needs and the example has not, as its field; "" where it has all."""
+    needs = _VIEWS[view].needs
+    return next((part for part in needs if not any(getattr(example, part))), "")
 
 
 def ask(example: Example, view: str, config: DataConfig, given: str = "") -> str:

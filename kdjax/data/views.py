@@ -37,6 +37,7 @@ class Segment:
     key: bytes  # 16 bytes: a hash of tokenizer, prompt, prefix and target
     # Read between prompt and target, without loss; mostly empty.
     prefix_ids: Int32[np.ndarray, " p"] = field(default_factory=lambda: _NONE)
+    weight: float = 1.0  # of its target tokens in the loss
 
     @property
     def ids(self) -> Int32[np.ndarray, " n"]:
@@ -279,7 +280,9 @@ def _tokenize(
         counts.target_tokens += len(target)
         key = _key(base, prompt_P, target_t, prefix_p)
         kept = prefix_p if prefix else _NONE
-        segments.append(Segment(example.id, view, prompt_P, target_t, key, kept))
+        segments.append(
+            Segment(example.id, view, prompt_P, target_t, key, kept, example.weight)
+        )
     logger.info("views %s: %s", views, counts)
     return segments, counts
 

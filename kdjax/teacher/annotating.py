@@ -15,7 +15,7 @@ import jax
 
 from kdjax import distributed, experiment
 from kdjax.config import AnnotateConfig, Config
-from kdjax.data import sources
+from kdjax.data import selection, sources
 from kdjax.data.example import Example
 from kdjax.models import hf
 from kdjax.teacher import annotations, backends, prompts
@@ -79,9 +79,9 @@ def folder_of(config: Config, workdir: pathlib.Path) -> pathlib.Path:
 
 
 def result_name(asked: AnnotateConfig) -> str:
-    """The file of kept rows: what `data.rationales` or `data.counterfactuals` take."""
-    several = asked.method == "counterfactual"
-    return "counterfactuals.jsonl" if several else "rationales.jsonl"
+    """The file of kept rows: what `data.rationales` and the like take."""
+    names = {"counterfactual": "counterfactuals.jsonl", "answer": "labels.jsonl"}
+    return names.get(asked.method, "rationales.jsonl")
 
 
 def _in_batches(
@@ -213,7 +213,7 @@ def _merge(
     gate_counts = dict.fromkeys(gates.names, 0)
     for item in items:
         row = found[item.key]
-        row["gates"] = gates(row, item.example, item.answer)
+        row["gates"] = gates(row, item.example, row.get("answer", item.answer))
         for gate in row["gates"]:
             gate_counts[gate] += 1
         (dropped if set(row["gates"]) & set(asked.drop) else kept).append(row)
@@ -237,17 +237,27 @@ def _merge(
         "prompt_tokens": sum(row["prompt_tokens"] or 0 for row in rows),
         "new_tokens": sum(row["new_tokens"] or 0 for row in rows),
     }
+    if asked.method == "answer":
+        answers = [(found[item.key]["answer"], item.answer) for item in items]
+        told = [answer == gold for answer, gold in answers if answer]
+        report |= {"answered": len(told), "accuracy": sum(told) / max(1, len(told))}
     annotations.write_json(folder / "report.json", report)
     return report
 
 
 def _examples(config: Config) -> list[Example]:
-    """The examples to annotate, without what would be joined to them."""
+    """The examples to annotate, without what would be joined to them.
+
+    With a teacher's labels rationales explain its answers.
+    """
     data = dataclasses.replace(
         config.data, rationales="", eval_rationales="", counterfactuals=""
     )
+    if config.annotate.method == "answer" or config.annotate.split == "eval":
+        data = dataclasses.replace(data, labels="")
     split = config.annotate.split
-    return sources.load_examples(data, split, seed=data.kinship.seed)
+    examples = sources.load_examples(data, split, seed=data.kinship.seed)
+    return selection.trusted(examples, data)[0]
 
 
 def _model_path(config: Config, workdir: pathlib.Path) -> str:

@@ -1,4 +1,4 @@
-"""What a teacher is asked for each rationale, request by request.
+"""What a teacher is asked for each rationale or answer, request by request.
 
 Adjectives, critique requests, wrong choices and the seeds of sampling follow from
 (annotate.seed, id), whatever the order in which examples are taken.
@@ -13,6 +13,7 @@ from kdjax.config import AnnotateConfig
 from kdjax.data.example import Example, wrong_choices
 from kdjax.teacher import prompts
 from kdjax.teacher.annotations import Key, Row
+from kdjax.teacher.gates import chosen
 from kdjax.teacher.prompts import Messages, PromptFiles
 
 
@@ -52,7 +53,7 @@ class Item:
 
 
 def make_items(examples: Sequence[Example], asked: AnnotateConfig) -> list[Item]:
-    """What is to be written: a rationale an example, or one a wrong choice.
+    """What is to be written: a rationale or answer an example, or one a wrong choice.
 
     Raises:
       ValueError: an example without question, answer, or the choices that are needed.
@@ -88,6 +89,7 @@ class Work:
         self.item = item
         self._drawn: Row = {}
         self._calls: list[Row] = []
+        self._answers = asked.method == "answer"
         self._asked = _asked(item, files, asked, self._drawn)
         self.request: Request | None = next(self._asked)
         self.prompt_hash = _digest(self.request)  # of the first prompt
@@ -108,6 +110,8 @@ class Work:
         if self.item.choice:
             row["choice"] = self.item.choice
         row["text"] = self._calls[-1]["text"].strip()
+        if self._answers:
+            row["answer"] = chosen(row["text"], self.item.example)
         row["finish_reason"] = self._calls[-1]["finish_reason"]
         row["prompt_hash"] = self.prompt_hash
         for name in ("prompt_tokens", "new_tokens"):
@@ -133,6 +137,11 @@ def _asked(
 
     if asked.method == "zero_shot":
         yield request("rationale", prompts.zero_shot(example, item.answer))
+        return
+    if asked.method == "answer":
+        num = asked.num_demonstrations
+        asks = prompts.question(example, files, num_demonstrations=num)
+        yield request("answer", asks)
         return
     words = files.adjectives[asked.quality]
     drawn["adjectives"] = prompts.draw(words, 2, *where, "adjectives")

@@ -124,10 +124,10 @@ class Local:
             )
         )
         ended = len(new) < self._annotate.max_new_tokens
-        ends = [text.find(stop) for stop in self._annotate.stop if stop in text]
+        cut = _before(text, self._annotate.stop)
         return Completion(
-            text=text[: min(ends)] if ends else text,
-            finish_reason="stop" if ended or ends else "length",
+            text=cut,
+            finish_reason="stop" if ended or cut != text else "length",
             prompt_tokens=len(prompt),
             new_tokens=len(new) + ended,
         )
@@ -267,7 +267,7 @@ class Server:
                 )
             counts = [None, None]
         return Completion(
-            text=text or "",
+            text=_before(text or "", self._annotate.stop),  # some leave it in
             finish_reason=reason,
             prompt_tokens=counts[0],
             new_tokens=counts[1],
@@ -300,8 +300,9 @@ class Server:
                 f"{error.message}): give the name it is served by"
             )
         return self._safe(
-            f"the server at {annotate.url} refuses the {request.step} prompt of "
-            f"example {request.id!r} (status {status}: {error.message})"
+            f"annotate.model={annotate.model!r}: the server at {annotate.url} refuses "
+            f"the {request.step} prompt of example {request.id!r} (status {status}: "
+            f"{error.message})"
         )
 
     def _safe(self, text: str) -> str:
@@ -309,6 +310,12 @@ class Server:
         if self._annotate.key_variable:
             text = text.replace(self._key, "[key]")
         return " ".join(text.split())[:500]
+
+
+def _before(text: str, stops: Sequence[str]) -> str:
+    """What comes before the first of the stop strings."""
+    ends = [text.find(stop) for stop in stops if stop in text]
+    return text[: min(ends)] if ends else text
 
 
 def _seconds(header: str | None) -> float:

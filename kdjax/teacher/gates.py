@@ -1,4 +1,4 @@
-"""What may be wrong with a written rationale, as far as a program can tell."""
+"""What may be wrong with a written rationale, and which choice an answer names."""
 
 import re
 from collections.abc import Iterable
@@ -63,6 +63,26 @@ class Gates:
             for sentence in _sentences(text)
             for question in self._by_start.get(sentence, ())
         )
+
+
+def chosen(text: str, example: Example) -> str:
+    """The choice that a text answers a question with; "" where it names none, or two.
+
+    By its first letter in brackets, by a letter alone, or by the words of one choice.
+    Without choices, the text's first line.
+    """
+    if not example.choices:
+        return text.strip().partition("\n")[0].rstrip()
+    letters = re.findall(r"\(([a-z])\)", text.lower())
+    if alone := re.fullmatch(r"\s*([a-z])[).:]*\s*", text.lower()):
+        letters = [alone[1]]
+    if letters:
+        index = LETTERS.index(letters[0])
+        return example.choices[index] if index < len(example.choices) else ""
+    words = f" {_normal(text)} "
+    named = {c for c in example.choices if _normal(c) and f" {_normal(c)} " in words}
+    same = {c for c in named if _normal(c) == words.strip()}
+    return named.pop() if len(named) == 1 else same.pop() if len(same) == 1 else ""
 
 
 def _names_choice(text: str, example: Example) -> bool:

@@ -30,6 +30,7 @@ EXPLAIN_TASK = (
 )
 CRITIQUE_TASK = "Each explanation of an answer is followed by a critique of it."
 REVISION_TASK = "Each explanation of an answer is criticised and then written anew."
+ANSWER_TASK = "Answer each question."
 FOLDER = pathlib.Path(__file__).parent / "prompt_files"
 
 Message = dict[str, str]  # role ("user" or "assistant") and content
@@ -117,17 +118,26 @@ def few_shot(
     Raises:
       ValueError: the file has fewer.
     """
-    if num_demonstrations > len(files.demonstrations):
-        raise ValueError(
-            f"annotate.num_demonstrations={num_demonstrations}: the prompt files have "
-            f"{len(files.demonstrations)}: use no more, or add some"
-        )
+    shown = _first(files, num_demonstrations)
     cue = f"{EXPLANATION} ({', '.join(adjectives)}):"
     turns = [
         (f"{_stated(_example(row), row['answer'])}\n{cue}", row["rationale"])
-        for row in files.demonstrations[:num_demonstrations]
+        for row in shown
     ]
     return _dialogue(EXPLAIN_TASK, turns, f"{_stated(example, answer)}\n{cue}")
+
+
+def question(
+    example: Example, files: PromptFiles, *, num_demonstrations: int
+) -> Messages:
+    """Worked questions with their answers, and the question, whose answer is open.
+
+    Raises:
+      ValueError: the file has fewer worked examples.
+    """
+    shown = [_example(row) for row in _first(files, num_demonstrations)]
+    turns = [(_stated(e, ""), lettered(e, e.answer)) for e in shown]
+    return _dialogue(ANSWER_TASK, turns, _stated(example, ""))
 
 
 def critique(
@@ -181,6 +191,16 @@ def lettered(example: Example, choice: str) -> str:
         return choice
     letters = LETTERS[example.choices.index(choice) :]
     return f"({letters[0]}) {choice}" if letters else choice
+
+
+def _first(files: PromptFiles, num: int) -> Sequence[dict[str, Any]]:
+    """The first demonstrations."""
+    if num > len(files.demonstrations):
+        raise ValueError(
+            f"annotate.num_demonstrations={num}: the prompt files have "
+            f"{len(files.demonstrations)}: use no more, or add some"
+        )
+    return files.demonstrations[:num]
 
 
 def _user(content: str) -> Message:

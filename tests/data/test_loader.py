@@ -494,3 +494,27 @@ def test_an_error_in_a_thread_reaches_the_reader():
 
     with pytest.raises(ValueError, match="step 0 is bad"):
         list(loader.iterate(make, 0, 3))
+
+
+@FORMS
+def test_a_segments_weight_multiplies_its_tokens_alone(form):
+    segments = make_segments()
+    some = [
+        dataclasses.replace(s, weight=0.25 if i % 3 else 1.0)
+        for i, s in enumerate(segments)
+    ]
+    terms = [term(0, weight=0.3), term(1, weight=0.5), term(1, "soft", 0.2)]
+    cache = FakeCache(segments)
+    plain, plan = make_plan(segments, **form), make_plan(some, **form)
+    for step in range(3):
+        whole = loader.make_batch(plain, step, terms=terms, cache=cache)
+        found = loader.make_batch(plan, step, terms=terms, cache=cache)
+        factor = np.ones(whole["view"].shape)
+        for row, items in enumerate(plan.batch(step)):
+            for at in loader.placements(plan, items):
+                factor[0, row, at.target] = 0.25 if at.item % 3 else 1.0
+        for name, array in whole.items():
+            if name in ("hard_weights", "soft_weights"):
+                np.testing.assert_allclose(found[name], array * factor, rtol=1e-6)
+            else:
+                np.testing.assert_array_equal(found[name], array)

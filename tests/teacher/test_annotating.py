@@ -387,3 +387,58 @@ def test_hosts_share_by_id(monkeypatch, places):
     assert set(owners) == {0, 1}
     assert owners[::-1] == [annotating._owner(item) for item in items[::-1]]
     np.testing.assert_array_less(0, np.bincount(owners))
+
+
+class FirstChoice:
+    """A model that answers every question with its first choice, but some with none."""
+
+    batch_size = BATCH
+
+    def __init__(self, config, path):
+        pass
+
+    def __call__(self, requests):
+        texts = ["(a)" if request.seed % 5 else "So what" for request in requests]
+        return [
+            asking.Completion(
+                text=text, finish_reason="stop", prompt_tokens=9, new_tokens=1
+            )
+            for text in texts
+        ]
+
+
+def test_answers_are_labels_and_rationales_explain_them(places, tmp_path, monkeypatch):
+    monkeypatch.setattr(backends, "Local", FirstChoice)
+    made = config(places, method="answer")
+    report = annotating.annotate(made, tmp_path)
+    folder = annotating.folder_of(made, tmp_path)
+    lines = (folder / "labels.jsonl").read_text().splitlines()
+    answers = {row["id"]: row["answer"] for row in map(json.loads, lines)}
+    gold = {example.id: example.answer for example in examples(made)}
+    first = {example.id: example.choices[0] for example in examples(made)}
+    told = {name for name, answer in answers.items() if answer}
+    assert 0 < len(told) < NUM and answers.keys() == gold.keys()
+    assert all(answers[name] == first[name] for name in told)
+    assert report["answered"] == len(told)
+    right = sum(answers[name] == gold[name] for name in told)
+    assert report["accuracy"] == right / len(told)
+    # A wrong answer contradicts nothing that the teacher was told.
+    assert report["gates"]["contradicts"] == 0
+    assert report["gates"]["no_choice"] == NUM - len(told)
+
+    labels = str(folder / "labels.jsonl")
+    more = {"labels": labels, "on_missing": "drop"}
+    made = config(places, data=more)
+    assert annotating.annotate(made, tmp_path)["rows"] == len(told)
+    rows = list(annotations.read(annotating.folder_of(made, tmp_path)))
+    assert {row["id"] for row in rows} == told
+    for item in asking.make_items(examples(config(places)), made.annotate):
+        if item.example.id in told:
+            example = dataclasses.replace(item.example, answer=first[item.example.id])
+            [explained] = asking.make_items([example], made.annotate)
+            work = asking.Work(explained, prompts.load(), made.annotate)
+            [row] = [row for row in rows if row["id"] == example.id]
+            assert row["prompt_hash"] == work.prompt_hash
+    # The teacher answers from the questions alone, whatever labels there are.
+    again = config(places, data=more, method="answer")
+    assert annotating.annotate(again, tmp_path) == report

@@ -274,6 +274,14 @@ def test_the_budget_ends_the_run_before_it_is_exceeded(tmp_path):
         assert server.served == NUM
 
 
+def test_a_stop_string_that_a_server_leaves_in_is_cut_off(tmp_path):
+    with serving() as server:
+        made = config(server, stop=("\u00e9",))
+        annotating.annotate(made, tmp_path)
+        for row in rows_of(annotating.folder_of(made, tmp_path)):
+            assert row["text"].startswith("(") and "\u00e9" not in row["text"]
+
+
 def test_a_missing_key_is_named(tmp_path, monkeypatch):
     monkeypatch.delenv("TEACHER_KEY")
     with serving() as server:

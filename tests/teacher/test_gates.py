@@ -3,7 +3,7 @@
 import pytest
 
 from kdjax.data.example import Example
-from kdjax.teacher.gates import Gates
+from kdjax.teacher.gates import Gates, chosen
 
 EXAMPLE = Example(
     id="milk",
@@ -52,3 +52,35 @@ def test_a_free_answer_names_no_choice():
     example = Example(id="sum", question="What is 2 + 2?", answer="4")
     row = {"text": "Two and two.", "finish_reason": "stop"}
     assert GATES(row, example, "4") == []
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("(b) shed", "shed"),
+        ("It is (a), not (b).", "the fridge"),
+        ("B", "shed"),
+        ("c).", "attic"),
+        ("The Fridge.", "the fridge"),
+        ("It is kept in the fridge", "the fridge"),
+        ("the fridge or the shed", ""),
+        ("a watershed", ""),
+        ("(e) cellar", ""),
+        ("", ""),
+    ],
+)
+def test_the_choice_that_an_answer_names(text, answer):
+    assert chosen(text, EXAMPLE) == answer
+
+
+def test_a_choice_within_another_one():
+    example = Example(id="y", choices=("yard", "back yard"), answer="yard")
+    assert chosen("Back yard.", example) == "back yard"
+    assert chosen("yard", example) == "yard"
+    assert chosen("in the back yard", example) == ""
+
+
+def test_a_free_answer_is_the_first_line():
+    assert (
+        chosen("\n4 apples \nQuestion: no", Example(id="s", answer="4")) == "4 apples"
+    )

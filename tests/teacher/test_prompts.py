@@ -143,6 +143,20 @@ def test_every_wrong_choice_is_justified_in_turn():
     assert item.choice == "x"
 
 
+def test_a_question_is_asked_without_its_answer():
+    [request], row = asked(method="answer", num_demonstrations=2, answers=[" (c)\n"])
+    first, answered = request.messages[:2]
+    shown = FILES.demonstrations[0]
+    assert first["content"].startswith(f"{prompts.ANSWER_TASK}\n\nQuestion: ")
+    assert first["content"].endswith("\nAnswer:") and len(request.messages) == 5
+    letter = "abcde"[shown["choices"].index(shown["answer"])]
+    assert answered["content"] == f"({letter}) {shown['answer']}"
+    assert request.messages[-1]["content"] == (
+        "Question: Where is milk kept?\nChoices: (a) fridge (b) shed (c) attic\nAnswer:"
+    )
+    assert (row["answer"], row["text"]) == ("attic", "(c)")
+
+
 @pytest.mark.parametrize(
     ("contrast", "line"),
     [("wrong", "\nAnswer: ({}) {}\n"), ("empty", "\nAnswer:\n")],
