@@ -142,6 +142,7 @@ def train_simulator(
         train=_segments(examples, tokenizer, config.data),
         evaluation=[],
         eval_examples=[],
+        labels={},
     )
     fit(
         config,
@@ -211,6 +212,7 @@ def predict(records: Sequence[Record], simulator: pathlib.Path) -> dict[str, lis
         train=[],
         evaluation=segments,
         eval_examples=examples,
+        labels={},
     )
     chooser = choosing.load(config, simulator, _mesh(), data)
     return {show: choosing.choose(chooser, _shown(examples, show)) for show in SHOWN}

@@ -33,7 +33,8 @@ def select(
     Raises:
       ValueError: as `trusted` and `complete`.
     """
-    kept, labels = list(examples), {}
+    kept = list(examples)
+    labels: dict[str, Any] = {}
     if split == "train":
         kept, labels = trusted(examples, config)
     notes = []

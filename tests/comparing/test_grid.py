@@ -204,7 +204,7 @@ def test_rationales_of_a_file_are_not_written_again():
         ({"factors": {"method": {}}}, "has no level"),
         ({"factors": {"method": {"a/b": {}}}}, "level='a/b'"),
         ({"factors": {"seed": {"a": {}}}}, "every comparison has"),
-        ({"factors": {"method": {"a": {"method.nothing": 1}}}}, "no field 'method.nothing'"),
+        ({"factors": {"method": {"a": {"method.none": 1}}}}, "no field 'method.none'"),
         ({"factors": {"method": {"a": {"no.such": 1}}}}, "no field 'no.such'"),
         (
             {"factors": {"method": {"a": {"method.name": "magic"}}}},
