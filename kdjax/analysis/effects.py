@@ -46,15 +46,15 @@ def hedges_g(
     """
     first, second = np.asarray(first_M, float), np.asarray(second_N, float)
     if not first.size or not second.size:
-        return _nothing("a group has no run")
+        return nothing("a group has no run")
     df = first.size + second.size - 2
     if df < 1:
-        return _nothing("one run in each group: no variance")
+        return nothing("one run in each group: no variance")
     difference = float(first.mean() - second.mean())
     if not varies([*first_M, *second_N]):
-        return _nothing("all values are the same: no variance")
+        return nothing("all values are the same: no variance")
     if not varies(first_M, second_N):
-        return _nothing("no variance within the groups: g has no bound")
+        return nothing("no variance within the groups: g has no bound")
     squares = _squares(first) + _squares(second)
     per_t = math.sqrt(1 / first.size + 1 / second.size)
     t = difference / math.sqrt(squares / df) / per_t
@@ -98,7 +98,7 @@ def vargha_delaney(
     """
     num_first, num_second = len(first_M), len(second_N)
     if not num_first or not num_second:
-        return _nothing("a group has no run")
+        return nothing("a group has no run")
     ranks = extras.load("scipy.stats").rankdata([*first_M, *second_N])
     pairs = num_first * num_second
     wins = float(ranks[:num_first].sum()) - num_first * (num_first + 1) / 2
@@ -171,7 +171,8 @@ def _squares(values: np.ndarray) -> float:
     return float(((values - values.mean()) ** 2).sum())
 
 
-def _nothing(statement: str) -> Estimate:
+def nothing(statement: str) -> Estimate:
+    """No number, and why."""
     return Estimate(value=None, low=None, high=None, statement=statement)
 
 

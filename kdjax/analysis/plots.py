@@ -11,12 +11,13 @@ import xml.etree.ElementTree as ET
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kdjax.analysis import runs
+from kdjax.analysis import factors, runs
 
 _INK = "#010203"  # becomes currentColor
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9")
 _MARKERS = ("o", "s", "D", "^", "v", "P", "X")
 _LONGEST = 48  # characters of a name beside an axis
+_PANELS = 4  # beside each other
 _STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "kdjax",
@@ -157,6 +158,37 @@ def pareto(
         return _svg(figure, name, f"{quality} against {cost}")
 
 
+def levels(
+    found: Sequence[factors.Factor], label: str, *, anchor: str, name: str = "figure"
+) -> str:
+    """Means of the levels with their intervals, one panel a factor.
+
+    Args:
+      found: factors.
+      label: of the axis that all panels share.
+      anchor: begins the ids of levels: "<anchor>-<factor>-<level>", each from 1.
+      name: unique in the page; stands before all ids.
+
+    Returns:
+      SVG; "" where no level has a mean.
+    """
+    if not any(level.mean.value is not None for one in found for level in one.levels):
+        return ""
+    columns = min(_PANELS, len(found))
+    lines = math.ceil(len(found) / columns)
+    with _style():
+        figure = _figure(7.2, 2.5 * lines)
+        grid = figure.subplots(lines, columns, squeeze=False, sharey=True)
+        for axes in grid.ravel()[len(found) :]:
+            axes.set_visible(False)
+        pairs = zip(grid.ravel(), found, strict=False)
+        for order, (axes, factor) in enumerate(pairs, start=1):
+            _levels(axes, factor, f"#{anchor}-{order}")
+        for line in grid:
+            line[0].set_ylabel(_short(label))
+        return _svg(figure, name, f"{label}: means of the levels of each factor")
+
+
 def frontier(points: Sequence[Point], *, lowest: bool = False) -> list[Point]:
     """Points that no other beats in one of cost and quality and equals in the other.
 
@@ -233,6 +265,24 @@ def _panel(
     axes.set_title(f"{_short(title, 28)}\n{words}", fontsize=9)
     axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy")
     axes.label_outer()
+
+
+def _levels(axes: Any, factor: factors.Factor, anchor: str) -> None:
+    for place, level in enumerate(factor.levels):
+        mean = level.mean
+        if mean.value is None:
+            continue
+        if mean.low is not None:
+            axes.vlines(place, mean.low, mean.high, color=_COLOURS[0], linewidth=1.6)
+        drawn = axes.scatter(place, mean.value, s=34, color=_COLOURS[0], zorder=3)
+        drawn.set_urls([f"{anchor}-{place + 1}"])
+    names = [_short(level.name, 18) for level in factor.levels]
+    crowded = sum(map(len, names)) > 16
+    turned = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
+    axes.set_xticks(range(len(names)), names, **(turned if crowded else {}))
+    axes.set_xlim(-0.6, len(names) - 0.4)
+    axes.set_title(_short(factor.name, 28), fontsize=9)
+    axes.grid(axis="y", alpha=0.2)
 
 
 def _runs(axes: Any, group: runs.Group, height: float, colour: str) -> None:

@@ -9,10 +9,11 @@ import os
 import pathlib
 import urllib.parse
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jinja2
 
-from kdjax.analysis import plots, runs, stats
+from kdjax.analysis import factors, plots, runs, stats
 
 _TEMPLATE = "report.html.jinja"
 _NONE = "\N{EN DASH}"
@@ -76,6 +77,11 @@ def render(
         for index, comparison in enumerate(comparisons, start=1)
     }
     points, pareto = _pareto(found, design, comparisons[0])
+    several = len(factors.levels(found, design)) > 1
+    by_factor = {
+        index: factors.compare(found, metric, design)
+        for index, metric in enumerate(design.metrics if several else (), start=1)
+    }
     return environment.get_template(_TEMPLATE).render(
         title=title,
         design=design,
@@ -93,6 +99,17 @@ def render(
         },
         versions=_versions,
         figures=figures,
+        by_factor=by_factor,
+        panels={
+            index: plots.levels(
+                one.everything.factors,
+                one.metric,
+                anchor=f"factor-{index}",
+                name=f"factors-{index}",
+            )
+            for index, one in by_factor.items()
+        },
+        sentence=sentence,
         points=points,
         frontier=plots.frontier(points, lowest=_falls(design)),
         pareto=pareto,
@@ -120,6 +137,53 @@ def p_value(value: float | None) -> str:
     if value is None:
         return _NONE
     return "< 0.0001" if value < 0.0001 else number(value, 4)
+
+
+def sentence(factor: factors.Factor, confidence: float, decimals: int) -> str:
+    """What was found of a factor, in plain words.
+
+    Args:
+      factor: of a model.
+      confidence: of its intervals.
+      decimals: of its numbers.
+    """
+    first, *rest = factor.levels
+    words, seen, told = [], False, False
+    for level in rest:
+        found = level.difference
+        assert found is not None  # the first level alone has none
+        name = f"{level.name} against {first.name}"
+        if found.value is None:
+            words.append(f"{name}: not estimable")
+            continue
+        value = _signed(found.value, decimals)
+        if found.low is None or found.high is None:
+            words.append(f"{name}: {value}, without an interval")
+            continue
+        bounds = f"{number(found.low, decimals)} to {number(found.high, decimals)}"
+        interval = bounds if told else f"{100 * confidence:g}% interval {bounds}"
+        told = True
+        if found.low <= 0 <= found.high:
+            words.append(f"{name}: no difference seen ({value}, {interval})")
+        else:
+            seen = True
+            words.append(f"{name}: {value} ({interval})")
+    text = f"{factor.name}: {'; '.join(words)}"
+    if factor.p is not None and seen != (factor.p < stats.ALPHA):
+        verdict = "no difference is seen" if seen else "they differ"
+        equals = "" if factor.p < 0.0001 else "= "
+        text += f"; all levels together: {verdict} (p {equals}{p_value(factor.p)})"
+    reasons = [level.difference.statement for level in rest if level.difference]
+    known = "; ".join(dict.fromkeys(filter(None, reasons)))
+    return f"{text} ({known})." if known else f"{text}."
+
+
+def _signed(value: float, decimals: int) -> str:
+    """A difference as text; what is rounded to zero has no sign."""
+    text = number(abs(value), decimals)
+    if not text.strip("0."):
+        return text
+    return ("+" if value > 0 else "\N{MINUS SIGN}") + text
 
 
 def _link(run: runs.Run, folder: str) -> str:
@@ -172,9 +236,9 @@ def _overview(comparisons: Sequence[stats.Comparison]) -> list[list[runs.Group]]
     return [list(line) for line in zip(*columns, strict=True)]
 
 
-def _versions(comparison: stats.Comparison) -> list[tuple[str, stats.Tests]]:
+def _versions(comparison: stats.Comparison | factors.Effects) -> list[tuple[str, Any]]:
     """All runs, and beside them what is left without outliers."""
-    versions = [("all runs", comparison.everything)]
+    versions: list[tuple[str, Any]] = [("all runs", comparison.everything)]
     if comparison.without is not None:
         versions.append(("without outliers", comparison.without))
     return versions

@@ -172,11 +172,11 @@ def groups(runs: Sequence[Run], column: str, design: Design) -> tuple[Group, ...
     """
     found: dict[tuple[str, str], list[Run]] = {
         (first, second): []
-        for second in dict.fromkeys(_level(run, design.second) for run in runs)
-        for first in dict.fromkeys(_level(run, design.first) for run in runs)
+        for second in dict.fromkeys(level(run, design.second) for run in runs)
+        for first in dict.fromkeys(level(run, design.first) for run in runs)
     }
     for run in runs:
-        found[_level(run, design.first), _level(run, design.second)].append(run)
+        found[level(run, design.first), level(run, design.second)].append(run)
     return tuple(
         _group(first, second, members, column, design)
         for (first, second), members in found.items()
@@ -282,7 +282,8 @@ def _collapse(numbers: Mapping[str, float], design: Design) -> str:
     return "; ".join(words)
 
 
-def _level(run: Run, columns: Sequence[str]) -> str:
+def level(run: Run, columns: Sequence[str]) -> str:
+    """The levels of a run by some factors, as one name."""
     return " / ".join(run.factors[column] or "(none)" for column in columns)
 
 

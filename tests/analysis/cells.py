@@ -30,6 +30,19 @@ def groups(cells):
     return runs.groups(table(cells), "score", DESIGN)
 
 
+def factorial(table, names):
+    """Design and runs of {levels of the factors: values}; no values: one failed run."""
+    design = runs.Design(metrics=("score",), factors=names, first=names[:1])
+    rows = []
+    for levels, values in table.items():
+        common = dict(zip(names, levels, strict=True)) | {"status": "done"}
+        if not len(values):
+            rows.append(common | {"status": "failed", "score": ""})
+        rows += [common | {"score": repr(float(value))} for value in values]
+    named = [{"run": f"run-{i}", **row} for i, row in enumerate(rows)]
+    return design, runs.parse(named, design)
+
+
 GRID = runs.Design(
     metrics=("accuracy", "nll"),
     factors=("method", "generation", "student", "temperature"),

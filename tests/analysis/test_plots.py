@@ -1,11 +1,12 @@
 """Figures: the same text for the same numbers, words as words, links to runs."""
 
+import dataclasses
 import re
 import xml.etree.ElementTree as ET
 
 import pytest
 
-from kdjax.analysis import plots, runs
+from kdjax.analysis import effects, factors, plots, runs
 from tests.analysis import cells
 
 BINS = {"teacher": ([0, 4, 10], [0, 2.0, 9.0], [0, 1, 8])}
@@ -25,11 +26,30 @@ def _points():
     ]
 
 
+def _factors():
+    """Two: one level of the first is not estimable, one of the second has no bounds."""
+    whole = effects.Estimate(value=0.5, low=0.4, high=0.6)
+    bare = effects.Estimate(value=0.7, low=None, high=None)
+    means = {"soft": (whole, effects.nothing("lost")), "_size": (whole, bare, whole)}
+    return [
+        factors.Factor(
+            name=name,
+            partial_eta_squared=effects.nothing(""),
+            levels=tuple(
+                factors.Level(name=f"$l{i}$", members=(), mean=mean, difference=None)
+                for i, mean in enumerate(of_it)
+            ),
+        )
+        for name, of_it in means.items()
+    ]
+
+
 def _figures():
     return {
         "dots": plots.dots(_grid(), "accuracy", name="dots"),
         "pareto": plots.pareto(_points(), "cost", "quality", name="pareto"),
         "reliability": plots.reliability(BINS, name="reliability"),
+        "levels": plots.levels(_factors(), "accuracy", anchor="to", name="levels"),
     }
 
 
@@ -43,7 +63,7 @@ def test_costs_of_several_magnitudes_are_whole_numbers_on_a_logarithmic_axis():
     assert not [word for word in words if "$" in word]
 
 
-@pytest.mark.parametrize("kind", ["dots", "pareto", "reliability"])
+@pytest.mark.parametrize("kind", ["dots", "pareto", "reliability", "levels"])
 def test_a_figure_stands_inside_a_page(kind):
     text = _figures()[kind]
     root = ET.fromstring(text)
@@ -83,11 +103,21 @@ def test_without_numbers_there_is_no_figure():
     assert plots.dots(cells.groups({("a", "s"): []}), "score") == ""
     assert plots.pareto([], "cost", "quality") == ""
     assert plots.reliability({}) == ""
+    lost = dataclasses.replace(_factors()[0], levels=_factors()[0].levels[1:])
+    assert plots.levels([lost], "accuracy", anchor="to") == ""
 
 
 def test_groups_of_one_run_and_of_equal_runs_have_no_interval_to_draw():
     text = plots.dots(cells.groups({("a", "s"): [1], ("b", "s"): [2, 2]}), "score")
     assert len(_links(text)) == 3
+
+
+def test_every_level_with_a_mean_is_a_mark_that_leads_to_its_numbers():
+    text = _figures()["levels"]
+    assert _links(text) == ["#to-1-1", "#to-2-1", "#to-2-2", "#to-2-3"]
+    assert {"soft", "_size", "$l1$", "$l2$", "accuracy"} <= set(_words(text))
+    # A line of panels is full at four.
+    assert plots.levels(3 * _factors(), "accuracy", anchor="to").count("soft") >= 3
 
 
 def test_the_frontier_is_what_nothing_beats():

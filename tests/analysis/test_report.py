@@ -177,6 +177,71 @@ def test_one_factor_and_no_cost():
     assert "runs differ in student too" in page.text
 
 
+def _study():
+    """24 runs of three factors: temperature 2 is better, temperature 4 is not."""
+    gains = {"1": 0.0, "2": 0.1, "4": 0.0}
+    rows = [
+        {
+            "run": f"{temperature}-{student}-{soft}-{seed}",
+            "status": "done",
+            "temperature": temperature,
+            "student": student,
+            "soft": soft,
+            "seed": str(seed),
+            "accuracy": repr(0.5 + gains[temperature] + 0.01 * (seed - 0.5)),
+        }
+        for temperature in gains
+        for student in ("small", "large")
+        for soft in ("0.5", "1")
+        for seed in range(2)
+    ]
+    design = runs.Design(
+        metrics=("accuracy",),
+        factors=("temperature", "student", "soft"),
+        first=("temperature",),
+        second=("student",),
+    )
+    return rows, design
+
+
+def test_each_factor_has_a_sentence_and_its_levels():
+    rows, design = _study()
+    _, text = _render(rows, design)
+    page = Page(text)
+    minus = "\N{MINUS SIGN}"
+    # s^2 = 24 * 0.005^2 / 19, and t(19) at 1 - 0.05 / 2 / 2 is 2.4334.
+    half = 2.4334 * (24 * 0.005**2 / 19 / 4) ** 0.5
+    bounds = f"{0.1 - half:.4f} to {0.1 + half:.4f}"
+    assert (
+        f"temperature: 2 against 1: +0.1000 (95% interval {bounds}); 4 against 1: "
+        f"no difference seen (0.0000, {minus}{half:.4f} to {half:.4f})."
+    ) in page.text
+    for words in ("student: large against small", "soft: 1 against 0.5"):
+        assert f"{words}: no difference seen (0.0000, 95% interval {minus}" in page.text
+    assert "Interactions seen at the 5% level, of 3 pairs: none." in page.text
+    for run in range(1, 25):  # a line a factor, and the figures and tables of groups
+        assert page.links.count(f"#run-{run}") >= 3 + 2
+    for target in ("1-1", "1-2", "1-3", "2-2", "3-2"):
+        assert f"#factor-1-{target}" in page.links
+        assert f"factor-1-{target}" in page.ids
+
+
+def test_one_varying_factor_has_no_section_of_its_own():
+    rows, design = _study()
+    section = "Effect of each factor"
+    assert section in _render(rows, design)[1]
+    rows = [row for row in rows if row["student"] == "small" and row["soft"] == "1"]
+    assert section not in _render(rows, design)[1]
+
+
+def test_what_is_not_estimable_is_said_on_the_page(whole):
+    _, _, page = whole
+    words = "the levels of method and generation meet too seldom to tell them apart"
+    assert page.text.count("Effect of each factor") == 2 + 1  # and how it is computed
+    assert f"few_shot against (none): not estimable ({words})." in page.text
+    assert "temperature:" not in page.text
+
+
 def test_write_leaves_the_page_alone(tmp_path):
     found, text = _render(cells.grid_rows()[:3])
     report.write(tmp_path / "report.html", found, cells.GRID)
@@ -201,7 +266,7 @@ def test_the_package_imports_without_the_extra():
         "import sys\n"
         "for name in ('pandas', 'scipy', 'statsmodels', 'scikit_posthocs'):\n"
         "    sys.modules[name] = None\n"
-        "from kdjax.analysis import effects, plots, report, runs, stats\n"
+        "from kdjax.analysis import effects, factors, plots, report, runs, stats\n"
         "try:\n"
         "    effects.vargha_delaney([1.0], [2.0])\n"
         "except ValueError as error:\n"
