@@ -4,4 +4,4 @@ from kdjax import allocator
 
 __version__ = "0.1.0"
 
-allocator.keep_freed_memory()  # before anything imports JAX; only if asked for
+allocator.restart_with_huge_pages()  # of a command alone, before JAX is imported

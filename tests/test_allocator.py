@@ -1,4 +1,4 @@
-"""Memory that a step needs again is not fetched from the kernel again, if asked for."""
+"""Commands ask for huge pages; nothing else is started anew."""
 
 import os
 import subprocess
@@ -9,7 +9,6 @@ import pytest
 from kdjax import allocator
 
 SCRIPT = """
-import kdjax
 import resource
 import jax, jax.numpy as jnp
 
@@ -24,29 +23,81 @@ def faults():
 
 print(sum([faults() for _ in range(9)][1:]))
 """
+HUGE = "glibc.malloc.hugetlb=1"
+needs_huge_pages = pytest.mark.skipif(
+    not allocator._available(), reason="no huge pages to be had by asking"
+)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc alone has these settings")
-def test_a_step_finds_its_memory_again():
-    faults = []
-    for asked in ("1", "0"):
-        # One device.
-        flags = {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
-        done = subprocess.run(
-            [sys.executable, "-c", SCRIPT],
-            env=os.environ | flags | {"KDJAX_KEEP_FREED_MEMORY": asked},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        faults.append(int(done.stdout))
-    # A hole that is too small now and then is filled anew.
+def run(*arguments: str, folder: object = ".", **environment: str) -> str:
+    kept = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        env=kept | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"} | environment,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@needs_huge_pages
+def test_a_step_has_fewer_page_faults():
+    faults = [
+        int(run("-c", SCRIPT, GLIBC_TUNABLES=tunables)) for tunables in (HUGE, "")
+    ]
     assert 4 * faults[0] < faults[1], faults
 
 
-def test_another_c_library_is_named(monkeypatch):
-    monkeypatch.setattr(allocator.ctypes, "CDLL", lambda name: object())
-    allocator.keep_freed_memory()
-    monkeypatch.setenv("KDJAX_KEEP_FREED_MEMORY", "1")
-    with pytest.raises(ValueError, match="glibc"):
-        allocator.keep_freed_memory()
+@needs_huge_pages
+@pytest.mark.parametrize(
+    ("arguments", "environment", "expected"),
+    [
+        (("-m", "kdjax.shown", "-m", "x y"), {}, HUGE),
+        (("-u", "-m", "kdjax.shown"), {"GLIBC_TUNABLES": "a=b"}, f"a=b:{HUGE}"),
+        (("-m", "kdjax.shown"), {"KDJAX_HUGE_PAGES": "0"}, None),
+        (
+            ("-m", "kdjax.shown"),
+            {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"},
+            "glibc.malloc.hugetlb=0",
+        ),
+        (("-c", "import kdjax, os; print(os.environ.get('GLIBC_TUNABLES'))"), {}, None),
+    ],
+)
+def test_commands_alone_are_started_anew(tmp_path, arguments, environment, expected):
+    # A command that does nothing but tell: a module of the package's name, beside it.
+    package = tmp_path / "kdjax"
+    package.mkdir()
+    source = os.path.dirname(allocator.__file__)
+    for name in ("__init__.py", "allocator.py"):
+        (package / name).symlink_to(os.path.join(source, name))
+    (package / "shown.py").write_text(
+        "import os, sys\n"
+        "print(os.environ.get('GLIBC_TUNABLES'))\n"
+        "print(*sys.argv[1:], sep='|')\n"
+    )
+    shown = run(*arguments, folder=tmp_path, **environment).splitlines()
+    assert shown[0] == str(expected)
+    if "x y" in arguments:
+        assert shown[1] == "-m|x y"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        (["python", "-m", "kdjax.train", "--config=c.py"], True),
+        (["python", "-X", "dev", "-m", "kdjax.train"], True),
+        (["python", "-m", "pytest", "-m", "kdjax.train"], False),
+        (["python", "-m"], False),
+        (["python", "script.py"], False),
+        (["python"], False),
+    ],
+)
+def test_what_a_command_is(arguments, found):
+    assert allocator._is_command(arguments) == found
+
+
+def test_other_systems_have_none(monkeypatch):
+    monkeypatch.setattr(allocator.sys, "platform", "darwin")
+    assert not allocator._available()

@@ -6,10 +6,6 @@ teacher rows in memory). Prints one line of JSON; "loss" is that of the first ba
 the initial weights; that of "dense" is the one that the other libraries compute.
 """
 
-# isort: off
-import kdjax  # noqa: F401  (before JAX, as every command: KDJAX_KEEP_FREED_MEMORY=1)
-
-# isort: on
 import pathlib
 import sys
 

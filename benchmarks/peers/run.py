@@ -22,6 +22,7 @@ from typing import Any
 
 from cases import CASES
 
+from kdjax import allocator
 from kdjax.writer import print_table, progress
 
 HERE = pathlib.Path(__file__).parent
@@ -55,13 +56,15 @@ def call(python: str, script: str, *arguments: str, timeout: int) -> dict[str, A
     """The JSON that a script prints last, or {"skipped": why}."""
     # Peers' environments have no kdjax, and need none; ours may be a checkout.
     path = os.pathsep.join([str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")])
+    # Ours runs as our commands do. In the environment, GLIBC_TUNABLES is for all.
+    own = allocator.environment() if script == "ours.py" else {}
     try:
         done = subprocess.run(
             [python, str(HERE / script), *arguments],
             capture_output=True,
             text=True,
             timeout=timeout,
-            env=os.environ | {"PYTHONPATH": path},
+            env=os.environ | {"PYTHONPATH": path} | own,
         )
     except (FileNotFoundError, subprocess.TimeoutExpired) as error:
         return {"skipped": str(error)}
