@@ -176,7 +176,9 @@ def test_draws_follow_from_seed_and_example():
     np.testing.assert_array_equal(draw(), draw())
     assert (draw() != ids).sum() == 5
     assert (draw() != draw(seed=1)).any() and (draw() != draw(key="b")).any()
-    many = np.concatenate([draw(key=str(n)) for n in range(300)])
+    drawn = [draw(key=str(n)) for n in range(300)]
+    assert {int((found != ids).sum()) for found in drawn} == {5}
+    many = np.concatenate(drawn)
     assert not set(WORDS.all_special_ids) & set(many.tolist())
     assert set(many.tolist()) == set(range(len(WORDS))) - set(WORDS.all_special_ids)
     assert len(explaining.perturbed(ids[:0], WORDS, seed=0, key="a")) == 0
