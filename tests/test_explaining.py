@@ -6,15 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from kdjax import (
-    choosing,
-    experiment,
-    explaining,
-    fitting,
-    methods,
-    sharding,
-    simulator,
-)
+from kdjax import choosing, experiment, explaining, methods, program, sharding
+from kdjax.checkpoint import Checkpoints
 from kdjax.choosing import Chooser
 from kdjax.config import DataConfig, KinshipConfig, PrefixConfig
 from kdjax.data import kinship, templates, tokenizer, views
@@ -183,7 +176,9 @@ def test_draws_follow_from_seed_and_example():
     np.testing.assert_array_equal(draw(), draw())
     assert (draw() != ids).sum() == 5
     assert (draw() != draw(seed=1)).any() and (draw() != draw(key="b")).any()
-    many = np.concatenate([draw(key=str(n)) for n in range(300)])
+    drawn = [draw(key=str(n)) for n in range(300)]
+    assert {int((found != ids).sum()) for found in drawn} == {5}
+    many = np.concatenate(drawn)
     assert not set(WORDS.all_special_ids) & set(many.tolist())
     assert set(many.tolist()) == set(range(len(WORDS))) - set(WORDS.all_special_ids)
     assert len(explaining.perturbed(ids[:0], WORDS, seed=0, key="a")) == 0
@@ -262,23 +257,28 @@ def test_wrong_rationales_stand_in_the_prompt_where_the_method_has_them():
 
 
 def finished(config, folder):
-    """What a finished run leaves, as far as it is read here; trained for two steps."""
+    """What a finished run leaves, as far as it is read here; nothing is trained.
+
+    It has generated what the data says.
+    """
     mesh = sharding.make_mesh(config.mesh)
     data = experiment.load_data(config)
     shape = experiment.student_shape(config, data.tokenizer)
     model = experiment.make_model(shape, mesh, dtype="float32")
-    params, _, _ = fitting.fit(
-        config,
-        workdir=folder,
-        mesh=mesh,
-        data=data,
-        model=model,
-        make_params=experiment.student_params(config, model, ""),
+    initial = program.Program(config, model, mesh).init(
+        experiment.student_params(config, model, "")
     )
-    rows = Scorer(config, data, model, mesh).generations(params)
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    (folder / "generations.jsonl").write_text(lines)
-    return rows
+    checkpoints = Checkpoints(folder / "checkpoints")
+    checkpoints.save(config.train.steps, initial)
+    checkpoints.close()
+    lines = [
+        json.dumps(row(view, text.target, example.id)) + "\n"
+        for example in data.eval_examples[: config.evaluation.num_generations]
+        for view in data.eval_views
+        for text in templates.render(example, view, config.data)
+    ]
+    (folder / "generations.jsonl").write_text("".join(lines))
+    return data
 
 
 NAMED = {"num_records", "words", "names_gold", "names_answer"}
@@ -310,7 +310,6 @@ def test_every_method_has_its_measures(method, architecture, tmp_path):
     config = small.config(
         method={"name": method, "soft_weight": 0.0, "temperature": 1.0},
         student={"architecture": architecture},
-        train={"steps": 2},
     )
     finished(config, tmp_path)
     found = explaining.measure(config, tmp_path)
@@ -320,23 +319,20 @@ def test_every_method_has_its_measures(method, architecture, tmp_path):
         assert explaining.measure(config, tmp_path) == found
 
 
-def test_a_run_is_measured_with_a_simulator(tmp_path):
-    """LAS is of the answers that are choices: here the run is made to give them."""
+def test_a_run_is_measured_with_a_simulator(tmp_path, monkeypatch):
     config = small.config(method={"name": "multitask", "soft_weight": 0.0})
-    config.train.steps = 2
-    rows = finished(config, tmp_path)
-    folder = tmp_path / "simulator"
-    simulator.train_simulator(config, folder, decoder=small.SHAPE, steps=2)
-    answers = {e.id: e.answer for e in experiment.load_data(config).eval_examples}
-    for found in rows:
-        if found["view"] == "label":
-            found["generated"] = answers[found["id"]]
-    lines = "".join(json.dumps(found) + "\n" for found in rows)
-    (tmp_path / "generations.jsonl").write_text(lines)
-    measures = explaining.measure(config, tmp_path, simulator=folder)
-    counts = [measures[f"faithfulness/num_{n}"] for n in ("leaking", "hidden")]
-    assert sum(counts) == measures["faithfulness/num_records"] == 2
-    assert -1 <= measures["faithfulness/las"] <= 1
+    examples = finished(config, tmp_path).eval_examples
+
+    def las(found, folder):
+        assert folder == tmp_path / "simulator"
+        assert [r.id for r in found] == [e.id for e in examples[:2]]
+        assert [r.answer for r in found] == [e.answer for e in examples[:2]]
+        return {"las": 0.25}
+
+    monkeypatch.setattr(explaining.simulators, "las", las)
+    found = explaining.measure(config, tmp_path, simulator=tmp_path / "simulator")
+    assert found["faithfulness/las"] == 0.25
+    assert found["faithfulness/self_consistency"] == 1
 
 
 def test_a_run_that_is_not_finished_is_refused(tmp_path):
@@ -346,7 +342,6 @@ def test_a_run_that_is_not_finished_is_refused(tmp_path):
 
 def test_choices_after_the_label_prompt_are_those_of_the_accuracy(tmp_path):
     config = small.config(method={"name": "multitask", "soft_weight": 0.0})
-    config.train.steps = 2
     finished(config, tmp_path)
     mesh = sharding.make_mesh(config.mesh)
     data = experiment.load_data(config, splits=("eval",))

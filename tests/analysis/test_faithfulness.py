@@ -25,6 +25,7 @@ PLACES = ("bank", "river bank", "the U.S.", "new york")
         ("the  bank\nor River\n Bank.", PLACES, ["bank", "river bank"]),
         ("in the U.S. or New York", PLACES, ["the U.S.", "new york"]),
         ("in the uxs or new yorker", PLACES, []),
+        ("in New York, so new", ("new", "New York"), ["New York", "new"]),
         # Letters, as the prompt has them.
         ("The answer is (b).", KIN, ["grandmother"]),
         ("Of (A) and (d), d; (e)", KIN, ["mother", "aunt"]),
