@@ -56,8 +56,14 @@ def train_teacher(config: Config, workdir: pathlib.Path, mesh: Mesh) -> None:
     distributed.barrier("teacher")
 
 
-def run(config: Config, workdir: pathlib.Path) -> None:
-    """The whole experiment, each stage skipped where its result is there."""
+def run(config: Config, workdir: pathlib.Path, *, until: str = "end") -> None:
+    """The whole experiment, each stage skipped where its result is there.
+
+    Args:
+      config: the run.
+      workdir: its own.
+      until: "teacher" stops when the teacher is trained.
+    """
     cli.claim(workdir, config)
     mesh = sharding.make_mesh(config.mesh)
     data = experiment.load_data(config)
@@ -79,7 +85,7 @@ def run(config: Config, workdir: pathlib.Path) -> None:
 
     if has_teacher:
         train_teacher(config, workdir, mesh)
-    if _UNTIL.value == "teacher":
+    if until == "teacher":
         return
     teacher_path = experiment.teacher_folder(config, workdir)
     caches = building.ensure(config, data, workdir, teacher_path)
@@ -133,4 +139,4 @@ def run(config: Config, workdir: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(run)
+    cli.run(lambda config, workdir: run(config, workdir, until=_UNTIL.value))

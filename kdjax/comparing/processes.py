@@ -4,7 +4,6 @@ An item's directory says where it stands: `finished.json` has the commands that 
 well, with their seconds; `failed.json` the error of one that did not.
 """
 
-import ctypes
 import dataclasses
 import json
 import os
@@ -17,11 +16,11 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 from kdjax import cli
+from kdjax.comparing import child
 from kdjax.comparing.grid import Item
 
 FINISHED, FAILED, LOG = "finished.json", "failed.json", "log.txt"
 _PAUSE = 0.1  # seconds between looks at the processes
-_DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux
 
 
 def finished(item: Item, workdir: pathlib.Path) -> bool:
@@ -146,7 +145,7 @@ def _steps(
     """Runs the commands of an item; yields None until done, then the error or ""."""
     folder = workdir / item.name
     (folder / FAILED).unlink(missing_ok=True)
-    done = _done(folder)
+    done, cores = _done(folder), ",".join(map(str, place.cores))
     for command in item.commands:
         if " ".join(command) in done:
             continue
@@ -158,12 +157,11 @@ def _steps(
             log.flush()
             begin = log.tell()
             process = subprocess.Popen(
-                arguments,
+                [sys.executable, child.__file__, str(os.getpid()), cores, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=os.environ | place.environment,
-                preexec_fn=_prepare(place.cores, os.getpid()),
             )
         try:
             while process.poll() is None:
@@ -199,20 +197,6 @@ def _reason(code: int, log: pathlib.Path, begin: int) -> str:
     named = [line for line in said if ": error: " in line]
     last = (named or said or [f"exit code {code}"])[-1]
     return last.partition(": error: ")[2] or last
-
-
-def _prepare(cores: tuple[int, ...], parent: int) -> Callable[[], None]:
-    """What a new process does first: keeps to its cores, and ends when we do."""
-
-    def prepare() -> None:
-        if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(_DIES_WITH_PARENT, signal.SIGKILL)
-            if os.getppid() != parent:
-                os._exit(1)
-            if cores:
-                os.sched_setaffinity(0, cores)
-
-    return prepare
 
 
 def _cores() -> list[int]:

@@ -5,6 +5,7 @@ import pathlib
 
 import numpy as np
 
+from kdjax import train
 from tests import small
 from tests.multiprocess import launch
 
