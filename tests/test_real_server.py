@@ -143,7 +143,7 @@ def port(smollm2, tmp_path_factory):
     with open(log, "wb") as file:
         process = subprocess.Popen(
             [str(verb), "serve", str(smollm2), *where],
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
             stdout=file,
             stderr=subprocess.STDOUT,
         )

@@ -241,7 +241,7 @@ class Server:
         except openai.APIStatusError as error:
             if error.status_code in _PASSING or error.status_code >= 500:
                 wait = _seconds(error.response.headers.get("retry-after"))
-                return self._safe(f"status {error.status_code}: {error.message}"), wait
+                return self._safe(f"status {error.status_code}: {_said(error)}"), wait
             raise ValueError(self._refused(error, request)) from None
         return self._read(answer.http_response.text), 0.0
 
@@ -297,12 +297,12 @@ class Server:
             return self._safe(
                 f"annotate.model={annotate.model!r}: unknown to the server at "
                 f"{annotate.url}, or that is not the url of its API (status 404: "
-                f"{error.message}): give the name it is served by"
+                f"{_said(error)}): give the name it is served by"
             )
         return self._safe(
             f"annotate.model={annotate.model!r}: the server at {annotate.url} refuses "
             f"the {request.step} prompt of example {request.id!r} (status {status}: "
-            f"{error.message})"
+            f"{_said(error)})"
         )
 
     def _safe(self, text: str) -> str:
@@ -316,6 +316,11 @@ def _before(text: str, stops: Sequence[str]) -> str:
     """What comes before the first of the stop strings."""
     ends = [text.find(stop) for stop in stops if stop in text]
     return text[: min(ends)] if ends else text
+
+
+def _said(error: Any) -> str:
+    """What a server says about an error, in whatever form."""
+    return error.response.text.strip() or error.message
 
 
 def _seconds(header: str | None) -> float:

@@ -249,6 +249,18 @@ def test_a_refusal_is_one_error_without_the_key(tmp_path, status, message, caplo
         assert not file.is_file() or KEY not in file.read_text()
 
 
+def test_a_refusal_in_a_form_of_its_own_is_repeated(tmp_path, monkeypatch):
+    def refuse(self, fault, prompt, number):
+        self.send(422, json.dumps({"detail": "pinned to another model"}))
+
+    monkeypatch.setattr(Handler, "reply", refuse)
+    with (
+        serving() as server,
+        pytest.raises(ValueError, match=r"model='m'.*status 422: .*pinned to another"),
+    ):
+        annotating.annotate(config(server), tmp_path)
+
+
 def test_a_server_that_stays_ill_ends_the_run_and_the_next_one_goes_on(tmp_path):
     with serving(lambda number: (500,) * 3 if number == 7 else ()) as server:
         made = config(server, num_retries=2, concurrency=1)
