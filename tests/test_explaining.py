@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import pytest
 from kdjax import choosing, experiment, explaining, methods, program, sharding
 from kdjax.checkpoint import Checkpoints
 from kdjax.choosing import Chooser
-from kdjax.config import DataConfig, KinshipConfig, PrefixConfig
+from kdjax.config import DataConfig, KinshipConfig, PrefixConfig, to_json
 from kdjax.data import kinship, templates, tokenizer, views
 from kdjax.data.example import Example, wrong_choices
 from kdjax.scoring import Scorer
@@ -333,6 +335,25 @@ def test_a_run_is_measured_with_a_simulator(tmp_path, monkeypatch):
     found = explaining.measure(config, tmp_path, simulator=tmp_path / "simulator")
     assert found["faithfulness/las"] == 0.25
     assert found["faithfulness/self_consistency"] == 1
+
+
+def test_the_command_writes_what_is_measured(tmp_path):
+    config = small.config(method={"name": "rationale_then_label", "soft_weight": 0.0})
+    finished(config, tmp_path)
+    (tmp_path / "config.json").write_text(to_json(config))
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "kdjax.evaluate", "--faithfulness"),
+            *(f"--workdir={tmp_path}", f"--json={tmp_path / 'found.json'}"),
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "faithfulness.json").read_text())
+    assert found == pytest.approx(explaining.measure(config, tmp_path))
+    assert found == json.loads((tmp_path / "found.json").read_text())
+    assert "oracle_accuracy" in done.stdout
 
 
 def test_a_run_that_is_not_finished_is_refused(tmp_path):
