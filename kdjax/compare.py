@@ -34,7 +34,8 @@ def run(comparison: Comparison, workdir: pathlib.Path) -> None:
     """Does what the flags say; exit code 1 if a run of it failed."""
     workdir = workdir.resolve()
     items = grid.items(comparison, workdir)
-    for item in items:
+    # What is shared is named after all that decides its content.
+    for item in (item for item in items if item.is_run):
         cli.check_owner(workdir / item.name, item.config)
     stage = _STAGE.value
     processes.places(_JOBS.value)
@@ -87,7 +88,9 @@ def _run(items: list[Item], workdir: pathlib.Path) -> list[Item]:
     todo = [item for item in items if not processes.finished(item, workdir)]
     failed: list[Item] = []
     for item in todo:
-        cli.write_config(workdir / item.name, item.config)
+        folder = workdir / item.name
+        if not (folder / cli.CONFIG).exists():
+            cli.write_config(folder, item.config)
     with progress(len(items), "compare", start=len(items) - len(todo)) as advance:
 
         def report(item: Item, error: str) -> None:

@@ -234,15 +234,17 @@ def _labels(
     shared: dict[str, Item],
     needs: tuple[str, ...],
 ) -> str:
-    """The item that labels a run's examples, whose cache the run is given."""
+    """The item that labels a run's examples, whose cache the run is given.
+
+    Held-out ones, and training ones too where the run has soft terms.
+    """
     soft = methods.has_soft_terms(config.method) and not config.teacher.online
     data = _relative(dataclasses.asdict(config.data), workdir)
     teacher = (_relative(config.teacher.path, workdir), config.train.dtype)
-    parts = (data, config.cache, config.method.name, *teacher)
+    parts = (data, config.cache, config.method.name, soft, *teacher)
     name = f"shared/labels-{_digest(*parts)}"
     config.cache.path = str(workdir / name / "cache")
-    # Held-out rows are labelled for all runs, training rows if one of them asks.
-    if name not in shared or soft:
+    if name not in shared:
         shared[name] = Item(
             name=name,
             config=_own(config, name),

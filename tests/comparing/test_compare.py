@@ -54,7 +54,7 @@ def test_stages_then_all_with_a_run_that_fails(tmp_path):
 
     whole = start(tmp_path, "--jobs=1")
     assert whole.returncode == 1
-    assert "1 of 5 failed, first runs/broken-s0" in whole.stderr
+    assert "1 of 6 failed, first runs/broken-s0" in whole.stderr
     assert "Traceback" not in whole.stderr
     found = rows(tmp_path)
     assert [r["status"] for r in found.values()] == ["done", "done", "failed"]

@@ -71,24 +71,30 @@ def test_a_combination_changes_more():
     }
 
 
-def test_a_teacher_a_method_and_labels_for_all_its_runs():
+def test_a_teacher_a_method_and_labels_with_and_without_soft_terms():
     found = items(comparison())
-    shared = [name for name in found if name.startswith("shared/")]
-    assert [name.split("-")[0] for name in shared] == ["shared/teacher"] * 2 + [
-        "shared/labels"
-    ] * 2
-    teacher, labels = found["runs/multitask-hard-s0"].needs
-    for name in ("multitask-soft-s0", "multitask-soft-s7", "multitask-hard-s7"):
-        assert found[f"runs/{name}"].needs == (teacher, labels)
+    shared = [name.split("-")[0] for name in found if name.startswith("shared/")]
+    assert shared == ["shared/teacher"] * 2 + ["shared/labels"] * 4
+    teacher, labels = found["runs/multitask-soft-s0"].needs
+    assert found["runs/multitask-soft-s7"].needs == (teacher, labels)
+    # Without soft terms training rows are not labelled.
+    for seed in (0, 7):
+        assert found[f"runs/multitask-hard-s{seed}"].needs[0] == teacher
+        assert found[f"runs/multitask-hard-s{seed}"].needs[1] != labels
     assert not {teacher, labels} & set(found["runs/finetune-soft-s0"].needs)
     assert found[labels].needs == (teacher,)
-    run = found["runs/multitask-hard-s0"].config
+    run = found["runs/multitask-soft-s0"].config
     assert run.teacher.path == f"/somewhere/{teacher}/teacher"
     assert run.cache.path == f"/somewhere/{labels}/cache"
     assert found[labels].config.teacher.path == run.teacher.path
-    # Training rows are labelled because some runs have soft terms.
     assert found[labels].config.method.soft_weight == 0.5
     assert found[teacher].config.teacher.path == ""
+
+
+def test_more_runs_need_nothing_anew_that_is_shared():
+    before, after = items(comparison()), items(comparison(seeds=(3, 0, 7)))
+    shared = {name for name in before if name.startswith("shared/")}
+    assert shared == {name for name in after if name.startswith("shared/")}
 
 
 def test_runs_that_explain_are_measured_by_one_simulator():
