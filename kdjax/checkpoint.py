@@ -41,6 +41,7 @@ class Checkpoints:
                 )
             )
         self._config = json.loads(config_json)
+        self._closed = False
         self._checkpointer = ocp.training.Checkpointer(
             pathlib.Path(folder).absolute(),
             preservation_policy=policies.AnyPreservationPolicy(keep),
@@ -133,9 +134,20 @@ class Checkpoints:
                 "config.json, or another --workdir)\n" + "\n".join(lines[:20])
             )
 
+    def __enter__(self) -> "Checkpoints":
+        """Return self."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        """Closes; but one of several processes that fails waits for no other."""
+        if kind is None or jax.process_count() == 1:
+            self.close()
+
     def close(self) -> None:
         """Waits for what is being written."""
-        self._checkpointer.close()
+        if not self._closed:
+            self._checkpointer.close()
+        self._closed = True
 
 
 def _stored(state: TrainState) -> dict[str, Any]:

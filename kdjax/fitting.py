@@ -105,7 +105,7 @@ def fit(
         num_threads=train.num_threads,
         prefetch=train.prefetch,
     )
-    with writer:
+    with writer, checkpoints:
         for index, batch in meter.timed(batches):
             step = program.step_at(program.temperature(index))
             current, found = step(

@@ -51,6 +51,7 @@ T5_ROWS = {
     "counterfactual": (10, 512),
     "multitask_counterfactual": (20, 384),
 }
+MEASURES = ("faithfulness/las", "faithfulness/names_gold", "faithfulness/words")
 LAYERS = tuple(range(30))  # of SmolLM2-135M
 STUDENTS, SIZES = {"smollm2", "t5"}, {"cpu", "smoke"}
 
@@ -101,18 +102,13 @@ def get_config(argument: str = "") -> Comparison:
             for method in T5_ROWS
         ),
         seeds=((0,) if "smoke" in arguments else (0, 1) if small else tuple(range(6))),
-        metrics=(
-            "answer_accuracy",
-            "faithfulness/las",
-            "faithfulness/names_gold",
-            "faithfulness/words",
-        ),
+        metrics=("answer_accuracy", "nll", *(() if "smoke" in arguments else MEASURES)),
         first=("method",),
         second=("student",),
         floors={"answer_accuracy": 0.2},
         cost="parameters",
         annotate=True,
-        faithfulness=True,
+        faithfulness="smoke" not in arguments,
     )
 
 

@@ -102,6 +102,7 @@ def shrink(comparison: Comparison) -> None:
     """Makes a comparison on the built-in task tiny."""
     comparison.name += "_smoke"
     comparison.seeds = (0,)
+    comparison.metrics, comparison.faithfulness = ("answer_accuracy",), False
     config = comparison.base
     config.data.num_train, config.data.num_eval = 32, 16
     config.teacher.num_train, config.teacher.steps = 32, 5
