@@ -21,7 +21,8 @@ def restart_with_huge_pages() -> None:
     before anything is imported; see `environment` for when.
     """
     if _is_command(sys.orig_argv) and (wanted := environment()):
-        os.environ.update(wanted)
+        # Once at most: a process with privileges loses its tunables.
+        os.environ.update(wanted | {"KDJAX_HUGE_PAGES": "0"})
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
