@@ -2,9 +2,10 @@
 
     python -m kdjax.compare --config=configs/compare/kinship.py --jobs=2
 
-The data, teacher and student of configs/quickstart.py, three seeds: 30 runs after five
-teachers, one a method, each trained by that method on hard labels, so that it has seen
-the views it labels. The argument "smoke" makes everything tiny.
+The data and models of configs/quickstart.py, three seeds: 30 runs after five teachers,
+one a method, each trained by that method on hard labels, so that it has seen the views it
+labels. Three quarters of an hour on two cores; docs/methods.md has what came. The argument
+"smoke" makes everything tiny.
 """
 
 import dataclasses
@@ -52,17 +53,17 @@ def base() -> Config:
                 decoder, width=96, num_layers=3, head_dim=24, mlp_width=288
             ),
             num_train=20000,
-            steps=1500,
+            steps=1000,
             learning_rate=4e-3,
         ),
         cache=CacheConfig(k=16, temperatures=(1.0, 2.0), batch_size=16, row_length=128),
         student=StudentConfig(init="random", decoder=decoder),
         method=MethodConfig(temperature=2.0),
-        optim=OptimConfig(learning_rate=4e-3, warmup_steps=100, weight_decay=0.1),
+        optim=OptimConfig(learning_rate=4e-3, warmup_steps=50, weight_decay=0.1),
         train=TrainConfig(
-            steps=1000, batch_size=16, row_length=128, log_every=50, save_every=250
+            steps=500, batch_size=16, row_length=128, log_every=50, save_every=250
         ),
-        evaluation=EvalConfig(num_generations=500, max_new_tokens=48),
+        evaluation=EvalConfig(num_generations=300, max_new_tokens=48),
     )
 
 

@@ -282,8 +282,14 @@ def _simulator(
     shared: dict[str, Item],
     needs: tuple[str, ...],
 ) -> str:
-    """The item that trains the reader of a run's rationales."""
+    """The item that trains the reader of a run's rationales.
+
+    Teachers that are trained here have the built-in tokenizer, each in its own folder:
+    one reader serves the students of all of them.
+    """
     reader = json.loads(to_json(simulator.simulator_config(config)))
+    if pathlib.Path(reader["data"]["tokenizer"]).is_relative_to(workdir):
+        reader["data"]["tokenizer"] = dataclasses.asdict(config.data.prefixes)
     name = f"shared/simulator-{_digest(_relative(reader, workdir))}"
     if name not in shared:
         folder = workdir / name / SIMULATOR

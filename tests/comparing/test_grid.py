@@ -98,10 +98,14 @@ def test_more_runs_need_nothing_anew_that_is_shared():
 
 
 def test_runs_that_explain_are_measured_by_one_simulator():
-    found = items(comparison(faithfulness=True))
-    readers = [n for n in found if n.startswith("shared/simulator")]
-    # Each method's teacher has a tokenizer folder of its own.
-    (reader,) = readers
+    explaining = ("finetune", "multitask", "rationale_then_label")
+    methods = {n: {"method.name": n} for n in explaining}
+    factors = {"method": methods, "labels": LABELS}
+    found = items(comparison(faithfulness=True, factors=factors))
+    # Each method has a teacher of its own, whose folder has the tokenizer of all.
+    assert sum(n.startswith("shared/teacher") for n in found) == 3
+    (reader,) = [n for n in found if n.startswith("shared/simulator")]
+    assert reader in found["runs/rationale_then_label-hard-s7"].needs
     run = found["runs/multitask-soft-s0"]
     assert reader in run.needs
     assert run.commands[1] == (
