@@ -3,6 +3,7 @@
 Shapes: B rows, P prompt time (right padded), N new tokens, V vocabulary.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +15,9 @@ from jaxtyping import Array, Float, Int
 
 from kdjax.models import lm
 
-MIN_PROMPT_SHAPE = 16  # prompts are padded to this times a power of two
+# Prompts are padded to a power of two from the first to the second, then to multiples of
+# the second, and of a sixteenth of the next power of two where that is more.
+MIN_PROMPT_SHAPE, PROMPT_STEP = 16, 128
 
 
 def make_generate(
@@ -27,6 +30,7 @@ def make_generate(
     pad_id: int,
     top_k: int = 0,
     top_p: float = 1.0,
+    num_shared: int = 0,
 ) -> Callable[..., Int[Array, "B N"]]:
     """Compile-once generation: one pass over the prompts, then one token at a time.
 
@@ -42,6 +46,7 @@ def make_generate(
       top_k: sample among the k most probable tokens; 0 = all.
       top_p: sample among the fewest most probable tokens whose probabilities (at the
         sampling temperature) sum to at least p; 1 = all.
+      num_shared: tokens that all prompts begin with, whose pieces are read once.
 
     Returns:
       Jitted `generate(params, prompts_BP, lengths_B, key, temperature) -> tokens_BN`,
@@ -72,6 +77,7 @@ def make_generate(
             prompts_BP,
             lengths_B,
             max_new_tokens=max_new_tokens,
+            num_shared=num_shared,
         )
         tokens_BN = jnp.full((num_rows, max_new_tokens), pad_id, jnp.int32)
 
@@ -170,7 +176,7 @@ def generate_texts(
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
-    compiled: dict[int, Callable] | None = None,
+    compiled: dict[Any, Callable] | None = None,
     place: Callable[[np.ndarray], Any] = lambda x: x,
     on_batch: Callable[[int], None] = lambda num_prompts: None,
 ) -> list[list[int]]:
@@ -215,8 +221,9 @@ def generate_texts(
         chosen = order[start : start + batch_size]
         longest = len(prompts[chosen[-1]])
         width = prompt_shape(longest, lm.room(config, max_new_tokens))
-        if width not in compiled:
-            compiled[width] = make_generate(
+        num_shared = shared_tokens([prompts[i] for i in chosen], lm.piece_size(width))
+        if (width, num_shared) not in compiled:
+            compiled[width, num_shared] = make_generate(
                 config,
                 graphdef,
                 max_prompt=width,
@@ -225,6 +232,7 @@ def generate_texts(
                 pad_id=pad_id,
                 top_k=top_k,
                 top_p=top_p,
+                num_shared=num_shared,
             )
         rows = padded([prompts[i] for i in chosen], batch_size, width, pad_id)
         if _is_rows(key):
@@ -233,7 +241,9 @@ def generate_texts(
         else:
             batch_key = jax.random.fold_in(key, start)
         tokens_BN = np.asarray(
-            compiled[width](params, *map(place, rows), batch_key, temperature)
+            compiled[width, num_shared](
+                params, *map(place, rows), batch_key, temperature
+            )
         )
         for row, index in enumerate(chosen):
             (ends,) = np.nonzero(tokens_BN[row] == eos_id)
@@ -255,8 +265,23 @@ def padded(
     return prompts_BP, lengths_B
 
 
+def shared_tokens(prompts: Sequence[Sequence[int]], piece: int) -> int:
+    """How many tokens several prompts begin with, in whole pieces that end none."""
+    if len(prompts) < 2:
+        return 0
+    # What the first and the last one in order share, all share.
+    first, last = min(map(tuple, prompts)), max(map(tuple, prompts))
+    shortest = min(map(len, prompts))
+    pairs = zip(first[: shortest - 1], last, strict=False)
+    same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    return same // piece * piece
+
+
 def prompt_shape(longest: int, limit: int) -> int:
-    """The smallest allowed padded length; `limit` itself is the last one."""
+    """The smallest allowed padded length; `limit` itself is the last one.
+
+    Few, as each is compiled for, and of long prompts never an eighth too long.
+    """
     if longest > limit:
         raise ValueError(
             f"a prompt of {longest} tokens leaves no room: at most {limit} fit with "
@@ -265,7 +290,8 @@ def prompt_shape(longest: int, limit: int) -> int:
     width = MIN_PROMPT_SHAPE
     while width < longest:
         width *= 2
-    return min(width, limit)
+    step = min(width, max(PROMPT_STEP, width // 16))
+    return min(-(-longest // step) * step, limit)
 
 
 def check(

@@ -7,7 +7,7 @@ import pytest
 
 from kdjax import generate
 from kdjax.config import DecoderConfig
-from kdjax.models import decoder
+from kdjax.models import decoder, lm
 
 CONFIG = DecoderConfig(
     vocab_size=23,
@@ -74,6 +74,49 @@ def make(model, **fields):
 def test_greedy_equals_decoding_without_a_cache(model, uncached):
     tokens_BN = make(model)(model[1], *arrays_of(PROMPTS, 8), jax.random.key(0), 0.0)
     assert tokens_BN.tolist() == uncached
+
+
+@pytest.mark.parametrize("piece", [1, 2, 3, 7])
+def test_prompts_are_read_in_pieces(model, uncached, monkeypatch, piece):
+    monkeypatch.setattr(lm, "_PIECE", piece)
+    tokens_BN = make(model)(model[1], *arrays_of(PROMPTS, 8), jax.random.key(0), 0.0)
+    assert tokens_BN.tolist() == uncached
+
+
+def test_what_all_prompts_begin_with_is_read_once(model, monkeypatch):
+    monkeypatch.setattr(lm, "_PIECE", 2)
+    long = [[7, 7, 2, 9, 4, *prompt] for prompt in PROMPTS]
+    read, decode = [], decoder.decode
+
+    def counted(graphdef, params, tokens_BT, *rest):
+        if tokens_BT.shape[1] > 1:
+            read.append(tokens_BT.shape[0])
+        return decode(graphdef, params, tokens_BT, *rest)
+
+    monkeypatch.setattr(decoder, "decode", counted)
+    fields = {"max_new_tokens": NEW, "eos_id": -1, "pad_id": PAD, "batch_size": 5}
+    together = generate.generate_texts(CONFIG, *model, long, **fields)
+    assert read == [1, 1, 5, 5, 5, 5, 5, 5]  # 16 tokens: rows of four prompts, and one
+    apart = [generate.generate_texts(CONFIG, *model, [p], **fields)[0] for p in long]
+    assert together == apart
+
+
+def test_shared_tokens_end_no_prompt():
+    shared = generate.shared_tokens
+    assert shared([[1, 2, 3, 4], [1, 2, 3, 5]], 1) == 3
+    assert shared([[1, 2, 3, 4], [1, 2, 3, 5]], 2) == 2
+    assert shared([[1, 2], [1, 2, 3, 5]], 1) == 1  # the first one's last is its own
+    assert shared([[1, 2, 3]] * 3, 1) == 2
+    assert shared([[1, 2, 3], [2, 2, 3], [1, 2, 3]], 1) == 0
+    assert shared([[1, 2, 3]], 1) == 0
+
+
+def test_prompts_have_few_shapes_and_little_padding():
+    shapes = {generate.prompt_shape(n, 2000) for n in range(1, 2001)}
+    assert shapes == {16, 32, 64, *range(128, 2000, 128), 2000}
+    assert generate.prompt_shape(33, 2000) == 64
+    assert generate.prompt_shape(1139, 2000) == 1152
+    assert generate.prompt_shape(5000, 9000) == 5120
 
 
 def test_rows_end_at_the_end_token_and_the_loop_with_the_last_row(model, uncached):

@@ -63,18 +63,16 @@ class Block(nnx.Module):
         if config.post_norms:
             self.attention_post_norm, self.mlp_post_norm = norm(), norm()
 
-    def __call__(self, x_BTD, angles, attend, cache, slots_BT):
-        """One layer; `cache` is this layer's slice or None."""
-        attended, cache = self.attention(
-            self.attention_norm(x_BTD), angles, attend, cache, slots_BT
-        )
+    def __call__(self, x_BTD, angles, attend):
+        """One layer."""
+        attended = self.attention(self.attention_norm(x_BTD), angles, attend)
         if self.has_post_norms:
             attended = self.attention_post_norm(attended)
         x_BTD = x_BTD + attended
         made = self.mlp(self.mlp_norm(x_BTD))
         if self.has_post_norms:
             made = self.mlp_post_norm(made)
-        return x_BTD + made, cache
+        return x_BTD + made
 
 
 class Decoder(nnx.Module):
@@ -126,8 +124,8 @@ class Decoder(nnx.Module):
         watched, slots_L = room(watch, x_BTD, num_layers=self.num_layers)
 
         def body(carry, layer):
-            x_BTD, watched = carry
-            block_params, layer_cache, own, slot = layer
+            x_BTD, watched, cache = carry
+            block_params, number, own, slot = layer
             block, seen = nnx.merge(block_graphdef, block_params), []
             angles, window = all_angles, {}
             if "rotary" in own:
@@ -136,17 +134,22 @@ class Decoder(nnx.Module):
                 window = {"window": own["window"]}
 
             def mix(query, key, value):
+                nonlocal cache
                 seen.append((query, key))
+                if cache is not None:
+                    cache = _written(cache, number, positions_BT, key, value)
+                    key, value = _read(cache, number, query.dtype)
                 return attend(query, key, value, **window)
 
-            x_BTD, layer_cache = block(x_BTD, angles, mix, layer_cache, positions_BT)
+            x_BTD = block(x_BTD, angles, mix)
             watched = keep(watched, slot, x_BTD, lambda: mean(*seen[0], **window))
-            return (x_BTD, watched), layer_cache
+            return (x_BTD, watched, cache), None
 
-        layers = (stacked, cache, self._per_layer(), slots_L)
-        (x_BTD, watched), cache = scan_layers(
+        numbers_L = jnp.arange(self.num_layers)
+        layers = (stacked, numbers_L, self._per_layer(), slots_L)
+        (x_BTD, watched, cache), _ = scan_layers(
             recomputing(body, self.remat),
-            (x_BTD, watched),
+            (x_BTD, watched, cache),
             layers,
             unroll=self.unroll,
         )
@@ -306,10 +309,58 @@ def logits(
 def init_cache(
     config: DecoderConfig, batch_size: int, max_length: int, dtype: str
 ) -> Cache:
-    """Zeroed keys and values: "key" and "value", each [L, B, max_length, G, K]."""
-    heads = (config.num_kv_heads, config.head_dim)
-    shape = (config.num_layers, batch_size, max_length, *heads)
-    return {name: jnp.zeros(shape, dtype) for name in ("key", "value")}
+    """Zeroed keys [L, B, G, K, max_length] and values [L, B, G, max_length, K].
+
+    Laid out as products with the queries of one token read them.
+    """
+    rows = (config.num_layers, batch_size, config.num_kv_heads)
+    return {
+        "key": jnp.zeros((*rows, config.head_dim, max_length), dtype),
+        "value": jnp.zeros((*rows, max_length, config.head_dim), dtype),
+    }
+
+
+def num_slots(cache: Cache) -> int:
+    """Tokens of a row that a cache has room for."""
+    return cache["key"].shape[-1]
+
+
+def repeat_cache(cache: Cache, num_rows: int) -> Cache:
+    """The cache of one row for each of several."""
+    return jax.tree.map(lambda x: jnp.repeat(x, num_rows, axis=1), cache)
+
+
+def extend_cache(cache: Cache, max_length: int) -> Cache:
+    """The cache with zeroed slots added up to `max_length`."""
+    more, rows = (0, max_length - num_slots(cache)), [(0, 0)] * 3
+    return {
+        "key": jnp.pad(cache["key"], [*rows, (0, 0), more]),
+        "value": jnp.pad(cache["value"], [*rows, more, (0, 0)]),
+    }
+
+
+def _written(cache: Cache, number, slots_BT, key_BTGK, value_BTGK) -> Cache:
+    """The cache with a layer's keys and values of new tokens at their slots.
+
+    It is the scan's carry and not one of its outputs, so that it is written in place. A
+    slot beyond it is dropped.
+    """
+    rows_B1 = jnp.arange(slots_BT.shape[0])[:, None]
+    places = {
+        "key": cache["key"].at[number, rows_B1, :, :, slots_BT],
+        "value": cache["value"].at[number, rows_B1, :, slots_BT],
+    }
+    new = {"key": key_BTGK, "value": value_BTGK}
+    return {
+        name: place.set(new[name].astype(cache[name].dtype), mode="drop")
+        for name, place in places.items()
+    }
+
+
+def _read(cache: Cache, number, dtype) -> tuple[Array, Array]:
+    """A layer's keys and values, [B, S, G, K]."""
+    key_BGKS, value_BGSK = (cache[n][number].astype(dtype) for n in ("key", "value"))
+    return key_BGKS.transpose(0, 3, 1, 2), value_BGSK.transpose(0, 2, 1, 3)
 
 
 def decode(
@@ -330,7 +381,7 @@ def decode(
       Hidden states after the final norm, and the updated cache.
     """
     model = nnx.merge(graphdef, params)
-    slots_11S = jnp.arange(cache["key"].shape[2])[None, None, :]
+    slots_11S = jnp.arange(num_slots(cache))[None, None, :]
     positions_BT1 = positions_BT[:, :, None]
     attend = attention.where(
         slots_11S <= positions_BT1, positions_BT1 - slots_11S, model.rule

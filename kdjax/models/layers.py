@@ -204,17 +204,8 @@ class Attention(nnx.Module):
         x_BTD: Float[Array, "B T D"],
         angles: rotary.Angles,
         attend: Attend,
-        cache: dict[str, Float[Array, "B S G K"]] | None = None,
-        slots_BT: Int[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], dict[str, Float[Array, "B S G K"]] | None]:
-        """Mix the values by `attend`: (query, key, value) -> mixed values.
-
-        With a cache, the new keys and values are written at `slots_BT` of each row
-        (a slot beyond the cache is dropped) and attention reads the whole cache.
-
-        Returns:
-          The attended rows and the updated cache (None without one).
-        """
+    ) -> Float[Array, "B T D"]:
+        """Mix the values by `attend`: (query, key, value) -> mixed values."""
         split = (*x_BTD.shape[:2], -1, self.head_dim)
         query = self.query(x_BTD).reshape(split)
         key = self.key(x_BTD).reshape(split)
@@ -222,16 +213,5 @@ class Attention(nnx.Module):
             query, key = self.query_norm(query), self.key_norm(key)
         query, key = rotary.rotate(query, angles), rotary.rotate(key, angles)
         value = self.value(x_BTD).reshape(split)
-        if cache is not None:
-            rows_B1 = jnp.arange(x_BTD.shape[0])[:, None]
-
-            def write(old: Array, new: Array) -> Array:
-                return old.at[rows_B1, slots_BT].set(new.astype(old.dtype), mode="drop")
-
-            cache = {
-                "key": write(cache["key"], key),
-                "value": write(cache["value"], value),
-            }
-            key, value = (cache[n].astype(x_BTD.dtype) for n in ("key", "value"))
         mixed = attend(query, key, value)
-        return self.out(mixed.reshape(*x_BTD.shape[:2], -1)), cache
+        return self.out(mixed.reshape(*x_BTD.shape[:2], -1))

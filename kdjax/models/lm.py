@@ -25,6 +25,8 @@ from kdjax.models import shape as decoder_shape
 Shape = DecoderConfig | T5Config
 Params = dict  # nested: name -> dict or array
 
+_PIECE, _MOST_PIECES = 256, 8  # fewest tokens of a prompt's pieces, and most pieces
+
 
 def create(
     shape: Shape,
@@ -151,6 +153,11 @@ def room(shape: Shape, max_new_tokens: int) -> int:
     return shape.max_length - max_new_tokens
 
 
+def piece_size(max_prompt: int) -> int:
+    """Tokens that `start` reads at once: of long prompts an eighth."""
+    return max(_PIECE, -(-max_prompt // _MOST_PIECES))
+
+
 def start(
     shape: Shape,
     graphdef: nnx.GraphDef,
@@ -159,8 +166,19 @@ def start(
     lengths_B: Int[Array, "B"],
     *,
     max_new_tokens: int,
+    num_shared: int = 0,
 ) -> tuple[Float[Array, "B D"], Int[Array, "B"], dict]:
     """Read prompts.
+
+    Args:
+      shape: of the model.
+      graphdef: from `create`.
+      params: nested dict of arrays.
+      prompts_BP: right padded.
+      lengths_B: 0 where there is no prompt.
+      max_new_tokens: that `decode` will read.
+      num_shared: tokens that all prompts begin with; whole pieces of them are read once
+        (not by an encoder, which sees what comes after them too).
 
     Returns:
       The hidden states that predict the first new token of each row, the position of
@@ -178,13 +196,30 @@ def start(
         )
         return hidden_B1D[:, 0], jnp.ones_like(lengths_B), cache
     dtype = nnx.merge(graphdef, params).dtype
-    cache = decoder.init_cache(shape, num_rows, max_prompt + max_new_tokens, dtype)
     positions_BP = jnp.broadcast_to(time_P[None, :], prompts_BP.shape)
-    hidden_BPD, cache = decoder.decode(
-        graphdef, params, prompts_BP, positions_BP, cache
-    )
-    last_B11 = jnp.maximum(lengths_B - 1, 0)[:, None, None]
-    hidden_BD = jnp.take_along_axis(hidden_BPD, last_B11, axis=1)[:, 0]
+    last_B = jnp.maximum(lengths_B - 1, 0)
+    hidden_BD = jnp.zeros((num_rows, shape.width), dtype)
+    # Piece by piece: none has scores for what comes after it, nor whole rows of them.
+    piece = piece_size(max_prompt)
+    cache = decoder.init_cache(shape, num_rows if num_shared < piece else 1, 0, dtype)
+    for begin in range(0, max_prompt, piece):
+        stop = min(begin + piece, max_prompt)
+        rows = slice(1 if stop <= num_shared else num_rows)
+        if begin and begin <= num_shared < stop:
+            cache = decoder.repeat_cache(cache, num_rows)
+        hidden_BCD, cache = decoder.decode(
+            graphdef,
+            params,
+            prompts_BP[rows, begin:stop],
+            positions_BP[rows, begin:stop],
+            decoder.extend_cache(cache, stop),
+        )
+        if stop <= num_shared:  # nobody's last token
+            continue
+        place_B = jnp.clip(last_B - begin, 0, stop - begin - 1)[:, None, None]
+        found_BD = jnp.take_along_axis(hidden_BCD, place_B, axis=1)[:, 0]
+        hidden_BD = jnp.where((last_B >= begin)[:, None], found_BD, hidden_BD)
+    cache = decoder.extend_cache(cache, max_prompt + max_new_tokens)
     return hidden_BD, lengths_B, cache
 
 
