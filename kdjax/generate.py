@@ -15,8 +15,8 @@ from jaxtyping import Array, Float, Int
 
 from kdjax.models import lm
 
-# Prompts are padded to a power of two between these two, then to multiples of the second
-# or, where that is more, of a sixteenth of the next power of two.
+# Prompts are padded to a power of two from the first to the second, then to multiples
+# of the second or, where that is more, of a sixteenth of the next power of two.
 MIN_PROMPT_SHAPE, PROMPT_STEP = 16, 128
 
 

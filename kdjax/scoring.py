@@ -1,6 +1,9 @@
 """Measures of a model on held-out examples; teacher and student by the same code."""
 
+import hashlib
+import json
 import math
+import pathlib
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float64
 
-from kdjax import generate, methods, metrics, sharding, step
+from kdjax import cli, distributed, generate, methods, metrics, sharding, step
 from kdjax.config import Config, DecoderConfig, T5Config
 from kdjax.data import loader, templates, views
 from kdjax.data.example import Example
@@ -19,10 +22,14 @@ from kdjax.experiment import (
     Data,
     Model,
     layout,
+    load_model,
+    make_model,
     num_valid,
     student_shape,
     whole_length,
 )
+from kdjax.models import hf
+from kdjax.models.lm import Shape
 from kdjax.program import chunk_size
 
 MATCHES = (
@@ -84,6 +91,26 @@ class Scorer:
           accuracy (the right choice is the most probable one) and ece.
         """
         return self._token_metrics(params) | self._choice_metrics(params)
+
+    def digest(self) -> str:
+        """A name for what is measured: all that decides it but for the model."""
+        settings = (
+            self._config.method.tail,
+            self._config.train.dtype,
+            (self._config.cache.kind, self._config.cache.k),
+            self._config.evaluation.num_bins,
+            self._data.eval_views,
+            self._cache is not None,
+        )
+        found = hashlib.blake2b(repr(settings).encode(), digest_size=16)
+        choices = self._choices
+        measured = [*self._data.evaluation, *(choices.segments if choices else ())]
+        for segment in measured:
+            found.update(segment.key + bytes([segment.view]))
+        if choices:
+            found.update(np.asarray(choices.example).tobytes())
+            found.update(np.asarray(choices.correct).tobytes())
+        return found.hexdigest()
 
     def log_probs(
         self, params: Any, segments: Sequence[views.Segment]
@@ -209,6 +236,43 @@ class Scorer:
             compiled=self._generate,
         )
         return data.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+
+
+def score_teacher(
+    config: Config,
+    data: Data,
+    folder: pathlib.Path,
+    mesh: Mesh,
+    *,
+    path: str,
+    cache: Any = None,
+    live: tuple[Model, Any] | None = None,
+) -> tuple[dict[str, float], Shape]:
+    """Held-out metrics of a teacher, and its shape: computed once for all runs.
+
+    Args:
+      config: of one of them.
+      data: held-out examples and segments.
+      folder: keeps the metrics, under a name that says of what they are.
+      mesh: devices.
+      path: of the teacher.
+      cache: the teacher's own records of the held-out segments.
+      live: the teacher, where it is loaded already.
+    """
+    shape = hf.read_config(path)
+    dtype = config.train.dtype
+    model = live[0] if live else make_model(shape, mesh, dtype=dtype)
+    scorer = Scorer(config, data, model, mesh, cache=cache)
+    file = folder / f"{hf.fingerprint(path)}-{scorer.digest()}.json"
+    found = json.loads(file.read_text()) if file.is_file() else None
+    # Every process looks before one of them writes.
+    distributed.barrier("look at the teacher's scores")
+    if found is None:
+        params = live[1] if live else load_model(path, mesh, dtype=dtype)[1]
+        found = scorer(params)
+        if distributed.is_main():
+            cli.write_atomically(file, json.dumps(found, indent=2) + "\n")
+    return found, shape
 
 
 def judge(generated: str, example: Example, view: str, text: Text) -> dict[str, Any]:

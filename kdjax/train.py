@@ -24,7 +24,7 @@ from kdjax.fitting import fit
 from kdjax.models import hf
 from kdjax.program import check_teacher
 from kdjax.reporting import evaluation_row, report_origins, run_summary
-from kdjax.scoring import Scorer, match_rates
+from kdjax.scoring import Scorer, match_rates, score_teacher
 from kdjax.teacher import building
 from kdjax.writer import print_table
 
@@ -116,11 +116,15 @@ def run(config: Config, workdir: pathlib.Path, *, until: str = "end") -> None:
     student |= match_rates(generations)
     rows, teacher, teacher_shape = [evaluation_row("student", student, shape)], {}, None
     if has_teacher:
-        teacher_model, teacher_params = live or experiment.load_model(
-            teacher_path, mesh, dtype=dtype
+        teacher, teacher_shape = score_teacher(
+            config,
+            data,
+            building.folder(config, workdir, "teacher_scores"),
+            mesh,
+            path=teacher_path,
+            cache=cache,
+            live=live,
         )
-        teacher_shape = teacher_model.shape
-        teacher = Scorer(config, data, teacher_model, mesh, cache=cache)(teacher_params)
         rows.insert(0, evaluation_row("teacher", teacher, teacher_shape))
     if distributed.is_main():
         run_summary(

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from kdjax import config as config_lib
-from kdjax import evaluate, experiment, export, label, sharding, train
+from kdjax import evaluate, experiment, export, label, scoring, sharding, train
 from kdjax.checkpoint import Checkpoints
 from kdjax.config import Config
 from kdjax.models import hf
@@ -57,6 +57,31 @@ def command(config: Config, workdir: pathlib.Path, verb: str = "train", *flags: 
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 ENVIRONMENT["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+
+@pytest.mark.parametrize(("num_bins", "num_scored"), [(10, 1), (5, 2)])
+def test_a_teacher_is_scored_once_for_runs_that_share_a_cache(
+    finished, tmp_path, monkeypatch, num_bins, num_scored
+):
+    config, workdir = finished
+    shared = small.config(
+        seed=1,
+        teacher=dict(path=str(workdir / "teacher")),
+        cache=dict(path=str(workdir / "cache")),
+        evaluation=dict(num_bins=num_bins),
+        train=dict(steps=1),
+    )
+    scored, score = [], scoring.Scorer.__call__
+
+    def counted(scorer, params):
+        scored.append(scorer)
+        return score(scorer, params)
+
+    monkeypatch.setattr(scoring.Scorer, "__call__", counted)
+    train.run(shared, tmp_path)
+    assert len(scored) == num_scored  # the student, and the teacher where it is new
+    mine, before = summary(tmp_path)["teacher"], summary(workdir)["teacher"]
+    assert mine | {"ece": 0} == before | {"ece": 0}
 
 
 def test_a_run_leaves_what_it_promises(finished):

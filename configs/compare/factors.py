@@ -5,7 +5,8 @@
 Every combination on the built-in task, with two seeds: students learn labels alone (400
 questions) from teachers that saw 20,000 right answers, or as many with three in ten
 wrong. Weight 0 is hard labels alone, at one temperature, as it has none. Decoding is
-timed, and its memory counted, for both sizes. The argument "smoke" makes all tiny.
+timed, and its memory counted, for both sizes. Half an hour on two cores; docs/compare.md
+has what came. The argument "smoke" makes all tiny.
 """
 
 from typing import Any
@@ -53,16 +54,16 @@ def get_config(argument: str = "") -> Comparison:
             kinship=KinshipConfig(min_hops=2, max_hops=2, num_distractors=1),
         ),
         teacher=TeacherConfig(
-            decoder=SHAPES["teacher"], num_train=20000, steps=1500, learning_rate=4e-3
+            decoder=SHAPES["teacher"], num_train=20000, steps=1000, learning_rate=4e-3
         ),
         cache=CacheConfig(
             k=16, temperatures=TEMPERATURES, batch_size=16, row_length=128
         ),
         student=StudentConfig(init="random"),
         method=MethodConfig(name="finetune"),
-        optim=OptimConfig(learning_rate=4e-3, warmup_steps=50, weight_decay=0.1),
+        optim=OptimConfig(learning_rate=4e-3, warmup_steps=25, weight_decay=0.1),
         train=TrainConfig(
-            steps=400, batch_size=16, row_length=128, log_every=50, save_every=200
+            steps=250, batch_size=16, row_length=128, log_every=50, save_every=250
         ),
         evaluation=EvalConfig(num_generations=0, max_new_tokens=8),
     )
