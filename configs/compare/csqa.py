@@ -14,10 +14,10 @@ Students are SmolLM2 itself and a T5, the settings those of configs/paper/, six 
 Arguments, joined by commas:
 
     smollm2, t5   only these students
-    cpu           80 training and 40 held-out rows, two seeds, 40 steps: a random T5
+    cpu           60 training and 40 held-out rows, two seeds, 30 steps: a random T5
                   (--config.base.data.tokenizer=FOLDER with T5's) and three layers of
                   SmolLM2; wrong rationales by one demonstration; explanations are not
-                  measured. Three quarters of an hour on two cores
+                  measured. Half an hour on two cores
     smoke         a few rows and steps of it
 """
 
@@ -165,9 +165,9 @@ def _rows(student: str, method: str, small: bool) -> dict[str, Any]:
 
 def _shrink(base: Config, further: bool) -> None:
     """A sample that two cores train on in minutes."""
-    base.data.num_train, base.data.num_eval = 80, 40
+    base.data.num_train, base.data.num_eval = 60, 40
     base.data.tokenizer = "google/t5-v1_1-base"
-    base.train.steps = 40
+    base.train.steps = 30
     base.evaluation.batch_size = 4
     base.evaluation.num_generations, base.evaluation.max_new_tokens = 40, 48
     base.annotate.num_demonstrations, base.annotate.max_new_tokens = 1, 24

@@ -54,7 +54,7 @@ def get_config(argument: str = "") -> Comparison:
             kinship=KinshipConfig(min_hops=2, max_hops=2, num_distractors=1),
         ),
         teacher=TeacherConfig(
-            decoder=SHAPES["teacher"], num_train=20000, steps=1000, learning_rate=4e-3
+            decoder=SHAPES["teacher"], num_train=20000, steps=1500, learning_rate=4e-3
         ),
         cache=CacheConfig(
             k=16, temperatures=TEMPERATURES, batch_size=16, row_length=128
@@ -63,7 +63,7 @@ def get_config(argument: str = "") -> Comparison:
         method=MethodConfig(name="finetune"),
         optim=OptimConfig(learning_rate=4e-3, warmup_steps=25, weight_decay=0.1),
         train=TrainConfig(
-            steps=250, batch_size=16, row_length=128, log_every=50, save_every=250
+            steps=300, batch_size=8, row_length=128, log_every=50, save_every=300
         ),
         evaluation=EvalConfig(num_generations=0, max_new_tokens=8),
     )
