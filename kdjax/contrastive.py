@@ -5,8 +5,8 @@ Each is the one with the greatest
 
   log p(token | prompt, tokens before) - weight * log p(token | contrast, tokens before)
 
-so that what would be said of the other answer as well is said less. The loop keeps a
-key/value cache of each prompt.
+so that what would be said of the other answer as well is said less. Both are rows of
+one batch, the prompts before their contrasts; what the two begin with is read once.
 
 Shapes: B rows, P prompt time (right padded), N new tokens, V vocabulary.
 
@@ -35,57 +35,46 @@ def make_generate(
     eos_id: int,
     pad_id: int,
     top_p: float = 1.0,
+    num_shared: int = 0,
 ) -> Callable[..., Int[Array, "B N"]]:
     """Compile-once contrastive generation, as `generate.make_generate`.
 
     Args:
       config: shape of the model.
       graphdef: from `lm.create`.
-      max_prompt: P, columns of both prompt arrays.
+      max_prompt: P, columns of the prompt array.
       max_new_tokens: N, most tokens generated for a row.
       eos_id: token that ends a row; -1 = none does.
       pad_id: fills a row after its end.
       top_p: see `generate.make_generate`; of the scores' softmax.
+      num_shared: of `generate.Shared`.
 
     Returns:
-      Jitted `generate(params, prompts_BP, lengths_B, contrasts_BP, contrast_lengths_B,
-      weight, key, temperature) -> tokens_BN`, int32. Weight 0 is `generate`'s own
-      decoding; a row whose prompt has length 0 stays empty. Sampling draws from the
-      softmax of the scores / temperature.
+      Jitted `generate(params, prompts_2BP, lengths_2B, weight, key, temperature,
+      *shared) -> tokens_BN`, int32: B prompts, then their contrasts. Weight 0 is
+      `generate`'s own decoding; a row whose prompt has length 0 stays empty. Sampling
+      draws from the softmax of the scores / temperature.
 
     Raises:
       ValueError: more tokens than the model's max_length, or a top_p out of range.
     """
     generate.check(config, max_prompt, max_new_tokens, 0, top_p)
 
-    def read(params, prompts_BP, lengths_B):
-        return lm.start(
+    @jax.jit
+    def call(params, prompts_2BP, lengths_2B, weight, key, temperature, *shared):
+        weight = jnp.asarray(weight, jnp.float32)
+        temperature = jnp.asarray(temperature, jnp.float32)
+        hidden_2BD, first_2B, cache = lm.start(
             config,
             graphdef,
             params,
-            prompts_BP.astype(jnp.int32),
-            lengths_B.astype(jnp.int32),
+            prompts_2BP.astype(jnp.int32),
+            lengths_2B.astype(jnp.int32),
             max_new_tokens=max_new_tokens,
+            num_shared=num_shared,
+            **dict(zip(("leaders_G", "groups_B"), shared, strict=False)),
         )
-
-    @jax.jit
-    def call(
-        params,
-        prompts_BP,
-        lengths_B,
-        contrasts_BP,
-        contrast_lengths_B,
-        weight,
-        key,
-        temperature,
-    ):
-        weight = jnp.asarray(weight, jnp.float32)
-        temperature = jnp.asarray(temperature, jnp.float32)
-        hidden_BD, first_B, cache = read(params, prompts_BP, lengths_B)
-        other_BD, other_first_B, other_cache = read(
-            params, contrasts_BP, contrast_lengths_B
-        )
-        num_rows = prompts_BP.shape[0]
+        num_rows = prompts_2BP.shape[0] // 2
         tokens_BN = jnp.full((num_rows, max_new_tokens), pad_id, jnp.int32)
 
         def unfinished(carry):
@@ -93,23 +82,22 @@ def make_generate(
             return (step < max_new_tokens) & ~jnp.all(done_B)
 
         def extend(carry):
-            step, done_B, tokens_BN, (hidden_BD, cache), (other_BD, other_cache) = carry
+            step, done_B, tokens_BN, hidden_2BD, cache = carry
             # Normalisers are constants of a row: logits choose as log-probabilities do,
             # and with a weight of 0 these are exactly the model's own.
-            score_BV = lm.logits(graphdef, params, hidden_BD)
-            score_BV -= weight * lm.logits(graphdef, params, other_BD)
+            logits_2BV = lm.logits(graphdef, params, hidden_2BD)
+            score_BV = logits_2BV[:num_rows] - weight * logits_2BV[num_rows:]
             token_B = generate.choose(score_BV, key, step, temperature, top_p=top_p)
             token_B = jnp.where(done_B, jnp.int32(pad_id), token_B)
             tokens_BN = jax.lax.dynamic_update_index_in_dim(tokens_BN, token_B, step, 1)
             done_B = done_B | (token_B == eos_id)
-            own = lm.decode(graphdef, params, token_B, first_B + step, cache)
-            other = lm.decode(
-                graphdef, params, token_B, other_first_B + step, other_cache
+            hidden_2BD, cache = lm.decode(
+                graphdef, params, jnp.tile(token_B, 2), first_2B + step, cache
             )
-            return step + 1, done_B, tokens_BN, own, other
+            return step + 1, done_B, tokens_BN, hidden_2BD, cache
 
-        own, other = (hidden_BD, cache), (other_BD, other_cache)
-        start = (jnp.int32(0), lengths_B == 0, tokens_BN, own, other)
+        done_B = lengths_2B[:num_rows] == 0
+        start = (jnp.int32(0), done_B, tokens_BN, hidden_2BD, cache)
         return jax.lax.while_loop(unfinished, extend, start)[2]
 
     return call
@@ -130,7 +118,7 @@ def generate_texts(
     keys: Array,
     temperature: float = 0.0,
     top_p: float = 1.0,
-    compiled: dict[int, Callable] | None = None,
+    compiled: dict[Any, Callable] | None = None,
     place: Callable[[np.ndarray], Any] = lambda x: x,
 ) -> list[list[int]]:
     """Continue tokenised prompts against others, in their order.
@@ -171,8 +159,12 @@ def generate_texts(
                 )
         longest = max(len(ids) for side in sides for ids in side)
         width = generate.prompt_shape(longest, lm.room(config, max_new_tokens))
-        if width not in compiled:
-            compiled[width] = make_generate(
+        # Rows without a prompt stand between the two sides.
+        none = [[]] * (batch_size - len(chosen))
+        both = [*sides[0], *none, *sides[1], *none]
+        shared = generate.find_shared(config, both, 2 * batch_size, width)
+        if (kind := (width, *shared.kind)) not in compiled:
+            compiled[kind] = make_generate(
                 config,
                 graphdef,
                 max_prompt=width,
@@ -180,16 +172,14 @@ def generate_texts(
                 eos_id=eos_id,
                 pad_id=pad_id,
                 top_p=top_p,
+                num_shared=shared.num_tokens,
             )
-        rows = [
-            place(array)
-            for side in sides
-            for array in generate.padded(side, batch_size, width, pad_id)
-        ]
+        arrays = map(place, generate.padded(both, 2 * batch_size, width, pad_id))
         filled = [*chosen, *[start] * (batch_size - len(chosen))]
+        batch_keys = keys[np.asarray(filled)]
         tokens_BN = np.asarray(
-            compiled[width](
-                params, *rows, weight, keys[np.asarray(filled)], temperature
+            compiled[kind](
+                params, *arrays, weight, batch_keys, temperature, *shared.arrays
             )
         )
         for row in tokens_BN[: len(chosen)]:

@@ -3,8 +3,8 @@
 Shapes: B rows, P prompt time (right padded), N new tokens, V vocabulary.
 """
 
-import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -46,11 +46,12 @@ def make_generate(
       top_k: sample among the k most probable tokens; 0 = all.
       top_p: sample among the fewest most probable tokens whose probabilities (at the
         sampling temperature) sum to at least p; 1 = all.
-      num_shared: tokens that all prompts begin with, whose pieces are read once.
+      num_shared: of `Shared`.
 
     Returns:
-      Jitted `generate(params, prompts_BP, lengths_B, key, temperature) -> tokens_BN`,
-      int32. Prompts are right padded (with any id); a row of length 0 stays empty: all
+      Jitted `generate(params, prompts_BP, lengths_B, key, temperature, *shared) ->
+      tokens_BN`, int32; shared are the arrays of `Shared` where num_shared is not 0.
+      Prompts are right padded (with any id); a row of length 0 stays empty: all
       `pad_id`. Temperature 0 takes the most probable token; the end token is included.
       `key` may be an array of B keys: a row's draws then hang on its own key alone.
 
@@ -63,7 +64,7 @@ def make_generate(
     check(config, max_prompt, max_new_tokens, top_k, top_p)
 
     @jax.jit
-    def generate(params, prompts_BP, lengths_B, key, temperature):
+    def generate(params, prompts_BP, lengths_B, key, temperature, *shared):
         prompts_BP, lengths_B = (
             prompts_BP.astype(jnp.int32),
             lengths_B.astype(jnp.int32),
@@ -78,6 +79,7 @@ def make_generate(
             lengths_B,
             max_new_tokens=max_new_tokens,
             num_shared=num_shared,
+            **dict(zip(("leaders_G", "groups_B"), shared, strict=False)),
         )
         tokens_BN = jnp.full((num_rows, max_new_tokens), pad_id, jnp.int32)
 
@@ -221,9 +223,10 @@ def generate_texts(
         chosen = order[start : start + batch_size]
         longest = len(prompts[chosen[-1]])
         width = prompt_shape(longest, lm.room(config, max_new_tokens))
-        num_shared = shared_tokens([prompts[i] for i in chosen], lm.piece_size(width))
-        if (width, num_shared) not in compiled:
-            compiled[width, num_shared] = make_generate(
+        rows = [prompts[i] for i in chosen]
+        shared = find_shared(config, rows, batch_size, width)
+        if (kind := (width, *shared.kind)) not in compiled:
+            compiled[kind] = make_generate(
                 config,
                 graphdef,
                 max_prompt=width,
@@ -232,17 +235,17 @@ def generate_texts(
                 pad_id=pad_id,
                 top_k=top_k,
                 top_p=top_p,
-                num_shared=num_shared,
+                num_shared=shared.num_tokens,
             )
-        rows = padded([prompts[i] for i in chosen], batch_size, width, pad_id)
+        arrays = padded(rows, batch_size, width, pad_id)
         if _is_rows(key):
             filled = chosen + chosen[:1] * (batch_size - len(chosen))
             batch_key = key[np.asarray(filled)]
         else:
             batch_key = jax.random.fold_in(key, start)
         tokens_BN = np.asarray(
-            compiled[width, num_shared](
-                params, *map(place, rows), batch_key, temperature
+            compiled[kind](
+                params, *map(place, arrays), batch_key, temperature, *shared.arrays
             )
         )
         for row, index in enumerate(chosen):
@@ -265,16 +268,51 @@ def padded(
     return prompts_BP, lengths_B
 
 
-def shared_tokens(prompts: Sequence[Sequence[int]], piece: int) -> int:
-    """How many tokens several prompts begin with, in whole pieces that end none."""
-    if len(prompts) < 2:
-        return 0
-    # What the first and the last one in order share, all share.
-    first, last = min(map(tuple, prompts)), max(map(tuple, prompts))
-    shortest = min(map(len, prompts))
-    pairs = zip(first[: shortest - 1], last, strict=False)
-    same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-    return same // piece * piece
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shared:
+    """Groups of prompts that begin alike: what they share is read once a group."""
+
+    num_tokens: int = 0  # that the prompts of a group share; 0 = nothing is
+    arrays: tuple[np.ndarray, ...] = ()  # a row of each group [G], group of a row [B]
+
+    @property
+    def kind(self) -> tuple[int, ...]:
+        """What code is compiled for."""
+        return self.num_tokens, *(len(array) for array in self.arrays[:1])
+
+
+def find_shared(
+    config: lm.Shape, prompts: Sequence[Sequence[int]], num_rows: int, width: int
+) -> Shared:
+    """The groups that leave the fewest pieces of prompts to be read.
+
+    Args:
+      config: shape of the model.
+      prompts: of a batch; a row may have none.
+      num_rows: of the batch; those without a prompt come last.
+      width: to which prompts are padded.
+    """
+    piece = lm.piece_size(config, width)
+    num_pieces = -(-width // piece)
+    best, fewest = Shared(), num_pieces * num_rows
+    shortest = min((len(prompt) for prompt in prompts if prompt), default=0)
+    # The last token of a prompt is its own: what follows it is wanted.
+    for shared in range(1, (shortest - 1) // piece + 1):
+        leaders: dict[tuple[int, ...], int] = {}
+        groups = np.zeros(num_rows, np.int32)
+        starts = [tuple(prompt[: shared * piece]) for prompt in prompts]
+        for row, start in enumerate(starts):
+            if start:
+                leaders.setdefault(start, row)
+        numbers = {start: number for number, start in enumerate(leaders)}
+        for row, start in enumerate(starts):
+            groups[row] = numbers.get(start, 0)
+        read = shared * len(leaders) + (num_pieces - shared) * num_rows
+        if read < fewest:
+            rows = np.array([*leaders.values()], np.int32)
+            best = Shared(num_tokens=shared * piece, arrays=(rows, groups))
+            fewest = read
+    return best
 
 
 def prompt_shape(longest: int, limit: int) -> int:

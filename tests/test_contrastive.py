@@ -94,6 +94,25 @@ def test_equals_a_forward_pass_a_token(model, weight):
     ]
 
 
+def test_what_a_prompt_and_its_contrast_begin_with_is_read_once(model, monkeypatch):
+    expected = texts(model, 0.5)
+    monkeypatch.setattr(lm, "_PIECE", 1)
+    starts = [[n, 9, 9] for n in range(20, 24)]
+    sides = [
+        [start + side[:1] for start, side in zip(starts, sides, strict=True)]
+        for sides in (PROMPTS, CONTRASTS)
+    ]
+    fields = {"max_new_tokens": NEW, "eos_id": -1, "pad_id": PAD, "batch_size": 5}
+    keys, compiled = jax.random.split(jax.random.key(3), 4), {}
+    found = contrastive.generate_texts(
+        *model, *sides, weight=0.5, keys=keys, compiled=compiled, **fields
+    )
+    assert found == [by_force(model, *pair, 0.5) for pair in zip(*sides, strict=True)]
+    assert found != expected
+    shared = [2, 4] if isinstance(model[0], DecoderConfig) else [0]
+    assert [list(kind[1:]) for kind in compiled] == [shared]
+
+
 def test_a_weight_of_zero_is_greedy_decoding(model):
     fields = {"max_new_tokens": NEW, "eos_id": -1, "pad_id": PAD}
     greedy = generate.generate_texts(*model, PROMPTS, **fields)
@@ -118,11 +137,10 @@ def test_samples_follow_the_scores_and_a_rows_own_key(model):
         shape, graphdef, max_prompt=4, max_new_tokens=1, eos_id=-1, pad_id=PAD
     )
     rows = 2000
-    prompts, contrasts = (
-        generate.padded([side[0]] * rows, rows, 4, PAD) for side in (PROMPTS, CONTRASTS)
-    )
+    both = [side[0] for side in (PROMPTS, CONTRASTS) for _ in range(rows)]
+    arrays = generate.padded(both, 2 * rows, 4, PAD)
     keys = jax.random.split(jax.random.key(1), rows)
-    tokens_BN = call(params, *prompts, *contrasts, 0.5, keys, 2.0)
+    tokens_BN = call(params, *arrays, 0.5, keys, 2.0)
     score_V = whole_log_probs(model, PROMPTS[0], [])
     score_V -= 0.5 * whole_log_probs(model, CONTRASTS[0], [])
     frequency = np.bincount(tokens_BN[:, 0], minlength=shape.vocab_size) / rows

@@ -83,9 +83,8 @@ def test_prompts_are_read_in_pieces(model, uncached, monkeypatch, piece):
     assert tokens_BN.tolist() == uncached
 
 
-def test_what_all_prompts_begin_with_is_read_once(model, monkeypatch):
-    monkeypatch.setattr(lm, "_PIECE", 2)
-    long = [[7, 7, 2, 9, 4, *prompt] for prompt in PROMPTS]
+def rows_read(monkeypatch) -> list[int]:
+    """Filled with the number of rows of every piece that is read."""
     read, decode = [], decoder.decode
 
     def counted(graphdef, params, tokens_BT, *rest):
@@ -94,21 +93,52 @@ def test_what_all_prompts_begin_with_is_read_once(model, monkeypatch):
         return decode(graphdef, params, tokens_BT, *rest)
 
     monkeypatch.setattr(decoder, "decode", counted)
+    return read
+
+
+@pytest.mark.parametrize(
+    ("starts", "expected"),
+    [
+        ([[7, 7, 2, 9, 4]] * 4, [1, 1, 5, 5, 5, 5, 5, 5]),
+        ([[7, 7, 2, 9, 4], [7, 8, 1, 3, 2]] * 2, [2, 2, 5, 5, 5, 5, 5, 5]),
+        ([[7, 7, 2, 9, 4], [7, 7, 8, 1, 3]] * 2, [2, 2, 5, 5, 5, 5, 5, 5]),
+        ([[7, 7, n, 9, 4] for n in range(4)], [1, 5, 5, 5, 5, 5, 5, 5]),
+        ([[n] * 5 for n in range(4, 8)], [4, 4, 5, 5, 5, 5, 5, 5]),
+    ],
+)
+def test_what_prompts_begin_with_is_read_once_a_group(
+    model, monkeypatch, starts, expected
+):
+    """Rows of four prompts, and one without any; 16 tokens in pieces of two."""
+    monkeypatch.setattr(lm, "_PIECE", 2)
+    read = rows_read(monkeypatch)
+    long = [[*start, *prompt] for start, prompt in zip(starts, PROMPTS, strict=True)]
     fields = {"max_new_tokens": NEW, "eos_id": -1, "pad_id": PAD, "batch_size": 5}
     together = generate.generate_texts(CONFIG, *model, long, **fields)
-    assert read == [1, 1, 5, 5, 5, 5, 5, 5]  # 16 tokens: rows of four prompts, and one
-    apart = [generate.generate_texts(CONFIG, *model, [p], **fields)[0] for p in long]
+    assert read == expected
+    apart = [
+        generate.generate_texts(CONFIG, *model, [p], **(fields | {"batch_size": 1}))[0]
+        for p in long
+    ]
     assert together == apart
 
 
-def test_shared_tokens_end_no_prompt():
-    shared = generate.shared_tokens
-    assert shared([[1, 2, 3, 4], [1, 2, 3, 5]], 1) == 3
-    assert shared([[1, 2, 3, 4], [1, 2, 3, 5]], 2) == 2
-    assert shared([[1, 2], [1, 2, 3, 5]], 1) == 1  # the first one's last is its own
-    assert shared([[1, 2, 3]] * 3, 1) == 2
-    assert shared([[1, 2, 3], [2, 2, 3], [1, 2, 3]], 1) == 0
-    assert shared([[1, 2, 3]], 1) == 0
+def test_groups_share_what_saves_most_and_no_last_token(monkeypatch):
+    monkeypatch.setattr(lm, "_PIECE", 1)
+
+    def found(*prompts, rows=0, width=8):
+        rows = rows or len(prompts)
+        shared = generate.find_shared(CONFIG, prompts, rows, width)
+        return shared.num_tokens, *(array.tolist() for array in shared.arrays)
+
+    one, two = [1, 2, 3, 4], [1, 2, 3, 5]
+    assert found(one, two) == (3, [0], [0, 0])
+    assert found([1, 2], two) == (1, [0], [0, 0])  # the first one's last is its own
+    assert found([1, 2, 3], [2, 2, 3]) == (0,)
+    assert found([], one, two, [], rows=5) == (3, [1], [0, 0, 0, 0, 0])
+    assert found(one, [7, 7, 7, 7], two, [7, 7, 7, 8]) == (3, [0, 1], [0, 1, 0, 1])
+    assert found([1, 2, 3, 4, 5, 6], [1, 9, 3, 4, 5, 6]) == (1, [0], [0, 0])
+    assert found(one) == (0,)
 
 
 def test_prompts_have_few_shapes_and_little_padding():

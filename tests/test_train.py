@@ -63,7 +63,7 @@ ENVIRONMENT["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 def test_a_teacher_is_scored_once_for_runs_that_share_a_cache(
     finished, tmp_path, monkeypatch, num_bins, num_scored
 ):
-    config, workdir = finished
+    _, workdir = finished
     shared = small.config(
         seed=1,
         teacher=dict(path=str(workdir / "teacher")),

@@ -325,9 +325,9 @@ def num_slots(cache: Cache) -> int:
     return cache["key"].shape[-1]
 
 
-def repeat_cache(cache: Cache, num_rows: int) -> Cache:
-    """The cache of one row for each of several."""
-    return jax.tree.map(lambda x: jnp.repeat(x, num_rows, axis=1), cache)
+def pick_rows(cache: Cache, rows_B: Int[Array, "B"]) -> Cache:
+    """The cache of some rows, in this order, each as often as it is named."""
+    return jax.tree.map(lambda x: x[:, rows_B], cache)
 
 
 def extend_cache(cache: Cache, max_length: int) -> Cache:

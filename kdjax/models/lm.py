@@ -153,8 +153,10 @@ def room(shape: Shape, max_new_tokens: int) -> int:
     return shape.max_length - max_new_tokens
 
 
-def piece_size(max_prompt: int) -> int:
-    """Tokens that `start` reads at once: of long prompts an eighth."""
+def piece_size(shape: Shape, max_prompt: int) -> int:
+    """Tokens that `start` reads at once: of long prompts an eighth, all by encoders."""
+    if isinstance(shape, T5Config):
+        return max_prompt
     return max(_PIECE, -(-max_prompt // _MOST_PIECES))
 
 
@@ -167,6 +169,8 @@ def start(
     *,
     max_new_tokens: int,
     num_shared: int = 0,
+    leaders_G: Int[Array, "G"] | None = None,
+    groups_B: Int[Array, "B"] | None = None,
 ) -> tuple[Float[Array, "B D"], Int[Array, "B"], dict]:
     """Read prompts.
 
@@ -177,8 +181,11 @@ def start(
       prompts_BP: right padded.
       lengths_B: 0 where there is no prompt.
       max_new_tokens: that `decode` will read.
-      num_shared: tokens that all prompts begin with; whole pieces of them are read once
-        (not by an encoder, which sees what comes after them too).
+      num_shared: whole pieces of tokens that the prompts of a group begin with, fewer
+        than any prompt has; they are read once a group (not by an encoder, which sees
+        what comes after them too).
+      leaders_G: a row of each group, where num_shared is not 0.
+      groups_B: the group of each row, likewise.
 
     Returns:
       The hidden states that predict the first new token of each row, the position of
@@ -196,22 +203,21 @@ def start(
         )
         return hidden_B1D[:, 0], jnp.ones_like(lengths_B), cache
     dtype = nnx.merge(graphdef, params).dtype
-    positions_BP = jnp.broadcast_to(time_P[None, :], prompts_BP.shape)
     last_B = jnp.maximum(lengths_B - 1, 0)
     hidden_BD = jnp.zeros((num_rows, shape.width), dtype)
     # Piece by piece: none has scores for what comes after it, nor whole rows of them.
-    piece = piece_size(max_prompt)
-    cache = decoder.init_cache(shape, num_rows if num_shared < piece else 1, 0, dtype)
+    piece = piece_size(shape, max_prompt)
+    rows = prompts_BP if leaders_G is None else prompts_BP[leaders_G]
+    cache = decoder.init_cache(shape, len(rows), 0, dtype)
     for begin in range(0, max_prompt, piece):
         stop = min(begin + piece, max_prompt)
-        rows = slice(1 if stop <= num_shared else num_rows)
-        if begin and begin <= num_shared < stop:
-            cache = decoder.repeat_cache(cache, num_rows)
+        if begin and begin == num_shared:
+            rows, cache = prompts_BP, decoder.pick_rows(cache, groups_B)
         hidden_BCD, cache = decoder.decode(
             graphdef,
             params,
-            prompts_BP[rows, begin:stop],
-            positions_BP[rows, begin:stop],
+            rows[:, begin:stop],
+            jnp.broadcast_to(time_P[None, begin:stop], (len(rows), stop - begin)),
             decoder.extend_cache(cache, stop),
         )
         if stop <= num_shared:  # nobody's last token

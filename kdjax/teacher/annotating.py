@@ -94,14 +94,13 @@ def _in_batches(
 ) -> None:
     """A local model answers items of like length together, the longest first.
 
-    Batches are those of a start from nothing, so that a killed run goes on with the
-    same ones.
+    Those of an example stay together: their prompts begin alike. Batches are those of a
+    start from nothing, so that a killed run goes on with the same ones.
     """
     model = backends.Local(config, path)
 
     def length(item: Item) -> int:
-        example = item.example
-        return len(example.question) + sum(map(len, example.choices)) + len(item.answer)
+        return len(item.example.question) + sum(map(len, item.example.choices))
 
     ordered = sorted(mine, key=length, reverse=True)
     for start in range(0, len(ordered), model.batch_size):

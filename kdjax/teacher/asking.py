@@ -144,7 +144,7 @@ def _asked(
         yield request("answer", asks)
         return
     words = files.adjectives[asked.quality]
-    drawn["adjectives"] = prompts.draw(words, 2, *where, "adjectives")
+    drawn["adjectives"] = prompts.draw(words, 2, asked.seed, example.id, "adjectives")
 
     def few_shot(answer: str) -> Messages:
         return prompts.few_shot(

@@ -48,7 +48,7 @@ class Local:
         self._model, self._params = experiment.load_model(
             path, mesh, dtype=config.train.dtype
         )
-        self._compiled: dict[int, Any] = {}
+        self._compiled: dict[Any, Any] = {}
 
     def __call__(self, requests: Sequence[Request]) -> list[Completion]:
         """Answers requests together, at most `batch_size`; all or none have a contrast.
