@@ -130,6 +130,7 @@ def ask(
         temperatures=(temperature,),
         logit_rule=rule,
         chunk_size=chunk_size,
+        with_entropy=False,
         active_N=rows["soft_weights"].reshape(-1) != 0,
     )
     pairs = head.Teacher(

@@ -216,6 +216,7 @@ def label(
     chunk_size: int,
     num_valid: int | None = None,
     points_NSP: Float[Array, "N S P"] | None = None,
+    with_entropy: bool = True,
     active_N: Bool[Array, "N"] | None = None,
     placement: Placement | None = None,
 ) -> dict[str, jax.Array]:
@@ -234,6 +235,7 @@ def label(
       num_valid: rows of `weight_VD` from here on are padding.
       points_NSP: P numbers in [0, 1) for each temperature: draws ids instead of
         storing the top k.
+      with_entropy: the teacher's entropies are wanted.
       placement: split the tokens over a mesh.
 
     Returns:
@@ -279,6 +281,7 @@ def label(
             k=k,
             temperatures=temperatures,
             points_CSP=points_CSP,
+            with_entropy=with_entropy,
         )
         return carry, (out, None)
 

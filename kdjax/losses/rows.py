@@ -1,6 +1,7 @@
 """What a teacher says of each token of a chunk, as the cache stores it. Pure.
 
-Shapes: C tokens of the chunk, V vocabulary, K stored pairs, S temperatures, P points.
+Shapes: C tokens of the chunk, V vocabulary, K stored pairs, S temperatures, P points,
+G groups of M ids.
 """
 
 import jax
@@ -8,6 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kdjax.losses.part import Part
+
+GROUP = 32  # ids whose largest value stands for them in `top_k`
 
 
 def chunk_label(
@@ -17,33 +20,63 @@ def chunk_label(
     k: int | None,
     temperatures: tuple[float, ...],
     points_CSP: Float[Array, "C S P"] | None = None,
+    with_entropy: bool = True,
 ) -> dict[str, jax.Array]:
     """Return what the teacher cache stores for one chunk; see `head.label`."""
     part = Part(size=logits_CV.shape[-1])
-    log_p_CV = logits_CV - _log_mass(part, logits_CV, 1.0)[:, None]
+    peak_C = part.peak(logits_CV)
+    mass_C = part.logsumexp(logits_CV, peak_C, 1.0)
     log_z, entropy, drawn = [], [], []
     for column, t in enumerate(temperatures):
         # log Z is 0 by definition at temperature 1, also when rounding says 1e-7.
-        log_z_C = (
-            jnp.zeros_like(log_p_CV[:, 0]) if t == 1.0 else _log_mass(part, log_p_CV, t)
-        )
-        log_pt_CV = log_p_CV / t - log_z_C[:, None]
-        terms_CV = jnp.where(log_p_CV > -jnp.inf, jnp.exp(log_pt_CV) * log_pt_CV, 0.0)
+        log_z_C = jnp.zeros_like(mass_C)
+        if t != 1.0:
+            log_z_C = part.logsumexp(logits_CV, peak_C, t) - mass_C / t
         log_z.append(log_z_C)
-        entropy.append(-terms_CV.sum(-1))
+        log_pt_CV = (logits_CV - mass_C[:, None]) / t - log_z_C[:, None]
+        if with_entropy:
+            terms_CV = jnp.exp(log_pt_CV) * log_pt_CV
+            terms_CV = jnp.where(logits_CV > -jnp.inf, terms_CV, 0.0)
+            entropy.append(-terms_CV.sum(-1))
         if points_CSP is not None:
             drawn.append(_look_up(jnp.exp(log_pt_CV), points_CSP[:, column]))
     out = {
-        "target_log_probs_N": part.pick(log_p_CV, targets_C),
+        "target_log_probs_N": part.pick(logits_CV, targets_C) - mass_C,
         "log_z_NS": jnp.stack(log_z, axis=-1),
-        "entropy_NS": jnp.stack(entropy, axis=-1),
     }
+    if with_entropy:
+        out["entropy_NS"] = jnp.stack(entropy, axis=-1)
     if points_CSP is not None:
         return out | {"drawn_ids_NSP": jnp.stack(drawn, axis=1)}
     if k is None:
-        return out | {"log_probs_NK": log_p_CV}
-    log_probs_CK, ids_CK = jax.lax.top_k(log_p_CV, k)
-    return out | {"log_probs_NK": log_probs_CK, "ids_NK": ids_CK.astype(jnp.int32)}
+        return out | {"log_probs_NK": logits_CV - mass_C[:, None]}
+    largest_CK, ids_CK = top_k(logits_CV, k)
+    return out | {"log_probs_NK": largest_CK - mass_C[:, None], "ids_NK": ids_CK}
+
+
+def top_k(
+    values_CV: Float[Array, "C V"], k: int
+) -> tuple[Float[Array, "C K"], Int[Array, "C K"]]:
+    """Return the k largest values of each row, descending, and their ids.
+
+    Exactly `jax.lax.top_k`, ties included, and up to three times as fast where V is
+    large: the k largest values lie in the k groups of ids whose largest values are the
+    largest, and of groups that tie the first ones are enough.
+    """
+    num_rows, size = values_CV.shape
+    num_groups = -(-size // GROUP)
+    if num_groups < 4 * k:
+        found_CK, ids_CK = jax.lax.top_k(values_CV, k)
+        return found_CK, ids_CK.astype(jnp.int32)
+    missing = num_groups * GROUP - size
+    values_CV = jnp.pad(values_CV, ((0, 0), (0, missing)), constant_values=-jnp.inf)
+    values_CGM = values_CV.reshape(num_rows, num_groups, GROUP)
+    _, groups_CK = jax.lax.top_k(values_CGM.max(-1), k)
+    groups_CK = jnp.sort(groups_CK, axis=-1)  # ties go to the lower id
+    near = jnp.take_along_axis(values_CGM, groups_CK[:, :, None], axis=1)
+    found_CK, places_CK = jax.lax.top_k(near.reshape(num_rows, -1), k)
+    first_CK = jnp.take_along_axis(groups_CK, places_CK // GROUP, axis=1) * GROUP
+    return found_CK, (first_CK + places_CK % GROUP).astype(jnp.int32)
 
 
 def _look_up(p_CV: jax.Array, points_CP: jax.Array) -> Int[Array, "C P"]:
@@ -56,7 +89,3 @@ def _look_up(p_CV: jax.Array, points_CP: jax.Array) -> Int[Array, "C P"]:
     )
     last_C = p_CV.shape[-1] - 1 - jnp.argmax(p_CV[:, ::-1] > 0, axis=-1)
     return jnp.minimum(found, last_C[:, None]).astype(jnp.int32)
-
-
-def _log_mass(part: Part, values_CV: jax.Array, t: float) -> jax.Array:
-    return part.logsumexp(values_CV, part.peak(values_CV), t)

@@ -1,12 +1,13 @@
 """Scores and labels from the head, the chunk size, and what is refused."""
 
 import head_cases as oracle
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from head_cases import K, N, V, as_jax, assert_close, make
 
-from kdjax.losses import head
+from kdjax.losses import head, rows
 
 
 def test_score_top1():
@@ -49,6 +50,22 @@ def test_label():
     assert_close(dense["log_probs_NK"][:, :30], logp)
     assert (dense["log_probs_NK"][:, 30:] == -jnp.inf).all()
     assert np.isfinite(dense["entropy_NS"]).all()
+
+
+@pytest.mark.parametrize("size", [400, 4 * 32 * K, 32 * 40 + 7, 5000])
+@pytest.mark.parametrize("spread", [2, 30, None])
+def test_top_k_is_that_of_the_library(size, spread):
+    """Many ties, some and none; masked values among them."""
+    draws = np.random.default_rng(size)
+    values = draws.normal(size=(40, size)).astype(np.float32)
+    if spread is not None:
+        values = draws.integers(0, spread, (40, size)).astype(np.float32)
+    values[::2, draws.integers(0, size, size // 2)] = -np.inf
+    values[0] = values[2, 3:] = -np.inf
+    found = rows.top_k(jnp.asarray(values), K)
+    for mine, theirs in zip(found, jax.lax.top_k(values, K), strict=True):
+        assert mine.dtype == theirs.dtype
+        np.testing.assert_array_equal(mine, theirs)
 
 
 def test_label_then_loss_is_zero():
