@@ -6,6 +6,7 @@ It is a run like any other, of hard labels, whose questions hold what it is show
 
 import dataclasses
 import json
+import os
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -31,8 +32,10 @@ from kdjax.config import (
     TrainConfig,
 )
 from kdjax.data import sources, views
+from kdjax.data import tokenizer as tokenizers
 from kdjax.data.example import Example
 from kdjax.fitting import fit
+from kdjax.models import hf
 
 _VIEWS = ("label",)
 _RECORDS = "records.jsonl"  # what a simulator was trained on, if not on the data
@@ -111,11 +114,14 @@ def train_simulator(
         of the data's. Others than these have to be measured.
 
     Raises:
-      ValueError: examples without rationales, or a folder of another simulator.
+      ValueError: examples without rationales, or a folder of another simulator or of
+        one with another tokenizer.
     """
     config = simulator_config(config, decoder=decoder, steps=steps)
     validation.validate(config)
     _claim_records(folder, records)
+    if config.data.tokenizer:
+        config.data.tokenizer = str(_own_tokenizer(folder, config.data.tokenizer))
     cli.claim(folder, config)
     if _finished(folder, steps):
         return
@@ -260,6 +266,21 @@ def _finished(folder: pathlib.Path, steps: int) -> bool:
     found = checkpoints.latest_step()
     checkpoints.close()
     return found == steps
+
+
+def _own_tokenizer(folder: pathlib.Path, path: str) -> pathlib.Path:
+    """The simulator's copy of a tokenizer: students have it in folders of their own."""
+    given, own = tokenizers.load(hf.resolve(path)), folder / "tokenizer"
+    if not own.is_dir():
+        scratch = folder / f".tokenizer.{os.getpid()}"
+        given.save_pretrained(scratch)
+        scratch.rename(own)
+    if tokenizers.fingerprint(tokenizers.load(own)) != tokenizers.fingerprint(given):
+        raise ValueError(
+            f"folder={str(folder)!r} holds a simulator with another tokenizer than "
+            f"{path!r}: use another folder, or remove it"
+        )
+    return own
 
 
 def _claim_records(folder: pathlib.Path, records: Sequence[Record] | None) -> None:

@@ -79,6 +79,25 @@ def trained(config, tmp_path_factory):
     return folder
 
 
+def with_tokenizer(config, words, folder):
+    words.save_pretrained(folder)
+    changed = dataclasses.replace(config.data, tokenizer=str(folder))
+    return dataclasses.replace(config, data=changed)
+
+
+def test_a_simulator_serves_students_whose_tokenizer_lies_elsewhere(
+    config, trained, tmp_path
+):
+    words = tokenizer.load(config.data.tokenizer)
+    same = with_tokenizer(config, words, tmp_path / "same")
+    simulator.train_simulator(same, trained, decoder=DECODER, steps=250)
+    own = from_json((trained / "config.json").read_text()).data.tokenizer
+    assert own == str(trained / "tokenizer")
+    other = with_tokenizer(config, tokenizer.kinship(["add"]), tmp_path / "other")
+    with pytest.raises(ValueError, match="another tokenizer than"):
+        simulator.train_simulator(other, trained, decoder=DECODER, steps=250)
+
+
 def test_las_is_high_where_rationales_decide_answers(trained):
     found = simulator.las(sums(200, 2), trained)
     assert found["las"] > 0.4 and found["simulated"] > 0.7
