@@ -53,13 +53,13 @@ def base() -> Config:
                 decoder, width=96, num_layers=3, head_dim=24, mlp_width=288
             ),
             num_train=20000,
-            steps=1500,
+            steps=3000,
             learning_rate=4e-3,
         ),
         cache=CacheConfig(k=16, temperatures=(1.0, 2.0), batch_size=16, row_length=128),
         student=StudentConfig(init="random", decoder=decoder),
         method=MethodConfig(temperature=2.0),
-        optim=OptimConfig(learning_rate=4e-3, warmup_steps=50, weight_decay=0.1),
+        optim=OptimConfig(learning_rate=4e-3, warmup_steps=100, weight_decay=0.1),
         train=TrainConfig(
             steps=1000, batch_size=8, row_length=128, log_every=50, save_every=500
         ),
