@@ -72,7 +72,7 @@ def make_generate(
             lengths_2B.astype(jnp.int32),
             max_new_tokens=max_new_tokens,
             num_shared=num_shared,
-            **dict(zip(("leaders_G", "groups_B"), shared, strict=False)),
+            groups=shared,
         )
         num_rows = prompts_2BP.shape[0] // 2
         tokens_BN = jnp.full((num_rows, max_new_tokens), pad_id, jnp.int32)
@@ -160,7 +160,7 @@ def generate_texts(
         longest = max(len(ids) for side in sides for ids in side)
         width = generate.prompt_shape(longest, lm.room(config, max_new_tokens))
         # Rows without a prompt stand between the two sides.
-        none = [[]] * (batch_size - len(chosen))
+        none: list[Sequence[int]] = [[]] * (batch_size - len(chosen))
         both = [*sides[0], *none, *sides[1], *none]
         shared = generate.find_shared(config, both, 2 * batch_size, width)
         if (kind := (width, *shared.kind)) not in compiled:

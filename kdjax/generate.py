@@ -79,7 +79,7 @@ def make_generate(
             lengths_B,
             max_new_tokens=max_new_tokens,
             num_shared=num_shared,
-            **dict(zip(("leaders_G", "groups_B"), shared, strict=False)),
+            groups=shared,
         )
         tokens_BN = jnp.full((num_rows, max_new_tokens), pad_id, jnp.int32)
 
@@ -288,8 +288,8 @@ def find_shared(
 
     Args:
       config: shape of the model.
-      prompts: of a batch; a row may have none.
-      num_rows: of the batch; those without a prompt come last.
+      prompts: of the first rows of a batch; [] = a row has none.
+      num_rows: of the batch.
       width: to which prompts are padded.
     """
     piece = lm.piece_size(config, width)

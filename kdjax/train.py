@@ -114,7 +114,9 @@ def run(config: Config, workdir: pathlib.Path, *, until: str = "end") -> None:
     student = student or scorer(params)
     generations = scorer.generations(params)
     student |= match_rates(generations)
-    rows, teacher, teacher_shape = [evaluation_row("student", student, shape)], {}, None
+    rows = [evaluation_row("student", student, shape)]
+    teacher: dict[str, float] = {}
+    teacher_shape = None
     if has_teacher:
         teacher, teacher_shape = score_teacher(
             config,

@@ -5,8 +5,8 @@
 Every combination on the built-in task, with two seeds: students learn labels alone (400
 questions) from teachers that saw 20,000 right answers, or as many with three in ten
 wrong. Weight 0 is hard labels alone, at one temperature, as it has none. Decoding is
-timed, and its memory counted, for both sizes. Half an hour on two cores; docs/compare.md
-has what came. The argument "smoke" makes all tiny.
+timed, and its memory counted, for both sizes. Some half an hour on two cores. The
+argument "smoke" makes all tiny.
 """
 
 from typing import Any

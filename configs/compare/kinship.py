@@ -3,9 +3,9 @@
     python -m kdjax.compare --config=configs/compare/kinship.py --jobs=2
 
 The data and models of configs/quickstart.py, three seeds: 30 runs after five teachers,
-one a method, each trained by that method on hard labels, so that it has seen the views it
-labels. Three quarters of an hour on two cores; docs/methods.md has what came. The argument
-"smoke" makes everything tiny.
+one a method, each trained by that method on hard labels, so that it has seen the views
+it labels. Some 40 minutes on two cores; docs/methods.md has what came of a longer one.
+The argument "smoke" makes everything tiny.
 """
 
 import dataclasses

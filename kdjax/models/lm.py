@@ -169,8 +169,7 @@ def start(
     *,
     max_new_tokens: int,
     num_shared: int = 0,
-    leaders_G: Int[Array, "G"] | None = None,
-    groups_B: Int[Array, "B"] | None = None,
+    groups: Sequence[Int[Array, "_"]] = (),
 ) -> tuple[Float[Array, "B D"], Int[Array, "B"], dict]:
     """Read prompts.
 
@@ -184,8 +183,8 @@ def start(
       num_shared: whole pieces of tokens that the prompts of a group begin with, fewer
         than any prompt has; they are read once a group (not by an encoder, which sees
         what comes after them too).
-      leaders_G: a row of each group, where num_shared is not 0.
-      groups_B: the group of each row, likewise.
+      groups: where num_shared is not 0, a row of each group [G] and the group of each
+        row [B].
 
     Returns:
       The hidden states that predict the first new token of each row, the position of
@@ -195,8 +194,10 @@ def start(
     time_P = jnp.arange(max_prompt, dtype=jnp.int32)
     if isinstance(shape, T5Config):
         segments_BP = (time_P[None, :] < lengths_B[:, None]).astype(jnp.int32)
-        rows = t5.Rows(prompts_BP, segments_BP)
-        cache = t5.start(shape, graphdef, params, rows, max_length=max_new_tokens + 1)
+        prompts = t5.Rows(prompts_BP, segments_BP)
+        cache = t5.start(
+            shape, graphdef, params, prompts, max_length=max_new_tokens + 1
+        )
         first_B1 = jnp.full((num_rows, 1), shape.start_id, jnp.int32)
         hidden_B1D, cache = t5.decode(
             graphdef, params, first_B1, jnp.zeros_like(first_B1), cache
@@ -207,17 +208,17 @@ def start(
     hidden_BD = jnp.zeros((num_rows, shape.width), dtype)
     # Piece by piece: none has scores for what comes after it, nor whole rows of them.
     piece = piece_size(shape, max_prompt)
-    rows = prompts_BP if leaders_G is None else prompts_BP[leaders_G]
-    cache = decoder.init_cache(shape, len(rows), 0, dtype)
+    read_GP = prompts_BP[groups[0]] if num_shared else prompts_BP
+    cache = decoder.init_cache(shape, read_GP.shape[0], 0, dtype)
     for begin in range(0, max_prompt, piece):
         stop = min(begin + piece, max_prompt)
         if begin and begin == num_shared:
-            rows, cache = prompts_BP, decoder.pick_rows(cache, groups_B)
+            read_GP, cache = prompts_BP, decoder.pick_rows(cache, groups[1])
         hidden_BCD, cache = decoder.decode(
             graphdef,
             params,
-            rows[:, begin:stop],
-            jnp.broadcast_to(time_P[None, begin:stop], (len(rows), stop - begin)),
+            read_GP[:, begin:stop],
+            jnp.broadcast_to(time_P[begin:stop], (read_GP.shape[0], stop - begin)),
             decoder.extend_cache(cache, stop),
         )
         if stop <= num_shared:  # nobody's last token
