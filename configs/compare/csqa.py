@@ -17,7 +17,7 @@ Arguments, joined by commas:
     cpu           60 training and 40 held-out rows, two seeds, 30 steps: a random T5
                   (--config.base.data.tokenizer=FOLDER with T5's) and three layers of
                   SmolLM2; wrong rationales by one demonstration; explanations are not
-                  measured. Half an hour on two cores
+                  measured. Some 35 minutes on two cores
     smoke         a few rows and steps of it
 """
 
@@ -117,7 +117,11 @@ def _student(name: str, small: bool) -> dict[str, Any]:
     """What makes a run's student one of the two."""
     if name == "smollm2":
         # Pretrained, it reads a cue ("Explain:") better than a prefix it never saw.
-        kept = {"student.init": "teacher_layers", "student.keep_layers": (0, 1, 29)}
+        kept = {
+            "student.init": "teacher_layers",
+            "student.keep_layers": (0, 1, 29),
+            "optim.learning_rate": 1e-3,  # they have to find together first
+        }
         whole = {"student.init": "teacher_layers", "student.keep_layers": LAYERS}
         return {"data.tokenizer": ""} | (kept if small else whole)
     prefixes = PrefixConfig(
