@@ -174,9 +174,11 @@ def test_label_fills_the_cache_and_every_pair_is_the_dense_row(finished, tmp_pat
             evaluation={"num_generations": 0},
         )
         label.run(config, tmp_path / "label")
-        stamps = {f: f.stat().st_mtime_ns for f in (tmp_path / kind).rglob("*")}
+        records_of = {f: f.stat().st_mtime_ns for f in (tmp_path / kind).rglob("*")}
         train.run(config, tmp_path / f"run_{kind}")
-        assert stamps == {f: f.stat().st_mtime_ns for f in (tmp_path / kind).rglob("*")}
+        assert records_of == {f: f.stat().st_mtime_ns for f in records_of}
+        more = {f.name for f in (tmp_path / kind).iterdir()} - {"train", "eval"}
+        assert more == {"teacher_scores"}
         found[kind] = losses(tmp_path / f"run_{kind}")
     np.testing.assert_allclose(found["top_k"], found["dense"], rtol=1e-3)  # encoding
 
