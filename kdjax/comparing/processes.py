@@ -9,14 +9,12 @@ import json
 import os
 import pathlib
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 from kdjax import cli
-from kdjax.comparing import child
+from kdjax.comparing.forks import Server
 from kdjax.comparing.grid import Item
 
 FINISHED, FAILED, LOG = "finished.json", "failed.json", "log.txt"
@@ -97,6 +95,7 @@ def run(
     unfinished = {item.name for item in waiting}
     failed: set[str] = set()
     running: list[tuple[Item, Place, Generator[str | None, None, None]]] = []
+    server = Server()
     try:
         while waiting or running:
             for item in list(waiting):
@@ -108,7 +107,7 @@ def run(
                 elif _can_start(item, unfinished, running, free):
                     waiting.remove(item)
                     place = Place((), {}) if item.alone else free.pop()
-                    running.append((item, place, _steps(item, workdir, place)))
+                    running.append((item, place, _steps(item, workdir, place, server)))
             for entry in list(running):
                 item, place, steps = entry
                 if (outcome := next(steps)) is None:
@@ -125,6 +124,7 @@ def run(
     finally:
         for _, _, steps in running:
             steps.close()
+        server.close()
 
 
 def _can_start(
@@ -140,38 +140,37 @@ def _can_start(
 
 
 def _steps(
-    item: Item, workdir: pathlib.Path, place: Place
+    item: Item, workdir: pathlib.Path, place: Place, server: Server
 ) -> Generator[str | None, None, None]:
     """Runs the commands of an item; yields None until done, then the error or ""."""
     folder = workdir / item.name
     (folder / FAILED).unlink(missing_ok=True)
-    done, cores = _done(folder), ",".join(map(str, place.cores))
+    done = _done(folder)
     for command in item.commands:
         if " ".join(command) in done:
             continue
         start = time.monotonic()
         verb, *flags = command
-        arguments = [sys.executable, "-m", verb, f"--workdir={folder}", *flags]
+        whole = [verb, f"--workdir={folder}", *flags]
         with (folder / LOG).open("ab") as log:
-            log.write(f"$ {' '.join(arguments[1:])}\n".encode())
+            log.write(f"$ python -m {' '.join(whole)}\n".encode())
             log.flush()
             begin = log.tell()
-            process = subprocess.Popen(
-                [sys.executable, child.__file__, str(os.getpid()), cores, *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=os.environ | place.environment,
-            )
+        process = server.start(
+            whole,
+            log=folder / LOG,
+            cores=place.cores,
+            environment=place.environment,
+        )
+        code = None
         try:
-            while process.poll() is None:
+            while (code := process.poll()) is None:
                 yield None
         finally:
-            if process.poll() is None:  # this process is interrupted
-                process.terminate()
-                process.wait()
-        if process.returncode:
-            message = _reason(process.returncode, folder / LOG, begin)
+            if code is None:  # this process is interrupted
+                process.end()
+        if code:
+            message = _reason(code, folder / LOG, begin)
             _fail(folder, f"{verb}: {message}")
             yield error(folder)
             return

@@ -11,11 +11,17 @@ import time
 
 import pytest
 
-from kdjax.comparing import processes
+from kdjax.comparing import forks, processes
 from kdjax.comparing.grid import Item
 from kdjax.config import Config
 
 VERB = "tests.comparing.verb"
+
+
+@pytest.fixture(autouse=True)
+def no_imports(monkeypatch):
+    """The verb of these tests needs none, and they take seconds."""
+    monkeypatch.setattr(forks, "IMPORTED", ())
 
 
 def item(name: str, *flags: str, needs: tuple[str, ...] = ()) -> Item:
