@@ -35,8 +35,9 @@ def flags(name: str, real_data: pathlib.Path, smollm2: pathlib.Path) -> list[str
 
 
 @pytest.mark.real_data
-@pytest.mark.parametrize("argument", ["smoke", "smoke,hard"])
-@pytest.mark.parametrize("name", ["smollm2_gsm8k", "smollm2_csqa"])
+@pytest.mark.parametrize(
+    ("name", "argument"), [("smollm2_gsm8k", "smoke,hard"), ("smollm2_csqa", "smoke")]
+)
 def test_smoke(name, argument, real_data, smollm2, tmp_path):
     command = [
         *(sys.executable, "-m", "kdjax.train", f"--workdir={tmp_path}"),

@@ -289,7 +289,7 @@ def test_scheduled_weights_and_temperature(finished, tmp_path):
 def test_killed_anywhere_it_ends_the_same(finished, tmp_path):
     config, workdir = finished
     rng = np.random.default_rng(0)
-    for _ in range(6):
+    for _ in range(4):
         process = subprocess.Popen(
             command(config, tmp_path / "run"), env=ENVIRONMENT, cwd=tmp_path
         )

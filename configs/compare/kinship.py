@@ -56,12 +56,13 @@ def base() -> Config:
             steps=3000,
             learning_rate=4e-3,
         ),
-        cache=CacheConfig(k=16, temperatures=(1.0, 2.0), batch_size=16, row_length=128),
+        # Two explained answers fill a row; of 128 tokens they would not fit.
+        cache=CacheConfig(k=16, temperatures=(1.0, 2.0), batch_size=16, row_length=136),
         student=StudentConfig(init="random", decoder=decoder),
         method=MethodConfig(temperature=2.0),
         optim=OptimConfig(learning_rate=4e-3, warmup_steps=100, weight_decay=0.1),
         train=TrainConfig(
-            steps=1000, batch_size=8, row_length=128, log_every=50, save_every=500
+            steps=1000, batch_size=8, row_length=136, log_every=50, save_every=500
         ),
         evaluation=EvalConfig(num_generations=300, max_new_tokens=48),
     )

@@ -4,8 +4,8 @@ A process of JAX, transformers and orbax takes 6 seconds to import them and more
 PyTorch is installed: a good part of a small run. Here one process imports once, starts
 no thread and no backend, and forks: a child runs its command as `python -m` does.
 
-A process of its own (`python -m kdjax.comparing.forks PARENT MODULE ...`), since the one
-that asks has threads, which a fork does not copy. It answers lines of JSON with such.
+A process of its own (`python -m kdjax.comparing.forks PARENT MODULE ...`), since the
+one that asks has threads, which a fork does not copy. It answers in lines of JSON.
 """
 
 import contextlib

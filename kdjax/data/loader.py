@@ -158,9 +158,13 @@ class BatchPlan:
         if epoch not in self._rows:
             order = np.arange(len(self.segments))
             if self.shuffle:
-                order = np.random.default_rng([self.seed, epoch]).permutation(order)
-                _, first = np.unique(self._alternatives[order], return_index=True)
-                order = order[np.sort(first)]
+                rng = np.random.default_rng([self.seed, epoch])
+                places = rng.permutation(int(self._alternatives.max()) + 1)
+                # Which of the alternatives says nothing of where it stands: the first
+                # of several in a random order would stand early in every epoch.
+                drawn = rng.permutation(order)
+                _, first = np.unique(self._alternatives[drawn], return_index=True)
+                order = drawn[first][places]
             if len(self._rows) >= 3:
                 del self._rows[min(self._rows)]
             lengths, limits = zip(*self._limits.values(), strict=True)

@@ -77,13 +77,13 @@ def test_killed_and_started_again_gives_the_same_results(tmp_path):
     subprocess.run(command(whole, "--jobs=2", config=config), check=True, **arguments)
     killed = tmp_path / "killed"
     moments = random.Random(0)
-    for _ in range(4):
+    for _ in range(3):
         process = subprocess.Popen(
             command(killed, "--jobs=2", config=config),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        time.sleep(moments.uniform(6, 25))
+        time.sleep(moments.uniform(10, 40))
         process.send_signal(signal.SIGKILL)
         process.wait()
     subprocess.run(command(killed, "--jobs=2", config=config), check=True, **arguments)

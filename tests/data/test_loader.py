@@ -127,6 +127,18 @@ def test_an_epoch_takes_one_of_the_alternatives(form):
     assert flatten(other) != flatten(plan._epoch(0))
 
 
+def test_alternatives_stand_anywhere_in_an_epoch():
+    """Of four, the first in a random order would stand at a fifth, not at a half."""
+    segments = with_alternatives()
+    plan = make_plan(segments)
+    places = []
+    for epoch in range(200):
+        order = np.concatenate(plan._epoch(epoch))
+        places.append(np.argwhere(plan.views[order] == 1).mean() / (len(order) - 1))
+    # Packing moves what is short a little to the front.
+    assert abs(np.mean(places) - 0.5) < 0.04
+
+
 def test_without_shuffling_all_alternatives_are_there():
     segments = with_alternatives()
     plan = make_plan(segments, shuffle=False)
