@@ -12,7 +12,7 @@ from kdjax.config import Config, to_json
 from kdjax.data import loader
 from kdjax.experiment import Data, Model
 from kdjax.program import Program, untrained
-from kdjax.reporting import Meter, state_rows
+from kdjax.reporting import Meter, epoch_rows, state_rows
 from kdjax.scoring import Scorer
 from kdjax.writer import Writer, print_table
 
@@ -87,6 +87,7 @@ def fit(
     if distributed.is_main():
         rows_held = state_rows(abstract, program.frozen)
         print_table(f"{config.name}: what is trained", rows_held)
+        print_table(f"{config.name}: the first epoch", epoch_rows(plan))
     preemption = distributed.Preemption()
     writer = Writer(
         workdir,

@@ -208,6 +208,18 @@ def state_rows(abstract: TrainState, frozen: Collection[str]) -> list[dict[str, 
     ]
 
 
+def epoch_rows(plan: BatchPlan) -> list[dict[str, str]]:
+    """What shows that rows are of a length that the segments do not fill."""
+    return [
+        {
+            "steps": f"{plan.steps_per_epoch(0):,}",
+            "rows a step": str(plan.batch_size),
+            "tokens a row": str(plan.row_length),
+            "packing efficiency": f"{plan.packing_efficiency():.0%}",
+        }
+    ]
+
+
 def report_origins(workdir: pathlib.Path, name: str, found: dict[str, str]) -> None:
     """Shows where the initial parameters come from, and writes it to init.json.
 

@@ -124,6 +124,14 @@ class BatchPlan:
         with self._lock:
             return self._steps(epoch)
 
+    def packing_efficiency(self) -> float:
+        """Share of the positions of the first epoch's rows that a segment takes."""
+        with self._lock:
+            rows = self._epoch(0)
+        return float(
+            self.lengths[np.concatenate(rows)].sum() / (len(rows) * self.row_length)
+        )
+
     def locate(self, step: int) -> tuple[int, int]:
         """The epoch of a step, and the batch's index in it."""
         with self._lock:

@@ -88,6 +88,18 @@ def flatten(rows):
     return np.concatenate(rows).tolist()
 
 
+def test_packing_efficiency_is_the_share_of_positions_taken():
+    segment = dataclasses.replace(
+        make_segments(1)[0],
+        prompt_ids=np.arange(1, 8, dtype=np.int32),
+        target_ids=np.arange(1, 5, dtype=np.int32),
+    )
+    segments = [dataclasses.replace(segment, example_id=str(i)) for i in range(6)]
+    # Each takes 10 positions: its last token is not read.
+    assert make_plan(segments, row_length=19).packing_efficiency() == 10 / 19
+    assert make_plan(segments, row_length=20).packing_efficiency() == 1
+
+
 @FORMS
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_an_epoch_holds_every_segment_once(shuffle, form):
