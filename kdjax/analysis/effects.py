@@ -62,10 +62,9 @@ def hedges_g(
     if df > 1:
         log = math.lgamma(df / 2) - math.lgamma((df - 1) / 2)
         bias = math.exp(log) / math.sqrt(df / 2)
-    nct = extras.load("scipy.stats").nct
 
     def bound(share: float) -> float | None:
-        return _crossing(lambda c: float(nct.cdf(t, df, c)) - share, t)
+        return _crossing(lambda c: _noncentral_t(t, df, c) - share, t)
 
     low, high = bound((1 + confidence) / 2), bound((1 - confidence) / 2)
     scale = bias * per_t
@@ -176,6 +175,18 @@ def nothing(statement: str) -> Estimate:
     return Estimate(value=None, low=None, high=None, statement=statement)
 
 
+def _noncentral_t(t: float, df: float, c: float) -> float:
+    """P(T <= t) of noncentrality c.
+
+    SciPy gives a NaN for some t and c on two sides of 0, all of them where the
+    probability is within 1e-12 of 0 or 1.
+    """
+    found = float(extras.load("scipy.stats").nct.cdf(t, df, c))
+    if math.isnan(found) and t * c < 0:
+        return 0.0 if c > 0 else 1.0
+    return found
+
+
 def _crossing(
     excess: Callable[[float], float], start: float, lowest: float = -math.inf
 ) -> float | None:
@@ -193,6 +204,8 @@ def _crossing(
             return None
     if low == high:
         return low
-    return float(
-        extras.load("scipy.optimize").brentq(excess, low, high, xtol=1e-12, rtol=1e-13)
-    )
+    root = extras.load("scipy.optimize").brentq
+    try:
+        return float(root(excess, low, high, xtol=1e-12, rtol=1e-13))
+    except ValueError:  # a NaN between the two
+        return None

@@ -47,6 +47,18 @@ def test_a_of_separate_groups_keeps_a_width():
     assert 0.4 < found.low < 0.7
 
 
+def test_g_of_swapped_groups_is_the_negative():
+    """SciPy's noncentral t is a NaN at t = -4.28 with 2 degrees of freedom, c = 8.04."""
+    assert math.isnan(scipy.stats.nct.cdf(-4.281788349862502, 2, 8.041046856725748))
+    for distance in (*np.linspace(0.1, 40.0, 100), 3.02768158, 3.00579854, 3.0277):
+        first, second = [0.0, 1.0], [distance, distance + 1.0]
+        there, back = effects.hedges_g(first, second), effects.hedges_g(second, first)
+        assert there.low is not None and there.low < there.value < there.high
+        assert there.value == pytest.approx(-back.value, rel=1e-9)
+        assert there.low == pytest.approx(-back.high, rel=1e-6, abs=1e-6)
+        assert there.high == pytest.approx(-back.low, rel=1e-6, abs=1e-6)
+
+
 def test_hedges_g_by_hand():
     # Means 2 and 4, variance 1 each: d = -2; J(4) = Gamma(2) / (sqrt(2) Gamma(1.5)).
     found = effects.hedges_g([1, 2, 3], [3, 4, 5])
