@@ -141,7 +141,7 @@ BREAKS = [
         "\n\n        def add(carry: Any, both: Any) -> tuple[Any, Any]:\n"
         "            (total, sums), grads = grad_of(trained, kept, *both)",
         test="test_program.py::test_no_teacher_rows_of_other_microbatches_are_kept"
-        "[top_k]",
+        "[dense]",
     ),
     Break(
         number=9,
@@ -250,7 +250,7 @@ BREAKS = [
         old="yield Text(prompt, choice, prefix",
         new="yield Text(prompt, example.answer, prefix",
         test="test_method_losses.py::test_the_loss_is_the_methods"
-        "[counterfactual-prompt-hard-decoder]",
+        "[counterfactual-decoder-hard-decoder]",
     ),
     Break(
         number=16,
