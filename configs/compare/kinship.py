@@ -4,7 +4,7 @@
 
 The data and models of configs/quickstart.py, three seeds: 30 runs after five teachers,
 one a method, each trained by that method on hard labels, so that it has seen the views
-it labels. Some 40 minutes on two cores; docs/methods.md has what came of a longer one.
+it labels. Some 40 minutes on two cores; docs/methods.md has what came of it.
 The argument "smoke" makes everything tiny.
 """
 
