@@ -48,7 +48,7 @@ def test_a_of_separate_groups_keeps_a_width():
 
 
 def test_g_of_swapped_groups_is_the_negative():
-    """SciPy's noncentral t is a NaN at t = -4.28 with 2 degrees of freedom, c = 8.04."""
+    """SciPy's noncentral t is a NaN at t = -4.28, c = 8.04, 2 degrees of freedom."""
     assert math.isnan(scipy.stats.nct.cdf(-4.281788349862502, 2, 8.041046856725748))
     for distance in (*np.linspace(0.1, 40.0, 100), 3.02768158, 3.00579854, 3.0277):
         first, second = [0.0, 1.0], [distance, distance + 1.0]
