@@ -5,8 +5,8 @@
 Every combination on the built-in task, with two seeds: students learn labels alone (400
 questions) from teachers that saw 20,000 right answers, or as many with three in ten
 wrong. Weight 0 is hard labels alone, and run once: it has no temperature, and asks no
-teacher. Decoding is timed, and its memory counted, for both sizes. Some 40 minutes on two
-cores. The argument "smoke" makes all tiny.
+teacher. Decoding is timed, and its memory counted, for both sizes. Some 40 minutes on
+two cores. The argument "smoke" makes all tiny.
 """
 
 from typing import Any
