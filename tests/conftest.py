@@ -4,7 +4,9 @@ import os
 import pathlib
 import tempfile
 
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+from tests import compiling
+
+os.environ.setdefault("XLA_FLAGS", compiling.FOR_8_DEVICES)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Many tests compile the same small steps, some of them in processes of their own.

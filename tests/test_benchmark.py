@@ -17,7 +17,7 @@ from kdjax.data import loader
 from kdjax.models import decoder, hf
 from kdjax.teacher import building, records, synthetic
 from kdjax.timing import Samples
-from tests import small
+from tests import compiling, small
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -204,7 +204,7 @@ def run_verb(*arguments):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        env=os.environ | {"XLA_FLAGS": ""},
+        env=os.environ | {"XLA_FLAGS": compiling.QUICKLY},
     )
 
 
@@ -315,7 +315,7 @@ def test_the_gpu_script_runs_small(tmp_path):
         ],
         capture_output=True,
         text=True,
-        env=os.environ | {"XLA_FLAGS": ""},
+        env=os.environ | {"XLA_FLAGS": compiling.QUICKLY},
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
@@ -339,7 +339,7 @@ def test_a_peer_is_run_on_the_same_weights(tmp_path):
         ],
         capture_output=True,
         text=True,
-        env=os.environ | {"XLA_FLAGS": ""},
+        env=os.environ | {"XLA_FLAGS": compiling.QUICKLY},
     )
     assert done.returncode == 0, done.stderr
     (found,) = json.loads(out.read_text())["results"]

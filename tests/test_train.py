@@ -18,7 +18,7 @@ from kdjax.checkpoint import Checkpoints
 from kdjax.config import Config
 from kdjax.models import hf
 from kdjax.teacher import records
-from tests import small
+from tests import compiling, small
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -56,7 +56,7 @@ def command(config: Config, workdir: pathlib.Path, verb: str = "train", *flags: 
 
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
-ENVIRONMENT["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+ENVIRONMENT["XLA_FLAGS"] = compiling.FOR_8_DEVICES
 
 
 @pytest.mark.parametrize(("num_bins", "num_scored"), [(10, 1), (5, 2)])

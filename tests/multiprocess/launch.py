@@ -7,6 +7,7 @@ import sys
 
 from kdjax import config as config_lib
 from kdjax.config import Config
+from tests import compiling
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 
@@ -30,7 +31,7 @@ def run(
         **os.environ,
         "PYTHONPATH": str(ROOT),
         "PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}",
-        "XLA_FLAGS": "",
+        "XLA_FLAGS": compiling.QUICKLY,
         "KDJAX_DEVICES": str(num_devices),
     }
     done = subprocess.run(
