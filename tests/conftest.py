@@ -43,3 +43,10 @@ def real_data() -> pathlib.Path:
 def smollm2() -> pathlib.Path:
     """SmolLM2-135M-Instruct as a Hugging Face folder."""
     return _folder("KDJAX_SMOLLM2")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_go_with_their_file():
+    """A compiled program takes some memory maps, of which Linux grants 65,530."""
+    yield
+    jax.clear_caches()
