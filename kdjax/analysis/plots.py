@@ -18,6 +18,7 @@ _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9")
 _MARKERS = ("o", "s", "D", "^", "v", "P", "X")
 _LONGEST = 48  # characters of a name beside an axis
 _PANELS = 4  # beside each other
+_NAMED = 12  # points of a figure that all have their names beside them
 _STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "kdjax",
@@ -103,6 +104,8 @@ def pareto(
 ) -> str:
     """Quality against cost, with a line through the points that nothing beats.
 
+    Of many points only these have their names beside them.
+
     Args:
       points: at least one.
       cost: label of its axis.
@@ -130,6 +133,8 @@ def pareto(
             )
             drawn.set_urls([point.link or None])
             shown[point.second] = drawn
+            if point not in best and len(points) > _NAMED:
+                continue
             axes.annotate(
                 _short(point.name),
                 (point.cost, point.quality),

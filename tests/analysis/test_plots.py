@@ -63,6 +63,20 @@ def test_costs_of_several_magnitudes_are_whole_numbers_on_a_logarithmic_axis():
     assert not [word for word in words if "$" in word]
 
 
+def test_of_many_points_those_that_nothing_beats_are_named():
+    beaten = [
+        plots.Point(name=f"beaten{i}", second="s", cost=5000 + i, quality=0.6)
+        for i in range(8)
+    ]
+    named = lambda points: {  # noqa: E731
+        word for word in _words(plots.pareto(points, "c", "q")) if word.isalnum()
+    }
+    few, many = _points() + beaten, [*_points(), *beaten, beaten[0]]
+    assert {"small", "dear", "good", "twin", "beaten7"} <= named(few)
+    assert {"small", "good", "twin"} <= named(many)
+    assert not named(many) & {"dear", "beaten7"}
+
+
 @pytest.mark.parametrize("kind", ["dots", "pareto", "reliability", "levels"])
 def test_a_figure_stands_inside_a_page(kind):
     text = _figures()[kind]
