@@ -102,16 +102,13 @@ def _sparse_loss(logits_CV, tokens, options, part) -> ChunkLoss:
     gone_CK = jnp.minimum(stored_CK, -jnp.inf)
     rest_CV = logits_CV.at[rows, slots_CK].set(gone_CK, mode="drop")
     rest_peak, stored_peak = part.peak(rest_CV), part.peak(stored_CK)
-
-    def log_masses(t):
-        rest = part.logsumexp(rest_CV, rest_peak, t)
-        stored = part.logsumexp(stored_CK, stored_peak, t)
-        return rest, stored, jnp.logaddexp(rest, stored)
-
-    rest_1, _, total_1 = log_masses(1.0)
-    rest_t, stored_t, total_t = log_masses(t)
+    rest = _masses(rest_CV, rest_peak, t, part)
+    stored_1 = part.logsumexp(stored_CK, stored_peak, 1.0)
+    stored_t = part.logsumexp(stored_CK, stored_peak, t)
+    total_1 = jnp.logaddexp(rest.log_1_C, stored_1)
+    total_t = jnp.logaddexp(rest.log_t_C, stored_t)
     log_q_CK = stored_CK / t - total_t[:, None]
-    log_q_rest = rest_t - total_t
+    log_q_rest = rest.log_t_C - total_t
     log_q = (log_q_CK, log_q_rest, stored_t - total_t)
     soft_loss = _soft_loss(*log_q, used_CK, slots_CK, teacher, options, part)
     nll_C = total_1 - target_logits
@@ -123,9 +120,9 @@ def _sparse_loss(logits_CV, tokens, options, part) -> ChunkLoss:
         d_stored = hard[:, None] * jnp.exp(stored_CK - total_1[:, None]) + scale[
             :, None
         ] * (g_CK - g_sum[:, None] * jnp.exp(log_q_CK))
-        d_rest_1 = hard * jnp.exp(rest_1 - total_1)
+        d_rest_1 = hard * jnp.exp(rest.log_1_C - total_1)
         d_rest_t = scale * (g_rest - g_sum * jnp.exp(log_q_rest))
-        d_CV = _spread(rest_CV, rest_peak, (d_rest_1, rest_1), (d_rest_t, rest_t), t)
+        d_CV = rest.spread(d_rest_1, d_rest_t)
         d_CV = d_uniform(d_CV)
         d_target = -(1 - options.label_smoothing) * hard
         d_CX = jnp.concatenate([d_stored, d_target[:, None]], axis=1)
@@ -191,9 +188,8 @@ def _dense_loss(logits_CV, tokens, options, part) -> ChunkLoss:
     """Losses against whole rows of the teacher; there is no tail."""
     targets, hard, soft, teacher = tokens
     t = options.temperature
-    peak = part.peak(logits_CV)
-    total_1 = part.logsumexp(logits_CV, peak, 1.0)
-    total_t = part.logsumexp(logits_CV, peak, t)
+    row = _masses(logits_CV, part.peak(logits_CV), t, part)
+    total_1, total_t = row.log_1_C, row.log_t_C
     log_q_CV = logits_CV / t - total_t[:, None]
     log_p_CV = teacher_at_temperature(teacher.log_probs_NK, teacher.log_z_N, t)
     # A token without soft weight may come without a teacher row.
@@ -205,10 +201,9 @@ def _dense_loss(logits_CV, tokens, options, part) -> ChunkLoss:
     def d_logits():
         (g_CV,) = pull(jnp.ones_like(soft))
         g_sum = part.sum(g_CV.sum(-1))
-        d_z = g_CV - g_sum[:, None] * jnp.exp(log_q_CV)
         scale = soft * (options.soft_scale / t)
-        q_CV = jnp.exp(logits_CV - total_1[:, None])
-        d_CV = d_uniform(hard[:, None] * q_CV + scale[:, None] * d_z)
+        d_CV = row.spread(hard, -scale * g_sum) + scale[:, None] * g_CV
+        d_CV = d_uniform(d_CV)
         d_target = -(1 - options.label_smoothing) * hard
         rows = jnp.arange(targets.shape[0])
         return d_CV.at[rows, part.local(targets)].add(d_target, mode="drop")
@@ -233,27 +228,48 @@ def _smoothed(logits_CV, nll_C, total_C, hard, options, part):
     return hard_C, lambda d_CV: jnp.where(valid_CV, d_CV - d_each[:, None], d_CV)
 
 
-def _spread(rest_CV, peak_C, at_1, at_t, t) -> jax.Array:
-    """Each amount split over its row in proportion to exp(rest / temperature).
+class _Masses(NamedTuple):
+    """Sums of exponentials of rows, at temperature 1 and at another."""
 
-    Args:
-      rest_CV: logits.
-      peak_C: their maximum over the whole row.
-      at_1: (amount, log of the mass) at temperature 1, each [C].
-      at_t: the same at temperature t.
-      t: temperature.
+    log_1_C: Float[Array, "C"]
+    log_t_C: Float[Array, "C"]
+    spread: Callable[[jax.Array, jax.Array], Float[Array, "C V"]]
+    """(d_1_C, d_t_C) -> d_1 softmax(values) + d_t softmax(values / t); a row without
+    mass gets 0."""
+
+
+def _masses(values_CV, peak_C, t, part) -> _Masses:
+    """Return the masses of logits whose largest are `peak_C`.
+
+    One exponential serves both temperatures where 1 is a multiple of 1 / t: the others
+    are its powers. So the logits themselves are needed no more.
     """
+    x_CV = values_CV - peak_C[:, None]
+    exp_t_CV = jnp.exp(x_CV / t)
+    multiple = int(t) if t == round(t) and t <= 8 else None
+    exp_1_CV = jnp.exp(x_CV) if multiple is None else _power(exp_t_CV, multiple)
+    log_1_C = jnp.log(part.sum(exp_1_CV.sum(-1))) + peak_C
+    log_t_C = jnp.log(part.sum(exp_t_CV.sum(-1))) + peak_C / t
 
-    def per_mass(at, t):
-        amount_C, log_mass_C = at
-        mass_C = jnp.where(log_mass_C > -jnp.inf, log_mass_C, jnp.inf) - peak_C / t
-        return (amount_C * jnp.exp(-mass_C))[:, None]
+    def share(amount_C, log_mass_C, log_unit_C):
+        log_mass_C = jnp.where(log_mass_C > -jnp.inf, log_mass_C, jnp.inf)
+        return (amount_C * jnp.exp(log_unit_C - log_mass_C))[:, None]
 
-    x_CV = rest_CV - peak_C[:, None]
-    if t == 1.0:
-        return per_mass((at_1[0] + at_t[0], at_1[1]), 1.0) * jnp.exp(x_CV)
-    first, other = per_mass(at_1, 1.0), per_mass(at_t, t)
-    shared_CV = jnp.exp(x_CV / t)
-    if t == round(t) and t <= 4:  # one exponential for both
-        return shared_CV * (other + first * shared_CV ** (int(t) - 1))
-    return other * shared_CV + first * jnp.exp(x_CV)
+    def spread(d_1_C, d_t_C):
+        at_1, at_t = share(d_1_C, log_1_C, peak_C), share(d_t_C, log_t_C, peak_C / t)
+        if multiple is None:
+            return at_1 * exp_1_CV + at_t * exp_t_CV
+        return exp_t_CV * (at_t + at_1 * exp_t_CV ** (multiple - 1))
+
+    return _Masses(log_1_C, log_t_C, spread)
+
+
+def _power(exp_CV: jax.Array, exponent: int) -> jax.Array:
+    """Return exponentials to a power >= 1, multiplied: cheaper than exponentials anew.
+
+    The maximum changes nothing; without it XLA takes exp(a) exp(a) for exp(2 a).
+    """
+    if exponent == 1:
+        return exp_CV
+    tiny = jnp.finfo(exp_CV.dtype).tiny
+    return exp_CV ** (exponent - 1) * jnp.maximum(exp_CV, tiny)

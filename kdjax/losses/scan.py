@@ -181,20 +181,27 @@ def scan_tokens(
 def _gather(weight: jax.Array, placement: Placement) -> jax.Array:
     """Return the rows of this device's vocabulary, whole, from the local part."""
     for dim, axes in enumerate(placement.spec(weight.ndim)):
-        if axes and axes != placement.split:
+        if axes != placement.split and (axes := _several(axes, placement)):
             weight = jax.lax.all_gather(weight, axes, axis=dim, tiled=True)
     return weight
 
 
 def _reduce(sums: jax.Array, placement: Placement) -> jax.Array:
     """Sum over the devices with other tokens and keep the local part, float32."""
-    others = set(placement.token_axes)
+    others = _several(placement.token_axes, placement)
     for dim, axes in enumerate(placement.spec(sums.ndim)):
-        if axes and axes != placement.split:
+        if axes != placement.split and (axes := _several(axes, placement)):
             sums = jax.lax.psum_scatter(sums, axes, scatter_dimension=dim, tiled=True)
-            others -= {axes} if isinstance(axes, str) else set(axes)
-    names = tuple(a for a in placement.token_axes if a in others)
-    return jax.lax.psum(sums, names) if names else sums
+            others = tuple(a for a in others if a not in axes)
+    return jax.lax.psum(sums, others) if others else sums
+
+
+def _several(axes: str | tuple[str, ...] | None, placement: Placement) -> tuple:
+    """Return the axes with more than one device: along the others there is nothing to
+    exchange, and XLA would copy the head for each of them.
+    """
+    axes = (axes,) if isinstance(axes, str) else axes or ()
+    return tuple(a for a in axes if placement.mesh.shape[a] > 1)
 
 
 def _pad(x: jax.Array, length: int) -> jax.Array:
