@@ -145,43 +145,27 @@ def _update(made: program.Program) -> Callable[[Any, Any], Any]:
     )
 
 
-def online(
-    load: Workload, whole: Step, *, teacher: tuple[Model, Any] | None = None
-) -> dict[str, Callable[[], Any]]:
+def online(load: Workload, whole: Step) -> dict[str, Callable[[], Any]]:
     """A live teacher's part of a step, and the step with it.
 
-    "label" is its forward pass and top k (dense: whole rows) on the prepared batch;
-    "online" the training step with the teacher in it. {} without soft terms, or with
-    draws.
+    The teacher has the shape of the config's, and random parameters. "label" is its
+    forward pass and top k (dense: whole rows) on the prepared batch; "online" the
+    training step with the teacher in it. {} without soft terms, or with draws.
 
     Args:
       load: the workload.
       whole: its step.
-      teacher: a model and its parameters; None = of the config's shape, at random.
     """
     if load.cache is None or load.cache.kind == "sampled":
         return {}
-    model, params = teacher or random_teacher(load)
+    model, params = _random_teacher(load)
     k = None if load.cache.kind == "dense" else load.cache.k
     label = make_live_label(load, model, whole.batch, k=k)
-    made = program.Program(
-        load.config,
-        load.model,
-        load.mesh,
-        num_valid=experiment.num_valid(load.model.shape, model.shape),
-        teacher=model,
-    )
-    soft = "teacher_"
-    batch = {name: x for name, x in whole.batch.items() if not name.startswith(soft)}
-
-    def step_with_teacher() -> Any:
-        whole.carry.state, found = made.step(whole.carry.state, batch, params)
-        return found
-
-    return {"label": lambda: label(params), "online": step_with_teacher}
+    beside = Step(load, whole.carry, teacher=(model, params))
+    return {"label": lambda: label(params), "online": beside.prepared}
 
 
-def random_teacher(load: Workload) -> tuple[Model, Any]:
+def _random_teacher(load: Workload) -> tuple[Model, Any]:
     """A teacher of the config's shape, its parameters drawn at random."""
     config, mesh = load.config, load.mesh
     shape = teacher_shape(config, load.model.shape.vocab_size)

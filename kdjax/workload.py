@@ -151,6 +151,7 @@ class Step:
         carry: Carry | None = None,
         *,
         make_params: Callable[[], Any] | None = None,
+        teacher: tuple[Model, Any] | None = None,
     ) -> None:
         """Compiles the step and makes the state.
 
@@ -158,13 +159,19 @@ class Step:
           load: what is trained.
           carry: a state to share; None makes one.
           make_params: makes its parameters, sharded; None draws them at random.
+          teacher: a model and its parameters that run in the step, in place of the
+            cache's records; None = the records.
         """
         self._load = load
+        model, params = teacher or (None, None)
+        self._beside = () if model is None else (params,)
+        told_by = load.cache if model is None else model.shape
         self.program = program.Program(
             load.config,
             load.model,
             load.mesh,
-            num_valid=experiment.num_valid(load.model.shape, load.cache),
+            num_valid=experiment.num_valid(load.model.shape, told_by),
+            teacher=model,
         )
         self._rows = sharding.local_rows(load.mesh, self.program.num_rows)
         self._terms = methods.terms(load.config.method)
@@ -172,7 +179,7 @@ class Step:
         self.batch = self._place(self.host_batch)
         start = time.perf_counter()
         self.compiled = self.program.step.lower(
-            self.program.abstract, self.batch
+            self.program.abstract, self.batch, *self._beside
         ).compile()
         self.compile_seconds = time.perf_counter() - start
         self.carry = carry or Carry(self._init(make_params))
@@ -181,7 +188,7 @@ class Step:
 
     def make_batch(self, index: int) -> loader.Batch:
         """This process's rows of a batch."""
-        return loader.make_batch(
+        batch = loader.make_batch(
             self._load.plan,
             index,
             terms=self._terms,
@@ -190,6 +197,9 @@ class Step:
             rows=self._rows,
             dropout=self.program.dropout,
         )
+        if not self._beside:
+            return batch
+        return {name: x for name, x in batch.items() if not name.startswith("teacher_")}
 
     def prepared(self) -> Any:
         """Starts a step on the prepared batch."""
@@ -197,7 +207,9 @@ class Step:
 
     def run(self, batch: Any) -> Any:
         """Starts a step on a batch that is on the devices."""
-        self.carry.state, found = self.program.step(self.carry.state, batch)
+        self.carry.state, found = self.program.step(
+            self.carry.state, batch, *self._beside
+        )
         return found
 
     def loop(self, num_steps: int) -> Callable[[], Any]:

@@ -23,6 +23,29 @@ def faults():
 
 print(sum([faults() for _ in range(4)][1:]))
 """
+FREED = """
+import ctypes, sys
+import jax, jax.numpy as jnp
+from kdjax import allocator
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4 / 1024
+
+if sys.argv[1] == "give back":
+    allocator.give_back_after_compiling()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+blocks = [libc.malloc(2**16) for _ in range(1600)]  # 100 MiB
+for block in blocks:
+    ctypes.memset(block, 1, 2**16)
+x = jnp.ones(8)
+for block in blocks[:-1]:  # below the last one what is freed stays
+    libc.free(block)
+before = resident()
+jax.jit(lambda x: x + 1).lower(x).compile()
+print(before - resident())
+"""
 HUGE = "glibc.malloc.hugetlb=1"
 needs_huge_pages = pytest.mark.skipif(
     not allocator._available(), reason="no huge pages to be had by asking"
@@ -48,6 +71,12 @@ def test_a_step_has_fewer_page_faults():
         int(run("-c", SCRIPT, GLIBC_TUNABLES=tunables)) for tunables in (HUGE, "")
     ]
     assert 4 * faults[0] < faults[1], faults
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="malloc is not glibc's")
+def test_what_compiling_has_freed_goes_back():
+    kept, given = (float(run("-c", FREED, how)) for how in ("keep", "give back"))
+    assert kept < 20 < 80 < given, (kept, given)
 
 
 @needs_huge_pages

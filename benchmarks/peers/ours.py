@@ -6,6 +6,7 @@ teacher rows in memory). Prints one line of JSON; "loss" is that of the first ba
 the initial weights; that of "dense" is the one that the other libraries compute.
 """
 
+import functools
 import pathlib
 import sys
 
@@ -14,7 +15,7 @@ import numpy as np
 from absl import app, flags
 from cases import peak_rss, read, report, time_steps
 
-from kdjax import experiment, flops, parts, sharding, timing
+from kdjax import allocator, experiment, flops, parts, sharding, timing
 from kdjax.config import (
     CacheConfig,
     Config,
@@ -101,20 +102,23 @@ def workload(case: dict, folder: pathlib.Path) -> Workload:
 def run(folder: pathlib.Path, mode: str, steps: int) -> None:
     """Times one mode and prints its line."""
     before = peak_rss()
+    allocator.give_back_after_compiling()  # as commands do
     case = read(str(folder))
     load = workload(case, folder)
     model, shardings = load.model, load.model.shardings
+    teacher = params = None
+    if mode in ("online", "dense"):
+        teacher, params = experiment.load_model(
+            load.config.teacher.path, load.mesh, dtype="float32"
+        )
     whole = Step(
         load,
         make_params=lambda: hf.load_params(
             folder / "student", model.shape, shardings=shardings
         ),
+        teacher=(teacher, params) if mode == "online" else None,
     )
     batch = whole.batch
-    if mode in ("online", "dense"):
-        teacher, params = experiment.load_model(
-            load.config.teacher.path, load.mesh, dtype="float32"
-        )
     if mode == "dense":
         label = parts.make_live_label(load, teacher, batch, k=None)
         plain = {x: v for x, v in batch.items() if not x.startswith("teacher_")}
@@ -123,13 +127,8 @@ def run(folder: pathlib.Path, mode: str, steps: int) -> None:
         compiled = whole.program.step.lower(whole.program.abstract, batch).compile()
     else:
         compiled = whole.compiled
-    if mode == "loop":
-        start_step = whole.loop(3 + steps)
-    elif mode == "online":
-        live = parts.online(load, whole, teacher=(teacher, params))
-        start_step = live["online"]
-    else:
-        start_step = lambda: whole.run(batch)  # noqa: E731
+    prepared = functools.partial(whole.run, batch)
+    start_step = whole.loop(3 + steps) if mode == "loop" else prepared
     loss = float(start_step()["loss"])
     seconds = time_steps(start_step, jax.block_until_ready, steps=steps)
     report(
