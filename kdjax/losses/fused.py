@@ -192,11 +192,13 @@ def _add_products(d_weight_VD, d_logits_CV, hidden_CD, placement) -> jax.Array:
     """Return d_weight + d_logits^T hidden.
 
     A CPU multiplies into an array of its own and adds that: done for a slice of the
-    vocabulary at a time, the array is about as large as the logits of the chunk.
+    vocabulary at a time, the array is about half as large as the logits of the chunk
+    (a width below the chunk's tokens makes it no larger than those anyway).
     """
     num_rows, num_slices = d_weight_VD.shape[0], 1
-    if _platform(placement) == "cpu":
-        num_slices = max(1, hidden_CD.shape[1] // hidden_CD.shape[0])
+    num_tokens, width = hidden_CD.shape
+    if _platform(placement) == "cpu" and width > num_tokens:
+        num_slices = 2 * width // num_tokens
     size = num_rows // num_slices
 
     def add(d_weight_VD, start, size):
