@@ -25,7 +25,11 @@ from kdjax.losses.divergence import DIVERGENCES, Divergence
 from kdjax.losses.sparse import TAILS
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
+# Integers up to 8 share one exponential with temperature 1, others do not.
+TEMPERATURES = [0.5, 1.0, 2.0, 2.5, 8.0]
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("tail", TAILS)
 def test_oracle(tail, temperature):
     arrays, teacher_logits, teacher = make(temperature=temperature)
@@ -40,7 +44,7 @@ def test_oracle(tail, temperature):
     assert_close((d_hidden, d_weight), gradients)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("temperature", TEMPERATURES)
 def test_dense_and_k_equal_to_vocabulary(temperature):
     arrays, teacher_logits, dense = make(temperature=temperature, k=None)
     options = {"temperature": temperature, "chunk_size": 8}
