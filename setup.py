@@ -81,7 +81,7 @@ setup(
         "cuda": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],
         "peers": ["torch>=2.6", "trl>=1.0"],
-        "plan": ["libtpu"],  # compiles for TPU slices, also where there is none
+        "plan": ["jax[tpu]"],  # compiles for TPU slices, also where there is none
         "tfds": ["tensorflow-datasets>=4.9"],
         "compare": compare,
     },

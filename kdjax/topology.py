@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
+from importlib import metadata
 from typing import Any
 
 import jax
@@ -41,11 +42,7 @@ def devices(topology: str) -> Sequence[jax.Device]:
             f"--topology={topology!r}: a {name} slice has {_SHAPES[name]} dimensions, "
             f"use for example {_EXAMPLES}"
         )
-    if importlib.util.find_spec("libtpu") is None:
-        raise ValueError(
-            f"--topology={topology!r} needs the compiler for TPUs, which is not "
-            "installed: pip install libtpu"
-        )
+    _check_compiler(topology)
     # Without these libtpu asks the metadata server of a cloud machine for them.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
@@ -65,6 +62,35 @@ def devices(topology: str) -> Sequence[jax.Device]:
             f"for example {_EXAMPLES}"
         ) from None
     return described.devices
+
+
+def _check_compiler(topology: str) -> None:
+    """Raises ValueError without the libtpu that belongs to the installed JAX.
+
+    With another one some programs compile and cannot be read, others mean other things.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError(
+            f"--topology={topology!r} needs the compiler for TPUs, which is not "
+            "installed: pip install 'jax[tpu]'"
+        )
+    wanted = next(
+        (
+            found[1]
+            for line in metadata.requires("jax") or ()
+            if (found := re.match(r"libtpu==([\d.]+)\.\*", line))
+        ),
+        "",
+    )
+    try:
+        version = metadata.version("libtpu")
+    except metadata.PackageNotFoundError:
+        return  # a nightly one, whose user knows better
+    if wanted and not version.startswith(f"{wanted}."):
+        raise ValueError(
+            f"--topology={topology!r}: libtpu {version} is not the one for jax "
+            f"{jax.__version__}, which is {wanted}: pip install 'jax[tpu]'"
+        )
 
 
 def _cpus(topology: str, sizes: list[int]) -> Sequence[jax.Device]:

@@ -239,7 +239,18 @@ def test_unknown_topologies(name, message):
 
 def test_libtpu_is_named_when_it_is_missing(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="pip install libtpu"):
+    with pytest.raises(ValueError, match=r"pip install 'jax\[tpu\]'"):
+        topology.devices("v5e:2x2")
+
+
+def test_a_libtpu_of_another_jax(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(
+        topology.metadata, "requires", lambda name: ['libtpu==0.0.4.*; extra == "tpu"']
+    )
+    monkeypatch.setattr(topology.metadata, "version", lambda name: "0.0.42.1")
+    message = r"libtpu 0\.0\.42\.1 is not .* which is 0\.0\.4: pip install 'jax\[tpu\]'"
+    with pytest.raises(ValueError, match=message):
         topology.devices("v5e:2x2")
 
 
@@ -280,9 +291,7 @@ def test_the_command(tmp_path):
     assert "chip 'v9' is unknown" in refused.stderr
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="needs pip install libtpu"
-)
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs jax[tpu]")
 def test_a_slice_nobody_owns(monkeypatch):
     shape = dataclasses.replace(SHAPE, width=256, head_dim=64, vocab_size=1024)
     planned = config(

@@ -24,7 +24,6 @@ from kdjax.losses import head
 from kdjax.losses.divergence import DIVERGENCES, Divergence
 from kdjax.losses.sparse import TAILS
 
-
 # Integers up to 8 share one exponential with temperature 1, others do not.
 TEMPERATURES = [0.5, 1.0, 2.0, 2.5, 8.0]
 
