@@ -233,6 +233,7 @@ def test_what_the_compiler_says_is_too_big(message, gib):
     ],
 )
 def test_unknown_topologies(name, message):
+    jax.devices()  # JAX has started: its devices are counted
     with pytest.raises(ValueError, match=message):
         topology.devices(name)
 
