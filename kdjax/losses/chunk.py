@@ -241,8 +241,8 @@ class _Masses(NamedTuple):
 def _masses(values_CV, peak_C, t, part) -> _Masses:
     """Return the masses of logits whose largest are `peak_C`.
 
-    One exponential serves both temperatures where 1 is a multiple of 1 / t: the others
-    are its powers. So the logits themselves are needed no more.
+    One exponential serves both temperatures where t is an integer (up to 8): those at 1
+    are its powers, and `spread` reads them in place of the logits.
     """
     x_CV = values_CV - peak_C[:, None]
     exp_t_CV = jnp.exp(x_CV / t)

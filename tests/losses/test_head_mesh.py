@@ -58,6 +58,21 @@ def test_sharded_score_and_label():
     assert_close(actual, head.label(hidden, weight, targets, **options))
 
 
+def test_one_device_exchanges_nothing():
+    """Each would copy the head, on a CPU."""
+    (hidden, weight, *rest), _, teacher = make(temperature=2.0)
+    mesh = make_mesh((1, 1, 1))
+
+    def loss(hidden, weight):
+        return head.sharded_fused_loss(
+            mesh, hidden, weight, *rest, teacher, weight_spec=SPECS[0], chunk_size=8
+        )[0]
+
+    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+    text = step.lower(hidden, weight).compile().as_text()
+    assert not re.search(r"all-gather|all-reduce|reduce-scatter", text)
+
+
 def test_no_collective_inside_the_loop():
     arrays, _, teacher = make(num_tokens=64, vocab_size=64)
     hidden, weight, *rest = as_jax(arrays)
