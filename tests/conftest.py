@@ -1,5 +1,6 @@
 """Every test runs on 8 virtual CPU devices, with strict dtypes, ranks and warnings."""
 
+import gc
 import os
 import pathlib
 import tempfile
@@ -43,6 +44,12 @@ def real_data() -> pathlib.Path:
 def smollm2() -> pathlib.Path:
     """SmolLM2-135M-Instruct as a Hugging Face folder."""
     return _folder("KDJAX_SMOLLM2")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: collecting garbage need not look through it each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module", autouse=True)
