@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from kdjax import timing
 from kdjax.config import DTYPES
 from kdjax.losses import head
-from kdjax.writer import print_table
+from kdjax.runtime.metrics_writer import print_table
 
 Inputs = tuple[jax.Array, jax.Array, jax.Array, head.Teacher]
 

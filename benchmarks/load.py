@@ -27,7 +27,7 @@ from absl import app, flags
 from kdjax import sharding
 from kdjax.config import DTYPES, DecoderConfig, MeshConfig
 from kdjax.models import families, hf, weights
-from kdjax.writer import print_table
+from kdjax.runtime.metrics_writer import print_table
 
 _MIB = flags.DEFINE_integer("mib", 2048, "Size of the files, about.", lower_bound=1)
 _STORED = flags.DEFINE_enum("stored", "float32", DTYPES, "Of the files.")

@@ -27,9 +27,9 @@ from absl import app, flags
 
 from kdjax.config import CacheConfig
 from kdjax.losses.rows import chunk_label
+from kdjax.runtime.metrics_writer import print_table, progress
 from kdjax.teacher import draws, records
 from kdjax.teacher.records import Cache, Manifest, Record
-from kdjax.writer import print_table, progress
 
 _OUT = flags.DEFINE_string("out", None, "Caches, runs and results.", required=True)
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1"], "Seeds.")

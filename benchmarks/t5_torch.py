@@ -39,8 +39,8 @@ from kdjax.config import (
 )
 from kdjax.data import loader
 from kdjax.models import hf
+from kdjax.runtime.metrics_writer import print_table
 from kdjax.teacher import synthetic
-from kdjax.writer import print_table
 
 SHAPE = T5Config(
     vocab_size=32128,

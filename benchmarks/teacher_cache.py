@@ -18,8 +18,8 @@ import time
 import numpy as np
 from absl import app, flags
 
+from kdjax.runtime.metrics_writer import print_table
 from kdjax.teacher import records
-from kdjax.writer import print_table
 
 _PASSES = flags.DEFINE_integer("passes", 5, "Readings after the first.", lower_bound=1)
 _JSON = flags.DEFINE_string("json", None, "Where to write what is printed.")

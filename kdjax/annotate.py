@@ -10,8 +10,8 @@ from absl import flags
 
 from kdjax import cli, distributed
 from kdjax.config import Config
+from kdjax.runtime.metrics_writer import print_table
 from kdjax.teacher import annotating
-from kdjax.writer import print_table
 
 flags.declare_key_flag("json")
 

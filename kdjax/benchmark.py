@@ -30,10 +30,10 @@ from kdjax import (
     workload,
 )
 from kdjax.config import Config
+from kdjax.runtime.metrics_writer import print_table, progress
 from kdjax.teacher import building
 from kdjax.timing import Samples
 from kdjax.workload import Step, Workload
-from kdjax.writer import print_table, progress
 
 _STEPS = flags.DEFINE_integer(
     "steps", 20, "Timed steps of each variant.", lower_bound=1

@@ -20,10 +20,10 @@ from kdjax import cli, experiment
 from kdjax.config import Config
 from kdjax.data import tokenizer as tokenizers
 from kdjax.models import hf
+from kdjax.runtime.metrics_writer import print_table, progress
 from kdjax.teacher import inspection, records, transfer
 from kdjax.teacher.foreign import convert
 from kdjax.teacher.manifest import Manifest
-from kdjax.writer import print_table, progress
 
 for _name in ("config", "workdir"):
     flags.declare_key_flag(_name)

@@ -13,9 +13,10 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from kdjax import allocator, distributed, resuming, validation
 from kdjax import config as config_lib
+from kdjax import distributed, resuming, validation
 from kdjax.config import Config
+from kdjax.runtime import malloc
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -59,7 +60,7 @@ def run(
             raise ValueError(f"arguments {arguments} are not flags: use --name=value")
         config = given_config(kind, validate)
         distributed.start()
-        allocator.give_back_after_compiling()
+        malloc.give_back_after_compiling()
         if keep_compiled:
             _keep_compiled()
         else:

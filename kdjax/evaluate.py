@@ -17,9 +17,9 @@ from kdjax import cli, distributed, experiment, explaining, sharding, simulator
 from kdjax.config import Config
 from kdjax.models.lm import Shape
 from kdjax.reporting import evaluation_row
+from kdjax.runtime.metrics_writer import print_table
 from kdjax.scoring import Scorer, match_rates
 from kdjax.teacher import building
-from kdjax.writer import print_table
 
 _MODEL = flags.DEFINE_string(
     "model", "student", '"student", "teacher", or a Hugging Face folder.'

@@ -10,10 +10,11 @@ from typing import Any
 
 from absl import flags
 
-from kdjax import card, cli, distributed, experiment, origins, sharding, writer
+from kdjax import card, cli, distributed, experiment, origins, sharding
 from kdjax.checkpoint import Checkpoints
 from kdjax.config import Config
 from kdjax.models import hf, lora
+from kdjax.runtime import metrics_writer
 
 _OUT = flags.DEFINE_string("out", None, "New folder; <workdir>/export by default.")
 flags.declare_key_flag("step")
@@ -56,7 +57,7 @@ def _newest(workdir: pathlib.Path) -> int:
 
 def _summary(workdir: pathlib.Path, step: int) -> dict[str, Any] | None:
     """The results of a run, unless they are of another step."""
-    file = workdir / writer.SUMMARY
+    file = workdir / metrics_writer.SUMMARY
     found = json.loads(file.read_text()) if file.is_file() else {}
     return found if found.get("steps") == step else None
 

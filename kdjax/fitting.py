@@ -13,8 +13,8 @@ from kdjax.data import loader
 from kdjax.experiment import Data, Model
 from kdjax.program import Program, untrained
 from kdjax.reporting import Meter, epoch_rows, state_rows
+from kdjax.runtime.metrics_writer import Writer, print_table
 from kdjax.scoring import Scorer
-from kdjax.writer import Writer, print_table
 
 
 def fit(

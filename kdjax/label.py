@@ -9,8 +9,8 @@ import pathlib
 
 from kdjax import cli, distributed, experiment
 from kdjax.config import Config
+from kdjax.runtime.metrics_writer import print_table
 from kdjax.teacher import building
-from kdjax.writer import print_table
 
 
 def run(config: Config, workdir: pathlib.Path) -> None:

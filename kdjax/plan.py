@@ -19,7 +19,7 @@ from absl import flags
 from kdjax import cli, flops, forecast, sharding, topology
 from kdjax.config import Config
 from kdjax.forecast import Forecast
-from kdjax.writer import print_table
+from kdjax.runtime.metrics_writer import print_table
 
 _TOPOLOGY = flags.DEFINE_string(
     "topology",

@@ -17,8 +17,8 @@ from kdjax import cli, experiment, flops, freezing, methods, metrics, origins
 from kdjax.config import Config
 from kdjax.data.loader import BatchPlan
 from kdjax.models.lm import Shape
+from kdjax.runtime.metrics_writer import Writer, print_table
 from kdjax.state import TrainState
-from kdjax.writer import Writer, print_table
 
 _LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
 

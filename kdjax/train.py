@@ -24,9 +24,9 @@ from kdjax.fitting import fit
 from kdjax.models import hf
 from kdjax.program import check_teacher
 from kdjax.reporting import evaluation_row, report_origins, run_summary
+from kdjax.runtime.metrics_writer import print_table
 from kdjax.scoring import Scorer, match_rates, score_teacher
 from kdjax.teacher import building
-from kdjax.writer import print_table
 
 _UNTIL = flags.DEFINE_enum(
     "until", "end", ("teacher", "end"), "Stop when this is trained, or evaluated."

@@ -15,7 +15,7 @@ import numpy as np
 from absl import app, flags
 from cases import peak_rss, read, report, time_steps
 
-from kdjax import allocator, experiment, flops, parts, sharding, timing
+from kdjax import experiment, flops, parts, sharding, timing
 from kdjax.config import (
     CacheConfig,
     Config,
@@ -30,6 +30,7 @@ from kdjax.config import (
 from kdjax.data import loader
 from kdjax.data.views import Segment
 from kdjax.models import hf
+from kdjax.runtime import malloc
 from kdjax.teacher import records
 from kdjax.workload import Step, Workload
 
@@ -102,7 +103,7 @@ def workload(case: dict, folder: pathlib.Path) -> Workload:
 def run(folder: pathlib.Path, mode: str, steps: int) -> None:
     """Times one mode and prints its line."""
     before = peak_rss()
-    allocator.give_back_after_compiling()  # as commands do
+    malloc.give_back_after_compiling()  # as commands do
     case = read(str(folder))
     load = workload(case, folder)
     model, shardings = load.model, load.model.shardings

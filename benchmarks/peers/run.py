@@ -22,8 +22,8 @@ from typing import Any
 
 from cases import CASES
 
-from kdjax import allocator
-from kdjax.writer import print_table, progress
+from kdjax.runtime import malloc
+from kdjax.runtime.metrics_writer import print_table, progress
 
 HERE = pathlib.Path(__file__).parent
 # What runs in a case: name -> script and its flags. "loop, cache" reads the top k from
@@ -57,7 +57,7 @@ def call(python: str, script: str, *arguments: str, timeout: int) -> dict[str, A
     # Peers' environments have no kdjax, and need none; ours may be a checkout.
     path = os.pathsep.join([str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")])
     # Ours runs as our commands do. In the environment, GLIBC_TUNABLES is for all.
-    own = allocator.environment() if script == "ours.py" else {}
+    own = malloc.environment() if script == "ours.py" else {}
     try:
         done = subprocess.run(
             [python, str(HERE / script), *arguments],

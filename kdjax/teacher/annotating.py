@@ -18,12 +18,12 @@ from kdjax.config import AnnotateConfig, Config
 from kdjax.data import selection, sources
 from kdjax.data.example import Example
 from kdjax.models import hf
+from kdjax.runtime.metrics_writer import progress
 from kdjax.teacher import annotations, backends, prompts
 from kdjax.teacher.annotations import Key, Row
 from kdjax.teacher.asking import Item, Work, make_items
 from kdjax.teacher.gates import Gates
 from kdjax.teacher.prompts import PromptFiles
-from kdjax.writer import progress
 
 
 def annotate(config: Config, workdir: pathlib.Path) -> dict[str, Any]:

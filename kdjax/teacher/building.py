@@ -18,8 +18,8 @@ from kdjax.experiment import Data
 from kdjax.losses import head
 from kdjax.models import hf
 from kdjax.models.lm import Shape
+from kdjax.runtime.metrics_writer import progress
 from kdjax.teacher import labelling, records
-from kdjax.writer import progress
 
 
 def folder(config: Config, workdir: pathlib.Path, split: str) -> pathlib.Path:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from kdjax import allocator
+from kdjax.runtime import malloc
 
 SCRIPT = """
 import resource
@@ -48,7 +48,7 @@ print(before - resident())
 """
 HUGE = "glibc.malloc.hugetlb=1"
 needs_huge_pages = pytest.mark.skipif(
-    not allocator._available(), reason="no huge pages to be had by asking"
+    not malloc._available(), reason="no huge pages to be had by asking"
 )
 
 
@@ -98,7 +98,7 @@ def test_commands_alone_are_started_anew(tmp_path, arguments, environment, expec
     # A command that does nothing but tell: a module of the package's name, beside it.
     package = tmp_path / "kdjax"
     package.mkdir()
-    source = os.path.dirname(allocator.__file__)
+    source = os.path.dirname(malloc.__file__)
     for name in ("__init__.py", "allocator.py"):
         (package / name).symlink_to(os.path.join(source, name))
     (package / "shown.py").write_text(
@@ -124,9 +124,9 @@ def test_commands_alone_are_started_anew(tmp_path, arguments, environment, expec
     ],
 )
 def test_what_a_command_is(arguments, found):
-    assert allocator._is_command(arguments) == found
+    assert malloc._is_command(arguments) == found
 
 
 def test_other_systems_have_none(monkeypatch):
-    monkeypatch.setattr(allocator.sys, "platform", "darwin")
-    assert not allocator._available()
+    monkeypatch.setattr(malloc.sys, "platform", "darwin")
+    assert not malloc._available()

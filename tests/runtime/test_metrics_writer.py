@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from kdjax import writer
+from kdjax.runtime import metrics_writer
 
 
 def _lines(workdir):
@@ -15,7 +15,7 @@ def _lines(workdir):
 
 
 def test_metrics_events_summary_and_curves(tmp_path):
-    with writer.Writer(tmp_path, total_steps=3) as run:
+    with metrics_writer.Writer(tmp_path, total_steps=3) as run:
         for step in (1, 2, 3):
             run.write(step, {"loss": 1.0 / step, "loss/hard": 2.0, "kl": 0.5})
         run.write(3, {"eval/nll": 1.5})
@@ -32,12 +32,12 @@ def test_metrics_events_summary_and_curves(tmp_path):
 
 
 def test_resume_drops_later_lines_and_one_cut_short(tmp_path):
-    with writer.Writer(tmp_path, total_steps=9) as run:
+    with metrics_writer.Writer(tmp_path, total_steps=9) as run:
         for step in (2, 4, 6):
             run.write(step, {"loss": float(step)})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 8, "lo')
-    with writer.Writer(tmp_path, total_steps=9, resume_step=4) as run:
+    with metrics_writer.Writer(tmp_path, total_steps=9, resume_step=4) as run:
         run.write(6, {"loss": 60.0})
     assert [(row["step"], row["loss"]) for row in _lines(tmp_path)] == [
         (2, 2.0),
@@ -48,34 +48,34 @@ def test_resume_drops_later_lines_and_one_cut_short(tmp_path):
 
 def test_a_fresh_start_forgets_an_earlier_run(tmp_path):
     for value in (1.0, 2.0):
-        with writer.Writer(tmp_path, total_steps=1) as run:
+        with metrics_writer.Writer(tmp_path, total_steps=1) as run:
             run.write(1, {"loss": value})
     assert _lines(tmp_path) == [{"step": 1, "loss": 2.0}]
 
 
 def test_every_line_is_valid_json_and_reads_back(tmp_path):
-    with writer.Writer(tmp_path, total_steps=1) as run:
+    with metrics_writer.Writer(tmp_path, total_steps=1) as run:
         run.write(1, {"loss": float("inf")})
     assert _lines(tmp_path)[0]["loss"] == "inf"
-    (row,) = writer.read_metrics(tmp_path / "metrics.jsonl")
+    (row,) = metrics_writer.read_metrics(tmp_path / "metrics.jsonl")
     assert row == {"step": 1, "loss": float("inf")}
 
 
 def test_other_processes_write_nothing(tmp_path, capsys):
     workdir = tmp_path / "run"
-    with writer.Writer(workdir, total_steps=1, is_main=False) as run:
+    with metrics_writer.Writer(workdir, total_steps=1, is_main=False) as run:
         run.write(1, {"loss": 1.0})
         run.summary({})
         run.curves()
         run.table("t", [{"a": 1}])
-    with writer.progress(2, "label", is_main=False) as advance:
+    with metrics_writer.progress(2, "label", is_main=False) as advance:
         advance()
     assert not workdir.exists()
     assert capsys.readouterr() == ("", "")
 
 
 def test_progress_in_a_log_is_plain_lines_with_the_last_one(capsys):
-    with writer.progress(1000, "label", start=10) as advance:
+    with metrics_writer.progress(1000, "label", start=10) as advance:
         for _ in range(990):
             advance(1, note="loss 1.5")
     lines = capsys.readouterr().err.splitlines()
@@ -86,20 +86,20 @@ def test_progress_in_a_log_is_plain_lines_with_the_last_one(capsys):
 
 def test_progress_on_a_terminal_is_a_bar(capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with writer.progress(2, "label") as advance:
+    with metrics_writer.progress(2, "label") as advance:
         advance(2, note="kl 0.1")
     shown = capsys.readouterr().err
     assert "label" in shown and "2/2" in shown and "kl 0.1" in shown
 
 
 def test_table_shows_every_column(capsys):
-    writer.print_table("results", [{"model": "a", "nll": 1.23456}, {"kl": 0.5}])
+    metrics_writer.print_table("results", [{"model": "a", "nll": 1.23456}, {"kl": 0.5}])
     shown = capsys.readouterr().out
     assert all(text in shown for text in ("results", "model", "nll", "kl", "1.235"))
 
 
 def test_curves_without_any_metric(tmp_path):
-    writer.draw_curves([], tmp_path / "empty.png")
+    metrics_writer.draw_curves([], tmp_path / "empty.png")
     assert (tmp_path / "empty.png").stat().st_size > 0
 
 
@@ -113,4 +113,4 @@ def test_missing_wandb_is_a_clear_error(tmp_path, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", no_wandb)
     with pytest.raises(ValueError, match="pip install wandb"):
-        writer.Writer(tmp_path, total_steps=1, wandb_project="p")
+        metrics_writer.Writer(tmp_path, total_steps=1, wandb_project="p")

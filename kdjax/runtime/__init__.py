@@ -1,0 +1,1 @@
+"""Process-level utilities: files, console output, metrics, malloc, chip peaks."""
