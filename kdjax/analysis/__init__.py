@@ -1,1 +1,1 @@
-"""What a comparison of runs says: groups, tests, effect sizes, figures, one page."""
+"""Statistics, figures and reports of finished runs, without JAX."""

@@ -11,7 +11,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kdjax.analysis import factors, runs
+from kdjax.analysis import factor_effects, runs
 
 _INK = "#010203"  # becomes currentColor
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9")
@@ -164,7 +164,11 @@ def pareto(
 
 
 def levels(
-    found: Sequence[factors.Factor], label: str, *, anchor: str, name: str = "figure"
+    found: Sequence[factor_effects.Factor],
+    label: str,
+    *,
+    anchor: str,
+    name: str = "figure",
 ) -> str:
     """Means of the levels with their intervals, one panel a factor.
 
@@ -272,7 +276,7 @@ def _panel(
     axes.label_outer()
 
 
-def _levels(axes: Any, factor: factors.Factor, anchor: str) -> None:
+def _levels(axes: Any, factor: factor_effects.Factor, anchor: str) -> None:
     for place, level in enumerate(factor.levels):
         mean = level.mean
         if mean.value is None:

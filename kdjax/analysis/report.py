@@ -13,7 +13,7 @@ from typing import Any
 
 import jinja2
 
-from kdjax.analysis import factors, plots, runs, stats
+from kdjax.analysis import factor_effects, group_tests, plots, runs
 
 _TEMPLATE = "report.html.jinja"
 _NONE = "\N{EN DASH}"
@@ -67,7 +67,9 @@ def render(
         lstrip_blocks=True,
     )
     environment.filters |= {"number": number, "p": p_value}
-    comparisons = [stats.compare(found, metric, design) for metric in design.metrics]
+    comparisons = [
+        group_tests.compare(found, metric, design) for metric in design.metrics
+    ]
     figures = {
         index: plots.dots(
             comparison.everything.groups,
@@ -77,9 +79,9 @@ def render(
         for index, comparison in enumerate(comparisons, start=1)
     }
     points, pareto = _pareto(found, design, comparisons[0])
-    several = len(factors.levels(found, design)) > 1
+    several = len(factor_effects.levels(found, design)) > 1
     by_factor = {
-        index: factors.compare(found, metric, design)
+        index: factor_effects.compare(found, metric, design)
         for index, metric in enumerate(design.metrics if several else (), start=1)
     }
     return environment.get_template(_TEMPLATE).render(
@@ -116,7 +118,7 @@ def render(
         reliability=plots.reliability(reliability or {}, name="reliability"),
         link=lambda run: _link(run, folder),
         columns=tuple(dict.fromkeys((*design.factors, design.seed))),
-        alpha=stats.ALPHA,
+        alpha=group_tests.ALPHA,
     )
 
 
@@ -139,7 +141,7 @@ def p_value(value: float | None) -> str:
     return "< 0.0001" if value < 0.0001 else number(value, 4)
 
 
-def sentence(factor: factors.Factor, confidence: float, decimals: int) -> str:
+def sentence(factor: factor_effects.Factor, confidence: float, decimals: int) -> str:
     """What was found of a factor, in plain words.
 
     Args:
@@ -169,7 +171,7 @@ def sentence(factor: factors.Factor, confidence: float, decimals: int) -> str:
             seen = True
             words.append(f"{name}: {value} ({interval})")
     text = f"{factor.name}: {'; '.join(words)}"
-    if factor.p is not None and seen != (factor.p < stats.ALPHA):
+    if factor.p is not None and seen != (factor.p < group_tests.ALPHA):
         verdict = "no difference is seen" if seen else "they differ"
         equals = "" if factor.p < 0.0001 else "= "
         text += f"; all levels together: {verdict} (p {equals}{p_value(factor.p)})"
@@ -214,7 +216,9 @@ def _counts(found: Sequence[runs.Run]) -> dict[str, int]:
     return counts
 
 
-def _best(comparison: stats.Comparison, design: runs.Design) -> set[tuple[str, str]]:
+def _best(
+    comparison: group_tests.Comparison, design: runs.Design
+) -> set[tuple[str, str]]:
     """Groups with the best mean of their level of the second factor."""
     sign = -1 if comparison.metric in design.lowest else 1
     best: dict[str, float] = {}
@@ -230,13 +234,15 @@ def _best(comparison: stats.Comparison, design: runs.Design) -> set[tuple[str, s
     }
 
 
-def _overview(comparisons: Sequence[stats.Comparison]) -> list[list[runs.Group]]:
+def _overview(comparisons: Sequence[group_tests.Comparison]) -> list[list[runs.Group]]:
     """A line a group: itself once a metric."""
     columns = [comparison.everything.groups for comparison in comparisons]
     return [list(line) for line in zip(*columns, strict=True)]
 
 
-def _versions(comparison: stats.Comparison | factors.Effects) -> list[tuple[str, Any]]:
+def _versions(
+    comparison: group_tests.Comparison | factor_effects.Effects,
+) -> list[tuple[str, Any]]:
     """All runs, and beside them what is left without outliers."""
     versions: list[tuple[str, Any]] = [("all runs", comparison.everything)]
     if comparison.without is not None:
@@ -249,7 +255,7 @@ def _falls(design: runs.Design) -> bool:
 
 
 def _pareto(
-    found: Sequence[runs.Run], design: runs.Design, first: stats.Comparison
+    found: Sequence[runs.Run], design: runs.Design, first: group_tests.Comparison
 ) -> tuple[list[plots.Point], str]:
     """Mean quality (the first metric) and cost of each group that has both."""
     if not design.cost:

@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from kdjax.analysis import effects, factors, plots, runs
+from kdjax.analysis import effect_sizes, factor_effects, plots, runs
 from tests.analysis import cells
 
 BINS = {"teacher": ([0, 4, 10], [0, 2.0, 9.0], [0, 1, 8])}
@@ -28,15 +28,20 @@ def _points():
 
 def _factors():
     """Two: one level of the first is not estimable, one of the second has no bounds."""
-    whole = effects.Estimate(value=0.5, low=0.4, high=0.6)
-    bare = effects.Estimate(value=0.7, low=None, high=None)
-    means = {"soft": (whole, effects.nothing("lost")), "_size": (whole, bare, whole)}
+    whole = effect_sizes.Estimate(value=0.5, low=0.4, high=0.6)
+    bare = effect_sizes.Estimate(value=0.7, low=None, high=None)
+    means = {
+        "soft": (whole, effect_sizes.nothing("lost")),
+        "_size": (whole, bare, whole),
+    }
     return [
-        factors.Factor(
+        factor_effects.Factor(
             name=name,
-            partial_eta_squared=effects.nothing(""),
+            partial_eta_squared=effect_sizes.nothing(""),
             levels=tuple(
-                factors.Level(name=f"$l{i}$", members=(), mean=mean, difference=None)
+                factor_effects.Level(
+                    name=f"$l{i}$", members=(), mean=mean, difference=None
+                )
                 for i, mean in enumerate(of_it)
             ),
         )

@@ -10,7 +10,7 @@ import scipy.stats
 import statsmodels.formula.api as formulas
 from statsmodels.stats.anova import anova_lm
 
-from kdjax.analysis import factors, report
+from kdjax.analysis import factor_effects, report
 from tests.analysis import cells
 
 CUBE = {  # two runs a combination; effects 2, 1 and 0
@@ -51,7 +51,7 @@ SEVERAL = ("method", "generation", "student")
 
 def _compare(table, names=NAMES):
     design, found = cells.factorial(table, names)
-    return factors.compare(found, "score", design)
+    return factor_effects.compare(found, "score", design)
 
 
 def _model(table, names=NAMES):
@@ -277,7 +277,7 @@ def test_without_chance_there_are_values_and_a_statement(table, reason, gap):
 )
 def test_without_two_levels_there_is_no_factor(table):
     found = _compare(table)
-    assert found.everything == factors.Model(
+    assert found.everything == factor_effects.Model(
         statement="no factor has two levels with a number: no test"
     )
     assert found.without is None
@@ -375,8 +375,8 @@ def test_a_sentence_tells_where_f_and_intervals_disagree():
 
 def test_order_of_runs_does_not_matter_but_for_the_first_level():
     design, found = cells.factorial(UNEQUAL, NAMES)
-    one = factors.compare(found, "score", design).everything
-    other = factors.compare(found[::-1], "score", design).everything
+    one = factor_effects.compare(found, "score", design).everything
+    other = factor_effects.compare(found[::-1], "score", design).everything
     for here, there in zip(one.factors, other.factors, strict=True):
         assert there.f == pytest.approx(here.f)
         assert [level.name for level in there.levels] == [

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from kdjax.analysis import effects, extras
+from kdjax.analysis import effect_sizes, extras
 
 _FAR = 1e-8  # from a span: what is closer is in it
 _ROUNDING = 1e-12  # of the largest value: smaller residuals are none
@@ -50,7 +50,7 @@ class Fit:
     @functools.cached_property
     def reason(self) -> str:
         """Why there is no test, in words; "" if there is one."""
-        if not effects.varies(self.values.tolist()):
+        if not effect_sizes.varies(self.values.tolist()):
             return "all values are the same: no variance, no test"
         total = float(((self.values - self.values.mean()) ** 2).sum())
         rounding = (_ROUNDING * float(np.abs(self.values).max())) ** 2
@@ -80,7 +80,7 @@ class Fit:
 
     def estimate(
         self, parts: Parts, *, constant: float = 0.0, num: int = 1
-    ) -> effects.Estimate:
+    ) -> effect_sizes.Estimate:
         """A contrast with its interval, by t of the residual.
 
         Args:
@@ -89,17 +89,17 @@ class Fit:
           num: intervals that hold at once, by Bonferroni's correction.
         """
         if not self.estimable(parts, constant=constant):
-            return effects.nothing(self._blame(parts, constant))
+            return effect_sizes.nothing(self._blame(parts, constant))
         kept = self._contrast(parts, constant)[self._kept]
         value = float(kept @ self._result.params + constant * self.values[0])
         if self.reason:
-            return effects.Estimate(
+            return effect_sizes.Estimate(
                 value=value, low=None, high=None, statement=self.reason
             )
         spread = float(kept @ self._result.normalized_cov_params @ kept)
         t = float(_scipy().t.isf((1 - self.confidence) / 2 / num, self.df))
         half = t * math.sqrt(max(spread, 0.0) * self.squares / self.df)
-        return effects.Estimate(value=value, low=value - half, high=value + half)
+        return effect_sizes.Estimate(value=value, low=value - half, high=value + half)
 
     @functools.cached_property
     def _span_PP(self) -> np.ndarray:

@@ -7,7 +7,7 @@ import pytest
 import scikit_posthocs
 import scipy.stats
 
-from kdjax.analysis import runs, stats
+from kdjax.analysis import group_tests, runs
 from tests.analysis import cells
 
 # Crampton, 1947: length of odontoblasts of 60 guinea pigs, by supplement and dose.
@@ -30,7 +30,7 @@ UNEQUAL = {  # three methods, two sizes, unequal n, ties
 
 
 def _anova(table):
-    return stats.anova(cells.groups(table), "method", "size")
+    return group_tests.anova(cells.groups(table), "method", "size")
 
 
 def _residual(columns, y):
@@ -95,7 +95,7 @@ def test_anova_against_sums_of_squares_by_hand(table):
 
 def test_one_factor_against_scipy():
     table = {key: values for key, values in UNEQUAL.items() if key[1] == "s"}
-    found = stats.anova(cells.groups(table), "method")
+    found = group_tests.anova(cells.groups(table), "method")
     (source,) = found.sources
     expected = scipy.stats.f_oneway(*table.values())
     assert (source.f, source.p) == pytest.approx(tuple(expected), abs=1e-6)
@@ -105,7 +105,7 @@ def test_one_factor_against_scipy():
 def test_names_of_levels_and_factors_mean_nothing_to_the_formula():
     odd = {"a": "1 + C(y)", "b": "`b`", "c": "a:b"}
     renamed = {(odd[m], s): values for (m, s), values in UNEQUAL.items()}
-    found = stats.anova(cells.groups(renamed), "y ~ a", "log(b)")
+    found = group_tests.anova(cells.groups(renamed), "y ~ a", "log(b)")
     expected = _anova(UNEQUAL)
     assert [s.f for s in found.sources] == [s.f for s in expected.sources]
     assert [s.name for s in found.sources] == ["y ~ a", "log(b)", "y ~ a x log(b)"]
@@ -114,7 +114,7 @@ def test_names_of_levels_and_factors_mean_nothing_to_the_formula():
 @pytest.mark.parametrize("size", ["s", "t"])
 def test_pairs_against_scipy_and_scikit_posthocs(size):
     table = {key: values for key, values in UNEQUAL.items() if key[1] == size}
-    level = stats.at_level(cells.groups(table), size)
+    level = group_tests.at_level(cells.groups(table), size)
     values = list(table.values())
     tukey = scipy.stats.tukey_hsd(*values)
     bounds = tukey.confidence_interval(0.95)
@@ -140,7 +140,7 @@ def test_pairs_against_scipy_and_scikit_posthocs(size):
 
 def test_dunn_by_hand_with_ties():
     table = {key: values for key, values in UNEQUAL.items() if key[1] == "s"}
-    level = stats.at_level(cells.groups(table), "s")
+    level = group_tests.at_level(cells.groups(table), "s")
     sizes = [len(values) for values in table.values()]
     flat = np.concatenate(list(table.values()))
     ranks = np.split(scipy.stats.rankdata(flat), np.cumsum(sizes)[:-1])
@@ -158,7 +158,7 @@ def test_dunn_by_hand_with_ties():
 
 def test_a_group_of_one_run_takes_part_where_others_vary():
     table = {("a", "s"): [1, 2, 4], ("b", "s"): [2, 3, 3], ("c", "s"): [9]}
-    level = stats.at_level(cells.groups(table), "s")
+    level = group_tests.at_level(cells.groups(table), "s")
     assert all(pair.tukey_p is not None for pair in level.pairs)
     assert level.pairs[1].tukey_p < 0.05 < level.pairs[0].tukey_p
 
@@ -183,20 +183,20 @@ FLAT = "no group varies, but they differ: no variance within groups, no test"
     ids=["one seed", "all equal", "constant", "one empty", "nothing", "rounding"],
 )
 def test_what_cannot_be_tested_is_said_in_words(table, anova, tukey, kruskal):
-    found = stats.compare(cells.table(table), "score", cells.DESIGN)
+    found = group_tests.compare(cells.table(table), "score", cells.DESIGN)
     (level,) = found.everything.levels
-    assert found.everything.anova == stats.Anova(statement=anova)
+    assert found.everything.anova == group_tests.Anova(statement=anova)
     assert level.tukey_statement == tukey
     assert all(pair.tukey_p is None for pair in level.pairs)
     if kruskal:
-        assert level.kruskal == stats.Kruskal(statement=kruskal)
+        assert level.kruskal == group_tests.Kruskal(statement=kruskal)
         assert level.dunn_statement == kruskal
     assert cells.all_finite(found)
 
 
 def test_identical_groups_do_not_differ():
     table = {("a", "s"): [1, 2, 3], ("b", "s"): [1, 2, 3]}
-    found = stats.compare(cells.table(table), "score", cells.DESIGN).everything
+    found = group_tests.compare(cells.table(table), "score", cells.DESIGN).everything
     (source,) = found.anova.sources
     (pair,) = found.levels[0].pairs
     assert (source.f, source.p) == pytest.approx((0, 1), abs=1e-6)
@@ -206,7 +206,7 @@ def test_identical_groups_do_not_differ():
 
 def test_levels_that_never_meet():
     table = {key: v for key, v in UNEQUAL.items() if key != ("c", "t")}
-    found = stats.compare(cells.table(table), "score", cells.DESIGN)
+    found = group_tests.compare(cells.table(table), "score", cells.DESIGN)
     anova = found.everything.anova
     assert [source.name for source in anova.sources] == ["method", "size"]
     assert "1 of 6 groups have no run: the interaction is not" in anova.statement
@@ -218,25 +218,27 @@ def test_levels_that_never_meet():
 
 def test_with_and_without_outliers_stand_side_by_side():
     table = UNEQUAL | {("a", "s"): [0.52, 0.55, 0.53, 0.55, 0.1]}
-    found = stats.compare(cells.table(table), "score", cells.DESIGN)
+    found = group_tests.compare(cells.table(table), "score", cells.DESIGN)
     assert [outlier.run.name for outlier in found.removed] == ["a-s-4"]
     clean = {("a", "s"): [0.52, 0.55, 0.53, 0.55]} | table | UNEQUAL
     assert found.everything.anova == _anova(table)
     assert found.without.anova == _anova(clean)
-    level = stats.at_level(cells.groups(UNEQUAL)[:3], "s")
+    level = group_tests.at_level(cells.groups(UNEQUAL)[:3], "s")
     assert found.without.levels[0] == level
     assert "1 lie beyond 1.5 interquartile ranges" in found.statement
 
 
 def test_without_outliers_there_is_one_set_of_tests():
-    found = stats.compare(cells.table(UNEQUAL), "score", cells.DESIGN)
+    found = group_tests.compare(cells.table(UNEQUAL), "score", cells.DESIGN)
     assert (found.removed, found.without) == ((), None)
     assert found.statement.endswith("no outlier")
 
 
 def test_failed_and_collapsed_runs_are_counted_and_named():
     table = runs.parse(cells.grid_rows(), cells.GRID)
-    accuracy, nll = (stats.compare(table, m, cells.GRID) for m in ("accuracy", "nll"))
+    accuracy, nll = (
+        group_tests.compare(table, m, cells.GRID) for m in ("accuracy", "nll")
+    )
     assert accuracy.statement.startswith(
         "34 of 36 runs have a number; 2 have none and are in no test; "
         "1 collapsed and stay in the tests of all runs"
@@ -258,5 +260,5 @@ def test_numbers_are_finite_whatever_the_cells_hold():
             for first in "abc"
             for second in "st"
         }
-        found = stats.compare(cells.table(table), "score", cells.DESIGN)
+        found = group_tests.compare(cells.table(table), "score", cells.DESIGN)
         assert cells.all_finite(found), table

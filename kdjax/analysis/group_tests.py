@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from kdjax.analysis import effects, extras, runs
+from kdjax.analysis import effect_sizes, extras, runs
 
 ALPHA = 0.05  # level at which statements speak of a difference
 _FEW = 5  # runs of a group below which chi-squared is a rough approximation
@@ -27,7 +27,7 @@ class Source:
     f: float
     p: float
     eta_squared: float  # share of the total sum of squares
-    partial_eta_squared: effects.Estimate
+    partial_eta_squared: effect_sizes.Estimate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,8 +62,8 @@ class Pair:
     high: float | None = None
     tukey_p: float | None = None
     dunn_p: float | None = None  # times the number of pairs, at most 1 (Bonferroni)
-    hedges_g: effects.Estimate
-    vargha_delaney: effects.Estimate
+    hedges_g: effect_sizes.Estimate
+    vargha_delaney: effect_sizes.Estimate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -235,8 +235,8 @@ def at_level(
                 difference=_difference(filled[i], filled[j]),
                 **(tukey[order] if tukey else {}),
                 dunn_p=float(dunn[i, j]) if dunn is not None else None,
-                hedges_g=effects.hedges_g(x, y, confidence=confidence),
-                vargha_delaney=effects.vargha_delaney(x, y, confidence=confidence),
+                hedges_g=effect_sizes.hedges_g(x, y, confidence=confidence),
+                vargha_delaney=effect_sizes.vargha_delaney(x, y, confidence=confidence),
             )
         )
     return Level(
@@ -271,8 +271,10 @@ def _no_test(filled: Sequence[runs.Group]) -> str:
         return "fewer than two groups have a run: nothing to compare"
     if all(len(group.values) == 1 for group in filled):
         return "one seed in each group: no variance, no test"
-    if not effects.varies(*(group.values for group in filled)):
-        if not effects.varies([value for group in filled for value in group.values]):
+    if not effect_sizes.varies(*(group.values for group in filled)):
+        if not effect_sizes.varies(
+            [value for group in filled for value in group.values]
+        ):
             return "all values are the same: no variance, no test"
         return "no group varies, but they differ: no variance within groups, no test"
     return ""
@@ -297,7 +299,7 @@ def _source(name: str, row: Any, total: float, residual_df: float) -> Source:
         f=f,
         p=float(row["PR(>F)"]),
         eta_squared=squares / total,
-        partial_eta_squared=effects.partial_eta_squared(f, df, residual_df),
+        partial_eta_squared=effect_sizes.partial_eta_squared(f, df, residual_df),
     )
 
 

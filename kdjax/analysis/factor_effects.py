@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from kdjax.analysis import effects, linear, runs, stats
+from kdjax.analysis import effect_sizes, group_tests, least_squares, runs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,8 +19,8 @@ class Level:
 
     name: str
     members: tuple[runs.Run, ...]  # those with a number
-    mean: effects.Estimate  # over the levels of the other factors, each alike
-    difference: effects.Estimate | None  # from the first level; None of it itself
+    mean: effect_sizes.Estimate  # over the levels of the other factors, each alike
+    difference: effect_sizes.Estimate | None  # from the first level; None of it itself
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class Factor:
     df: float | None = None
     f: float | None = None
     p: float | None = None
-    partial_eta_squared: effects.Estimate
+    partial_eta_squared: effect_sizes.Estimate
     statement: str = ""
 
 
@@ -152,7 +152,7 @@ def additive(
     if not terms:
         return Model(statement="no factor has two levels with a number: no test")
     values_N = np.asarray([run.value(metric) for run in members], float)
-    fit = linear.Fit(values_N, terms, confidence)
+    fit = least_squares.Fit(values_N, terms, confidence)
     pairs = tuple(
         _interaction(fit, first, second)
         for first, second in itertools.combinations(terms, 2)
@@ -168,7 +168,7 @@ def additive(
 
 
 def _factor(
-    fit: linear.Fit, name: str, members: Sequence[runs.Run], names: Sequence[str]
+    fit: least_squares.Fit, name: str, members: Sequence[runs.Run], names: Sequence[str]
 ) -> Factor:
     inside: dict[str, list[runs.Run]] = {level: [] for level in names}
     for run in members:
@@ -191,7 +191,7 @@ def _factor(
         )
         for place, level in enumerate(present)
     ]
-    none = effects.nothing("no run has a number")
+    none = effect_sizes.nothing("no run has a number")
     found += [
         Level(name=level, members=(), mean=none, difference=none)
         for level in names
@@ -201,9 +201,9 @@ def _factor(
     unknown = [each.statement for each in differences if each.value is None]
     if not test:
         reason = fit.reason or unknown[0]
-        eta = effects.nothing(reason)
+        eta = effect_sizes.nothing(reason)
     else:
-        eta = effects.partial_eta_squared(test["f"], test["df"], fit.df)
+        eta = effect_sizes.partial_eta_squared(test["f"], test["df"], fit.df)
         df = f"{test['df']:.0f} of {len(contrasts)} degrees of freedom"
         reason = f"F has {df}: {unknown[0]}" if unknown else ""
     return Factor(
@@ -215,11 +215,11 @@ def _factor(
     )
 
 
-def _interaction(fit: linear.Fit, first: str, second: str) -> Interaction:
+def _interaction(fit: least_squares.Fit, first: str, second: str) -> Interaction:
     a_NA, b_NB = fit.terms[first], fit.terms[second]
     cells_NC = np.einsum("na,nb->nab", a_NA, b_NB).reshape(len(a_NA), -1)
     both = {"additive": fit.x_NP, "cells": cells_NC}
-    larger = linear.Fit(fit.values, both, fit.confidence)
+    larger = least_squares.Fit(fit.values, both, fit.confidence)
     test = larger.test(fit)
     words = []
     missing = int((cells_NC.sum(0) == 0).sum())
@@ -244,14 +244,16 @@ def _verdict(pairs: Sequence[Interaction]) -> str:
     found = {pair.name: pair.p for pair in pairs if pair.p is not None}
     if not found:
         return "no pair of factors can be tested for an interaction" if pairs else ""
-    seen = [name for name, p in found.items() if p < stats.ALPHA]
-    words = f"interactions seen at the {stats.ALPHA:.0%} level, of {len(found)} pairs"
+    seen = [name for name, p in found.items() if p < group_tests.ALPHA]
+    words = (
+        f"interactions seen at the {group_tests.ALPHA:.0%} level, of {len(found)} pairs"
+    )
     if not seen:
         return f"{words}: none"
     return f"{words}: {', '.join(seen)}; there a difference is one of averages"
 
 
-def _statement(fit: linear.Fit, members: Sequence[runs.Run]) -> str:
+def _statement(fit: least_squares.Fit, members: Sequence[runs.Run]) -> str:
     """What a reader of the model's numbers has to know, in words."""
     met: dict[str, int] = {}
     for run in members:
