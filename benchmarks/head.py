@@ -22,10 +22,10 @@ import jax.numpy as jnp
 
 from kdjax import timing
 from kdjax.config import DTYPES
-from kdjax.losses import head
+from kdjax.losses import fused_head
 from kdjax.runtime.metrics_writer import print_table
 
-Inputs = tuple[jax.Array, jax.Array, jax.Array, head.Teacher]
+Inputs = tuple[jax.Array, jax.Array, jax.Array, fused_head.Teacher]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ def make_inputs(shape: Shape) -> Inputs:
     # The pairs hold 0.95 of the mass: a teacher of text.
     logits_NK = 2 * jax.random.normal(keys[4], (n, k))
     log_probs_NK = jax.nn.log_softmax(logits_NK) + jnp.log(0.95)
-    teacher = head.Teacher(ids_NK, log_probs_NK, jnp.zeros((n,), jnp.float32))
+    teacher = fused_head.Teacher(ids_NK, log_probs_NK, jnp.zeros((n,), jnp.float32))
     return hidden_ND, weight_VD, targets_N, teacher
 
 
@@ -62,7 +62,7 @@ def fused_loss(shape: Shape) -> Callable[..., jax.Array]:
 
     def loss(hidden_ND, weight_VD, targets_N, teacher):
         weights_N = jnp.full(targets_N.shape, 0.5 / shape.num_tokens, jnp.float32)
-        return head.fused_loss(
+        return fused_head.fused_loss(
             hidden_ND,
             weight_VD,
             targets_N,

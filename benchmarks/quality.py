@@ -26,7 +26,7 @@ import numpy as np
 from absl import app, flags
 
 from kdjax.config import CacheConfig
-from kdjax.losses.rows import chunk_label
+from kdjax.losses.chunk_label import chunk_label
 from kdjax.runtime.metrics_writer import print_table, progress
 from kdjax.teacher import draws, records
 from kdjax.teacher.records import Cache, Manifest, Record

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from kdjax import sharding
-from kdjax.losses import head, hidden
+from kdjax.losses import fused_head, layer_losses
 from kdjax.losses.options import LogitRule
 from kdjax.models import decoder, lm
 
@@ -31,7 +31,7 @@ class Matching(NamedTuple):
 
     student_layers: tuple[int, ...]
     teacher_layers: tuple[int, ...]  # one for each of the student's
-    hidden: str | None  # kind of `losses.hidden.hidden_loss`; None = no such term
+    hidden: str | None  # kind of `losses.layer_losses.hidden_loss`; None = no such term
     attention: bool
 
     @property
@@ -49,7 +49,7 @@ class Matching(NamedTuple):
 class FromTeacher(NamedTuple):
     """What the teacher says of a microbatch."""
 
-    rows: head.Teacher | head.LiveTeacher | None
+    rows: fused_head.Teacher | fused_head.LiveTeacher | None
     watched: decoder.Watched | None = None
 
 
@@ -59,14 +59,14 @@ def compared(
     """The terms of layers that are compared, each [B, T]."""
     found = {}
     if matching.hidden is not None:
-        found["hidden"] = hidden.hidden_loss(
+        found["hidden"] = layer_losses.hidden_loss(
             student.states_nBTD,
             teacher.states_nBTD,
             kind=matching.hidden,
             projection_nDE=projection_nDE,
         )
     if matching.attention:
-        found["attention"] = hidden.attention_loss(
+        found["attention"] = layer_losses.attention_loss(
             student.attention_nBTT, teacher.attention_nBTT
         )
     return found
@@ -119,8 +119,8 @@ def ask(
     if teacher.num_pairs is None:
         missing = num_rows - weight_VE.shape[0]
         weight_VE = jnp.pad(weight_VE, ((0, missing), (0, 0)))
-        return FromTeacher(head.LiveTeacher(hidden_NE, weight_VE), watched)
-    found = head.sharded_label(
+        return FromTeacher(fused_head.LiveTeacher(hidden_NE, weight_VE), watched)
+    found = fused_head.sharded_label(
         mesh,
         hidden_NE,
         weight_VE,
@@ -133,7 +133,7 @@ def ask(
         with_entropy=False,
         active_N=rows["soft_weights"].reshape(-1) != 0,
     )
-    pairs = head.Teacher(
+    pairs = fused_head.Teacher(
         ids_NK=found["ids_NK"],
         log_probs_NK=found["log_probs_NK"],
         log_z_N=found["log_z_NS"][:, 0],

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from kdjax import experiment, freezing, program, sharding, step
 from kdjax.config import Config
 from kdjax.experiment import Model
-from kdjax.losses import head
+from kdjax.losses import fused_head as fused_head_lib
 from kdjax.models import hf, lm
 from kdjax.workload import Step, Workload
 
@@ -97,13 +97,13 @@ def _head_pass(
         flat = {name: x.reshape(-1, *x.shape[2:]) for name, x in rows.items()}
         teacher = None
         if load.cache is not None:
-            teacher = head.Teacher(
+            teacher = fused_head_lib.Teacher(
                 ids_NK=flat.get("teacher_ids"),
                 log_probs_NK=flat["teacher_log_probs"],
                 log_z_N=flat["teacher_log_z"],
                 entropy_N=flat.get("teacher_entropy"),
             )
-        return head.sharded_fused_loss(
+        return fused_head_lib.sharded_fused_loss(
             load.mesh,
             hidden_ND,
             weight_VD,
@@ -195,7 +195,7 @@ def make_live_label(
         k=k,
         temperatures=(config.method.temperature,),
         chunk_size=config.cache.chunk_size
-        or head.chunk_size(config.cache.memory_mib, model.shape.vocab_size),
+        or fused_head_lib.chunk_size(config.cache.memory_mib, model.shape.vocab_size),
     )
     unread = ("teacher_", "dropout_keys")
     read = {name: x for name, x in batch.items() if not name.startswith(unread)}

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from kdjax import freezing, live, methods, optim, sharding, state, step
 from kdjax.config import CacheConfig, Config, T5Config
 from kdjax.experiment import Model
-from kdjax.losses import head
+from kdjax.losses import fused_head
 from kdjax.models import lm
 from kdjax.models.lm import Shape
 from kdjax.state import TrainState
@@ -232,7 +232,7 @@ def untrained(config: Config, params: Any) -> dict[str, Any]:
 def loss_options(
     config: Config, model: Model, temperature: float, num_valid: int | None
 ) -> dict[str, Any]:
-    """Keywords of `losses.head.fused_loss` for a config, but for `lm.logit_rule`."""
+    """Keywords of `losses.fused_head.fused_loss` for a config, but for `lm.logit_rule`."""
     method = config.method
     return {
         "temperature": temperature,
@@ -248,7 +248,9 @@ def loss_options(
 def chunk_size(config: Config, model: Model) -> int:
     """Tokens of a chunk of the fused head."""
     train = config.train
-    return train.chunk_size or head.chunk_size(train.memory_mib, model.shape.vocab_size)
+    return train.chunk_size or fused_head.chunk_size(
+        train.memory_mib, model.shape.vocab_size
+    )
 
 
 def abstract_batch(

@@ -14,20 +14,20 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from kdjax import freezing, live, sharding, state
-from kdjax.losses import head
+from kdjax.losses import fused_head
 from kdjax.models import decoder, lm
 from kdjax.state import TrainState
 
 Batch = dict[str, Any]
 
 
-def _teacher(rows: Batch) -> head.Teacher | None:
+def _teacher(rows: Batch) -> fused_head.Teacher | None:
     """The teacher's records of one microbatch, flattened to tokens."""
     if "teacher_log_probs" not in rows:
         return None
     log_probs = rows["teacher_log_probs"]
     ids = rows.get("teacher_ids")
-    return head.Teacher(
+    return fused_head.Teacher(
         ids_NK=None if ids is None else ids.reshape(-1, ids.shape[-1]),
         log_probs_NK=log_probs.reshape(-1, log_probs.shape[-1]),
         log_z_N=rows["teacher_log_z"].reshape(-1),
@@ -67,7 +67,7 @@ def make_train_step(
       mesh: devices; the batch is split over (data, fsdp).
       abstract: shapes and shardings of the state.
       num_views: views are numbered 0..num_views-1 in batch["view"].
-      loss: keywords of `losses.head.fused_loss`, without the rules of the logits, which
+      loss: keywords of `losses.fused_head.fused_loss`, without the rules of the logits, which
         are the models' own.
       teacher: one that runs in the step, outside of what is differentiated; else the
         batch brings the cache's records where there are soft terms.
@@ -118,7 +118,7 @@ def make_train_step(
                 watch=decoder.Watch(matching.student_layers, matching.attention),
             )
         num_rows, length, width = hidden_BTD.shape
-        total, tokens = head.sharded_fused_loss(
+        total, tokens = fused_head.sharded_fused_loss(
             mesh,
             hidden_BTD.reshape(num_rows * length, width),
             lm.head_weight(params),
@@ -244,7 +244,7 @@ def make_score_step(
         batch = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
         hidden_BTD = lm.hidden_states(graphdef, params, batch)
         teacher = _teacher(batch)
-        scores = head.sharded_score(
+        scores = fused_head.sharded_score(
             mesh,
             hidden_BTD.reshape(-1, hidden_BTD.shape[-1]),
             lm.head_weight(params),
@@ -297,7 +297,7 @@ def make_label_step(
       chunk_size: tokens of a chunk of the head.
 
     Returns:
-      The compiled function; arrays as in `losses.head.label`, first axis M * B * T.
+      The compiled function; arrays as in `losses.fused_head.label`, first axis M * B * T.
       A batch with "points" [M, B, T, S, P] gets draws instead of the top k.
     """
 
@@ -307,7 +307,7 @@ def make_label_step(
         points = batch.get("points")
         if points is not None:
             points = points.reshape(-1, *points.shape[2:])
-        return head.sharded_label(
+        return fused_head.sharded_label(
             mesh,
             hidden_BTD.reshape(-1, hidden_BTD.shape[-1]),
             lm.head_weight(params),

@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict
 from kdjax import experiment, freezing, hlo, program, sharding, state, train, validation
 from kdjax.config import MeshConfig, T5Config
 from kdjax.data import loader
-from kdjax.losses import head
+from kdjax.losses import fused_head
 from kdjax.models import decoder, t5
 from tests import small
 from tests.test_step import FakeCache
@@ -169,7 +169,7 @@ def test_a_frozen_head_costs_no_gradient(shape):
     targets, ones = jnp.zeros(64, jnp.int32), jnp.ones(64)
 
     def loss(hidden, weight):
-        return head.sharded_fused_loss(
+        return fused_head.sharded_fused_loss(
             mesh,
             hidden,
             weight,

@@ -11,7 +11,7 @@ import pytest
 from kdjax import evaluate, experiment, program, sharding, train, validation
 from kdjax.config import MeshConfig
 from kdjax.data import loader
-from kdjax.losses import hidden
+from kdjax.losses import layer_losses
 from kdjax.models import decoder
 from tests import small
 
@@ -90,10 +90,12 @@ def test_the_terms_are_their_formulas(first):
         first.teacher.graphdef, first.frozen, *inputs, watch=decoder.Watch((2,), True)
     )
     each = {
-        "hidden": hidden.hidden_loss(
+        "hidden": layer_losses.hidden_loss(
             ours.states_nBTD, theirs.states_nBTD, kind="mse", projection_nDE=kernel
         ),
-        "attention": hidden.attention_loss(ours.attention_nBTT, theirs.attention_nBTT),
+        "attention": layer_losses.attention_loss(
+            ours.attention_nBTT, theirs.attention_nBTT
+        ),
     }
     total = 0.0
     for name, weight in (("hidden", 0.3), ("attention", 0.2)):

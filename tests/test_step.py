@@ -19,7 +19,7 @@ from kdjax import (
 )
 from kdjax.config import MeshConfig
 from kdjax.data import loader
-from kdjax.losses import head
+from kdjax.losses import fused_head
 from kdjax.models import decoder
 from kdjax.teacher.codec import Record
 from tests import small
@@ -210,7 +210,7 @@ def test_soft_weight_zero_is_cross_entropy():
 
 
 def test_chunk_size_from_memory():
-    assert head.chunk_size(16, 32000) == 128
+    assert fused_head.chunk_size(16, 32000) == 128
 
 
 def online(config, *, whole=False, mesh_config=None, devices=None):

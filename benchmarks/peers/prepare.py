@@ -18,7 +18,7 @@ from cases import CASES
 
 from kdjax import experiment, sharding, step
 from kdjax.config import Config, MeshConfig
-from kdjax.losses import head
+from kdjax.losses import fused_head
 from kdjax.models import decoder, hf
 from kdjax.teacher import labelling, records, synthetic
 
@@ -72,7 +72,7 @@ def _label(config: Config, segments: list, folder: pathlib.Path) -> None:
         model.abstract,
         k=settings.k,
         temperatures=settings.temperatures,
-        chunk_size=head.chunk_size(settings.memory_mib, model.shape.vocab_size),
+        chunk_size=fused_head.chunk_size(settings.memory_mib, model.shape.vocab_size),
     )
     placed = jax.sharding.NamedSharding(mesh, sharding.BATCH_SPEC)
     labelling.label(

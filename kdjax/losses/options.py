@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from kdjax.losses.divergence import Divergence
-from kdjax.losses.scan import Placement
 from kdjax.losses.sparse import FORWARD_KL, check_tail
+from kdjax.losses.token_scan import Placement
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from kdjax.data import loader, soft
 from kdjax.data import tokenizer as tokenizers
 from kdjax.data.views import Segment
 from kdjax.experiment import Data
-from kdjax.losses import head
+from kdjax.losses import fused_head
 from kdjax.models import hf
 from kdjax.models.lm import Shape
 from kdjax.runtime.metrics_writer import progress
@@ -208,7 +208,7 @@ def _build(
             k=k,
             temperatures=settings.temperatures,
             chunk_size=settings.chunk_size
-            or head.chunk_size(settings.memory_mib, vocab_size),
+            or fused_head.chunk_size(settings.memory_mib, vocab_size),
         )
 
     for split, segments in todo.items():

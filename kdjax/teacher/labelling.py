@@ -51,7 +51,7 @@ def label(
       folder: the cache.
       manifest: its description, without shards.
       config: shard, batch and row sizes.
-      label_step: batch [1, B, T] -> arrays of `losses.head.label`, tokens first.
+      label_step: batch [1, B, T] -> arrays of `losses.fused_head.label`, tokens first.
       rows: how the teacher reads rows, keywords of `BatchPlan`; None = as one that only
         decodes.
       advance: told the target tokens of every finished batch and skipped shard.

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdjax.losses import head
+from kdjax.losses import fused_head
 
 N, V, D, K = 21, 37, 8, 6
 
@@ -93,9 +93,9 @@ def teacher_of(logits, k, temperature):
             log_softmax(logits),
             teacher_pairs(logits, 1, temperature)[2],
         )
-        return head.Teacher(None, jnp.float32(logp), jnp.float32(log_z))
+        return fused_head.Teacher(None, jnp.float32(logp), jnp.float32(log_z))
     ids, logp, log_z = teacher_pairs(logits, k, temperature)
-    return head.Teacher(jnp.int32(ids), jnp.float32(logp), jnp.float32(log_z))
+    return fused_head.Teacher(jnp.int32(ids), jnp.float32(logp), jnp.float32(log_z))
 
 
 def as_jax(arrays, dtype=jnp.float32):
@@ -110,7 +110,7 @@ def as_jax(arrays, dtype=jnp.float32):
     )
 
 
-def value_and_grads(arrays, teacher, *, loss=head.fused_loss, **options):
+def value_and_grads(arrays, teacher, *, loss=fused_head.fused_loss, **options):
     """Return (loss, per-token, d_hidden, d_weight) under jit."""
     hidden, weight, *rest = arrays
 

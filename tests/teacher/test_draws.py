@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kdjax.losses import head
-from kdjax.losses.rows import chunk_label
+from kdjax.losses import fused_head
+from kdjax.losses.chunk_label import chunk_label
 from kdjax.teacher import checks, codec, draws
 from kdjax.teacher.manifest import Manifest
 from kdjax.teacher.planes import IdCoder
@@ -106,7 +106,7 @@ def losses(teacher, *, temperature, tail):
     hidden_ND = 2 * jax.random.normal(jax.random.key(9), (num_tokens, VOCAB_SIZE))
 
     def loss(hidden_ND):
-        total, tokens = head.fused_loss(
+        total, tokens = fused_head.fused_loss(
             hidden_ND,
             jnp.eye(VOCAB_SIZE),
             jnp.zeros(num_tokens, jnp.int32),
@@ -130,7 +130,7 @@ def loss_and_gradients(record, column, number=0, *, tail="bucket"):
         shares = record.counts[:, column, number] / np.float32(NUM_DRAWS)
         log_probs = np.log(shares, out=np.full_like(shares, -np.inf), where=shares > 0)
         entropy = jnp.asarray(record.entropy[:, column])
-    teacher = head.Teacher(
+    teacher = fused_head.Teacher(
         None if record.kind == "dense" else jnp.asarray(ids),
         jnp.asarray(log_probs),
         jnp.asarray(record.log_z[:, column]),

@@ -11,10 +11,10 @@ import pytest
 from kdjax import experiment, sharding
 from kdjax.config import MeshConfig
 from kdjax.data import tokenizer as tokenizers
-from kdjax.losses.chunk import Teacher, Tokens, chunk_loss
+from kdjax.losses.chunk_label import chunk_label
+from kdjax.losses.chunk_loss import Teacher, Tokens, chunk_loss
 from kdjax.losses.options import Options
-from kdjax.losses.part import Part
-from kdjax.losses.rows import chunk_label
+from kdjax.losses.vocab_shard import Part
 from kdjax.models import decoder
 from kdjax.teacher import codec
 from kdjax.teacher.planes import IdCoder

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kdjax.losses.chunk import Teacher, Tokens, chunk_loss
+from kdjax.losses.chunk_loss import Teacher, Tokens, chunk_loss
 from kdjax.losses.options import LogitRule, Options
-from kdjax.losses.part import Part
-from kdjax.losses.scan import Placement, scan_tokens
+from kdjax.losses.token_scan import Placement, scan_tokens
+from kdjax.losses.vocab_shard import Part
 
 
 class Head(NamedTuple):
@@ -35,7 +35,7 @@ class LiveTeacher(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def weighted_loss(options, hidden_ND, student, live, tokens):
-    """Return what `head.fused_loss` does; differentiable in hidden and student."""
+    """Return what `fused_head.fused_loss` does; differentiable in hidden and student."""
 
     def step(carry, heads, hidden_CD, tokens):
         _, loss = _chunk(options, heads, hidden_CD, tokens)

@@ -20,7 +20,7 @@ from head_cases import (
 )
 from jax.test_util import check_grads
 
-from kdjax.losses import head
+from kdjax.losses import fused_head
 from kdjax.losses.divergence import DIVERGENCES, Divergence
 from kdjax.losses.sparse import TAILS
 
@@ -85,7 +85,7 @@ def test_without_teacher():
 def test_scale_by_t2(scale_by_t2):
     arrays, _, teacher = make(temperature=3.0)
     hidden, weight, targets, hard, soft = as_jax(arrays)
-    value, per_token = head.fused_loss(
+    value, per_token = fused_head.fused_loss(
         hidden,
         weight,
         targets,
@@ -108,7 +108,7 @@ def test_check_grads(tail, k):
 
     def total(hidden, weight):
         options = {"temperature": 2.0, "tail": tail, "chunk_size": 4}
-        return 3.0 * head.fused_loss(hidden, weight, *rest, teacher, **options)[0]
+        return 3.0 * fused_head.fused_loss(hidden, weight, *rest, teacher, **options)[0]
 
     check_grads(total, (hidden, weight), 1, modes=["rev"], atol=2e-2, rtol=2e-2)
 
@@ -129,7 +129,7 @@ def test_kl_of_the_teacher_itself_is_zero(tail):
 
 @pytest.mark.parametrize("tail", ["bucket", "renormalize_teacher", "renormalize_both"])
 def test_kl_is_never_negative(tail):
-    score = jax.jit(functools.partial(head.score, tail=tail, chunk_size=8))
+    score = jax.jit(functools.partial(fused_head.score, tail=tail, chunk_size=8))
     for seed, scale in enumerate([1e-4, 1e-3, 1e-2, 1.0, 30.0]):
         rng = np.random.default_rng(seed)
         (hidden, weight, targets, *_), _, _ = make(seed)
@@ -225,7 +225,7 @@ def test_unused_slots(tail):
     """Slots with id -1 change nothing."""
     arrays, _, teacher = make(temperature=2.0)
     ids, log_probs, log_z, *_ = teacher
-    wide = head.Teacher(
+    wide = fused_head.Teacher(
         jnp.pad(ids, ((0, 0), (0, 2)), constant_values=-1),
         jnp.pad(log_probs, ((0, 0), (0, 2)), constant_values=-jnp.inf),
         log_z,
@@ -262,7 +262,7 @@ def test_value_alone_makes_no_gradients():
     hidden, weight, *rest = as_jax(arrays)
 
     def value(hidden, weight):
-        return head.fused_loss(hidden, weight, *rest, teacher, chunk_size=N)
+        return fused_head.fused_loss(hidden, weight, *rest, teacher, chunk_size=N)
 
     def num_matmuls(function):
         return str(jax.make_jaxpr(function)(hidden, weight)).count("dot_general")
@@ -278,7 +278,7 @@ def test_memory():
 
     def run(hidden, weight, targets, hard, soft, teacher):
         def total(hidden, weight):
-            return head.fused_loss(
+            return fused_head.fused_loss(
                 hidden, weight, targets, hard, soft, teacher, chunk_size=128
             )[0]
 
@@ -286,7 +286,7 @@ def test_memory():
 
     shape = jax.ShapeDtypeStruct
     per_token = shape((num_tokens,), f32)
-    teacher = head.Teacher(
+    teacher = fused_head.Teacher(
         shape((num_tokens, k), i32), shape((num_tokens, k), f32), per_token
     )
     lowered = jax.jit(run).lower(
@@ -341,6 +341,6 @@ def test_draws_refuse_another_divergence():
     arrays, _, teacher = make()
     drawn = teacher._replace(entropy_N=jnp.ones(N))
     with pytest.raises(ValueError, match="divergence='jsd' with draws"):
-        head.fused_loss(
+        fused_head.fused_loss(
             *as_jax(arrays), drawn, divergence=Divergence(name="jsd"), chunk_size=8
         )

@@ -22,9 +22,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from kdjax.losses.chunk import Teacher, Tokens, chunk_loss
+from kdjax.losses.chunk_label import chunk_label
+from kdjax.losses.chunk_loss import Teacher, Tokens, chunk_loss
 from kdjax.losses.divergence import Divergence
-from kdjax.losses.fused import (
+from kdjax.losses.fused_loss import (
     Head,
     LiveTeacher,
     logits_of,
@@ -35,9 +36,8 @@ from kdjax.losses.fused import (
     whole,
 )
 from kdjax.losses.options import PLAIN, LogitRule, Options, check
-from kdjax.losses.rows import chunk_label
-from kdjax.losses.scan import Placement
 from kdjax.losses.sparse import FORWARD_KL
+from kdjax.losses.token_scan import Placement
 
 __all__ = [
     "LiveTeacher",
@@ -306,7 +306,7 @@ def _sharded(function: Callable) -> Callable:
     sharded.__doc__ = (
         f"Return `{name}` of the later arguments, tokens split over the axes of `mesh`."
         "\n\nThe weight, and its gradient, are laid out by `weight_spec`. N need not"
-        "\ndivide by the number of devices. Of `vocab_axis` see `scan.Placement`;"
+        "\ndivide by the number of devices. Of `vocab_axis` see `token_scan.Placement`;"
         "\nscoring and labelling never split the vocabulary."
     )
     return sharded

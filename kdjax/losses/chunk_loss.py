@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kdjax.losses.options import Options
-from kdjax.losses.part import Part
 from kdjax.losses.sparse import (
     RESTS,
     sampled_forward_kl,
@@ -19,6 +18,7 @@ from kdjax.losses.sparse import (
     teacher_at_temperature,
     teacher_events,
 )
+from kdjax.losses.vocab_shard import Part
 
 
 class Teacher(NamedTuple):

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from head_cases import K, N, V, as_jax, assert_close, make
 
-from kdjax.losses import head, rows
+from kdjax.losses import chunk_label, fused_head
 
 
 def test_score_top1():
     arrays, _, _ = make()
     hidden, weight, targets, *_ = arrays
-    scored = head.score(
+    scored = fused_head.score(
         jnp.float32(hidden),
         jnp.float32(weight),
         jnp.int32(targets),
@@ -34,7 +34,7 @@ def test_label():
     logp = oracle.log_softmax((hidden @ weight.T)[:, :30])
     temperatures = (1.0, 2.0)
     options = {"temperatures": temperatures, "chunk_size": 8, "num_valid": 30}
-    top = head.label(*arrays, k=K, **options)
+    top = fused_head.label(*arrays, k=K, **options)
     assert top["ids_NK"].dtype == jnp.int32
     ids = np.argsort(-logp, -1)[:, :K]
     np.testing.assert_array_equal(top["ids_NK"], ids)
@@ -45,7 +45,7 @@ def test_label():
         logp_t = oracle.log_softmax(logp / t)
         assert_close(top["log_z_NS"][:, s], np.log(np.exp(logp / t).sum(-1)))
         assert_close(top["entropy_NS"][:, s], -(np.exp(logp_t) * logp_t).sum(-1))
-    dense = head.label(*arrays, k=None, **options)
+    dense = fused_head.label(*arrays, k=None, **options)
     assert "ids_NK" not in dense
     assert_close(dense["log_probs_NK"][:, :30], logp)
     assert (dense["log_probs_NK"][:, 30:] == -jnp.inf).all()
@@ -62,7 +62,7 @@ def test_top_k_is_that_of_the_library(size, spread):
         values = draws.integers(0, spread, (40, size)).astype(np.float32)
     values[::2, draws.integers(0, size, size // 2)] = -np.inf
     values[0] = values[2, 3:] = -np.inf
-    found = rows.top_k(jnp.asarray(values), K)
+    found = chunk_label.top_k(jnp.asarray(values), K)
     for mine, theirs in zip(found, jax.lax.top_k(values, K), strict=True):
         assert mine.dtype == theirs.dtype
         np.testing.assert_array_equal(mine, theirs)
@@ -72,11 +72,11 @@ def test_label_then_loss_is_zero():
     """The teacher's own labels give its own head a KL of zero."""
     (hidden, weight, targets, hard, soft), _, _ = make()
     arrays = as_jax((hidden, weight, targets, hard, soft))
-    labels = head.label(*arrays[:3], k=K, temperatures=(2.0,), chunk_size=8)
-    teacher = head.Teacher(
+    labels = fused_head.label(*arrays[:3], k=K, temperatures=(2.0,), chunk_size=8)
+    teacher = fused_head.Teacher(
         labels["ids_NK"], labels["log_probs_NK"], labels["log_z_NS"][:, 0]
     )
-    scored = head.score(*arrays[:3], teacher, temperature=2.0, chunk_size=8)
+    scored = fused_head.score(*arrays[:3], teacher, temperature=2.0, chunk_size=8)
     assert scored["kl"].min() >= 0 and scored["kl"].max() < 1e-9
     assert_close(scored["nll"], -labels["target_log_probs_N"], 1e-6)
 
@@ -86,7 +86,7 @@ def test_label_then_loss_is_zero():
     [(16, 32000, 128), (64, 49152, 256), (1, 10**6, 8), (64, 100, 1024), (1, 2**15, 8)],
 )
 def test_chunk_size(memory_mib, vocab_size, expected):
-    assert head.chunk_size(memory_mib, vocab_size) == expected
+    assert fused_head.chunk_size(memory_mib, vocab_size) == expected
 
 
 @pytest.mark.parametrize(
@@ -101,18 +101,20 @@ def test_chunk_size(memory_mib, vocab_size, expected):
 def test_bad_options(options, message):
     arrays, _, teacher = make()
     with pytest.raises(ValueError, match=message):
-        head.fused_loss(*as_jax(arrays), teacher, **({"chunk_size": 8} | options))
+        fused_head.fused_loss(*as_jax(arrays), teacher, **({"chunk_size": 8} | options))
 
 
 def test_bad_shapes():
     arrays, _, teacher = make()
     hidden, weight, *rest = as_jax(arrays)
     with pytest.raises(ValueError, match="width"):
-        head.fused_loss(hidden[:, 1:], weight, *rest, teacher, chunk_size=8)
+        fused_head.fused_loss(hidden[:, 1:], weight, *rest, teacher, chunk_size=8)
     with pytest.raises(ValueError, match="does not belong"):
-        head.fused_loss(hidden[1:], weight, *rest, teacher, chunk_size=8)
+        fused_head.fused_loss(hidden[1:], weight, *rest, teacher, chunk_size=8)
     dense = make(k=None)[2]
     with pytest.raises(ValueError, match="dense teacher of 37"):
-        head.fused_loss(hidden, weight[1:], *rest, dense, chunk_size=8)
+        fused_head.fused_loss(hidden, weight[1:], *rest, dense, chunk_size=8)
     with pytest.raises(ValueError, match="k=38"):
-        head.label(hidden, weight, rest[0], k=38, temperatures=(1.0,), chunk_size=8)
+        fused_head.label(
+            hidden, weight, rest[0], k=38, temperatures=(1.0,), chunk_size=8
+        )

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kdjax.losses.part import Part
+from kdjax.losses.vocab_shard import Part
 
 GROUP = 32  # ids whose largest value stands for them in `top_k`
 
@@ -22,7 +22,7 @@ def chunk_label(
     points_CSP: Float[Array, "C S P"] | None = None,
     with_entropy: bool = True,
 ) -> dict[str, jax.Array]:
-    """Return what the teacher cache stores for one chunk; see `head.label`."""
+    """Return what the teacher cache stores for one chunk; see `fused_head.label`."""
     part = Part(size=logits_CV.shape[-1])
     peak_C = part.peak(logits_CV)
     mass_C = part.logsumexp(logits_CV, peak_C, 1.0)

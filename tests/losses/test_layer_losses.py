@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from kdjax.losses.hidden import attention_loss, hidden_loss
+from kdjax.losses.layer_losses import attention_loss, hidden_loss
 
 RNG = np.random.default_rng(0)
 STUDENT = RNG.normal(size=(2, 3, 5, 4)).astype(np.float32)

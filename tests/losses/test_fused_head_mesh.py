@@ -8,7 +8,7 @@ import pytest
 from head_cases import as_jax, assert_close, make, value_and_grads
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from kdjax.losses import head
+from kdjax.losses import fused_head
 
 MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 4, 1), (2, 2, 2)]
 SPECS = [
@@ -37,7 +37,9 @@ def test_meshes(shape):
         weight = jax.device_put(weight, NamedSharding(mesh, spec))
 
         def loss(*arrays, spec=spec, **options):
-            return head.sharded_fused_loss(mesh, *arrays, weight_spec=spec, **options)
+            return fused_head.sharded_fused_loss(
+                mesh, *arrays, weight_spec=spec, **options
+            )
 
         actual = value_and_grads((hidden, weight, *rest), teacher, loss=loss, **options)
         assert_close(actual, expected, 1e-6)
@@ -47,15 +49,17 @@ def test_sharded_score_and_label():
     arrays, _, teacher = make(vocab_size=40)
     hidden, weight, targets, *_ = as_jax(arrays)
     mesh, spec = make_mesh((2, 2, 2)), SPECS[1]
-    actual = head.sharded_score(
+    actual = fused_head.sharded_score(
         mesh, hidden, weight, targets, teacher, weight_spec=spec, chunk_size=2
     )
-    assert_close(actual, head.score(hidden, weight, targets, teacher, chunk_size=8))
+    assert_close(
+        actual, fused_head.score(hidden, weight, targets, teacher, chunk_size=8)
+    )
     options = {"k": 4, "temperatures": (1.0, 2.0), "chunk_size": 2}
-    actual = head.sharded_label(
+    actual = fused_head.sharded_label(
         mesh, hidden, weight, targets, weight_spec=spec, **options
     )
-    assert_close(actual, head.label(hidden, weight, targets, **options))
+    assert_close(actual, fused_head.label(hidden, weight, targets, **options))
 
 
 def test_one_device_exchanges_nothing():
@@ -64,7 +68,7 @@ def test_one_device_exchanges_nothing():
     mesh = make_mesh((1, 1, 1))
 
     def loss(hidden, weight):
-        return head.sharded_fused_loss(
+        return fused_head.sharded_fused_loss(
             mesh, hidden, weight, *rest, teacher, weight_spec=SPECS[0], chunk_size=8
         )[0]
 
@@ -80,7 +84,7 @@ def test_no_collective_inside_the_loop():
     weight = jax.device_put(weight, NamedSharding(mesh, spec))
 
     def total(hidden, weight):
-        return head.sharded_fused_loss(
+        return fused_head.sharded_fused_loss(
             mesh, hidden, weight, *rest, teacher, weight_spec=spec, chunk_size=4
         )[0]
 

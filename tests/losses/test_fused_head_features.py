@@ -9,9 +9,9 @@ import pytest
 from head_cases import K, V, as_jax, assert_close, make, teacher_of
 from jax.sharding import AxisType, PartitionSpec
 
-from kdjax.losses import head
+from kdjax.losses import fused_head
 from kdjax.losses.divergence import Divergence
-from kdjax.losses.head import LogitRule
+from kdjax.losses.fused_head import LogitRule
 from kdjax.losses.sparse import sparse_divergence, teacher_at_temperature
 
 E = 8  # width of the live teacher
@@ -69,7 +69,9 @@ def cases(feature, teacher, temperature):
         rule = options.get("teacher_rule", LogitRule())
         logits = np.array(rule(jnp.asarray(live_hidden @ live_weight.T)))
         logits[:, num_valid:] = -np.inf
-        given = head.LiveTeacher(jnp.float32(live_hidden), jnp.float32(live_weight))
+        given = fused_head.LiveTeacher(
+            jnp.float32(live_hidden), jnp.float32(live_weight)
+        )
     bias_V = jnp.float32(rng.normal(size=V)) if bias else None
     arrays = as_jax((hidden, weight, targets, hard, soft))
     whole = jax.nn.log_softmax(jnp.float32(logits) / temperature, axis=-1)
@@ -124,8 +126,8 @@ def fused(arrays, bias_V, given, options, mesh):
     def loss(hidden, weight, bias_V):
         keywords = options | {"bias_V": bias_V, "chunk_size": 4}
         if mesh is None:
-            return head.fused_loss(hidden, weight, *arrays[2:], given, **keywords)
-        return head.sharded_fused_loss(
+            return fused_head.fused_loss(hidden, weight, *arrays[2:], given, **keywords)
+        return fused_head.sharded_fused_loss(
             make_mesh(mesh),
             hidden,
             weight,
@@ -174,7 +176,7 @@ def test_draws_on_a_split_vocabulary():
     with np.errstate(divide="ignore"):
         log_shares = jnp.float32(np.log(shares / shares.sum(-1, keepdims=True)))
     entropy = jnp.float32(rng.uniform(size=len(ids)))
-    given = head.Teacher(jnp.asarray(ids), log_shares, 0 * entropy, entropy)
+    given = fused_head.Teacher(jnp.asarray(ids), log_shares, 0 * entropy, entropy)
     expected = fused(arrays, None, given, {}, None)
     for mesh in MESHES[1:]:
         assert_close(fused(arrays, None, given, {}, mesh), expected)
@@ -184,7 +186,7 @@ def test_a_live_teacher_gets_no_gradient():
     arrays, _, given, _, options = cases("plain", "live", 2.0)
 
     def loss(given):
-        return head.fused_loss(*arrays, given, chunk_size=4, **options)[0]
+        return fused_head.fused_loss(*arrays, given, chunk_size=4, **options)[0]
 
     gradient = jax.grad(loss)(given)
     assert not any(np.asarray(g).any() for g in jax.tree.leaves(gradient))
@@ -202,11 +204,11 @@ def test_a_live_teacher_gets_no_gradient():
 def test_refused(options, name):
     arrays, _, given, _, _ = cases("plain", "pairs", 1.0)
     with pytest.raises(ValueError, match=name):
-        head.fused_loss(*arrays, given, chunk_size=4, **options)
+        fused_head.fused_loss(*arrays, given, chunk_size=4, **options)
 
 
 def test_a_live_teacher_of_another_vocabulary_is_refused():
     arrays, _, given, _, _ = cases("plain", "live", 1.0)
     short = given._replace(weight_VE=given.weight_VE[:-1])
     with pytest.raises(ValueError, match="36 rows"):
-        head.fused_loss(*arrays, short, chunk_size=4)
+        fused_head.fused_loss(*arrays, short, chunk_size=4)

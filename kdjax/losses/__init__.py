@@ -1,0 +1,1 @@
+"""Divergences, losses against stored teachers, and the fused head."""
