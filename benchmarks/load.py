@@ -26,7 +26,8 @@ from absl import app, flags
 
 from kdjax import sharding
 from kdjax.config import DTYPES, DecoderConfig, MeshConfig
-from kdjax.models import families, hf, weights
+from kdjax.models import hf
+from kdjax.models.hf import families, safetensors_io
 from kdjax.runtime.metrics_writer import print_table
 
 _MIB = flags.DEFINE_integer("mib", 2048, "Size of the files, about.", lower_bound=1)
@@ -57,8 +58,8 @@ def make(folder: pathlib.Path, num_bytes: int, dtype: str) -> None:
     num_layers = (num_bytes // itemsize - sizes[0]) // (sizes[1] - sizes[0])
     shape = dataclasses.replace(_SHAPE, num_layers=max(1, num_layers))
     shapes = hf.stored_shapes(shape, {"layers": shape.num_layers})
-    weights.write_json(folder / "config.json", families.write(shape))
-    weights.write(
+    safetensors_io.write_json(folder / "config.json", families.write(shape))
+    safetensors_io.write(
         folder,
         shapes,
         lambda name: np.ones(shapes[name], np.float32),

@@ -21,7 +21,6 @@ from kdjax import (
     cli,
     distributed,
     experiment,
-    flops,
     latency,
     parts,
     program,
@@ -30,6 +29,7 @@ from kdjax import (
     workload,
 )
 from kdjax.config import Config
+from kdjax.models import flops
 from kdjax.runtime.metrics_writer import print_table, progress
 from kdjax.teacher import building
 from kdjax.timing import Samples

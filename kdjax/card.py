@@ -8,8 +8,9 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from kdjax import flops, methods, origins
+from kdjax import methods, origins
 from kdjax.config import CacheConfig, Config, DataConfig, DecoderConfig
+from kdjax.models import flops
 from kdjax.models.lm import Shape
 
 

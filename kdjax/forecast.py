@@ -11,9 +11,9 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from kdjax import experiment, flops, freezing, hlo, program, sharding
+from kdjax import experiment, freezing, hlo, program, sharding
 from kdjax.config import Config, DecoderConfig
-from kdjax.models import attention, lm
+from kdjax.models import attention, flops, lm
 from kdjax.models.lm import Shape
 
 _HEAD_LOOP = "shard_map/while"  # the fused head's scan, as JAX names it

@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from kdjax import experiment, generate, sharding
+from kdjax import experiment, sharding
 from kdjax.config import Config
-from kdjax.models import lm
+from kdjax.models import generate, lm
 
 BATCH_SIZES = (1, 32)
 _MIB = 2**20

@@ -16,9 +16,10 @@ from typing import Any
 import jax
 from absl import flags
 
-from kdjax import cli, flops, forecast, sharding, topology
+from kdjax import cli, forecast, sharding, topology
 from kdjax.config import Config
 from kdjax.forecast import Forecast
+from kdjax.models import flops
 from kdjax.runtime.metrics_writer import print_table
 
 _TOPOLOGY = flags.DEFINE_string(

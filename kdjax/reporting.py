@@ -13,9 +13,10 @@ import jax
 import numpy as np
 
 import kdjax
-from kdjax import cli, experiment, flops, freezing, methods, metrics, origins
+from kdjax import cli, experiment, freezing, methods, metrics, origins
 from kdjax.config import Config
 from kdjax.data.loader import BatchPlan
+from kdjax.models import flops
 from kdjax.models.lm import Shape
 from kdjax.runtime.metrics_writer import Writer, print_table
 from kdjax.state import TrainState

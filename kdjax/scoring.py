@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float64
 
-from kdjax import cli, distributed, generate, methods, metrics, sharding, step
+from kdjax import cli, distributed, methods, metrics, sharding, step
 from kdjax.config import Config, DecoderConfig, T5Config
 from kdjax.data import loader, templates, views
 from kdjax.data.example import Example
@@ -28,7 +28,7 @@ from kdjax.experiment import (
     student_shape,
     whole_length,
 )
-from kdjax.models import hf
+from kdjax.models import generate, hf
 from kdjax.models.lm import Shape
 from kdjax.program import chunk_size
 

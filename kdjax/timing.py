@@ -151,7 +151,7 @@ def work(compiled: Any) -> dict[str, float]:
     """FLOPs and bytes moved on one device as XLA counts them; {} if it does not.
 
     XLA counts the body of a loop of unknown length once, so a scan over layers or
-    chunks makes these too low: bounds are made from `kdjax.flops`.
+    chunks makes these too low: bounds are made from `kdjax.models.flops`.
     """
     found = compiled.cost_analysis() or {}
     if isinstance(found, list):  # older versions: one a device

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from kdjax import flops
+from kdjax.models import flops
 
 _SHAPES = {"v4": 3, "v5p": 3, "v5e": 2, "v6e": 2}  # dimensions of a slice
 _EXAMPLES = "v5e:16x16, v6e:16x16, v5p:4x4x4, v4:2x2x1 or cpu:8"

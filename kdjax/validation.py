@@ -30,8 +30,9 @@ from kdjax.config import (
     StudentConfig,
     T5Config,
 )
-from kdjax.models import families, t5
-from kdjax.models.shape import check
+from kdjax.models import t5
+from kdjax.models.hf import families
+from kdjax.models.shape_checks import check
 from kdjax.teacher import settings
 
 

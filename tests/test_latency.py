@@ -2,7 +2,8 @@
 
 import pytest
 
-from kdjax import experiment, flops, latency
+from kdjax import experiment, latency
+from kdjax.models import flops
 from tests import small
 
 

@@ -14,7 +14,6 @@ from kdjax import (
     evaluate,
     experiment,
     export,
-    flops,
     forecast,
     program,
     reporting,
@@ -24,8 +23,8 @@ from kdjax import (
     workload,
 )
 from kdjax.config import DecoderConfig, LoraConfig, MeshConfig, T5Config
-from kdjax.models import decoder, hf, lm, lora, t5
-from kdjax.models.shape import kept_layers
+from kdjax.models import decoder, flops, hf, lm, lora, t5
+from kdjax.models.shape_checks import kept_layers
 from tests import small
 from tests.test_freezing import Steps, config_of
 

@@ -13,8 +13,9 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kdjax import flops, forecast, hlo, plan, sharding, topology
+from kdjax import forecast, hlo, plan, sharding, topology
 from kdjax.config import DecoderConfig, MeshConfig, StudentConfig
+from kdjax.models import flops
 from tests import compiling, small
 
 SHAPE = DecoderConfig(

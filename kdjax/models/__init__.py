@@ -1,1 +1,1 @@
-"""Students and teachers: layers, the decoder, Hugging Face folders in and out."""
+"""Decoders, T5, adapters, decoding and FLOPs."""

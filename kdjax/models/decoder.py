@@ -31,6 +31,7 @@ from kdjax.config import DTYPES, REMATS, DecoderConfig, LoraConfig
 from kdjax.losses.options import PLAIN, LogitRule
 from kdjax.models import attention, lora, rotary
 from kdjax.models.attention import Kernel
+from kdjax.models.capture import NOTHING, Watch, Watched, keep, room
 from kdjax.models.layers import (
     MLP,
     Attention,
@@ -40,8 +41,7 @@ from kdjax.models.layers import (
     recomputing,
     scan_layers,
 )
-from kdjax.models.shape import check, one_of
-from kdjax.models.watch import NOTHING, Watch, Watched, keep, room
+from kdjax.models.shape_checks import check, one_of
 
 Params = dict  # nested: name -> dict or array
 Cache = dict[str, Array]  # "key", "value": [L, B, S, G, K]

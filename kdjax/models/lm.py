@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 from kdjax.config import DecoderConfig, LoraConfig, T5Config
 from kdjax.losses.options import LogitRule
 from kdjax.models import attention, decoder, t5
-from kdjax.models import shape as decoder_shape
+from kdjax.models import shape_checks as decoder_shape
 
 Shape = DecoderConfig | T5Config
 Params = dict  # nested: name -> dict or array

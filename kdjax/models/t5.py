@@ -36,7 +36,7 @@ from kdjax.config import DTYPES, REMATS, LoraConfig, T5Config
 from kdjax.losses.options import LogitRule
 from kdjax.models import lora
 from kdjax.models.layers import Embedding, Head
-from kdjax.models.shape import one_of
+from kdjax.models.shape_checks import one_of
 from kdjax.models.t5_layers import Memory, Reads, Stack, attending, split_keys
 
 Params = dict  # nested: name -> dict or array

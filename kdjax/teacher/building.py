@@ -9,14 +9,14 @@ from typing import Any
 
 import jax
 
-from kdjax import distributed, experiment, flops, methods, sharding, step
+from kdjax import distributed, experiment, methods, sharding, step
 from kdjax.config import Config, MeshConfig
 from kdjax.data import loader, soft
 from kdjax.data import tokenizer as tokenizers
 from kdjax.data.views import Segment
 from kdjax.experiment import Data
 from kdjax.losses import fused_head
-from kdjax.models import hf
+from kdjax.models import flops, hf
 from kdjax.models.lm import Shape
 from kdjax.runtime.metrics_writer import progress
 from kdjax.teacher import labelling, records

@@ -11,7 +11,8 @@ from safetensors.numpy import load_file, save_file
 
 from kdjax import sharding
 from kdjax.config import MeshConfig, T5Config
-from kdjax.models import decoder, hf, lm, t5, t5_layers, t5_names
+from kdjax.models import decoder, hf, lm, t5, t5_layers
+from kdjax.models.hf import t5_names
 from kdjax.models.t5 import Rows
 
 V1_1 = T5Config(

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from kdjax import annotate as verb
-from kdjax import cli, generate, resuming, validation
+from kdjax import cli, resuming, validation
 from kdjax.config import ANNOTATIONS, AnnotateConfig
 from kdjax.data import kinship, sources
 from kdjax.data import tokenizer as tokenizers
-from kdjax.models import decoder, hf, lm
+from kdjax.models import decoder, generate, hf, lm
 from kdjax.teacher import annotating, annotations, asking, backends, prompts
 from tests import small
 from tests.multiprocess import launch

@@ -5,9 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kdjax import generate
 from kdjax.config import DecoderConfig
-from kdjax.models import decoder, lm
+from kdjax.models import decoder, generate, lm
 
 CONFIG = DecoderConfig(
     vocab_size=23,

@@ -22,8 +22,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Int
 
-from kdjax import generate
-from kdjax.models import lm
+from kdjax.models import generate, lm
 
 
 def make_generate(

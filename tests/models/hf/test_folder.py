@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from kdjax import generate
 from kdjax.config import DecoderConfig
-from kdjax.models import decoder, hf
+from kdjax.models import decoder, generate, hf
 
 CONFIG = DecoderConfig(
     vocab_size=67,

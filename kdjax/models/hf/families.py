@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from kdjax.config import FAMILIES, DecoderConfig
-from kdjax.models import fields
-from kdjax.models.fields import Json, Part
-from kdjax.models.layerwise import (
+from kdjax.models.hf import config_fields
+from kdjax.models.hf.config_fields import Json, Part
+from kdjax.models.hf.per_layer_fields import (
     gemma_layers,
     mistral_windows,
     qwen_windows,
@@ -64,18 +64,18 @@ class Family:
     names: Mapping[str, str] = dataclasses.field(default_factory=lambda: _LAYER_NAMES)
 
 
-_silu = fields.activation("hidden_act")
-_gelu = fields.activation("hidden_activation", "hidden_act")
+_silu = config_fields.activation("hidden_act")
+_gelu = config_fields.activation("hidden_activation", "hidden_act")
 _gemma = {"norm_offset": 1.0, "scale_embeddings": True, "post_norms": True}
 _TABLE = {
     "llama": Family(
         architecture="LlamaForCausalLM",
         parts=(
-            fields.sizes,
-            fields.rope,
+            config_fields.sizes,
+            config_fields.rope,
             _silu,
-            fields.attention_bias,
-            fields.mlp_bias,
+            config_fields.attention_bias,
+            config_fields.mlp_bias,
         ),
         defaults={
             "num_key_value_heads": None,
@@ -86,29 +86,35 @@ _TABLE = {
     ),
     "mistral": Family(
         architecture="MistralForCausalLM",
-        parts=(fields.sizes, fields.rope, _silu, mistral_windows),
+        parts=(config_fields.sizes, config_fields.rope, _silu, mistral_windows),
         defaults={"hidden_act": "silu"},
     ),
     "qwen2": Family(
         architecture="Qwen2ForCausalLM",
-        parts=(fields.sizes, fields.rope, _silu, qwen_windows),
+        parts=(config_fields.sizes, config_fields.rope, _silu, qwen_windows),
         defaults={"hidden_act": "silu"},
         traits={"qkv_bias": True},
     ),
     "qwen3": Family(
         architecture="Qwen3ForCausalLM",
-        parts=(fields.sizes, fields.rope, _silu, fields.attention_bias, qwen_windows),
+        parts=(
+            config_fields.sizes,
+            config_fields.rope,
+            _silu,
+            config_fields.attention_bias,
+            qwen_windows,
+        ),
         defaults={"hidden_act": "silu", "head_dim": 128},
         traits={"qk_norm": True},
     ),
     "smollm3": Family(
         architecture="SmolLM3ForCausalLM",
         parts=(
-            fields.sizes,
-            fields.rope,
+            config_fields.sizes,
+            config_fields.rope,
             _silu,
-            fields.attention_bias,
-            fields.mlp_bias,
+            config_fields.attention_bias,
+            config_fields.mlp_bias,
             smollm3_layers,
         ),
         defaults={
@@ -120,13 +126,13 @@ _TABLE = {
     "gemma2": Family(
         architecture="Gemma2ForCausalLM",
         parts=(
-            fields.sizes,
-            fields.rope,
+            config_fields.sizes,
+            config_fields.rope,
             _gelu,
-            fields.attention_bias,
-            fields.query_scalar,
-            fields.score_softcap,
-            fields.final_softcap,
+            config_fields.attention_bias,
+            config_fields.query_scalar,
+            config_fields.score_softcap,
+            config_fields.final_softcap,
             gemma_layers(pattern=2, local_rope=False),
         ),
         defaults={
@@ -141,12 +147,12 @@ _TABLE = {
     "gemma3_text": Family(
         architecture="Gemma3ForCausalLM",
         parts=(
-            fields.sizes,
-            fields.two_ropes,
+            config_fields.sizes,
+            config_fields.two_ropes,
             _gelu,
-            fields.attention_bias,
-            fields.query_scalar,
-            fields.final_softcap,
+            config_fields.attention_bias,
+            config_fields.query_scalar,
+            config_fields.final_softcap,
             gemma_layers(pattern=6, local_rope=True),
         ),
         defaults={

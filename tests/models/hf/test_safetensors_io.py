@@ -14,7 +14,8 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from kdjax.config import DecoderConfig, T5Config
-from kdjax.models import hf, lm, weights
+from kdjax.models import hf, lm
+from kdjax.models.hf import safetensors_io
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 DECODER = DecoderConfig(
@@ -46,9 +47,9 @@ def test_the_library_reads_what_was_written(tmp_path, dtype):
         fetched.append(name)
         return tensors[name]
 
-    weights.write(tmp_path, shapes, fetch, dtype=dtype, max_shard_bytes=120)
+    safetensors_io.write(tmp_path, shapes, fetch, dtype=dtype, max_shard_bytes=120)
     assert fetched == list(shapes)
-    index = json.loads((tmp_path / weights.INDEX).read_text())
+    index = json.loads((tmp_path / safetensors_io.INDEX).read_text())
     itemsize = 4 if dtype == "float32" else 2
     assert index["metadata"] == {"total_size": 96 * itemsize}
     read = {}
@@ -83,7 +84,7 @@ def sharded(request, tmp_path):
         lm.init_params(shape, jax.random.key(0)),
         max_shard_bytes=30_000,
     )
-    weight_map = json.loads((tmp_path / "model" / weights.INDEX).read_text())
+    weight_map = json.loads((tmp_path / "model" / safetensors_io.INDEX).read_text())
     file = tmp_path / "model" / weight_map["weight_map"][name]
     assert len({*weight_map["weight_map"].values()}) > 2
     return shape, tmp_path / "model", name, file

@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from kdjax import flops
 from kdjax.config import DecoderConfig
-from kdjax.models import decoder
+from kdjax.models import decoder, flops
 
 CONFIG = DecoderConfig(
     vocab_size=100,

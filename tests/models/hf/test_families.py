@@ -12,14 +12,15 @@ import jax
 import numpy as np
 import pytest
 
-from kdjax import experiment, flops, generate, sharding, validation
+from kdjax import experiment, sharding, validation
 from kdjax.config import FAMILIES, MeshConfig, RopeConfig, StudentConfig
-from kdjax.models import decoder, families, hf, lm
-from kdjax.models.shape import kept_layers
+from kdjax.models import decoder, flops, generate, hf, lm
+from kdjax.models.hf import families
+from kdjax.models.shape_checks import kept_layers
 from tests import small
 from tests.golden import make_families
 from tests.golden.make_families import CASES, FOLDER, LENGTH, POSITIONS
-from tests.models.published import PUBLISHED
+from tests.models.hf.published import PUBLISHED
 
 
 def our_logits(config, params, tokens_BT, positions_BT=None, segments_BT=None):

@@ -5,9 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kdjax import contrastive, generate
 from kdjax.config import DecoderConfig, T5Config
-from kdjax.models import lm
+from kdjax.models import contrastive, generate, lm
 
 DECODER = DecoderConfig(
     vocab_size=61,

@@ -23,7 +23,8 @@ from huggingface_hub import errors
 from jax.experimental import multihost_utils
 
 from kdjax.config import T5Config
-from kdjax.models import families, lm, t5_names, weights
+from kdjax.models import lm
+from kdjax.models.hf import families, safetensors_io, t5_names
 from kdjax.models.lm import Shape
 
 
@@ -58,10 +59,12 @@ def read_config(path: str | os.PathLike) -> Shape:
     file = folder / "config.json"
     if not file.is_file():
         raise ValueError(f"{file} is missing: give a Hugging Face model folder")
-    raw = weights.read_json(file)
+    raw = safetensors_io.read_json(file)
     if raw.get("model_type") != "t5":
         return families.read(raw, str(file))
-    return t5_names.read(raw, str(file), lambda: t5_names.HEAD in weights.names(folder))
+    return t5_names.read(
+        raw, str(file), lambda: t5_names.HEAD in safetensors_io.names(folder)
+    )
 
 
 def _names(config: Shape) -> ModuleType:
@@ -109,7 +112,7 @@ def load_params(
     if shardings is None:
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         shardings = jax.tree.map(lambda _: device, shapes)
-    tensors, files = weights.find(folder)
+    tensors, files = safetensors_io.find(folder)
     tensors = names_of.without_copies(tensors, files, config)
     _check_tensors(folder, tensors, files, stored_shapes(config, lm.stacks(stored)))
 
@@ -185,12 +188,12 @@ def save(
     } | {name: value for name, value in described.items() if name.endswith("_token_id")}
     # Both spellings: transformers 4 reads the first, transformers 5 the second.
     stored_as = {"torch_dtype": dtype, "dtype": dtype}
-    weights.write_json(scratch / "config.json", described | stored_as | ids)
-    weights.write_json(
+    safetensors_io.write_json(scratch / "config.json", described | stored_as | ids)
+    safetensors_io.write_json(
         scratch / "generation_config.json", {"_from_model_config": True} | ids
     )
     shapes = stored_shapes(config, lm.stacks(config))
-    weights.write(
+    safetensors_io.write(
         scratch,
         {name: shapes[name] for name in stored},
         fetch,
@@ -252,8 +255,8 @@ def stored_shapes(
 def _check_tensors(
     folder: pathlib.Path, tensors: dict, files: dict, wanted: dict
 ) -> None:
-    several = (folder / weights.INDEX).is_file()
-    whole = folder / (weights.INDEX if several else "model.safetensors")
+    several = (folder / safetensors_io.INDEX).is_file()
+    whole = folder / (safetensors_io.INDEX if several else "model.safetensors")
     for kind, names in (
         ("lacks", wanted.keys() - tensors.keys()),
         ("also has", tensors.keys() - wanted.keys()),
@@ -265,10 +268,10 @@ def _check_tensors(
             )
     for name, shape in wanted.items():
         found = tensors[name]
-        if found.shape != shape or found.dtype not in weights.FLOATS:
+        if found.shape != shape or found.dtype not in safetensors_io.FLOATS:
             raise ValueError(
                 f"{files[name]}: tensor {name} is {found.dtype}{list(found.shape)}, "
-                f"wanted shape {list(shape)} in one of {weights.FLOATS}: check "
+                f"wanted shape {list(shape)} in one of {safetensors_io.FLOATS}: check "
                 "config.json"
             )
 

@@ -1,6 +1,6 @@
 """Groups of config.json fields, and what they say of a DecoderConfig: both ways.
 
-A family (`kdjax.models.families`) is a few of these parts. `read` takes the part's
+A family (`kdjax.models.hf.families`) is a few of these parts. `read` takes the part's
 fields from a `Json` and returns values of a DecoderConfig; `write` is its inverse.
 """
 

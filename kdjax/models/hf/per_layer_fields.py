@@ -1,7 +1,7 @@
 """The fields of config.json that say how layers differ: windows, rotary positions."""
 
 from kdjax.config import DecoderConfig
-from kdjax.models.fields import FULL, SLIDING, Json, Part, Values
+from kdjax.models.hf.config_fields import FULL, SLIDING, Json, Part, Values
 
 
 def _window(json: Json) -> int:
