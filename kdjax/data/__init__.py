@@ -1,1 +1,1 @@
-"""Examples, views, tokens, packed rows and batches."""
+"""Examples, views, tokens, packing and batches."""

@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from kdjax.data.packing import pack
-from kdjax.data.soft import TeacherRows
+from kdjax.data.teacher_rows import TeacherRows
 from kdjax.data.views import Segment
 
 Batch = dict[str, np.ndarray]

@@ -11,7 +11,7 @@ import jax
 
 from kdjax import distributed, experiment, methods, sharding, step
 from kdjax.config import Config, MeshConfig
-from kdjax.data import loader, soft
+from kdjax.data import loader, teacher_rows
 from kdjax.data import tokenizer as tokenizers
 from kdjax.data.views import Segment
 from kdjax.experiment import Data
@@ -138,7 +138,7 @@ def _open(
         temperatures={*methods.temperatures(config.method), 1.0},
         tail=config.method.tail,
     )
-    soft.check_cache(segments, cache, set(range(len(data.views))))
+    teacher_rows.check_cache(segments, cache, set(range(len(data.views))))
     return cache
 
 

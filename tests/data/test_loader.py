@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from kdjax.data import loader, soft
+from kdjax.data import loader, teacher_rows
 from kdjax.data.packing import pack
 from kdjax.data.views import Segment
 
@@ -353,7 +353,7 @@ def test_teacher_rows_stand_where_their_token_is_predicted(kind, form):
     batch = loader.make_batch(plan, 0, terms=terms, cache=cache, temperature=2.0)
     soft = batch["soft_weights"] > 0
     targets = batch["targets"][soft]
-    assert soft.sum() > 10
+    assert teacher_rows.sum() > 10
     np.testing.assert_array_equal(batch["teacher_log_probs"][soft][:, 0], -targets)
     np.testing.assert_array_equal(batch["teacher_log_z"][soft], targets)
     assert np.isneginf(batch["teacher_log_probs"][~soft]).all()
@@ -460,9 +460,9 @@ def test_a_missing_record_names_the_example():
     segments = make_segments()
     cache = FakeCache(segments[:20] + segments[21:])
     assert segments[20].view == 0
-    soft.check_cache(segments, cache, {1})
+    teacher_rows.check_cache(segments, cache, {1})
     with pytest.raises(ValueError, match=r"example .e10., view 0: .* no record"):
-        soft.check_cache(segments, cache, {0, 1})
+        teacher_rows.check_cache(segments, cache, {0, 1})
     plan = make_plan(segments)
     with pytest.raises(ValueError, match=r"example .e10., view 0: .* no record"):
         for step in range(plan.steps_per_epoch(0)):
