@@ -24,10 +24,10 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from kdjax import sharding
 from kdjax.config import DTYPES, DecoderConfig, MeshConfig
 from kdjax.models import hf
 from kdjax.models.hf import families, safetensors_io
+from kdjax.parallel import sharding
 from kdjax.runtime.metrics_writer import print_table
 
 _MIB = flags.DEFINE_integer("mib", 2048, "Size of the files, about.", lower_bound=1)

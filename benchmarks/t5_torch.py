@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForSeq2SeqLM
 
-from kdjax import experiment, methods, program, sharding
+from kdjax import experiment, methods, program
 from kdjax.config import (
     Config,
     DataConfig,
@@ -39,6 +39,7 @@ from kdjax.config import (
 )
 from kdjax.data import loader
 from kdjax.models import hf
+from kdjax.parallel import sharding
 from kdjax.runtime.metrics_writer import print_table
 from kdjax.teacher import synthetic
 

@@ -8,8 +8,9 @@ import pathlib
 
 from absl import flags
 
-from kdjax import cli, distributed
+from kdjax import cli
 from kdjax.config import Config
+from kdjax.parallel import distributed
 from kdjax.runtime.metrics_writer import print_table
 from kdjax.teacher import annotating
 

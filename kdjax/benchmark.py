@@ -17,19 +17,10 @@ import jax
 from absl import flags
 
 import kdjax
-from kdjax import (
-    cli,
-    distributed,
-    experiment,
-    latency,
-    parts,
-    program,
-    sharding,
-    timing,
-    workload,
-)
+from kdjax import cli, experiment, latency, parts, program, timing, workload
 from kdjax.config import Config
 from kdjax.models import flops
+from kdjax.parallel import distributed, sharding
 from kdjax.runtime.metrics_writer import print_table, progress
 from kdjax.teacher import building
 from kdjax.timing import Samples

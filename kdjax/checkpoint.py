@@ -8,7 +8,7 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from kdjax import freezing
-from kdjax.sharding import path_name
+from kdjax.parallel.sharding import path_name
 from kdjax.state import PROJECTION, TrainState
 
 

@@ -14,8 +14,9 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from kdjax import config as config_lib
-from kdjax import distributed, resuming, validation
+from kdjax import resuming, validation
 from kdjax.config import Config
+from kdjax.parallel import distributed
 from kdjax.runtime import malloc
 
 _CONFIG = config_flags.DEFINE_config_file(

@@ -13,9 +13,10 @@ import pathlib
 
 from absl import flags
 
-from kdjax import cli, distributed, experiment, explaining, sharding, simulator
+from kdjax import cli, experiment, explaining, simulator
 from kdjax.config import Config
 from kdjax.models.lm import Shape
+from kdjax.parallel import distributed, sharding
 from kdjax.reporting import evaluation_row
 from kdjax.runtime.metrics_writer import print_table
 from kdjax.scoring import Scorer, match_rates

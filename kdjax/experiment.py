@@ -10,7 +10,7 @@ import flax.nnx as nnx
 import jax
 from jax.sharding import Mesh
 
-from kdjax import methods, sharding
+from kdjax import methods
 from kdjax.checkpoint import Checkpoints
 from kdjax.config import (
     Config,
@@ -26,6 +26,7 @@ from kdjax.data import tokenizer as tokenizers
 from kdjax.data.views import Segment
 from kdjax.models import attention, hf, lm, lora
 from kdjax.models.lm import Shape
+from kdjax.parallel import sharding
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32
 
-from kdjax import choosing, experiment, methods, sharding
+from kdjax import choosing, experiment, methods
 from kdjax import simulator as simulators
 from kdjax.analysis import faithfulness
 from kdjax.analysis.faithfulness import Record, same
@@ -20,6 +20,7 @@ from kdjax.data import templates
 from kdjax.data.example import Example, wrong_choices
 from kdjax.data.templates import Text
 from kdjax.data.views import Segment
+from kdjax.parallel import sharding
 
 Row = Mapping[str, Any]
 

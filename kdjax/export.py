@@ -10,10 +10,11 @@ from typing import Any
 
 from absl import flags
 
-from kdjax import card, cli, distributed, experiment, origins, sharding
+from kdjax import card, cli, experiment, origins
 from kdjax.checkpoint import Checkpoints
 from kdjax.config import Config
 from kdjax.models import hf, lora
+from kdjax.parallel import distributed, sharding
 from kdjax.runtime import metrics_writer
 
 _OUT = flags.DEFINE_string("out", None, "New folder; <workdir>/export by default.")

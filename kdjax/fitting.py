@@ -6,11 +6,12 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from kdjax import distributed, experiment, sharding, state
+from kdjax import experiment, state
 from kdjax.checkpoint import Checkpoints
 from kdjax.config import Config, to_json
 from kdjax.data import loader
 from kdjax.experiment import Data, Model
+from kdjax.parallel import distributed, sharding
 from kdjax.program import Program, untrained
 from kdjax.reporting import Meter, epoch_rows, state_rows
 from kdjax.runtime.metrics_writer import Writer, print_table

@@ -11,10 +11,11 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from kdjax import experiment, freezing, hlo, program, sharding
+from kdjax import experiment, freezing, hlo, program
 from kdjax.config import Config, DecoderConfig
 from kdjax.models import attention, flops, lm
 from kdjax.models.lm import Shape
+from kdjax.parallel import sharding
 
 _HEAD_LOOP = "shard_map/while"  # the fused head's scan, as JAX names it
 _NUMBER = r"([\d.]+)([KMGT]?)"

@@ -7,8 +7,9 @@ and started again it continues with the next shard.
 
 import pathlib
 
-from kdjax import cli, distributed, experiment
+from kdjax import cli, experiment
 from kdjax.config import Config
+from kdjax.parallel import distributed
 from kdjax.runtime.metrics_writer import print_table
 from kdjax.teacher import building
 

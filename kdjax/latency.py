@@ -8,9 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from kdjax import experiment, sharding
+from kdjax import experiment
 from kdjax.config import Config
 from kdjax.models import generate, lm
+from kdjax.parallel import sharding
 
 BATCH_SIZES = (1, 32)
 _MIB = 2**20

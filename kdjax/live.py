@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from kdjax import sharding
 from kdjax.losses import fused_head, layer_losses
 from kdjax.losses.options import LogitRule
 from kdjax.models import decoder, lm
+from kdjax.parallel import sharding
 
 
 class LiveTeacher(NamedTuple):

@@ -14,11 +14,12 @@ import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kdjax import experiment, freezing, program, sharding, step
+from kdjax import experiment, freezing, program, step
 from kdjax.config import Config
 from kdjax.experiment import Model
 from kdjax.losses import fused_head as fused_head_lib
 from kdjax.models import hf, lm
+from kdjax.parallel import sharding
 from kdjax.workload import Step, Workload
 
 _TOKEN_SPEC = P(("data", "fsdp"))  # [N, ...]

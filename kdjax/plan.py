@@ -16,10 +16,11 @@ from typing import Any
 import jax
 from absl import flags
 
-from kdjax import cli, forecast, sharding, topology
+from kdjax import cli, forecast, topology
 from kdjax.config import Config
 from kdjax.forecast import Forecast
 from kdjax.models import flops
+from kdjax.parallel import sharding
 from kdjax.runtime.metrics_writer import print_table
 
 _TOPOLOGY = flags.DEFINE_string(

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float64
 
-from kdjax import cli, distributed, methods, metrics, sharding, step
+from kdjax import cli, methods, metrics, step
 from kdjax.config import Config, DecoderConfig, T5Config
 from kdjax.data import loader, templates, views
 from kdjax.data.example import Example
@@ -30,6 +30,7 @@ from kdjax.experiment import (
 )
 from kdjax.models import generate, hf
 from kdjax.models.lm import Shape
+from kdjax.parallel import distributed, sharding
 from kdjax.program import chunk_size
 
 MATCHES = (

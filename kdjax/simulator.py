@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from kdjax import choosing, cli, experiment, sharding, validation
+from kdjax import choosing, cli, experiment, validation
 from kdjax import config as config_lib
 from kdjax.analysis import faithfulness
 from kdjax.analysis.faithfulness import Record
@@ -36,6 +36,7 @@ from kdjax.data import tokenizer as tokenizers
 from kdjax.data.example import Example
 from kdjax.fitting import fit
 from kdjax.models import hf
+from kdjax.parallel import sharding
 
 _VIEWS = ("label",)
 _RECORDS = "records.jsonl"  # what a simulator was trained on, if not on the data

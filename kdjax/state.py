@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from kdjax import freezing, sharding
+from kdjax import freezing
+from kdjax.parallel import sharding
 
 
 class TrainState(NamedTuple):

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from kdjax import freezing, live, sharding, state
+from kdjax import freezing, live, state
 from kdjax.losses import fused_head
 from kdjax.models import decoder, lm
+from kdjax.parallel import sharding
 from kdjax.state import TrainState
 
 Batch = dict[str, Any]

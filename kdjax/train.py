@@ -10,18 +10,11 @@ import pathlib
 from absl import flags
 from jax.sharding import Mesh
 
-from kdjax import (
-    cli,
-    distributed,
-    experiment,
-    freezing,
-    methods,
-    origins,
-    sharding,
-)
+from kdjax import cli, experiment, freezing, methods, origins
 from kdjax.config import Config
 from kdjax.fitting import fit
 from kdjax.models import hf
+from kdjax.parallel import distributed, sharding
 from kdjax.program import check_teacher
 from kdjax.reporting import evaluation_row, report_origins, run_summary
 from kdjax.runtime.metrics_writer import print_table

@@ -10,11 +10,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from kdjax import experiment, methods, program, sharding
+from kdjax import experiment, methods, program
 from kdjax.config import Config, T5Config, TrainConfig
 from kdjax.data import loader
 from kdjax.experiment import Model
 from kdjax.models.lm import Shape
+from kdjax.parallel import sharding
 from kdjax.state import TrainState
 from kdjax.teacher import building, labelling, synthetic
 from kdjax.teacher.records import Cache

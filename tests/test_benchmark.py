@@ -11,10 +11,11 @@ import jax
 import numpy as np
 import pytest
 
-from kdjax import benchmark, experiment, methods, sharding, timing, workload
+from kdjax import benchmark, experiment, methods, timing, workload
 from kdjax.config import MeshConfig
 from kdjax.data import loader
 from kdjax.models import decoder, flops, hf
+from kdjax.parallel import sharding
 from kdjax.teacher import building, records, synthetic
 from kdjax.timing import Samples
 from tests import compiling, small

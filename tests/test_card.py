@@ -10,10 +10,11 @@ import transformers
 from flax.traverse_util import flatten_dict
 from huggingface_hub import ModelCard
 
-from kdjax import card, experiment, origins, reporting, sharding
+from kdjax import card, experiment, origins, reporting
 from kdjax.config import DecoderConfig, LoraConfig, MeshConfig, T5Config
 from kdjax.data import tokenizer as tokenizers
 from kdjax.models import hf, lm
+from kdjax.parallel import sharding
 from tests import small
 
 DECODER = DecoderConfig(vocab_size=300, width=32, num_layers=3, mlp_width=56)

@@ -9,19 +9,11 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from kdjax import (
-    evaluate,
-    experiment,
-    export,
-    fitting,
-    sharding,
-    state,
-    train,
-    validation,
-)
+from kdjax import evaluate, experiment, export, fitting, state, train, validation
 from kdjax.checkpoint import Checkpoints
 from kdjax.config import MeshConfig
 from kdjax.models import hf
+from kdjax.parallel import sharding
 from kdjax.program import Program
 from tests import small
 from tests.test_freezing import Steps, config_of

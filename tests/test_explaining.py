@@ -8,12 +8,13 @@ import sys
 import numpy as np
 import pytest
 
-from kdjax import choosing, experiment, explaining, methods, program, sharding
+from kdjax import choosing, experiment, explaining, methods, program
 from kdjax.checkpoint import Checkpoints
 from kdjax.choosing import Chooser
 from kdjax.config import DataConfig, KinshipConfig, PrefixConfig, to_json
 from kdjax.data import kinship, templates, tokenizer, views
 from kdjax.data.example import Example, wrong_choices
+from kdjax.parallel import sharding
 from kdjax.scoring import Scorer
 from tests import small
 from tests.data.test_views import byte_level

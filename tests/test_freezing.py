@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from kdjax import experiment, freezing, hlo, program, sharding, state, train, validation
+from kdjax import experiment, freezing, hlo, program, state, train, validation
 from kdjax.config import MeshConfig, T5Config
 from kdjax.data import loader
 from kdjax.losses import fused_head
 from kdjax.models import decoder, t5
+from kdjax.parallel import sharding
 from tests import small
 from tests.test_step import FakeCache
 

@@ -8,11 +8,12 @@ import jax
 import numpy as np
 import pytest
 
-from kdjax import evaluate, experiment, program, sharding, train, validation
+from kdjax import evaluate, experiment, program, train, validation
 from kdjax.config import MeshConfig
 from kdjax.data import loader
 from kdjax.losses import layer_losses
 from kdjax.models import decoder
+from kdjax.parallel import sharding
 from tests import small
 
 WIDE = dataclasses.replace(small.SHAPE, width=48, num_heads=6, num_layers=3)

@@ -17,7 +17,6 @@ from kdjax import (
     forecast,
     program,
     reporting,
-    sharding,
     train,
     validation,
     workload,
@@ -25,6 +24,7 @@ from kdjax import (
 from kdjax.config import DecoderConfig, LoraConfig, MeshConfig, T5Config
 from kdjax.models import decoder, flops, hf, lm, lora, t5
 from kdjax.models.shape_checks import kept_layers
+from kdjax.parallel import sharding
 from tests import small
 from tests.test_freezing import Steps, config_of
 

@@ -16,10 +16,11 @@ import jax
 import numpy as np
 import pytest
 
-from kdjax import experiment, methods, program, sharding
+from kdjax import experiment, methods, program
 from kdjax.config import MeshConfig, T5Config
 from kdjax.data import loader, sources
 from kdjax.models import lm
+from kdjax.parallel import sharding
 from kdjax.teacher.codec import Record
 from tests import small
 

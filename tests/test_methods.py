@@ -6,9 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from kdjax import experiment, methods, sharding, train, validation
+from kdjax import experiment, methods, train, validation
 from kdjax.config import MethodConfig, PrefixConfig
 from kdjax.models import decoder
+from kdjax.parallel import sharding
 from kdjax.teacher import records
 from tests import small
 

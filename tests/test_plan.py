@@ -13,9 +13,10 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kdjax import forecast, hlo, plan, sharding, topology
+from kdjax import forecast, hlo, plan, topology
 from kdjax.config import DecoderConfig, MeshConfig, StudentConfig
 from kdjax.models import flops
+from kdjax.parallel import sharding
 from tests import compiling, small
 
 SHAPE = DecoderConfig(

@@ -5,9 +5,10 @@ import dataclasses
 import jax
 import pytest
 
-from kdjax import experiment, methods, program, sharding
+from kdjax import experiment, methods, program
 from kdjax.config import MeshConfig
 from kdjax.data import loader
+from kdjax.parallel import sharding
 from tests import small
 from tests.test_step import FakeCache
 

@@ -6,11 +6,12 @@ import jax
 import numpy as np
 import pytest
 
-from kdjax import experiment, sharding
+from kdjax import experiment
 from kdjax.config import DataConfig, MeshConfig
 from kdjax.data import templates
 from kdjax.data.example import Example
 from kdjax.models import decoder
+from kdjax.parallel import sharding
 from kdjax.scoring import Scorer, judge, match_rates
 from tests import small
 from tests.test_step import FakeCache

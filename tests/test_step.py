@@ -7,20 +7,12 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from kdjax import (
-    experiment,
-    methods,
-    optim,
-    program,
-    sharding,
-    state,
-    step,
-    validation,
-)
+from kdjax import experiment, methods, optim, program, state, step, validation
 from kdjax.config import MeshConfig
 from kdjax.data import loader
 from kdjax.losses import fused_head
 from kdjax.models import decoder
+from kdjax.parallel import sharding
 from kdjax.teacher.codec import Record
 from tests import small
 

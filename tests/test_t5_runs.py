@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kdjax import experiment, export, fitting, methods, program, sharding, state, train
+from kdjax import experiment, export, fitting, methods, program, state, train
 from kdjax.config import MeshConfig, T5Config
 from kdjax.data import loader
 from kdjax.data import tokenizer as tokenizers
 from kdjax.models import generate, hf, lm, t5
+from kdjax.parallel import sharding
 from kdjax.scoring import Scorer
 from tests import small
 

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 from kdjax import config as config_lib
-from kdjax import evaluate, experiment, export, label, scoring, sharding, train
+from kdjax import evaluate, experiment, export, label, scoring, train
 from kdjax.checkpoint import Checkpoints
 from kdjax.config import Config
 from kdjax.models import hf
+from kdjax.parallel import sharding
 from kdjax.teacher import records
 from tests import compiling, small
 

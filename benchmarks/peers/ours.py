@@ -15,7 +15,7 @@ import numpy as np
 from absl import app, flags
 from cases import peak_rss, read, report, time_steps
 
-from kdjax import experiment, parts, sharding, timing
+from kdjax import experiment, parts, timing
 from kdjax.config import (
     CacheConfig,
     Config,
@@ -30,6 +30,7 @@ from kdjax.config import (
 from kdjax.data import loader
 from kdjax.data.views import Segment
 from kdjax.models import flops, hf
+from kdjax.parallel import sharding
 from kdjax.runtime import malloc
 from kdjax.teacher import records
 from kdjax.workload import Step, Workload

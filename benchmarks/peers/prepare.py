@@ -16,10 +16,11 @@ import ours
 from absl import app, flags
 from cases import CASES
 
-from kdjax import experiment, sharding, step
+from kdjax import experiment, step
 from kdjax.config import Config, MeshConfig
 from kdjax.losses import fused_head
 from kdjax.models import decoder, hf
+from kdjax.parallel import sharding
 from kdjax.teacher import labelling, records, synthetic
 
 _CASE = flags.DEFINE_enum("case", None, list(CASES), "Which case.", required=True)

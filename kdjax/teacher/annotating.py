@@ -13,11 +13,12 @@ from typing import Any
 
 import jax
 
-from kdjax import distributed, experiment
+from kdjax import experiment
 from kdjax.config import AnnotateConfig, Config
 from kdjax.data import selection, sources
 from kdjax.data.example import Example
 from kdjax.models import hf
+from kdjax.parallel import distributed
 from kdjax.runtime.metrics_writer import progress
 from kdjax.teacher import annotations, backends, prompts
 from kdjax.teacher.annotations import Key, Row

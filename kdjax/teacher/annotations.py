@@ -19,7 +19,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-from kdjax import distributed
+from kdjax.parallel import distributed
 
 Key = tuple[str, str]  # id, and the choice that is explained if there are several
 Row = dict[str, Any]

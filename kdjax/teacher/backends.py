@@ -13,11 +13,12 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kdjax import experiment, sharding
+from kdjax import experiment
 from kdjax.config import AnnotateConfig, Config, T5Config
 from kdjax.data import loader, views
 from kdjax.data import tokenizer as tokenizers
 from kdjax.models import contrastive, generate, hf, lm
+from kdjax.parallel import sharding
 from kdjax.teacher import prompts
 from kdjax.teacher.asking import Completion, Request
 from kdjax.teacher.prompts import Messages

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from kdjax import distributed, experiment, methods, sharding, step
+from kdjax import experiment, methods, step
 from kdjax.config import Config, MeshConfig
 from kdjax.data import loader, teacher_rows
 from kdjax.data import tokenizer as tokenizers
@@ -18,6 +18,7 @@ from kdjax.experiment import Data
 from kdjax.losses import fused_head
 from kdjax.models import flops, hf
 from kdjax.models.lm import Shape
+from kdjax.parallel import distributed, sharding
 from kdjax.runtime.metrics_writer import progress
 from kdjax.teacher import labelling, records
 

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from kdjax import experiment, sharding
+from kdjax import experiment
 from kdjax.config import DecoderConfig, MeshConfig
 from kdjax.models import attention, decoder
 from kdjax.models.attention import Kernel, Rule
+from kdjax.parallel import sharding
 
 SHAPE = DecoderConfig(
     vocab_size=61,

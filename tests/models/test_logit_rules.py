@@ -4,10 +4,11 @@ import jax
 import numpy as np
 import pytest
 
-from kdjax import experiment, live, sharding, state, step
+from kdjax import experiment, live, state, step
 from kdjax.config import MeshConfig, OptimConfig
 from kdjax.models import decoder, lm
 from kdjax.optim import make_optimizer, make_schedule
+from kdjax.parallel import sharding
 from tests.golden.make_families import FOLDER, LENGTH, tokens
 
 

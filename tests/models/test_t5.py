@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from kdjax import sharding
 from kdjax.config import MeshConfig, T5Config
 from kdjax.models import decoder, hf, lm, t5, t5_layers
 from kdjax.models.hf import t5_names
 from kdjax.models.t5 import Rows
+from kdjax.parallel import sharding
 
 V1_1 = T5Config(
     vocab_size=67,

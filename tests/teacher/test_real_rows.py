@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kdjax import experiment, sharding
+from kdjax import experiment
 from kdjax.config import MeshConfig
 from kdjax.data import tokenizer as tokenizers
 from kdjax.losses.chunk_label import chunk_label
@@ -16,6 +16,7 @@ from kdjax.losses.chunk_loss import Teacher, Tokens, chunk_loss
 from kdjax.losses.options import Options
 from kdjax.losses.vocab_shard import Part
 from kdjax.models import decoder
+from kdjax.parallel import sharding
 from kdjax.teacher import codec
 from kdjax.teacher.planes import IdCoder
 

@@ -12,11 +12,12 @@ import jax
 import numpy as np
 import pytest
 
-from kdjax import experiment, sharding, validation
+from kdjax import experiment, validation
 from kdjax.config import FAMILIES, MeshConfig, RopeConfig, StudentConfig
 from kdjax.models import decoder, flops, generate, hf, lm
 from kdjax.models.hf import families
 from kdjax.models.shape_checks import kept_layers
+from kdjax.parallel import sharding
 from tests import small
 from tests.golden import make_families
 from tests.golden.make_families import CASES, FOLDER, LENGTH, POSITIONS

@@ -102,7 +102,7 @@ def spec_for(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
         near = difflib.get_close_matches(path, [r for r, _ in RULES], n=3, cutoff=0.0)
         raise ValueError(
             f"parameter {path} of shape {shape} matches {len(found)} sharding rules, "
-            f"wanted 1; the nearest are {near}: add one to kdjax/sharding.py"
+            f"wanted 1; the nearest are {near}: add one to kdjax/parallel/sharding.py"
         )
     for dim, axes in enumerate(found[0]):
         names = () if axes is None else (axes,) if isinstance(axes, str) else axes

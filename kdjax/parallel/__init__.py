@@ -1,0 +1,1 @@
+"""The mesh, the sharding table and multi-process runs."""
