@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForSeq2SeqLM
 
-from kdjax import experiment, methods, program
+from kdjax import program
 from kdjax.config import (
     Config,
     DataConfig,
@@ -38,6 +38,7 @@ from kdjax.config import (
     TrainConfig,
 )
 from kdjax.data import loader
+from kdjax.experiment import build, methods
 from kdjax.models import hf
 from kdjax.parallel import sharding
 from kdjax.runtime.metrics_writer import print_table
@@ -86,10 +87,10 @@ class Ours:
     def __init__(self, config: Config, segments: list, folder: str) -> None:
         """Loads the weights and makes all batches."""
         mesh = sharding.make_mesh(config.mesh)
-        model, params = experiment.load_model(folder, mesh, dtype="float32")
+        model, params = build.load_model(folder, mesh, dtype="float32")
         self.program = program.Program(config, model, mesh)
         self.state = self.program.init(lambda: params)
-        plan = experiment.make_plan(config, model.shape, segments)
+        plan = build.make_plan(config, model.shape, segments)
         self.batches = [
             loader.make_batch(
                 plan, step, terms=methods.terms(config.method), dropout=True
@@ -197,7 +198,7 @@ def main() -> None:
     config = make_config(args.data, args.tokenizer, args.examples)
     with tempfile.TemporaryDirectory() as scratch:
         folder = str(pathlib.Path(scratch) / "t5")
-        params = jax.jit(lambda key: experiment.lm.init_params(SHAPE, key))(
+        params = jax.jit(lambda key: build.lm.init_params(SHAPE, key))(
             jax.random.key(0)
         )
         hf.save(folder, SHAPE, params)
@@ -229,7 +230,7 @@ def main() -> None:
                 args.rounds,
             )
         ]
-        found = experiment.load_data(config, splits=("train",)).train
+        found = build.load_data(config, splits=("train",)).train
         rows.append(
             compare(
                 "epoch",

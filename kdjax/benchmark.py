@@ -17,8 +17,9 @@ import jax
 from absl import flags
 
 import kdjax
-from kdjax import cli, experiment, latency, parts, program, timing, workload
+from kdjax import cli, latency, parts, program, timing, workload
 from kdjax.config import Config
+from kdjax.experiment import build
 from kdjax.models import flops
 from kdjax.parallel import distributed, sharding
 from kdjax.runtime.metrics_writer import print_table, progress
@@ -195,7 +196,7 @@ def _rate(
     train, device = load.config.train, jax.devices()[0]
     targets = int((whole.host_batch["view"] >= 0).sum()) * jax.process_count()
     shape = load.model.shape
-    sizes = experiment.sizes(shape, train) | {"num_head_tokens": targets}
+    sizes = build.sizes(shape, train) | {"num_head_tokens": targets}
     spared = program.untrained(load.config, load.model.abstract)
     per_step = flops.train_flops(shape, **sizes, **spared)
     # One CPU device computes with all cores, however many devices it is made to be.

@@ -16,9 +16,10 @@ from typing import Any
 
 from absl import flags
 
-from kdjax import cli, experiment
+from kdjax import cli
 from kdjax.config import Config
 from kdjax.data import tokenizer as tokenizers
+from kdjax.experiment import build
 from kdjax.models import hf
 from kdjax.runtime.metrics_writer import print_table, progress
 from kdjax.teacher import inspection, records, transfer
@@ -92,7 +93,7 @@ def import_(files: list[str]) -> None:
         raise ValueError(f"--layout is missing: use one of {sorted(convert.LAYOUTS)}")
     config = cli.given_config()
     layout = convert.LAYOUTS[_LAYOUT.value]
-    data = experiment.load_data(config, splits=(_SPLIT.value,))
+    data = build.load_data(config, splits=(_SPLIT.value,))
     segments = data.train if _SPLIT.value == "train" else data.evaluation
     # Ids of a padded vocabulary may be among the stored ones.
     vocab_size = len(data.tokenizer)

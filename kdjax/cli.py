@@ -14,8 +14,9 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from kdjax import config as config_lib
-from kdjax import resuming, validation
 from kdjax.config import Config
+from kdjax.experiment import resume
+from kdjax.experiment import validate as validate_lib
 from kdjax.parallel import distributed
 from kdjax.runtime import malloc
 
@@ -40,7 +41,7 @@ def run(
     main: Callable[[Any, pathlib.Path], None],
     *,
     kind: type = Config,
-    validate: Callable[[Any], Any] = validation.validate,
+    validate: Callable[[Any], Any] = validate_lib.validate,
     keep_compiled: bool = True,
 ) -> None:
     """Parses the flags, validates the config and calls `main(config, workdir)`.
@@ -113,7 +114,7 @@ def _keep_compiled() -> None:
 
 
 def given_config(
-    kind: type = Config, validate: Callable[[Any], Any] = validation.validate
+    kind: type = Config, validate: Callable[[Any], Any] = validate_lib.validate
 ) -> Any:
     """The config of --config, else the one that --workdir ran with, validated.
 
@@ -173,7 +174,7 @@ def check_owner(folder: pathlib.Path, config: Config) -> None:
     """
     file = folder / CONFIG
     if file.exists():
-        changed = resuming.differences(config_lib.from_json(file.read_text()), config)
+        changed = resume.differences(config_lib.from_json(file.read_text()), config)
         if changed:
             raise ValueError(
                 f"workdir={str(folder)!r} holds a run of another config "

@@ -228,7 +228,7 @@ class StudentConfig:
 class MethodConfig:
     """Which views are trained, with which terms."""
 
-    name: str = "multitask"  # key of kdjax.methods.METHODS
+    name: str = "multitask"  # key of kdjax.experiment.methods.METHODS
     label_weight: float = 0.5  # a: label view a, rationale view 1 - a (multitask)
     counterfactual_weight: float = 0.5  # b: that view b, factual view 1 - b
     multitask_weight: float = 0.5  # g: a's views share g, b's 1 - g (both: all four)

@@ -13,8 +13,9 @@ import pathlib
 
 from absl import flags
 
-from kdjax import cli, experiment, explaining, simulator
+from kdjax import cli, explaining, simulator
 from kdjax.config import Config
+from kdjax.experiment import build
 from kdjax.models.lm import Shape
 from kdjax.parallel import distributed, sharding
 from kdjax.reporting import evaluation_row
@@ -46,15 +47,15 @@ def _score(
     config: Config, workdir: pathlib.Path, name: str, step: int | None
 ) -> tuple[dict[str, float], Shape]:
     mesh = sharding.make_mesh(config.mesh)
-    data = experiment.load_data(config, splits=("eval",))
+    data = build.load_data(config, splits=("eval",))
     cache = building.open_split(config, data, workdir, "eval")
     if name == "student":
-        model, params = experiment.load_student(
+        model, params = build.load_student(
             config, workdir, mesh, data.tokenizer, step=step
         )
     else:
-        teacher = experiment.teacher_folder(config, workdir)
-        model, params = experiment.load_model(
+        teacher = build.teacher_folder(config, workdir)
+        model, params = build.load_model(
             teacher if name == "teacher" else name, mesh, dtype=config.train.dtype
         )
     scorer = Scorer(config, data, model, mesh, cache=cache)

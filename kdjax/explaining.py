@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32
 
-from kdjax import choosing, experiment, methods
+from kdjax import choosing
 from kdjax import simulator as simulators
 from kdjax.analysis import faithfulness
 from kdjax.analysis.faithfulness import Record, same
@@ -20,6 +20,7 @@ from kdjax.data import templates
 from kdjax.data.example import Example, wrong_choices
 from kdjax.data.templates import Text
 from kdjax.data.views import Segment
+from kdjax.experiment import build, methods
 from kdjax.parallel import sharding
 
 Row = Mapping[str, Any]
@@ -47,7 +48,7 @@ def measure(
       ValueError: a run that is not finished, or generations of other examples.
     """
     rows = read_rows(workdir)
-    data = experiment.load_data(config, splits=("eval",))
+    data = build.load_data(config, splits=("eval",))
     found = records(rows, data.eval_examples)
     measures = faithfulness.describe(found)
     explained = [row for row in rows if row["view"] in templates.EXPLAINED]

@@ -10,9 +10,10 @@ from typing import Any
 
 from absl import flags
 
-from kdjax import card, cli, experiment, origins
+from kdjax import cli
 from kdjax.checkpoint import Checkpoints
 from kdjax.config import Config
+from kdjax.experiment import build, model_card, provenance
 from kdjax.models import hf, lora
 from kdjax.parallel import distributed, sharding
 from kdjax.runtime import metrics_writer
@@ -37,12 +38,12 @@ def write(
     Adapters are multiplied and added into their kernels: the result is a plain model.
     """
     mesh = sharding.make_mesh(config.mesh)
-    tokenizer = experiment.load_tokenizer(config)
-    model, params = experiment.load_student(config, workdir, mesh, tokenizer, step=step)
+    tokenizer = build.load_tokenizer(config)
+    model, params = build.load_student(config, workdir, mesh, tokenizer, step=step)
     params = lora.merged(params, config.student.lora)
-    found = origins.find(config, model, experiment.teacher_folder(config, workdir))
+    found = provenance.find(config, model, build.teacher_folder(config, workdir))
     done = step or _newest(workdir)
-    readme = card.write(
+    readme = model_card.write(
         config, model.shape, found, step=done, summary=_summary(workdir, done)
     )
     hf.save(out, model.shape, params, tokenizer, dtype=dtype, readme=readme)

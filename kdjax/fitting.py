@@ -6,11 +6,12 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from kdjax import experiment, state
+from kdjax import state
 from kdjax.checkpoint import Checkpoints
 from kdjax.config import Config, to_json
 from kdjax.data import loader
-from kdjax.experiment import Data, Model
+from kdjax.experiment import build
+from kdjax.experiment.build import Data, Model
 from kdjax.parallel import distributed, sharding
 from kdjax.program import Program, untrained
 from kdjax.reporting import Meter, epoch_rows, state_rows
@@ -58,11 +59,11 @@ def fit(
         config,
         model,
         mesh,
-        num_valid=experiment.num_valid(model.shape, source),
+        num_valid=build.num_valid(model.shape, source),
         teacher=teacher[0] if teacher is not None else None,
     )
     abstract, num_rows = program.abstract, program.num_rows
-    plan = experiment.make_plan(config, model.shape, data.train)
+    plan = build.make_plan(config, model.shape, data.train)
     rows = sharding.local_rows(mesh, num_rows)
 
     def make_batch(index: int) -> loader.Batch:

@@ -11,8 +11,9 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from kdjax import experiment, freezing, hlo, program
+from kdjax import freezing, hlo, program
 from kdjax.config import Config, DecoderConfig
+from kdjax.experiment import build
 from kdjax.models import attention, flops, lm
 from kdjax.models.lm import Shape
 from kdjax.parallel import sharding
@@ -70,7 +71,7 @@ def student_shape(config: Config) -> Shape:
             f"student.{part}.vocab_size=0 takes the tokenizer's, which planning does "
             f"not read: give --config.student.{part}.vocab_size=NUMBER"
         )
-    return experiment.student_shape(config, range(0))
+    return build.student_shape(config, range(0))
 
 
 def compile_step(
@@ -92,7 +93,7 @@ def compile_step(
     mesh = sharding.make_mesh(config.mesh, devices=devices)
     shape, train = student_shape(config), config.train
     check_rows(config, mesh)
-    model = experiment.make_model(
+    model = build.make_model(
         shape,
         mesh,
         dtype=train.dtype,
@@ -240,7 +241,7 @@ def model_flops(config: Config, shape: Shape) -> tuple[int, int]:
 
     Recomputing whole layers (remat="full") repeats their forward pass.
     """
-    sizes = experiment.sizes(shape, config.train)
+    sizes = build.sizes(shape, config.train)
     _, params = lm.create(shape, adapters=config.student.lora)
     spared = program.untrained(config, params)
     useful = flops.train_flops(shape, **sizes | spared)
@@ -324,7 +325,7 @@ def replace(config: Config, **parts: dict[str, Any]) -> Config:
 def state_bytes(config: Config, devices: Sequence[jax.Device]) -> int:
     """Parameters, optimizer state and gradients of one device; nothing is compiled."""
     mesh = sharding.make_mesh(config.mesh, devices=devices)
-    model = experiment.make_model(
+    model = build.make_model(
         student_shape(config),
         mesh,
         dtype=config.train.dtype,

@@ -7,8 +7,9 @@ and started again it continues with the next shard.
 
 import pathlib
 
-from kdjax import cli, experiment
+from kdjax import cli
 from kdjax.config import Config
+from kdjax.experiment import build
 from kdjax.parallel import distributed
 from kdjax.runtime.metrics_writer import print_table
 from kdjax.teacher import building
@@ -16,13 +17,13 @@ from kdjax.teacher import building
 
 def run(config: Config, workdir: pathlib.Path) -> None:
     """Labels what is missing and prints what the caches hold."""
-    teacher_path = experiment.teacher_folder(config, workdir)
+    teacher_path = build.teacher_folder(config, workdir)
     if not (config.teacher.path or pathlib.Path(teacher_path).is_dir()):
         raise ValueError(
             f"teacher.path='' and {teacher_path} does not exist: give "
             "--config.teacher.path, or run kdjax.train, which trains a teacher first"
         )
-    data = experiment.load_data(config)
+    data = build.load_data(config)
     building.check(config, data, workdir)
     caches = building.ensure(config, data, workdir, teacher_path)
     if distributed.is_main():

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from kdjax import experiment
 from kdjax.config import Config
+from kdjax.experiment import build
 from kdjax.models import generate, lm
 from kdjax.parallel import sharding
 
@@ -41,8 +41,8 @@ def measure(
       of all rows; memory/B, MiB of parameters, cache and temporary arrays.
     """
     mesh = sharding.make_mesh(config.mesh)
-    shape = experiment.student_shape(config, experiment.load_tokenizer(config))
-    model = experiment.make_model(shape, mesh, dtype=config.train.dtype)
+    shape = build.student_shape(config, build.load_tokenizer(config))
+    model = build.make_model(shape, mesh, dtype=config.train.dtype)
     params = jax.jit(
         lambda key: lm.init_params(shape, key), out_shardings=model.shardings
     )(jax.random.key(0))

@@ -14,9 +14,10 @@ import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kdjax import experiment, freezing, program, step
+from kdjax import freezing, program, step
 from kdjax.config import Config
-from kdjax.experiment import Model
+from kdjax.experiment import build
+from kdjax.experiment.build import Model
 from kdjax.losses import fused_head as fused_head_lib
 from kdjax.models import hf, lm
 from kdjax.parallel import sharding
@@ -91,7 +92,7 @@ def _head_pass(
         load.config,
         load.model,
         load.config.method.temperature,
-        experiment.num_valid(load.model.shape, load.cache),
+        build.num_valid(load.model.shape, load.cache),
     )
 
     def loss_of(hidden_ND: Any, weight_VD: Any, rows: Any) -> jax.Array:
@@ -170,7 +171,7 @@ def _random_teacher(load: Workload) -> tuple[Model, Any]:
     """A teacher of the config's shape, its parameters drawn at random."""
     config, mesh = load.config, load.mesh
     shape = teacher_shape(config, load.model.shape.vocab_size)
-    model = experiment.make_model(shape, mesh, dtype=config.train.dtype)
+    model = build.make_model(shape, mesh, dtype=config.train.dtype)
     init = jax.jit(
         lambda key: lm.init_params(shape, key), out_shardings=model.shardings
     )

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh, NamedSharding
 
-from kdjax import freezing, live, methods, optim, state, step
+from kdjax import freezing, live, optim, state, step
 from kdjax.config import CacheConfig, Config, T5Config
-from kdjax.experiment import Model
+from kdjax.experiment import methods
+from kdjax.experiment.build import Model
 from kdjax.losses import fused_head
 from kdjax.models import lm
 from kdjax.models.lm import Shape

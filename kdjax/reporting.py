@@ -13,9 +13,10 @@ import jax
 import numpy as np
 
 import kdjax
-from kdjax import cli, experiment, freezing, methods, metrics, origins
+from kdjax import cli, freezing, metrics
 from kdjax.config import Config
 from kdjax.data.loader import BatchPlan
+from kdjax.experiment import build, methods, provenance
 from kdjax.models import flops
 from kdjax.models.lm import Shape
 from kdjax.runtime.metrics_writer import Writer, print_table
@@ -50,7 +51,7 @@ class Meter:
         self._views, self._writer = views, writer
         divergence = config.method.divergence
         self._soft_name = "kl" if divergence == "forward_kl" else divergence
-        sizes = experiment.sizes(shape, config.train) | dict(untrained)
+        sizes = build.sizes(shape, config.train) | dict(untrained)
         self._flops = flops.train_flops(shape, **sizes)
         self._peak = flops.peak_flops(jax.devices()[0], config.train.dtype)
         self._waited = 0.0  # seconds for data since the last line
@@ -227,10 +228,10 @@ def report_origins(workdir: pathlib.Path, name: str, found: dict[str, str]) -> N
     Args:
       workdir: of the run.
       name: of the run.
-      found: from `origins.find`.
+      found: from `provenance.find`.
     """
     cli.write_atomically(workdir / "init.json", json.dumps(found, indent=2) + "\n")
-    print_table(f"{name}: what the student starts from", origins.rows(found))
+    print_table(f"{name}: what the student starts from", provenance.rows(found))
 
 
 def evaluation_row(

@@ -13,12 +13,13 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float64
 
-from kdjax import cli, methods, metrics, step
+from kdjax import cli, metrics, step
 from kdjax.config import Config, DecoderConfig, T5Config
 from kdjax.data import loader, templates, views
 from kdjax.data.example import Example
 from kdjax.data.templates import Text
-from kdjax.experiment import (
+from kdjax.experiment import methods
+from kdjax.experiment.build import (
     Data,
     Model,
     layout,

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from kdjax import choosing, cli, experiment, validation
+from kdjax import choosing, cli
 from kdjax import config as config_lib
 from kdjax.analysis import faithfulness
 from kdjax.analysis.faithfulness import Record
@@ -34,6 +34,7 @@ from kdjax.config import (
 from kdjax.data import sources, views
 from kdjax.data import tokenizer as tokenizers
 from kdjax.data.example import Example
+from kdjax.experiment import build, validate
 from kdjax.fitting import fit
 from kdjax.models import hf
 from kdjax.parallel import sharding
@@ -65,7 +66,7 @@ def simulator_config(
     """
     data = dataclasses.replace(
         config.data,
-        tokenizer=experiment.tokenizer_path(config),
+        tokenizer=build.tokenizer_path(config),
         prefixes=PrefixConfig(),
         cues=True,
         chat_template=False,
@@ -119,7 +120,7 @@ def train_simulator(
         one with another tokenizer.
     """
     config = simulator_config(config, decoder=decoder, steps=steps)
-    validation.validate(config)
+    validate.validate(config)
     _claim_records(folder, records)
     if config.data.tokenizer:
         config.data.tokenizer = str(_own_tokenizer(folder, config.data.tokenizer))
@@ -137,12 +138,12 @@ def train_simulator(
             f"examples {lacking[:3]} lack what a simulator learns from: give all "
             "training examples an answer and a rationale (data.rationales)"
         )
-    tokenizer = experiment.load_tokenizer(config)
+    tokenizer = build.load_tokenizer(config)
     mesh = _mesh()
-    model = experiment.make_model(
-        experiment.student_shape(config, tokenizer), mesh, dtype=config.train.dtype
+    model = build.make_model(
+        build.student_shape(config, tokenizer), mesh, dtype=config.train.dtype
     )
-    data = experiment.Data(
+    data = build.Data(
         tokenizer=tokenizer,
         views=_VIEWS,
         eval_views=_VIEWS,
@@ -157,7 +158,7 @@ def train_simulator(
         mesh=mesh,
         data=data,
         model=model,
-        make_params=experiment.student_params(config, model, ""),
+        make_params=build.student_params(config, model, ""),
     )
 
 
@@ -210,9 +211,9 @@ def predict(records: Sequence[Record], simulator: pathlib.Path) -> dict[str, lis
     if not records:
         return {show: [] for show in SHOWN}
     examples = [_as_example(record) for record in records]
-    tokenizer = experiment.load_tokenizer(config)
+    tokenizer = build.load_tokenizer(config)
     segments, _ = views.make_segments(examples, _VIEWS, tokenizer, config.data)
-    data = experiment.Data(
+    data = build.Data(
         tokenizer=tokenizer,
         views=_VIEWS,
         eval_views=_VIEWS,

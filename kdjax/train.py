@@ -10,8 +10,9 @@ import pathlib
 from absl import flags
 from jax.sharding import Mesh
 
-from kdjax import cli, experiment, freezing, methods, origins
+from kdjax import cli, freezing
 from kdjax.config import Config
+from kdjax.experiment import build, methods, provenance
 from kdjax.fitting import fit
 from kdjax.models import hf
 from kdjax.parallel import distributed, sharding
@@ -28,13 +29,13 @@ _UNTIL = flags.DEFINE_enum(
 
 def train_teacher(config: Config, workdir: pathlib.Path, mesh: Mesh) -> None:
     """Trains the built-in task's teacher and exports it, unless that was done."""
-    folder = pathlib.Path(experiment.teacher_folder(config, workdir))
+    folder = pathlib.Path(build.teacher_folder(config, workdir))
     if config.teacher.path or (folder / "config.json").is_file():
         return
-    config = experiment.teacher_config(config)
-    data = experiment.load_data(config, splits=("train",))
-    shape = experiment.student_shape(config, data.tokenizer)
-    model = experiment.make_model(
+    config = build.teacher_config(config)
+    data = build.load_data(config, splits=("train",))
+    shape = build.student_shape(config, data.tokenizer)
+    model = build.make_model(
         shape, mesh, dtype=config.train.dtype, remat=config.train.remat
     )
     params, _, _ = fit(
@@ -43,7 +44,7 @@ def train_teacher(config: Config, workdir: pathlib.Path, mesh: Mesh) -> None:
         mesh=mesh,
         data=data,
         model=model,
-        make_params=experiment.student_params(config, model, ""),
+        make_params=build.student_params(config, model, ""),
     )
     hf.save(folder, shape, params, data.tokenizer)
     distributed.barrier("teacher")
@@ -59,9 +60,9 @@ def run(config: Config, workdir: pathlib.Path, *, until: str = "end") -> None:
     """
     cli.claim(workdir, config)
     mesh = sharding.make_mesh(config.mesh)
-    data = experiment.load_data(config)
-    shape = experiment.student_shape(config, data.tokenizer)
-    model = experiment.make_model(
+    data = build.load_data(config)
+    shape = build.student_shape(config, data.tokenizer)
+    model = build.make_model(
         shape,
         mesh,
         dtype=config.train.dtype,
@@ -69,10 +70,10 @@ def run(config: Config, workdir: pathlib.Path, *, until: str = "end") -> None:
         adapters=config.student.lora,
     )
     # What can be wrong with rows and caches is found before anything is computed.
-    experiment.make_plan(config, shape, data.train)
-    has_teacher = experiment.has_teacher(config)
+    build.make_plan(config, shape, data.train)
+    has_teacher = build.has_teacher(config)
     if has_teacher:
-        check_teacher(config, shape, experiment.teacher_shape(config, data.tokenizer))
+        check_teacher(config, shape, build.teacher_shape(config, data.tokenizer))
     freezing.frozen_paths(model.abstract, config.optim.freeze)
     building.check(config, data, workdir)
 
@@ -80,16 +81,18 @@ def run(config: Config, workdir: pathlib.Path, *, until: str = "end") -> None:
         train_teacher(config, workdir, mesh)
     if until == "teacher":
         return
-    teacher_path = experiment.teacher_folder(config, workdir)
+    teacher_path = build.teacher_folder(config, workdir)
     caches = building.ensure(config, data, workdir, teacher_path)
     dtype = config.train.dtype
     live = (
-        experiment.load_model(teacher_path, mesh, dtype=dtype)
+        build.load_model(teacher_path, mesh, dtype=dtype)
         if config.teacher.online and methods.needs_teacher(config.method)
         else None
     )
     if distributed.is_main():
-        report_origins(workdir, config.name, origins.find(config, model, teacher_path))
+        report_origins(
+            workdir, config.name, provenance.find(config, model, teacher_path)
+        )
     cache = caches.get("eval")
     scorer = Scorer(config, data, model, mesh, cache=cache)
     params, throughput, student = fit(
@@ -98,7 +101,7 @@ def run(config: Config, workdir: pathlib.Path, *, until: str = "end") -> None:
         mesh=mesh,
         data=data,
         model=model,
-        make_params=experiment.student_params(config, model, teacher_path),
+        make_params=build.student_params(config, model, teacher_path),
         cache=caches.get("train"),
         teacher=live,
         scorer=scorer,

@@ -10,10 +10,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from kdjax import experiment, methods, program
+from kdjax import program
 from kdjax.config import Config, T5Config, TrainConfig
 from kdjax.data import loader
-from kdjax.experiment import Model
+from kdjax.experiment import build, methods
+from kdjax.experiment.build import Model
 from kdjax.models.lm import Shape
 from kdjax.parallel import sharding
 from kdjax.state import TrainState
@@ -48,14 +49,14 @@ def real(config: Config, workdir: pathlib.Path, mesh: Mesh) -> Workload | None:
     soft = methods.has_soft_terms(config.method)
     if soft and labelling.missing(building.folder(config, workdir, "train")):
         return None
-    data = experiment.load_data(config, splits=("train",))
+    data = build.load_data(config, splits=("train",))
     cache = building.open_split(config, data, workdir, "train") if soft else None
-    shape = experiment.student_shape(config, data.tokenizer)
+    shape = build.student_shape(config, data.tokenizer)
     return Workload(
         config=config,
         mesh=mesh,
         model=_student(config, shape, mesh),
-        plan=experiment.make_plan(config, shape, data.train),
+        plan=build.make_plan(config, shape, data.train),
         cache=cache,
         source="real",
     )
@@ -77,8 +78,8 @@ def make_synthetic(config: Config, folder: pathlib.Path, mesh: Mesh) -> Workload
     student = config.student
     own = student.t5 if student.architecture == "t5" else student.decoder
     named = student.init == "random" and not own.vocab_size
-    tokenizer = experiment.load_tokenizer(config) if named else ()
-    shape = experiment.student_shape(config, tokenizer)
+    tokenizer = build.load_tokenizer(config) if named else ()
+    shape = build.student_shape(config, tokenizer)
     segments = synthetic.make_segments(
         _BATCHES * config.train.batch_size,
         row_length=config.train.row_length,
@@ -101,7 +102,7 @@ def make_synthetic(config: Config, folder: pathlib.Path, mesh: Mesh) -> Workload
         config=config,
         mesh=mesh,
         model=_student(config, shape, mesh),
-        plan=experiment.make_plan(config, shape, segments),
+        plan=build.make_plan(config, shape, segments),
         cache=cache,
         source="synthetic",
     )
@@ -171,7 +172,7 @@ class Step:
             load.config,
             load.model,
             load.mesh,
-            num_valid=experiment.num_valid(load.model.shape, told_by),
+            num_valid=build.num_valid(load.model.shape, told_by),
             teacher=model,
         )
         self._rows = sharding.local_rows(load.mesh, self.program.num_rows)
@@ -252,7 +253,7 @@ class Step:
             config = self._load.config
             student = dataclasses.replace(config.student, init="random")
             config = dataclasses.replace(config, student=student)
-            make_params = experiment.student_params(config, self._load.model, "")
+            make_params = build.student_params(config, self._load.model, "")
         return self.program.init(make_params)
 
 
@@ -270,7 +271,7 @@ def cache_bytes(cache: Cache) -> int:
 
 
 def _student(config: Config, shape: Shape, mesh: Mesh) -> Model:
-    return experiment.make_model(
+    return build.make_model(
         shape,
         mesh,
         dtype=config.train.dtype,

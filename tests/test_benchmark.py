@@ -11,9 +11,10 @@ import jax
 import numpy as np
 import pytest
 
-from kdjax import benchmark, experiment, methods, timing, workload
+from kdjax import benchmark, timing, workload
 from kdjax.config import MeshConfig
 from kdjax.data import loader
+from kdjax.experiment import build, methods
 from kdjax.models import decoder, flops, hf
 from kdjax.parallel import sharding
 from kdjax.teacher import building, records, synthetic
@@ -185,8 +186,8 @@ def test_without_soft_terms_there_is_no_teacher(tmp_path):
 def test_a_labelled_cache_is_what_is_measured(tmp_path):
     config = small.config(method={"temperature": 2.0})
     assert workload.real(config, tmp_path, mesh()) is None
-    data = experiment.load_data(config)
-    shape = experiment.teacher_shape(config, data.tokenizer)
+    data = build.load_data(config)
+    shape = build.teacher_shape(config, data.tokenizer)
     params = decoder.init_params(shape, jax.random.key(0))
     hf.save(tmp_path / "teacher", shape, params, data.tokenizer)
     building.ensure(config, data, tmp_path, str(tmp_path / "teacher"))

@@ -10,8 +10,8 @@ import sys
 import pytest
 
 from kdjax import config as config_lib
-from kdjax import resuming, validation
 from kdjax.config import Config
+from kdjax.experiment import resume, validate
 from tests import small
 
 CONFIGS = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
@@ -27,7 +27,7 @@ def load(path: pathlib.Path, argument: str = "") -> Config:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 @pytest.mark.parametrize("argument", ["", "hard", "smoke"])
 def test_every_config_is_valid(path, argument):
-    validation.validate(load(path, argument))
+    validate.validate(load(path, argument))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
@@ -75,15 +75,15 @@ def test_a_wrong_value_is_named(part, field, value, message):
     else:
         setattr(getattr(config, part), field, value)
     with pytest.raises(ValueError, match=message):
-        validation.validate(config)
+        validate.validate(config)
 
 
 def test_differences_name_what_a_resumed_run_may_not_change():
     old = small.config()
     free = small.config(train={"log_every": 3}, mesh={"fsdp": 2})
-    assert resuming.differences(old, free) == []
+    assert resume.differences(old, free) == []
     changed = small.config(optim={"learning_rate": 0.5})
-    assert resuming.differences(old, changed) == ["optim.learning_rate: 0.01 -> 0.5"]
+    assert resume.differences(old, changed) == ["optim.learning_rate: 0.01 -> 0.5"]
 
 
 def test_every_field_has_a_comment():

@@ -5,8 +5,8 @@ import pathlib
 
 import pytest
 
-from kdjax import methods, validation
 from kdjax.comparing import grid
+from kdjax.experiment import methods, validate
 
 FOLDER = pathlib.Path(__file__).parent.parent / "configs"
 COMPARISONS = sorted((FOLDER / "compare").glob("*.py"))
@@ -27,7 +27,7 @@ def test_configs_are_valid(file):
         config = module.get_config(argument)
         if config.data.source != "kinship" and not config.student.path:
             config.student.path = "FOLDER"
-        validation.validate(config)
+        validate.validate(config)
     with pytest.raises(ValueError, match="nonsense"):
         module.get_config("nonsense")
 
@@ -69,7 +69,7 @@ def test_paper_configs_have_every_method(name):
             config = module.get_config(",".join(filter(None, (method, further))))
             if config.method.soft_weight:
                 with pytest.raises(ValueError, match=r"teacher\.path=''"):
-                    validation.validate(config)
+                    validate.validate(config)
                 config.teacher.path = "FOLDER"
-            validation.validate(config)
+            validate.validate(config)
             assert config.method.name == method in config.name

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from kdjax import evaluate, experiment, export, fitting, state, train, validation
+from kdjax import evaluate, export, fitting, state, train
 from kdjax.checkpoint import Checkpoints
 from kdjax.config import MeshConfig
+from kdjax.experiment import build, validate
 from kdjax.models import hf
 from kdjax.parallel import sharding
 from kdjax.program import Program
@@ -66,7 +67,7 @@ def test_a_non_finite_update_leaves_the_averages():
 def test_the_first_averages_have_memory_of_their_own():
     """Else the step would be given the same memory twice."""
     found = Steps(config_of(optim={"ema_decay": 0.9}), devices=jax.devices()[:1], num=0)
-    params = experiment.student_params(config_of(), found.model, "")
+    params = build.student_params(config_of(), found.model, "")
     current = found.made.init(params)
     kept, mean = (x["embed"]["embedding"] for x in (current.params, current.ema))
     one, two = (x.addressable_shards[0].data for x in (kept, mean))
@@ -107,8 +108,8 @@ def test_a_run_evaluates_exports_and_returns_the_averages(tmp_path, monkeypatch)
     assert teacher == {"step", "params", "opt_state"}
 
     mesh = sharding.make_mesh(config.mesh)
-    tokenizer = experiment.load_tokenizer(config)
-    model, read = experiment.load_student(config, run, mesh, tokenizer)
+    tokenizer = build.load_tokenizer(config)
+    model, read = build.load_student(config, run, mesh, tokenizer)
     jax.tree.map(np.testing.assert_array_equal, read, returned.pop("small")[0])
     checkpoints = Checkpoints(run / "checkpoints")
     stored = checkpoints.restore(Program(config, model, mesh).abstract)
@@ -136,4 +137,4 @@ def test_a_run_evaluates_exports_and_returns_the_averages(tmp_path, monkeypatch)
 @pytest.mark.parametrize("decay", [-0.1, 1.0])
 def test_what_is_no_share_is_refused(decay):
     with pytest.raises(ValueError, match=f"optim.ema_decay={decay} is a share"):
-        validation.validate(small.config(optim={"ema_decay": decay}))
+        validate.validate(small.config(optim={"ema_decay": decay}))

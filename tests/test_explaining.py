@@ -8,12 +8,13 @@ import sys
 import numpy as np
 import pytest
 
-from kdjax import choosing, experiment, explaining, methods, program
+from kdjax import choosing, explaining, program
 from kdjax.checkpoint import Checkpoints
 from kdjax.choosing import Chooser
 from kdjax.config import DataConfig, KinshipConfig, PrefixConfig, to_json
 from kdjax.data import kinship, templates, tokenizer, views
 from kdjax.data.example import Example, wrong_choices
+from kdjax.experiment import build, methods
 from kdjax.parallel import sharding
 from kdjax.scoring import Scorer
 from tests import small
@@ -265,11 +266,11 @@ def finished(config, folder):
     It has generated what the data says.
     """
     mesh = sharding.make_mesh(config.mesh)
-    data = experiment.load_data(config)
-    shape = experiment.student_shape(config, data.tokenizer)
-    model = experiment.make_model(shape, mesh, dtype="float32")
+    data = build.load_data(config)
+    shape = build.student_shape(config, data.tokenizer)
+    model = build.make_model(shape, mesh, dtype="float32")
     initial = program.Program(config, model, mesh).init(
-        experiment.student_params(config, model, "")
+        build.student_params(config, model, "")
     )
     checkpoints = Checkpoints(folder / "checkpoints")
     checkpoints.save(config.train.steps, initial)
@@ -366,11 +367,11 @@ def test_choices_after_the_label_prompt_are_those_of_the_accuracy(tmp_path):
     config = small.config(method={"name": "multitask", "soft_weight": 0.0})
     finished(config, tmp_path)
     mesh = sharding.make_mesh(config.mesh)
-    data = experiment.load_data(config, splits=("eval",))
+    data = build.load_data(config, splits=("eval",))
     student = choosing.load(config, tmp_path, mesh, data)
     chosen = choosing.choose(student, data.eval_examples)
     right = [c == e.answer for c, e in zip(chosen, data.eval_examples, strict=True)]
-    model, params = experiment.load_student(config, tmp_path, mesh, data.tokenizer)
+    model, params = build.load_student(config, tmp_path, mesh, data.tokenizer)
     accuracy = Scorer(config, data, model, mesh)(params)["accuracy"]
     assert np.mean(right) == pytest.approx(accuracy)
     assert choosing.choose(student, []) == []

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from kdjax import experiment, freezing, hlo, program, state, train, validation
+from kdjax import freezing, hlo, program, state, train
 from kdjax.config import MeshConfig, T5Config
 from kdjax.data import loader
+from kdjax.experiment import build, validate
 from kdjax.losses import fused_head
 from kdjax.models import decoder, t5
 from kdjax.parallel import sharding
@@ -39,17 +40,17 @@ class Steps:
 
     def __init__(self, config, *, num=2, mesh=None, devices=None, poison=()):
         mesh = sharding.make_mesh(mesh or MeshConfig(), devices=devices)
-        data = experiment.load_data(config, splits=("train",))
-        self.model = experiment.make_model(
-            experiment.student_shape(config, data.tokenizer),
+        data = build.load_data(config, splits=("train",))
+        self.model = build.make_model(
+            build.student_shape(config, data.tokenizer),
             mesh,
             dtype="float32",
             adapters=config.student.lora,
         )
         self.made = program.Program(config, self.model, mesh)
-        plan = experiment.make_plan(config, self.model.shape, data.train)
+        plan = build.make_plan(config, self.model.shape, data.train)
         cache = FakeCache(data.train, self.model.shape.vocab_size)
-        current = self.made.init(experiment.student_params(config, self.model, ""))
+        current = self.made.init(build.student_params(config, self.model, ""))
         self.states = [jax.tree.map(np.array, current)]
         self.metrics = []
         for index in range(num):
@@ -227,7 +228,7 @@ def test_a_pattern_for_nothing_or_all_is_refused_before_anything_runs(
 ):
     config = config_of(optim={"freeze": freeze})
     with pytest.raises(ValueError) as refused:
-        validation.validate(config)
+        validate.validate(config)
         train.run(config, tmp_path)
     assert message in str(refused.value)
     assert not (tmp_path / "teacher_run").exists()
@@ -235,7 +236,7 @@ def test_a_pattern_for_nothing_or_all_is_refused_before_anything_runs(
 
 def test_the_built_in_teacher_trains_all_of_itself():
     config = config_of(optim={"freeze": HALF, "ema_decay": 0.9})
-    optim = experiment.teacher_config(config).optim
+    optim = build.teacher_config(config).optim
     assert optim.freeze == () and optim.ema_decay == 0.0
 
 

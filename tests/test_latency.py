@@ -2,7 +2,8 @@
 
 import pytest
 
-from kdjax import experiment, latency
+from kdjax import latency
+from kdjax.experiment import build
 from kdjax.models import flops
 from tests import small
 
@@ -12,7 +13,7 @@ def test_numbers_are_consistent():
     calls = []
     found = latency.measure(config, batch_sizes=(1, 8), rounds=2, advance=calls.append)
     assert sum(calls) == 2 * (1 + 2)  # a warm call each, then the rounds
-    shape = experiment.student_shape(config, experiment.load_tokenizer(config))
+    shape = build.student_shape(config, build.load_tokenizer(config))
     num_bytes = 4 * flops.params_count(shape)
     for size in (1, 8):
         milliseconds = found[f"latency/{size}"]

@@ -8,9 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from kdjax import evaluate, experiment, program, train, validation
+from kdjax import evaluate, program, train
 from kdjax.config import MeshConfig
 from kdjax.data import loader
+from kdjax.experiment import build, validate
 from kdjax.losses import layer_losses
 from kdjax.models import decoder
 from kdjax.parallel import sharding
@@ -34,7 +35,7 @@ def config_of(*, method=None, **train_changes):
     )
     config.teacher.online, config.teacher.decoder = True, WIDE
     config.student.decoder = dataclasses.replace(small.SHAPE, num_layers=2)
-    validation.validate(config)
+    validate.validate(config)
     return config
 
 
@@ -43,21 +44,21 @@ class First:
 
     def __init__(self, config, *, mesh_config=None, devices=None):
         mesh = sharding.make_mesh(mesh_config or MeshConfig(), devices=devices)
-        data = experiment.load_data(config, splits=("train",))
-        self.model = experiment.make_model(
-            experiment.student_shape(config, data.tokenizer), mesh, dtype="float32"
+        data = build.load_data(config, splits=("train",))
+        self.model = build.make_model(
+            build.student_shape(config, data.tokenizer), mesh, dtype="float32"
         )
-        shape = experiment.teacher_shape(config, data.tokenizer)
-        self.teacher = experiment.make_model(shape, mesh, dtype="float32")
+        shape = build.teacher_shape(config, data.tokenizer)
+        self.teacher = build.make_model(shape, mesh, dtype="float32")
         self.frozen = jax.jit(
             lambda key: decoder.init_params(shape, key),
             out_shardings=self.teacher.shardings,
         )(jax.random.key(7))
         made = program.Program(config, self.model, mesh, teacher=self.teacher)
-        state = made.init(experiment.student_params(config, self.model, ""))
+        state = made.init(build.student_params(config, self.model, ""))
         self.params = jax.tree.map(np.asarray, state.params)
         self.batch = loader.make_batch(
-            experiment.make_plan(config, self.model.shape, data.train),
+            build.make_plan(config, self.model.shape, data.train),
             0,
             terms=made.terms(0),
             rows=sharding.local_rows(mesh, made.num_rows),
@@ -183,7 +184,7 @@ def test_what_cannot_be_compared_is_refused_before_anything_runs(
     config.method = dataclasses.replace(config.method, **(changes or {}))
     config.teacher.online = changes is not None
     with pytest.raises(ValueError) as refused:
-        validation.validate(config)
+        validate.validate(config)
         train.run(config, tmp_path)
     assert message in str(refused.value)
     assert not (tmp_path / "teacher_run").exists()

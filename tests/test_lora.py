@@ -10,18 +10,9 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from kdjax import (
-    evaluate,
-    experiment,
-    export,
-    forecast,
-    program,
-    reporting,
-    train,
-    validation,
-    workload,
-)
+from kdjax import evaluate, export, forecast, program, reporting, train, workload
 from kdjax.config import DecoderConfig, LoraConfig, MeshConfig, T5Config
+from kdjax.experiment import build, validate
 from kdjax.models import decoder, flops, hf, lm, lora, t5
 from kdjax.models.shape_checks import kept_layers
 from kdjax.parallel import sharding
@@ -329,7 +320,7 @@ def test_neither_a_full_gradient_nor_a_merged_weight_takes_memory():
             remat="dots",
         )
         mesh = sharding.make_mesh(MeshConfig(), devices=jax.devices()[:1])
-        model = experiment.make_model(
+        model = build.make_model(
             shape, mesh, dtype="float32", remat="dots", adapters=config.student.lora
         )
         made = program.Program(config, model, mesh)
@@ -347,7 +338,7 @@ def run_config(**student):
         evaluation={"num_generations": 1},
     )
     config.student.lora = LORA
-    validation.validate(config)
+    validate.validate(config)
     return config
 
 
@@ -369,8 +360,8 @@ def test_a_whole_run(tmp_path, capsys):
 
     # The base is the teacher's layer, bit for bit; what was learned is in A and B.
     mesh = sharding.make_mesh(config.mesh)
-    tokenizer = experiment.load_tokenizer(config)
-    _, params = experiment.load_student(config, run, mesh, tokenizer)
+    tokenizer = build.load_tokenizer(config)
+    _, params = build.load_student(config, run, mesh, tokenizer)
     base = hf.load_params(run / "teacher", shape, keep_layers={"layers": (1,)})
     jax.tree.map(np.testing.assert_array_equal, lora.without(params), base)
 
@@ -415,7 +406,7 @@ def test_what_cannot_be_is_refused(student, adapters, message):
     )
     config.student.lora = LoraConfig(**adapters)
     with pytest.raises(ValueError) as refused:
-        validation.validate(config)
+        validate.validate(config)
     assert message in str(refused.value)
 
 

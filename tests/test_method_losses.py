@@ -16,9 +16,10 @@ import jax
 import numpy as np
 import pytest
 
-from kdjax import experiment, methods, program
+from kdjax import program
 from kdjax.config import MeshConfig, T5Config
 from kdjax.data import loader, sources
+from kdjax.experiment import build, methods
 from kdjax.models import lm
 from kdjax.parallel import sharding
 from kdjax.teacher.codec import Record
@@ -232,15 +233,15 @@ def check_loss(name, place, terms, kind, weigh=lambda id: 1.0):
         **student.changes,
     )
     mesh = sharding.make_mesh(MeshConfig(), devices=jax.devices()[:1])
-    data = experiment.load_data(config, splits=("train",))
+    data = build.load_data(config, splits=("train",))
     data.train[:] = [
         dataclasses.replace(s, weight=weigh(s.example_id)) for s in data.train
     ]
-    model = experiment.make_model(
-        experiment.student_shape(config, data.tokenizer), mesh, dtype="float32"
+    model = build.make_model(
+        build.student_shape(config, data.tokenizer), mesh, dtype="float32"
     )
     teacher = DenseTeacher(data.train, model.shape.vocab_size)
-    plan = experiment.make_plan(config, model.shape, data.train)
+    plan = build.make_plan(config, model.shape, data.train)
     made = program.Program(config, model, mesh)
     batch = loader.make_batch(
         plan,
@@ -249,7 +250,7 @@ def check_loss(name, place, terms, kind, weigh=lambda id: 1.0):
         cache=teacher if weights[1] else None,
         temperature=TEMPERATURE,
     )
-    state = made.init(experiment.student_params(config, model, ""))
+    state = made.init(build.student_params(config, model, ""))
     params = jax.tree.map(np.asarray, state.params)
     rows = {n: array.reshape(-1, array.shape[-1]) for n, array in batch.items()}
     logits_RTV = np.asarray(student.logits(model, params, rows))

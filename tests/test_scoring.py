@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from kdjax import experiment
 from kdjax.config import DataConfig, MeshConfig
 from kdjax.data import templates
 from kdjax.data.example import Example
+from kdjax.experiment import build
 from kdjax.models import decoder
 from kdjax.parallel import sharding
 from kdjax.scoring import Scorer, judge, match_rates
@@ -21,11 +21,11 @@ def test_nll_and_perplexity_are_the_models_own():
     """Whatever the teacher says of the same tokens."""
     config = small.config()
     mesh = sharding.make_mesh(MeshConfig(), devices=jax.devices()[:1])
-    data = experiment.load_data(config)
-    model = experiment.make_model(
-        experiment.student_shape(config, data.tokenizer), mesh, dtype="float32"
+    data = build.load_data(config)
+    model = build.make_model(
+        build.student_shape(config, data.tokenizer), mesh, dtype="float32"
     )
-    params = experiment.student_params(config, model, "")()
+    params = build.student_params(config, model, "")()
     cache = FakeCache(data.evaluation, model.shape.vocab_size)
     found = Scorer(config, data, model, mesh, cache=cache)(params)
     total = count = 0

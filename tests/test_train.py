@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from kdjax import config as config_lib
-from kdjax import evaluate, experiment, export, label, scoring, train
+from kdjax import evaluate, export, label, scoring, train
 from kdjax.checkpoint import Checkpoints
 from kdjax.config import Config
+from kdjax.experiment import build
 from kdjax.models import hf
 from kdjax.parallel import sharding
 from kdjax.teacher import records
@@ -39,8 +40,8 @@ def summary(workdir: pathlib.Path) -> dict:
 
 def final_params(config: Config, workdir: pathlib.Path):
     mesh = sharding.make_mesh(config.mesh)
-    tokenizer = experiment.load_tokenizer(config)
-    _, params = experiment.load_student(config, workdir, mesh, tokenizer)
+    tokenizer = build.load_tokenizer(config)
+    _, params = build.load_student(config, workdir, mesh, tokenizer)
     return jax.tree.map(np.asarray, params)
 
 

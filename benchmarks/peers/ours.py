@@ -15,7 +15,7 @@ import numpy as np
 from absl import app, flags
 from cases import peak_rss, read, report, time_steps
 
-from kdjax import experiment, parts, timing
+from kdjax import parts, timing
 from kdjax.config import (
     CacheConfig,
     Config,
@@ -29,6 +29,7 @@ from kdjax.config import (
 )
 from kdjax.data import loader
 from kdjax.data.views import Segment
+from kdjax.experiment import build
 from kdjax.models import flops, hf
 from kdjax.parallel import sharding
 from kdjax.runtime import malloc
@@ -94,7 +95,7 @@ def workload(case: dict, folder: pathlib.Path) -> Workload:
     return Workload(
         config=config(case, folder),
         mesh=mesh,
-        model=experiment.make_model(shape(case, "student"), mesh, dtype="float32"),
+        model=build.make_model(shape(case, "student"), mesh, dtype="float32"),
         plan=plan,
         cache=records.open_cache(folder / "cache"),
         source="real",
@@ -110,7 +111,7 @@ def run(folder: pathlib.Path, mode: str, steps: int) -> None:
     model, shardings = load.model, load.model.shardings
     teacher = params = None
     if mode in ("online", "dense"):
-        teacher, params = experiment.load_model(
+        teacher, params = build.load_model(
             load.config.teacher.path, load.mesh, dtype="float32"
         )
     whole = Step(

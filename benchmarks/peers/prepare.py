@@ -16,8 +16,9 @@ import ours
 from absl import app, flags
 from cases import CASES
 
-from kdjax import experiment, step
+from kdjax import step
 from kdjax.config import Config, MeshConfig
+from kdjax.experiment import build
 from kdjax.losses import fused_head
 from kdjax.models import decoder, hf
 from kdjax.parallel import sharding
@@ -53,7 +54,7 @@ def prepare(name: str, folder: pathlib.Path) -> None:
 
 def _label(config: Config, segments: list, folder: pathlib.Path) -> None:
     mesh = sharding.make_mesh(MeshConfig())
-    model, params = experiment.load_model(
+    model, params = build.load_model(
         config.teacher.path, mesh, dtype=config.train.dtype
     )
     settings = config.cache

@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 
 _PR_SET_PDEATHSIG = 1  # of Linux
 # What the commands have in common; the commands themselves are run as __main__.
-IMPORTED: tuple[str, ...] = ("kdjax.experiment", "kdjax.cli")
+IMPORTED: tuple[str, ...] = ("kdjax.experiment.build", "kdjax.cli")
 
 
 @dataclasses.dataclass

@@ -15,9 +15,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from kdjax import experiment, methods, simulator, validation
+from kdjax import simulator
 from kdjax.analysis.runs import LOWEST, Design
 from kdjax.config import Config, DataConfig, to_json
+from kdjax.experiment import build, methods, validate
 
 SIMULATOR = "simulator"  # folder of the reader of rationales, in its item's
 LATENCY = "shared/latency"  # begins the names of items that time decoding
@@ -102,7 +103,7 @@ def runs(comparison: Comparison) -> dict[str, tuple[dict[str, str], Config]]:
                 if wanted.items() <= levels.items():
                     _change(config, changes, f"where={dict(wanted)}")
             try:
-                validation.validate(config)
+                validate.validate(config)
             except ValueError as error:
                 raise ValueError(f"run {name}: {error}") from None
             found[name] = levels | {SEED: str(seed)}, config
@@ -127,11 +128,11 @@ def items(comparison: Comparison, workdir: pathlib.Path) -> list[Item]:
     for name, (_, config) in grid.items():
         if comparison.annotate:
             needs[name] += _annotations(config, workdir, shared)
-        if experiment.has_teacher(config) and not config.teacher.path:
+        if build.has_teacher(config) and not config.teacher.path:
             needs[name].append(_teacher(config, workdir, shared))
     for name, of_run in needs.items():
         _, config = grid[name]
-        if experiment.has_teacher(config):
+        if build.has_teacher(config):
             of_run.append(_labels(config, workdir, shared, tuple(of_run)))
         if comparison.latency:
             of_run.append(_latency(config, workdir, shared, tuple(of_run)))
@@ -215,7 +216,7 @@ def _own(config: Config, name: str) -> Config:
 
 def _teacher(config: Config, workdir: pathlib.Path, shared: dict[str, Item]) -> str:
     """The item that trains a run's teacher, whose folder the run is given."""
-    trained = experiment.teacher_config(config)
+    trained = build.teacher_config(config)
     parts = (trained.data, trained.student, trained.method, trained.optim)
     name = f"shared/teacher-{_digest(*parts, trained.train, trained.seed)}"
     if name not in shared:

@@ -13,10 +13,10 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kdjax import experiment
 from kdjax.config import AnnotateConfig, Config, T5Config
 from kdjax.data import loader, views
 from kdjax.data import tokenizer as tokenizers
+from kdjax.experiment import build
 from kdjax.models import contrastive, generate, hf, lm
 from kdjax.parallel import sharding
 from kdjax.teacher import prompts
@@ -46,7 +46,7 @@ class Local:
         num_slices = mesh.shape["data"] * mesh.shape["fsdp"]
         self.batch_size = -(-self._annotate.batch_size // num_slices) * num_slices
         self._placed = NamedSharding(mesh, P(("data", "fsdp")))
-        self._model, self._params = experiment.load_model(
+        self._model, self._params = build.load_model(
             path, mesh, dtype=config.train.dtype
         )
         self._compiled: dict[Any, Any] = {}

@@ -9,12 +9,13 @@ from typing import Any
 
 import jax
 
-from kdjax import experiment, methods, step
+from kdjax import step
 from kdjax.config import Config, MeshConfig
 from kdjax.data import loader, teacher_rows
 from kdjax.data import tokenizer as tokenizers
 from kdjax.data.views import Segment
-from kdjax.experiment import Data
+from kdjax.experiment import build, methods
+from kdjax.experiment.build import Data
 from kdjax.losses import fused_head
 from kdjax.models import flops, hf
 from kdjax.models.lm import Shape
@@ -30,7 +31,7 @@ def folder(config: Config, workdir: pathlib.Path, split: str) -> pathlib.Path:
 
 def wanted(config: Config, data: Data) -> dict[str, list[Segment]]:
     """The segments that need records: held-out ones, and training ones if soft."""
-    if not experiment.has_teacher(config):
+    if not build.has_teacher(config):
         return {}
     found = {"eval": data.evaluation}
     if methods.has_soft_terms(config.method) and not config.teacher.online:
@@ -45,11 +46,7 @@ def check(config: Config, data: Data, workdir: pathlib.Path) -> None:
       ValueError: a cache that does not fit, or an example longer than a labelled row.
     """
     splits = wanted(config, data)
-    rows = (
-        _rows(config, experiment.teacher_shape(config, data.tokenizer))
-        if splits
-        else {}
-    )
+    rows = _rows(config, build.teacher_shape(config, data.tokenizer)) if splits else {}
     for split, segments in splits.items():
         try:
             loader.BatchPlan(segments, batch_size=1, shuffle=False, **rows)
@@ -64,14 +61,14 @@ def check(config: Config, data: Data, workdir: pathlib.Path) -> None:
 def _rows(config: Config, teacher: Shape) -> dict[str, Any]:
     """How the teacher reads rows."""
     cache = config.cache
-    return experiment.layout(teacher, cache.row_length, cache.encoder_row_length)
+    return build.layout(teacher, cache.row_length, cache.encoder_row_length)
 
 
 def open_split(
     config: Config, data: Data, workdir: pathlib.Path, split: str
 ) -> records.Cache | None:
     """The cache of a split, or None (said on stderr) where it was never labelled."""
-    if not experiment.has_teacher(config):
+    if not build.has_teacher(config):
         return None
     path = folder(config, workdir, split)
     if labelling.missing(path):
@@ -187,7 +184,7 @@ def _build(
         config.cache,
         batch_size=-(-config.cache.batch_size // len(devices)) * len(devices),
     )
-    model, params = experiment.load_model(teacher_path, mesh, dtype=config.train.dtype)
+    model, params = build.load_model(teacher_path, mesh, dtype=config.train.dtype)
     vocab_size = model.shape.vocab_size
     placed = jax.sharding.NamedSharding(mesh, sharding.BATCH_SPEC)
     base = records.Manifest(

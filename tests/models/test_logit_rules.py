@@ -4,8 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from kdjax import experiment, live, state, step
+from kdjax import live, state, step
 from kdjax.config import MeshConfig, OptimConfig
+from kdjax.experiment import build
 from kdjax.models import decoder, lm
 from kdjax.optim import make_optimizer, make_schedule
 from kdjax.parallel import sharding
@@ -21,7 +22,7 @@ def mesh():
 def models(mesh):
     """Gemma 2 and 3, both with a final softcap: student and teacher."""
     return [
-        experiment.load_model(str(FOLDER / name), mesh, dtype="float32")
+        build.load_model(str(FOLDER / name), mesh, dtype="float32")
         for name in ("gemma2", "gemma3")
     ]
 

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 from kdjax import annotate as verb
-from kdjax import cli, resuming, validation
+from kdjax import cli
 from kdjax.config import ANNOTATIONS, AnnotateConfig
 from kdjax.data import kinship, sources
 from kdjax.data import tokenizer as tokenizers
+from kdjax.experiment import resume, validate
 from kdjax.models import decoder, generate, hf, lm
 from kdjax.teacher import annotating, annotations, asking, backends, prompts
 from tests import small
@@ -64,7 +65,7 @@ def config(places, data=None, **fields):
         teacher={"path": str(places / "teacher")},
         annotate=AnnotateConfig(**fields),
     )
-    validation.validate(made)
+    validate.validate(made)
     return made
 
 
@@ -377,7 +378,7 @@ def test_a_prompt_too_long_names_its_example(places, tmp_path):
 
 def test_no_annotation_setting_keeps_a_training_run_from_resuming(places):
     changed = config(places, method="zero_shot", seed=5)
-    assert resuming.differences(config(places), changed) == []
+    assert resume.differences(config(places), changed) == []
 
 
 def test_hosts_share_by_id(monkeypatch, places):

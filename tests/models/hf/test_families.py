@@ -12,8 +12,8 @@ import jax
 import numpy as np
 import pytest
 
-from kdjax import experiment, validation
 from kdjax.config import FAMILIES, MeshConfig, RopeConfig, StudentConfig
+from kdjax.experiment import build, validate
 from kdjax.models import decoder, flops, generate, hf, lm
 from kdjax.models.hf import families
 from kdjax.models.shape_checks import kept_layers
@@ -143,7 +143,7 @@ def test_kept_layers_keep_their_windows_and_positions(tmp_path):
         teacher={"path": str(FOLDER / "gemma3")},
         student=StudentConfig(init="teacher_layers", keep_layers=(2, 3)),
     )
-    shape = experiment.student_shape(config, range(96))
+    shape = build.student_shape(config, range(96))
     assert (shape.windows, shape.rotary) == ((0, 8), ("global", "local"))
     params = hf.load_params(FOLDER / "gemma3", shape, keep_layers={"layers": (2, 3)})
     hf.save(tmp_path / "student", shape, params)
@@ -250,7 +250,7 @@ def test_a_shape_that_no_family_can_export_is_refused(changes, message):
     config = small.config()
     config.teacher.decoder = dataclasses.replace(small.SHAPE, **changes)
     with pytest.raises(ValueError, match=rf"teacher\.decoder\..*{message}"):
-        validation.validate(config)
+        validate.validate(config)
 
 
 def test_damaged_folders_name_the_file(tmp_path):

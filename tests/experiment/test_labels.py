@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from kdjax import config as config_lib
-from kdjax import experiment, resuming, train, validation
+from kdjax import train
 from kdjax.data import kinship
 from kdjax.data import tokenizer as tokenizers
+from kdjax.experiment import build, resume, validate
 from tests import small
 
 NUM, NUM_EVAL = 12, 4
@@ -51,12 +52,12 @@ def config(places, name="finetune", **data):
         train={"steps": 2, "save_every": 0},
         evaluation={"num_generations": 0},
     )
-    validation.validate(made)
+    validate.validate(made)
     return made
 
 
 def load(made, splits=("train",)):
-    return experiment.load_data(made, splits=splits)
+    return build.load_data(made, splits=splits)
 
 
 def test_a_run_reports_how_right_the_teacher_is(places, tmp_path, capsys):
@@ -81,7 +82,7 @@ def test_a_run_reports_how_right_the_teacher_is(places, tmp_path, capsys):
         setattr(other.data, name, value)
         with pytest.raises(ValueError, match=f"another config .data.{name}: "):
             train.run(other, tmp_path)
-        assert len(resuming.differences(made, other)) == 1
+        assert len(resume.differences(made, other)) == 1
 
 
 def test_targets_are_the_teachers_answers(places):
@@ -132,4 +133,4 @@ def test_what_cannot_be_is_named(places, fields, message):
     with pytest.raises(ValueError, match=message):
         config(places, **fields)
     with pytest.raises(ValueError, match=r"data.labels='l' with data.source"):
-        validation.validate(small.config(data={"labels": "l"}))
+        validate.validate(small.config(data={"labels": "l"}))

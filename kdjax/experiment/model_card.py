@@ -8,8 +8,8 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from kdjax import methods, origins
 from kdjax.config import CacheConfig, Config, DataConfig, DecoderConfig
+from kdjax.experiment import methods, provenance
 from kdjax.models import flops
 from kdjax.models.lm import Shape
 
@@ -27,7 +27,7 @@ def write(
     Args:
       config: the run.
       shape: the student's.
-      found: the origins of its parameters, from `origins.find`.
+      found: the origins of its parameters, from `provenance.find`.
       step: optimizer steps done.
       summary: content of the run's summary.json, where that is of this step.
     """
@@ -63,7 +63,7 @@ def _front(config: Config, shape: Shape) -> str:
         "teacher": config.teacher.path if _uses_teacher(config) else "",
         "datasets": data.path if data.source == "datasets" else "",
     }
-    named = {name: path for name, path in named.items() if origins.is_hub_name(path)}
+    named = {name: path for name, path in named.items() if provenance.is_hub_name(path)}
     decodes = isinstance(shape, DecoderConfig)
     return ModelCardData(
         library_name="transformers",
@@ -85,8 +85,8 @@ def _facts(
     method, optim, train = config.method, config.optim, config.train
     teacher, path = "none", config.teacher.path
     if _uses_teacher(config):
-        teacher = origins.name_of(path) if path else "trained for this run"
-    starts = [f"{row['parameters']}: {row['from']}" for row in origins.rows(found)]
+        teacher = provenance.name_of(path) if path else "trained for this run"
+    starts = [f"{row['parameters']}: {row['from']}" for row in provenance.rows(found)]
     facts = [
         ("teacher", teacher),
         ("starts from", "; ".join(starts)),
@@ -115,10 +115,10 @@ def _data(data: DataConfig) -> str:
     count = f"{data.num_train:,} examples" if data.num_train else "all examples"
     if data.source == "kinship":
         return f"the built-in task kinship, {count}"
-    parts = [f"{origins.name_of(data.path)} ({data.source}, layout {data.layout})"]
+    parts = [f"{provenance.name_of(data.path)} ({data.source}, layout {data.layout})"]
     for name in ("rationales", "counterfactuals", "labels"):
         if getattr(data, name):
-            parts.append(f"{name} {origins.name_of(getattr(data, name))}")
+            parts.append(f"{name} {provenance.name_of(getattr(data, name))}")
     if data.trust != "keep":
         weight = data.wrong_weight if data.trust == "weight" else 0.0
         parts.append(f"wrong labels weigh {weight:g}")

@@ -10,7 +10,6 @@ import flax.nnx as nnx
 import jax
 from jax.sharding import Mesh
 
-from kdjax import methods
 from kdjax.checkpoint import Checkpoints
 from kdjax.config import (
     Config,
@@ -24,6 +23,7 @@ from kdjax.config import (
 from kdjax.data import loader, selection, sources, views
 from kdjax.data import tokenizer as tokenizers
 from kdjax.data.views import Segment
+from kdjax.experiment import methods
 from kdjax.models import attention, hf, lm, lora
 from kdjax.models.lm import Shape
 from kdjax.parallel import sharding

@@ -6,8 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from kdjax import experiment, methods, train, validation
+from kdjax import train
 from kdjax.config import MethodConfig, PrefixConfig
+from kdjax.experiment import build, methods, validate
 from kdjax.models import decoder
 from kdjax.parallel import sharding
 from kdjax.teacher import records
@@ -80,18 +81,18 @@ def test_the_counterfactual_view_is_for_training():
 )
 def test_what_a_method_cannot_be_is_named(part, values, message):
     with pytest.raises(ValueError, match=message):
-        validation.validate(small.config(**{part: values}))
+        validate.validate(small.config(**{part: values}))
 
 
 def test_prefixes_alone_tell_views_apart():
     prefixes = PrefixConfig(label="[predict]")
     config = small.config(data={"cues": False, "prefixes": prefixes})
-    validation.validate(config)
-    data = experiment.load_data(config, splits=("train",))
+    validate.validate(config)
+    data = build.load_data(config, splits=("train",))
     for label, rationale in zip(data.train[::2], data.train[1::2], strict=True):
         assert label.prompt_ids[1:].tolist() == rationale.prompt_ids.tolist()
     one = small.config(data={"cues": False}, method={"name": "rationale_then_label"})
-    validation.validate(one)
+    validate.validate(one)
 
 
 @pytest.mark.parametrize("place", ["decoder", "prompt"])
@@ -104,7 +105,7 @@ def test_a_run_with_all_four_views(place, tmp_path):
         train={"steps": 2, "save_every": 0},
     )
     train.run(config, tmp_path)
-    data = experiment.load_data(config)
+    data = build.load_data(config)
     assert data.views == (*data.eval_views, "counterfactual")
     assert {segment.view for segment in data.evaluation} == {0, 1, 2}
     wrong = [segment for segment in data.train if segment.view == 3]
@@ -128,9 +129,7 @@ def test_a_run_with_all_four_views(place, tmp_path):
     assert ["answer" in row for row in rows] == [False, False, True] * 2
     # The teacher read what stands before a wrong choice.
     mesh = sharding.make_mesh(config.mesh, devices=jax.devices()[:1])
-    model, params = experiment.load_model(
-        str(tmp_path / "teacher"), mesh, dtype="float32"
-    )
+    model, params = build.load_model(str(tmp_path / "teacher"), mesh, dtype="float32")
 
     def log_probs(ids, target):
         columns = np.arange(len(ids), dtype=np.int32)[None]

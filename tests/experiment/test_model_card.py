@@ -10,9 +10,10 @@ import transformers
 from flax.traverse_util import flatten_dict
 from huggingface_hub import ModelCard
 
-from kdjax import card, experiment, origins, reporting
+from kdjax import reporting
 from kdjax.config import DecoderConfig, LoraConfig, MeshConfig, T5Config
 from kdjax.data import tokenizer as tokenizers
+from kdjax.experiment import build, model_card, provenance
 from kdjax.models import hf, lm
 from kdjax.parallel import sharding
 from tests import small
@@ -33,14 +34,14 @@ def teacher(request, tmp_path):
 
 
 def found_of(config, teacher):
-    shape = experiment.student_shape(config, experiment.load_tokenizer(config))
-    model = experiment.make_model(
+    shape = build.student_shape(config, build.load_tokenizer(config))
+    model = build.make_model(
         shape,
         sharding.make_mesh(MeshConfig()),
         dtype="float32",
         adapters=config.student.lora,
     )
-    return model, origins.find(config, model, str(teacher))
+    return model, provenance.find(config, model, str(teacher))
 
 
 def test_origins_of_the_teachers_layers(teacher):
@@ -73,7 +74,7 @@ def test_the_teachers_layers_are_where_the_origins_say(teacher):
     )
     model, found = found_of(config, teacher)
     assert model.shape.width == hf.read_config(teacher).width
-    make = experiment.student_params(config, model, str(teacher))
+    make = build.student_params(config, model, str(teacher))
     params = flatten_dict(make(), sep="/")
     whole = flatten_dict(hf.load_params(teacher, hf.read_config(teacher)), sep="/")
     assert params.keys() == found.keys() == whole.keys()
@@ -95,7 +96,7 @@ def test_origins_are_shown_and_written(teacher, tmp_path, capsys):
     assert json.loads((tmp_path / "init.json").read_text()) == found
     printed = capsys.readouterr().out
     assert "teacher layers (1, 0) of big" in printed and str(tmp_path) not in printed
-    rows = {row["from"]: row["parameters"] for row in origins.rows(found)}
+    rows = {row["from"]: row["parameters"] for row in provenance.rows(found)}
     is_t5 = isinstance(model.shape, T5Config)
     assert rows["teacher layers (1, 0) of big"] == (
         "decoder/layers" if is_t5 else "layers"
@@ -114,11 +115,11 @@ def test_origins_of_a_folder_and_of_nothing(teacher):
 def test_names_hold_no_local_path(tmp_path, monkeypatch):
     (tmp_path / "owner" / "local").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    assert origins.name_of("owner/model") == "owner/model"
+    assert provenance.name_of("owner/model") == "owner/model"
     for path in ("owner/local", "./owner/local/", str(tmp_path / "owner" / "local")):
-        assert origins.name_of(path) == "local" and not origins.is_hub_name(path)
-    assert origins.name_of("/gone/away/rows.jsonl") == "rows.jsonl"
-    assert not origins.is_hub_name("")
+        assert provenance.name_of(path) == "local" and not provenance.is_hub_name(path)
+    assert provenance.name_of("/gone/away/rows.jsonl") == "rows.jsonl"
+    assert not provenance.is_hub_name("")
 
 
 def test_a_card_says_how_the_student_was_made(tmp_path):
@@ -141,7 +142,7 @@ def test_a_card_says_how_the_student_was_made(tmp_path):
     )
     found = {"embed/embedding": "teacher owner/teacher", "layers/mlp/up": "x"}
     summary = {"student": {"nll": 0.51239, "accuracy": 0.5}, "teacher": {"nll": 0.25}}
-    text = card.write(config, DECODER, found, step=6, summary=summary)
+    text = model_card.write(config, DECODER, found, step=6, summary=summary)
     data = ModelCard(text).data.to_dict()
     assert data == {
         "library_name": "transformers",
@@ -173,7 +174,7 @@ def test_a_card_without_teacher_and_results(tmp_path):
         method={"name": "finetune", "soft_weight": 0.0},
         student={"init": "folder", "path": str(tmp_path)},
     )
-    text = card.write(config, T5, {}, step=3)
+    text = model_card.write(config, T5, {}, step=3)
     data = ModelCard(text).data.to_dict()
     assert data["pipeline_tag"] == "text2text-generation"
     assert "base_model" not in data and "teacher" not in data

@@ -7,7 +7,6 @@ import types
 import typing
 from typing import Any
 
-from kdjax import methods
 from kdjax.config import (
     ARCHITECTURES,
     CACHE_KINDS,
@@ -30,10 +29,10 @@ from kdjax.config import (
     StudentConfig,
     T5Config,
 )
+from kdjax.experiment import methods, validate_annotate
 from kdjax.models import t5
 from kdjax.models.hf import families
 from kdjax.models.shape_checks import check
-from kdjax.teacher import settings
 
 
 def _one_of(value: str, name: str, allowed: tuple[str, ...]) -> None:
@@ -242,7 +241,7 @@ def validate(config: Config) -> None:
             "student.keep_layers=() with student.init='teacher_layers': give the "
             "teacher layers to keep, for example (0, 5, 11)"
         )
-    settings.check(config.annotate)
+    validate_annotate.check(config.annotate)
     _check_t5(student.t5)
     for part, name in (
         (student.decoder, "student"),

@@ -1,0 +1,1 @@
+"""What a Config stands for: data, models, methods, validation, working directory."""
