@@ -27,7 +27,6 @@ import numpy as np
 import torch
 from transformers import AutoModelForSeq2SeqLM
 
-from kdjax import program
 from kdjax.config import (
     Config,
     DataConfig,
@@ -43,6 +42,7 @@ from kdjax.models import hf
 from kdjax.parallel import sharding
 from kdjax.runtime.metrics_writer import print_table
 from kdjax.teacher import synthetic
+from kdjax.training import program
 
 SHAPE = T5Config(
     vocab_size=32128,

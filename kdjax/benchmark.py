@@ -17,7 +17,7 @@ import jax
 from absl import flags
 
 import kdjax
-from kdjax import cli, latency, parts, program, timing, workload
+from kdjax import cli, latency, parts, timing, workload
 from kdjax.config import Config
 from kdjax.experiment import build
 from kdjax.models import flops
@@ -25,6 +25,7 @@ from kdjax.parallel import distributed, sharding
 from kdjax.runtime.metrics_writer import print_table, progress
 from kdjax.teacher import building
 from kdjax.timing import Samples
+from kdjax.training import program
 from kdjax.workload import Step, Workload
 
 _STEPS = flags.DEFINE_integer(

@@ -18,10 +18,10 @@ from kdjax.config import Config
 from kdjax.experiment import build
 from kdjax.models.lm import Shape
 from kdjax.parallel import distributed, sharding
-from kdjax.reporting import evaluation_row
 from kdjax.runtime.metrics_writer import print_table
 from kdjax.scoring import Scorer, match_rates
 from kdjax.teacher import building
+from kdjax.training.meter import evaluation_row
 
 _MODEL = flags.DEFINE_string(
     "model", "student", '"student", "teacher", or a Hugging Face folder.'

@@ -11,12 +11,12 @@ from typing import Any
 from absl import flags
 
 from kdjax import cli
-from kdjax.checkpoint import Checkpoints
 from kdjax.config import Config
 from kdjax.experiment import build, model_card, provenance
 from kdjax.models import hf, lora
 from kdjax.parallel import distributed, sharding
 from kdjax.runtime import metrics_writer
+from kdjax.training.checkpoint import Checkpoints
 
 _OUT = flags.DEFINE_string("out", None, "New folder; <workdir>/export by default.")
 flags.declare_key_flag("step")

@@ -11,12 +11,13 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from kdjax import freezing, hlo, program
+from kdjax import hlo
 from kdjax.config import Config, DecoderConfig
 from kdjax.experiment import build
 from kdjax.models import attention, flops, lm
 from kdjax.models.lm import Shape
 from kdjax.parallel import sharding
+from kdjax.training import program, trainable
 
 _HEAD_LOOP = "shard_map/while"  # the fused head's scan, as JAX names it
 _NUMBER = r"([\d.]+)([KMGT]?)"
@@ -332,5 +333,5 @@ def state_bytes(config: Config, devices: Sequence[jax.Device]) -> int:
         adapters=config.student.lora,
     )
     made = program.Program(config, model, mesh)
-    trained, _ = freezing.split(made.abstract.params, made.frozen)
+    trained, _ = trainable.split(made.abstract.params, made.frozen)
     return bytes_of(made.abstract) + bytes_of(trained)

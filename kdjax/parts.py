@@ -14,13 +14,13 @@ import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kdjax import freezing, program, step
 from kdjax.config import Config
 from kdjax.experiment import build
 from kdjax.experiment.build import Model
 from kdjax.losses import fused_head as fused_head_lib
 from kdjax.models import hf, lm
 from kdjax.parallel import sharding
+from kdjax.training import program, step, trainable
 from kdjax.workload import Step, Workload
 
 _TOKEN_SPEC = P(("data", "fsdp"))  # [N, ...]
@@ -52,9 +52,9 @@ def parts(load: Workload, whole: Step) -> dict[str, Callable[[], Any]]:
 
     def update_step() -> Any:
         old = carry.state
-        trained, kept = freezing.split(old.params, frozen)
+        trained, kept = trainable.split(old.params, frozen)
         trained, opt_state, norm = update(trained, old.opt_state)
-        params = freezing.merged(kept, trained)
+        params = trainable.merged(kept, trained)
         carry.state = old._replace(params=params, opt_state=opt_state)
         return norm
 
@@ -69,19 +69,19 @@ def parts(load: Workload, whole: Step) -> dict[str, Callable[[], Any]]:
 
 def _student_pass(load: Workload, frozen: Collection[str]) -> Callable[[Any, Any], Any]:
     def loss_of(trained: Any, kept: Any, rows: Any) -> jax.Array:
-        params = freezing.merged(kept, trained)
+        params = trainable.merged(kept, trained)
         hidden_BTD = lm.hidden_states(load.model.graphdef, params, rows)
         return hidden_BTD.astype(jnp.float32).sum()
 
     def gradient_of(params: Any, rows: Any) -> Any:
-        return jax.value_and_grad(loss_of)(*freezing.split(params, frozen), rows)
+        return jax.value_and_grad(loss_of)(*trainable.split(params, frozen), rows)
 
     shardings = load.model.shardings
     everywhere = sharding.replicated(load.mesh)
     return jax.jit(
         gradient_of,
         in_shardings=(shardings, NamedSharding(load.mesh, _TOKEN_SPEC)),
-        out_shardings=(everywhere, freezing.split(shardings, frozen)[0]),
+        out_shardings=(everywhere, trainable.split(shardings, frozen)[0]),
     )
 
 
@@ -119,7 +119,7 @@ def _head_pass(
             **options,
         )[0]
 
-    trains_head = lm.head_weight(freezing.trains(load.model.abstract, frozen))
+    trains_head = lm.head_weight(trainable.trains(load.model.abstract, frozen))
     argnums = (0, 1) if trains_head else 0
     return jax.jit(jax.value_and_grad(loss_of, argnums=argnums))
 
@@ -127,7 +127,7 @@ def _head_pass(
 def _update(made: program.Program) -> Callable[[Any, Any], Any]:
     """The step's update; the gradients are made from the trained parameters."""
     shardings = jax.tree.map(lambda x: x.sharding, made.abstract)
-    placed = freezing.split(shardings.params, made.frozen)[0]
+    placed = trainable.split(shardings.params, made.frozen)[0]
 
     def update(params: Any, opt_state: Any) -> Any:
         grads = jax.tree.map(lambda x: x * 1e-3, params)

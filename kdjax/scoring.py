@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float64
 
-from kdjax import cli, metrics, step
+from kdjax import cli, metrics
 from kdjax.config import Config, DecoderConfig, T5Config
 from kdjax.data import loader, templates, views
 from kdjax.data.example import Example
@@ -32,7 +32,8 @@ from kdjax.experiment.build import (
 from kdjax.models import generate, hf
 from kdjax.models.lm import Shape
 from kdjax.parallel import distributed, sharding
-from kdjax.program import chunk_size
+from kdjax.training import step
+from kdjax.training.program import chunk_size
 
 MATCHES = (
     "exact_match",

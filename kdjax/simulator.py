@@ -18,7 +18,6 @@ from kdjax import choosing, cli
 from kdjax import config as config_lib
 from kdjax.analysis import faithfulness
 from kdjax.analysis.faithfulness import Record
-from kdjax.checkpoint import Checkpoints
 from kdjax.config import (
     Config,
     DataConfig,
@@ -35,9 +34,10 @@ from kdjax.data import sources, views
 from kdjax.data import tokenizer as tokenizers
 from kdjax.data.example import Example
 from kdjax.experiment import build, validate
-from kdjax.fitting import fit
 from kdjax.models import hf
 from kdjax.parallel import sharding
+from kdjax.training.checkpoint import Checkpoints
+from kdjax.training.loop import fit
 
 _VIEWS = ("label",)
 _RECORDS = "records.jsonl"  # what a simulator was trained on, if not on the data

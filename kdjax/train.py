@@ -10,17 +10,18 @@ import pathlib
 from absl import flags
 from jax.sharding import Mesh
 
-from kdjax import cli, freezing
+from kdjax import cli
 from kdjax.config import Config
 from kdjax.experiment import build, methods, provenance
-from kdjax.fitting import fit
 from kdjax.models import hf
 from kdjax.parallel import distributed, sharding
-from kdjax.program import check_teacher
-from kdjax.reporting import evaluation_row, report_origins, run_summary
 from kdjax.runtime.metrics_writer import print_table
 from kdjax.scoring import Scorer, match_rates, score_teacher
 from kdjax.teacher import building
+from kdjax.training import trainable
+from kdjax.training.loop import fit
+from kdjax.training.meter import evaluation_row, report_origins, run_summary
+from kdjax.training.program import check_teacher
 
 _UNTIL = flags.DEFINE_enum(
     "until", "end", ("teacher", "end"), "Stop when this is trained, or evaluated."
@@ -74,7 +75,7 @@ def run(config: Config, workdir: pathlib.Path, *, until: str = "end") -> None:
     has_teacher = build.has_teacher(config)
     if has_teacher:
         check_teacher(config, shape, build.teacher_shape(config, data.tokenizer))
-    freezing.frozen_paths(model.abstract, config.optim.freeze)
+    trainable.frozen_paths(model.abstract, config.optim.freeze)
     building.check(config, data, workdir)
 
     if has_teacher:

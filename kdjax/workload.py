@@ -10,16 +10,16 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from kdjax import program
 from kdjax.config import Config, T5Config, TrainConfig
 from kdjax.data import loader
 from kdjax.experiment import build, methods
 from kdjax.experiment.build import Model
 from kdjax.models.lm import Shape
 from kdjax.parallel import sharding
-from kdjax.state import TrainState
 from kdjax.teacher import building, labelling, synthetic
 from kdjax.teacher.records import Cache
+from kdjax.training import program
+from kdjax.training.state import TrainState
 
 _BATCHES = 16  # of synthetic data: an epoch
 

@@ -8,8 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from kdjax import choosing, explaining, program
-from kdjax.checkpoint import Checkpoints
+from kdjax import choosing, explaining
 from kdjax.choosing import Chooser
 from kdjax.config import DataConfig, KinshipConfig, PrefixConfig, to_json
 from kdjax.data import kinship, templates, tokenizer, views
@@ -17,6 +16,8 @@ from kdjax.data.example import Example, wrong_choices
 from kdjax.experiment import build, methods
 from kdjax.parallel import sharding
 from kdjax.scoring import Scorer
+from kdjax.training import program
+from kdjax.training.checkpoint import Checkpoints
 from tests import small
 from tests.data.test_views import byte_level
 

@@ -14,7 +14,7 @@ from kdjax.models import decoder
 from kdjax.parallel import sharding
 from kdjax.scoring import Scorer, judge, match_rates
 from tests import small
-from tests.test_step import FakeCache
+from tests.training.test_step import FakeCache
 
 
 def test_nll_and_perplexity_are_the_models_own():

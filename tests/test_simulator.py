@@ -6,10 +6,11 @@ import random
 
 import pytest
 
-from kdjax import fitting, simulator
+from kdjax import simulator
 from kdjax.analysis.faithfulness import Record
 from kdjax.config import Config, DataConfig, DecoderConfig, from_json
 from kdjax.data import loader, tokenizer
+from kdjax.training import loop
 from tests import small
 
 WORDS = ("zero", "one", "two")
@@ -167,7 +168,7 @@ def test_a_killed_simulator_goes_on(config, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return original(plan, index, **arguments)
 
-    monkeypatch.setattr(fitting.loader, "make_batch", interrupted)
+    monkeypatch.setattr(loop.loader, "make_batch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(cut)
     monkeypatch.undo()

@@ -14,12 +14,12 @@ import pytest
 
 from kdjax import config as config_lib
 from kdjax import evaluate, export, label, scoring, train
-from kdjax.checkpoint import Checkpoints
 from kdjax.config import Config
 from kdjax.experiment import build
 from kdjax.models import hf
 from kdjax.parallel import sharding
 from kdjax.teacher import records
+from kdjax.training.checkpoint import Checkpoints
 from tests import compiling, small
 
 ROOT = pathlib.Path(__file__).parent.parent

@@ -16,13 +16,13 @@ import ours
 from absl import app, flags
 from cases import CASES
 
-from kdjax import step
 from kdjax.config import Config, MeshConfig
 from kdjax.experiment import build
 from kdjax.losses import fused_head
 from kdjax.models import decoder, hf
 from kdjax.parallel import sharding
 from kdjax.teacher import labelling, records, synthetic
+from kdjax.training import step
 
 _CASE = flags.DEFINE_enum("case", None, list(CASES), "Which case.", required=True)
 _OUT = flags.DEFINE_string("out", None, "The folder.", required=True)

@@ -10,7 +10,6 @@ import flax.nnx as nnx
 import jax
 from jax.sharding import Mesh
 
-from kdjax.checkpoint import Checkpoints
 from kdjax.config import (
     Config,
     DecoderConfig,
@@ -27,6 +26,7 @@ from kdjax.experiment import methods
 from kdjax.models import attention, hf, lm, lora
 from kdjax.models.lm import Shape
 from kdjax.parallel import sharding
+from kdjax.training.checkpoint import Checkpoints
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

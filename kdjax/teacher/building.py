@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 
-from kdjax import step
 from kdjax.config import Config, MeshConfig
 from kdjax.data import loader, teacher_rows
 from kdjax.data import tokenizer as tokenizers
@@ -22,6 +21,7 @@ from kdjax.models.lm import Shape
 from kdjax.parallel import distributed, sharding
 from kdjax.runtime.metrics_writer import progress
 from kdjax.teacher import labelling, records
+from kdjax.training import step
 
 
 def folder(config: Config, workdir: pathlib.Path, split: str) -> pathlib.Path:

@@ -10,12 +10,12 @@ import transformers
 from flax.traverse_util import flatten_dict
 from huggingface_hub import ModelCard
 
-from kdjax import reporting
 from kdjax.config import DecoderConfig, LoraConfig, MeshConfig, T5Config
 from kdjax.data import tokenizer as tokenizers
 from kdjax.experiment import build, model_card, provenance
 from kdjax.models import hf, lm
 from kdjax.parallel import sharding
+from kdjax.training import meter
 from tests import small
 
 DECODER = DecoderConfig(vocab_size=300, width=32, num_layers=3, mlp_width=56)
@@ -92,7 +92,7 @@ def test_origins_are_shown_and_written(teacher, tmp_path, capsys):
         student={"init": "teacher_layers", "keep_layers": (1, 0)},
     )
     model, found = found_of(config, teacher)
-    reporting.report_origins(tmp_path, "small", found)
+    meter.report_origins(tmp_path, "small", found)
     assert json.loads((tmp_path / "init.json").read_text()) == found
     printed = capsys.readouterr().out
     assert "teacher layers (1, 0) of big" in printed and str(tmp_path) not in printed

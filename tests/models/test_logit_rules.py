@@ -4,12 +4,12 @@ import jax
 import numpy as np
 import pytest
 
-from kdjax import live, state, step
 from kdjax.config import MeshConfig, OptimConfig
 from kdjax.experiment import build
 from kdjax.models import decoder, lm
-from kdjax.optim import make_optimizer, make_schedule
 from kdjax.parallel import sharding
+from kdjax.training import online_teacher, state, step
+from kdjax.training.optimizer import make_optimizer, make_schedule
 from tests.golden.make_families import FOLDER, LENGTH, tokens
 
 
@@ -108,7 +108,9 @@ def test_training_with_a_live_teacher(mesh, models, batch, log_probs, num_pairs)
         abstract,
         num_views=1,
         loss={"temperature": 1.0, "chunk_size": 16},
-        teacher=live.LiveTeacher(teacher.graphdef, teacher.abstract, num_pairs),
+        teacher=online_teacher.LiveTeacher(
+            teacher.graphdef, teacher.abstract, num_pairs
+        ),
     )
     copied = jax.tree.map(lambda x: x.copy(), params)
     current = state.init_state(abstract, optimizer, lambda: copied)

@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from kdjax import evaluate, export, fitting, state, train
-from kdjax.checkpoint import Checkpoints
+from kdjax import evaluate, export, train
 from kdjax.config import MeshConfig
 from kdjax.experiment import build, validate
 from kdjax.models import hf
 from kdjax.parallel import sharding
-from kdjax.program import Program
+from kdjax.training import loop, state
+from kdjax.training.checkpoint import Checkpoints
+from kdjax.training.program import Program
 from tests import small
-from tests.test_freezing import Steps, config_of
+from tests.training.test_trainable import Steps, config_of
 
 DECAY = 0.3  # reached after a few steps: (1 + t) / (10 + t)
 
@@ -94,7 +95,7 @@ def paths_in(folder):
 def test_a_run_evaluates_exports_and_returns_the_averages(tmp_path, monkeypatch):
     config, run = small.config(optim={"ema_decay": 0.5}), tmp_path / "run"
     returned = {}
-    fit = fitting.fit
+    fit = loop.fit
 
     def keep(config, **keywords):
         returned[config.name] = fit(config, **keywords)

@@ -6,17 +6,17 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from kdjax import state
-from kdjax.checkpoint import Checkpoints
 from kdjax.config import Config, to_json
 from kdjax.data import loader
 from kdjax.experiment import build
 from kdjax.experiment.build import Data, Model
 from kdjax.parallel import distributed, sharding
-from kdjax.program import Program, untrained
-from kdjax.reporting import Meter, epoch_rows, state_rows
 from kdjax.runtime.metrics_writer import Writer, print_table
 from kdjax.scoring import Scorer
+from kdjax.training import state
+from kdjax.training.checkpoint import Checkpoints
+from kdjax.training.meter import Meter, epoch_rows, state_rows
+from kdjax.training.program import Program, untrained
 
 
 def fit(

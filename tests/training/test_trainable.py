@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from kdjax import freezing, hlo, program, state, train
+from kdjax import hlo, train
 from kdjax.config import MeshConfig, T5Config
 from kdjax.data import loader
 from kdjax.experiment import build, validate
 from kdjax.losses import fused_head
 from kdjax.models import decoder, t5
 from kdjax.parallel import sharding
+from kdjax.training import program, state, trainable
 from tests import small
-from tests.test_step import FakeCache
+from tests.training.test_step import FakeCache
 
 HALF = ("embed/embedding", "layers/mlp/.*")
 LAST = r"(norm/scale|layers/mlp/down/.*)"
@@ -206,11 +207,11 @@ def test_both_kinds_of_models_are_taken_apart_and_put_together(name):
     else:
         _, params = t5.create(T5Config(vocab_size=64))
         patterns = ("encoder/.*", "decoder/position_bias/table")
-    frozen = freezing.frozen_paths(params, patterns)
-    trained, kept = freezing.split(params, frozen)
+    frozen = trainable.frozen_paths(params, patterns)
+    trained, kept = trainable.split(params, frozen)
     assert flatten_dict(kept, sep="/").keys() == frozen
-    assert freezing.merged(kept, trained) == freezing.merged(trained, kept) == params
-    assert freezing.split(params, ())[0] == params
+    assert trainable.merged(kept, trained) == trainable.merged(trained, kept) == params
+    assert trainable.split(params, ())[0] == params
     assert not any(part == {} for part in trained.values())
 
 

@@ -16,13 +16,13 @@ import jax
 import numpy as np
 import pytest
 
-from kdjax import program
 from kdjax.config import MeshConfig, T5Config
 from kdjax.data import loader, sources
 from kdjax.experiment import build, methods
 from kdjax.models import lm
 from kdjax.parallel import sharding
 from kdjax.teacher.codec import Record
+from kdjax.training import program
 from tests import small
 
 SHARES = {  # with a = 0.3, b = 0.2, g = 0.6

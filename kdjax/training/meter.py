@@ -13,14 +13,15 @@ import jax
 import numpy as np
 
 import kdjax
-from kdjax import cli, freezing, metrics
+from kdjax import cli, metrics
 from kdjax.config import Config
 from kdjax.data.loader import BatchPlan
 from kdjax.experiment import build, methods, provenance
 from kdjax.models import flops
 from kdjax.models.lm import Shape
 from kdjax.runtime.metrics_writer import Writer, print_table
-from kdjax.state import TrainState
+from kdjax.training import trainable
+from kdjax.training.state import TrainState
 
 _LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
 
@@ -194,7 +195,7 @@ def state_rows(abstract: TrainState, frozen: Collection[str]) -> list[dict[str, 
     """
     parts = {
         "parameters": abstract.params,
-        "of them trained": freezing.split(abstract.params, frozen)[0],
+        "of them trained": trainable.split(abstract.params, frozen)[0],
         "optimizer state": abstract.opt_state,
         "averages": abstract.ema,
     }

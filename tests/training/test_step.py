@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from kdjax import optim, program, state, step
 from kdjax.config import MeshConfig
 from kdjax.data import loader
 from kdjax.experiment import build, methods, validate
@@ -15,6 +14,8 @@ from kdjax.losses import fused_head
 from kdjax.models import decoder
 from kdjax.parallel import sharding
 from kdjax.teacher.codec import Record
+from kdjax.training import optimizer as optimizer_lib
+from kdjax.training import program, state, step
 from tests import small
 
 
@@ -56,14 +57,14 @@ def run(config, *, steps=2, mesh_config=None, devices=None, poison=False):
     data = build.load_data(config, splits=("train",))
     shape = build.student_shape(config, data.tokenizer)
     model = build.make_model(shape, mesh, dtype="float32")
-    optimizer = optim.make_optimizer(config.optim, steps=10)
+    optimizer = optimizer_lib.make_optimizer(config.optim, steps=10)
     abstract = state.abstract_state(model.abstract, optimizer, mesh)
     plan = build.make_plan(config, shape, data.train)
     cache = FakeCache(data.train, shape.vocab_size)
     train_step = step.make_train_step(
         model.graphdef,
         optimizer,
-        optim.make_schedule(config.optim, steps=10),
+        optimizer_lib.make_schedule(config.optim, steps=10),
         mesh,
         abstract,
         num_views=2,

@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from kdjax import evaluate, export, forecast, program, reporting, train, workload
+from kdjax import evaluate, export, forecast, train, workload
 from kdjax.config import DecoderConfig, LoraConfig, MeshConfig, T5Config
 from kdjax.experiment import build, validate
 from kdjax.models import decoder, flops, hf, lm, lora, t5
 from kdjax.models.shape_checks import kept_layers
 from kdjax.parallel import sharding
+from kdjax.training import meter, program
 from tests import small
-from tests.test_freezing import Steps, config_of
+from tests.training.test_trainable import Steps, config_of
 
 SHAPE = DecoderConfig(
     vocab_size=67,
@@ -259,7 +260,7 @@ def test_only_adapters_are_trained(steps):
         assert np.array_equal(before[path], after[path]) == (path not in adapters), path
     moments = flatten_dict(steps.made.abstract.opt_state[0].mu, sep="/")
     assert moments.keys() == adapters
-    rows = reporting.state_rows(steps.made.abstract, steps.made.frozen)
+    rows = meter.state_rows(steps.made.abstract, steps.made.frozen)
     found = {row["what"]: int(row["numbers"].replace(",", "")) for row in rows}
     sizes = {path: x.size for path, x in before.items()}
     trained = sum(sizes[path] for path in adapters)

@@ -8,13 +8,14 @@ import jax
 import numpy as np
 import pytest
 
-from kdjax import evaluate, program, train
+from kdjax import evaluate, train
 from kdjax.config import MeshConfig
 from kdjax.data import loader
 from kdjax.experiment import build, validate
 from kdjax.losses import layer_losses
 from kdjax.models import decoder
 from kdjax.parallel import sharding
+from kdjax.training import program
 from tests import small
 
 WIDE = dataclasses.replace(small.SHAPE, width=48, num_heads=6, num_layers=3)

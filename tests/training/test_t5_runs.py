@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kdjax import export, fitting, program, state, train
+from kdjax import export, train
 from kdjax.config import MeshConfig, T5Config
 from kdjax.data import loader
 from kdjax.data import tokenizer as tokenizers
@@ -16,6 +16,7 @@ from kdjax.experiment import build, methods
 from kdjax.models import generate, hf, lm, t5
 from kdjax.parallel import sharding
 from kdjax.scoring import Scorer
+from kdjax.training import loop, program, state
 from tests import small
 
 SHAPE = T5Config(
@@ -79,7 +80,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(finished, tmp_path):
     def fit(folder, calls):
         for _ in range(calls):
             try:
-                found = fitting.fit(
+                found = loop.fit(
                     half,
                     workdir=folder,
                     mesh=mesh,

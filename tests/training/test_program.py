@@ -5,13 +5,13 @@ import dataclasses
 import jax
 import pytest
 
-from kdjax import program
 from kdjax.config import MeshConfig
 from kdjax.data import loader
 from kdjax.experiment import build, methods
 from kdjax.parallel import sharding
+from kdjax.training import program
 from tests import small
-from tests.test_step import FakeCache
+from tests.training.test_step import FakeCache
 
 
 @pytest.mark.parametrize("soft_weight", [0.0, 0.5])

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from kdjax import freezing, live, state
 from kdjax.losses import fused_head
 from kdjax.models import decoder, lm
 from kdjax.parallel import sharding
-from kdjax.state import TrainState
+from kdjax.training import online_teacher, state, trainable
+from kdjax.training.state import TrainState
 
 Batch = dict[str, Any]
 
@@ -47,8 +47,8 @@ def make_train_step(
     *,
     num_views: int,
     loss: Mapping[str, Any],
-    teacher: live.LiveTeacher | None = None,
-    matching: live.Matching | None = None,
+    teacher: online_teacher.LiveTeacher | None = None,
+    matching: online_teacher.Matching | None = None,
     frozen_paths: Collection[str] = (),
     ema_decay: float = 0.0,
 ) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
@@ -87,11 +87,11 @@ def make_train_step(
     if teacher is not None:
         rules["teacher_rule"] = lm.logit_rule(teacher.graphdef, teacher.abstract)
 
-    def ask(teacher_params: Any, rows: Batch) -> live.FromTeacher:
+    def ask(teacher_params: Any, rows: Batch) -> online_teacher.FromTeacher:
         if teacher is None:
-            return live.FromTeacher(_teacher(rows))
+            return online_teacher.FromTeacher(_teacher(rows))
         num_rows = abstract.params["embed"]["embedding"].shape[0]
-        return live.ask(
+        return online_teacher.ask(
             mesh,
             teacher,
             teacher_params,
@@ -104,9 +104,9 @@ def make_train_step(
         )
 
     def loss_of(
-        trained: Any, kept: Any, rows: Batch, said: live.FromTeacher
+        trained: Any, kept: Any, rows: Batch, said: online_teacher.FromTeacher
     ) -> tuple[jax.Array, Any]:
-        params, projection_nDE = state.split(freezing.merged(kept, trained))
+        params, projection_nDE = state.split(trainable.merged(kept, trained))
         if matching is None:
             hidden_BTD, watched = lm.hidden_states(graphdef, params, rows), None
         else:
@@ -133,7 +133,9 @@ def make_train_step(
             **loss,
         )
         if matching is not None:
-            compared = live.compared(matching, watched, said.watched, projection_nDE)
+            compared = online_teacher.compared(
+                matching, watched, said.watched, projection_nDE
+            )
             for name, each_BT in compared.items():
                 weights_BT = rows[f"{name}_weights"]
                 each_BT = jnp.where(weights_BT != 0, each_BT, 0.0)
@@ -154,7 +156,7 @@ def make_train_step(
 
     def gradients(params: Any, batch: Batch, frozen: Any) -> tuple[Any, Any, Any]:
         num_microbatches = batch["tokens"].shape[0]
-        trained, kept = freezing.split(params, frozen_paths)
+        trained, kept = trainable.split(params, frozen_paths)
         if num_microbatches == 1:
             rows = jax.tree.map(lambda x: x[0], batch)
             (total, sums), grads = grad_of(trained, kept, rows, ask(frozen, rows))
@@ -175,7 +177,7 @@ def make_train_step(
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(total) & jnp.isfinite(grad_norm)
         # Ours is written for strict promotion, optax is not.
-        trained, kept = freezing.split(old.params, frozen_paths)
+        trained, kept = trainable.split(old.params, frozen_paths)
         with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optimizer.update(grads, old.opt_state, trained)
             params = optax.apply_updates(trained, updates)
@@ -198,7 +200,7 @@ def make_train_step(
                 if name in batch
             ),
         } | jax.tree.map(lambda x: x.sum(0), sums)
-        params = freezing.merged(kept, params)
+        params = trainable.merged(kept, params)
         return TrainState(old.step + 1, params, opt_state, ema), metrics
 
     return jax.jit(

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh, NamedSharding
 
-from kdjax import freezing, live, optim, state, step
 from kdjax.config import CacheConfig, Config, T5Config
 from kdjax.experiment import methods
 from kdjax.experiment.build import Model
@@ -16,7 +15,8 @@ from kdjax.losses import fused_head
 from kdjax.models import lm
 from kdjax.models.lm import Shape
 from kdjax.parallel import sharding
-from kdjax.state import TrainState
+from kdjax.training import online_teacher, optimizer, state, step, trainable
+from kdjax.training.state import TrainState
 
 TrainStep = Any  # what jax.jit returns: callable, and it can be lowered
 
@@ -52,16 +52,18 @@ class Program:
           teacher: one that runs in the step (teacher.online); else None.
 
         Raises:
-          ValueError: what `freezing.frozen_paths` and `matching` refuse.
+          ValueError: what `trainable.frozen_paths` and `matching` refuse.
         """
         self._config, self._model, self._mesh = config, model, mesh
         self._num_valid, self._teacher = num_valid, teacher
         beside = None if teacher is None else teacher.shape
         self._matching = matching(config, model.shape, beside)
-        self.optimizer = optim.make_optimizer(config.optim, steps=config.train.steps)
+        self.optimizer = optimizer.make_optimizer(
+            config.optim, steps=config.train.steps
+        )
         params = model.abstract | self._projection(jax.random.key(0), abstract=True)
         self.dropout = lm.dropout(model.shape) > 0
-        self.frozen = freezing.frozen_paths(model.abstract, config.optim.freeze)
+        self.frozen = trainable.frozen_paths(model.abstract, config.optim.freeze)
         self.abstract = state.abstract_state(
             params,
             self.optimizer,
@@ -133,7 +135,7 @@ class Program:
         if teacher is not None:
             whole = config.cache.kind == "dense"
             pairs = stored_pairs(config.cache, teacher.shape.vocab_size)
-            beside = live.LiveTeacher(
+            beside = online_teacher.LiveTeacher(
                 teacher.graphdef,
                 teacher.abstract,
                 None if whole else pairs,
@@ -142,7 +144,7 @@ class Program:
         return step.make_train_step(
             self._model.graphdef,
             self.optimizer,
-            optim.make_schedule(config.optim, steps=config.train.steps),
+            optimizer.make_schedule(config.optim, steps=config.train.steps),
             self._mesh,
             self.abstract,
             num_views=len(methods.views(config.method)),
@@ -169,7 +171,7 @@ def check_teacher(config: Config, student: Shape, teacher: Shape) -> None:
 
 def matching(
     config: Config, student: Shape, teacher: Shape | None
-) -> live.Matching | None:
+) -> online_teacher.Matching | None:
     """Which layers the method compares; None = none.
 
     Raises:
@@ -205,7 +207,7 @@ def matching(
             f"{teacher.width}: use method.hidden_projection=True"
         )
     layers = tuple(i for i, layer in enumerate(chosen) if layer >= 0)
-    return live.Matching(
+    return online_teacher.Matching(
         student_layers=layers,
         teacher_layers=tuple(chosen[i] for i in layers),
         hidden=method.hidden_loss if method.hidden_weight else None,
@@ -220,14 +222,14 @@ def untrained(config: Config, params: Any) -> dict[str, Any]:
       config: the run.
       params: of the model, or their shapes.
     """
-    frozen = freezing.frozen_paths(params, config.optim.freeze)
-    kept = flatten_dict(freezing.split(params, frozen)[1], sep="/")
+    frozen = trainable.frozen_paths(params, config.optim.freeze)
+    kept = flatten_dict(trainable.split(params, frozen)[1], sep="/")
     kernels = {path: x.size for path, x in kept.items() if path.endswith("/kernel")}
     of_encoder = sum(n for path, n in kernels.items() if lm.reads_encoder(path))
     return {
         "num_frozen": sum(kernels.values()) - of_encoder,
         "num_frozen_encoder": of_encoder,
-        "trains_head": lm.head_weight(freezing.trains(params, frozen)),
+        "trains_head": lm.head_weight(trainable.trains(params, frozen)),
     }
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from kdjax import freezing
 from kdjax.parallel.sharding import path_name
-from kdjax.state import PROJECTION, TrainState
+from kdjax.training import trainable
+from kdjax.training.state import PROJECTION, TrainState
 
 
 class Checkpoints:
@@ -96,12 +96,12 @@ class Checkpoints:
         self._check({"params": abstract}, step, partial=True)
         found = _shapes(self._checkpointer.metadata(step).metadata)
         averaged = {p.removeprefix("ema/") for p in found if p.startswith("ema/")}
-        params, ema = freezing.split(abstract, averaged)
+        params, ema = trainable.split(abstract, averaged)
         wanted = {name: x for name, x in (("params", params), ("ema", ema)) if x}
         loading = ocp.options.PyTreeOptions.Loading(partial_load=True)
         with ocp.Context(pytree_options=ocp.options.PyTreeOptions(loading=loading)):
             loaded = self._checkpointer.load(step, wanted)
-        return freezing.merged(loaded.get("params", {}), loaded.get("ema", {}))
+        return trainable.merged(loaded.get("params", {}), loaded.get("ema", {}))
 
     def _found(self, step: int | None) -> int:
         step = self.latest_step() if step is None else step

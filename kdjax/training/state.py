@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from kdjax import freezing
 from kdjax.parallel import sharding
+from kdjax.training import trainable
 
 
 class TrainState(NamedTuple):
@@ -34,7 +34,7 @@ def in_use(current: TrainState) -> Any:
     """The model's parameters to evaluate, export and return: averages where kept."""
     params = current.params
     if current.ema is not None:
-        params = freezing.merged(params, current.ema)
+        params = trainable.merged(params, current.ema)
     return split(params)[0]
 
 
@@ -70,12 +70,12 @@ def abstract_state(
       params: nested dict of arrays or ShapeDtypeStructs.
       optimizer: what makes the optimizer state.
       mesh: the devices.
-      frozen: paths of parameters that are not trained, from `freezing.frozen_paths`.
+      frozen: paths of parameters that are not trained, from `trainable.frozen_paths`.
       averages: averages of the others are kept.
     """
     shardings = sharding.param_shardings(params, mesh)
-    trained = freezing.split(params, frozen)[0]
-    trained_shardings = freezing.split(shardings, frozen)[0]
+    trained = trainable.split(params, frozen)[0]
+    trained_shardings = trainable.split(shardings, frozen)[0]
     state = TrainState(
         step=jax.ShapeDtypeStruct((), jnp.int32),
         params=params,
@@ -110,7 +110,7 @@ def init_state(
     """
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     params = make_params()
-    trained = freezing.split(params, frozen)[0]
+    trained = trainable.split(params, frozen)[0]
     opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(trained)
     step = jax.device_put(jnp.zeros((), jnp.int32), shardings.step)
     ema = None

@@ -1,0 +1,1 @@
+"""The compiled train step, its state, the loop and checkpoints."""
