@@ -13,13 +13,14 @@ import pathlib
 
 from absl import flags
 
-from kdjax import cli, explaining, simulator
+from kdjax import cli
 from kdjax.config import Config
+from kdjax.evaluation import faithfulness, simulator
+from kdjax.evaluation.scorer import Scorer, match_rates
 from kdjax.experiment import build
 from kdjax.models.lm import Shape
 from kdjax.parallel import distributed, sharding
 from kdjax.runtime.metrics_writer import print_table
-from kdjax.scoring import Scorer, match_rates
 from kdjax.teacher import building
 from kdjax.training.meter import evaluation_row
 
@@ -82,7 +83,7 @@ def run(config: Config, workdir: pathlib.Path) -> None:
 
 def _explain(config: Config, workdir: pathlib.Path) -> None:
     folder = pathlib.Path(_SIMULATOR.value) if _SIMULATOR.value else None
-    found = explaining.measure(config, workdir, simulator=folder)
+    found = faithfulness.measure(config, workdir, simulator=folder)
     if distributed.is_main():
         rows = [{"measure": k, "value": f"{v:.4f}"} for k, v in found.items()]
         print_table(f"{config.name}: its explanations", rows)

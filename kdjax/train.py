@@ -12,11 +12,11 @@ from jax.sharding import Mesh
 
 from kdjax import cli
 from kdjax.config import Config
+from kdjax.evaluation.scorer import Scorer, match_rates, score_teacher
 from kdjax.experiment import build, methods, provenance
 from kdjax.models import hf
 from kdjax.parallel import distributed, sharding
 from kdjax.runtime.metrics_writer import print_table
-from kdjax.scoring import Scorer, match_rates, score_teacher
 from kdjax.teacher import building
 from kdjax.training import trainable
 from kdjax.training.loop import fit

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from kdjax import config as config_lib
-from kdjax import evaluate, export, label, scoring, train
+from kdjax import evaluate, export, label, train
 from kdjax.config import Config
+from kdjax.evaluation import scorer as scorer_lib
 from kdjax.experiment import build
 from kdjax.models import hf
 from kdjax.parallel import sharding
@@ -73,13 +74,13 @@ def test_a_teacher_is_scored_once_for_runs_that_share_a_cache(
         evaluation=dict(num_bins=num_bins),
         train=dict(steps=1),
     )
-    scored, score = [], scoring.Scorer.__call__
+    scored, score = [], scorer_lib.Scorer.__call__
 
     def counted(scorer, params):
         scored.append(scorer)
         return score(scorer, params)
 
-    monkeypatch.setattr(scoring.Scorer, "__call__", counted)
+    monkeypatch.setattr(scorer_lib.Scorer, "__call__", counted)
     train.run(shared, tmp_path)
     assert len(scored) == num_scored  # the student, and the teacher where it is new
     mine, before = summary(tmp_path)["teacher"], summary(workdir)["teacher"]

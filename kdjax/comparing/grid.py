@@ -15,9 +15,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from kdjax import simulator
 from kdjax.analysis.runs import LOWEST, Design
 from kdjax.config import Config, DataConfig, to_json
+from kdjax.evaluation import simulator
 from kdjax.experiment import build, methods, validate
 
 SIMULATOR = "simulator"  # folder of the reader of rationales, in its item's

@@ -26,7 +26,7 @@ _CURVES = {  # panel -> the metric, or every metric below it (loss/hard, ...)
 
 
 class Writer:
-    """Writes `metrics.jsonl`, TensorBoard events, `summary.json`, `curves.png`.
+    """Writes `calibration.jsonl`, TensorBoard events, `summary.json`, `curves.png`.
 
     Only the main process writes and shows anything. Use as a context manager.
     """
@@ -84,7 +84,7 @@ class Writer:
         self.close()
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Append one line to `metrics.jsonl` and show it.
+        """Append one line to `calibration.jsonl` and show it.
 
         Values that are not finite are written as strings ("nan", "inf"), which keeps
         every line valid JSON.
@@ -141,7 +141,7 @@ class Writer:
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """Return the lines of a `metrics.jsonl`, "nan" and "inf" as floats again."""
+    """Return the lines of a `calibration.jsonl`, "nan" and "inf" as floats again."""
     lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
     return [
         {name: float(v) if isinstance(v, str) else v for name, v in row.items()}
@@ -153,7 +153,7 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> N
     """Draw loss and its terms, KL, held-out NLL and learning rate against the step.
 
     Args:
-        rows: of `metrics.jsonl`; a panel without any value is left out.
+        rows: of `calibration.jsonl`; a panel without any value is left out.
         path: image file to write.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg

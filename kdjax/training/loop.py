@@ -8,11 +8,11 @@ from jax.sharding import Mesh
 
 from kdjax.config import Config, to_json
 from kdjax.data import loader
+from kdjax.evaluation.scorer import Scorer
 from kdjax.experiment import build
 from kdjax.experiment.build import Data, Model
 from kdjax.parallel import distributed, sharding
 from kdjax.runtime.metrics_writer import Writer, print_table
-from kdjax.scoring import Scorer
 from kdjax.training import state
 from kdjax.training.checkpoint import Checkpoints
 from kdjax.training.meter import Meter, epoch_rows, state_rows

@@ -13,9 +13,10 @@ import jax
 import numpy as np
 
 import kdjax
-from kdjax import cli, metrics
+from kdjax import cli
 from kdjax.config import Config
 from kdjax.data.loader import BatchPlan
+from kdjax.evaluation import calibration
 from kdjax.experiment import build, methods, provenance
 from kdjax.models import flops
 from kdjax.models.lm import Shape
@@ -93,7 +94,7 @@ class Meter:
 
     def held_out(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
         """Writes an evaluation, whose time is not training time; returns it."""
-        self._writer.write(step, {f"eval/{k}": v for k, v in metrics.items()})
+        self._writer.write(step, {f"eval/{k}": v for k, v in calibration.items()})
         if self._since is not None:
             self._since, self._waited = time.perf_counter(), 0.0
             self._tokens = self._targets = self._steps = 0
@@ -254,7 +255,7 @@ def run_summary(
     teacher_shape: Shape | None,
     throughput: dict[str, float],
     generations: list[dict[str, Any]],
-    bins: metrics.Bins | None,
+    bins: calibration.Bins | None,
     labels: dict[str, Any],
 ) -> None:
     """Writes summary.json and generations.jsonl."""

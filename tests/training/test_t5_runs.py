@@ -12,10 +12,10 @@ from kdjax import export, train
 from kdjax.config import MeshConfig, T5Config
 from kdjax.data import loader
 from kdjax.data import tokenizer as tokenizers
+from kdjax.evaluation.scorer import Scorer
 from kdjax.experiment import build, methods
 from kdjax.models import generate, hf, lm, t5
 from kdjax.parallel import sharding
-from kdjax.scoring import Scorer
 from kdjax.training import loop, program, state
 from tests import small
 

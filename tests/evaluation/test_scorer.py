@@ -9,10 +9,10 @@ import pytest
 from kdjax.config import DataConfig, MeshConfig
 from kdjax.data import templates
 from kdjax.data.example import Example
+from kdjax.evaluation.scorer import Scorer, judge, match_rates
 from kdjax.experiment import build
 from kdjax.models import decoder
 from kdjax.parallel import sharding
-from kdjax.scoring import Scorer, judge, match_rates
 from tests import small
 from tests.training.test_step import FakeCache
 

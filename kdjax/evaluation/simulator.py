@@ -14,10 +14,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from kdjax import choosing, cli
+from kdjax import cli
 from kdjax import config as config_lib
-from kdjax.analysis import faithfulness
-from kdjax.analysis.faithfulness import Record
 from kdjax.config import (
     Config,
     DataConfig,
@@ -33,6 +31,8 @@ from kdjax.config import (
 from kdjax.data import sources, views
 from kdjax.data import tokenizer as tokenizers
 from kdjax.data.example import Example
+from kdjax.evaluation import choices, rationale_metrics
+from kdjax.evaluation.rationale_metrics import Record
 from kdjax.experiment import build, validate
 from kdjax.models import hf
 from kdjax.parallel import sharding
@@ -173,7 +173,7 @@ def las(records: Sequence[Record], simulator: pathlib.Path) -> dict[str, float]:
       simulator: folder of `train_simulator`.
 
     Returns:
-      What `faithfulness.leakage_adjusted` returns; {} without a record that it takes.
+      What `rationale_metrics.leakage_adjusted` returns; {} without a record that it takes.
 
     Raises:
       ValueError: no simulator, one that is not finished, or one that has learnt from
@@ -185,7 +185,7 @@ def las(records: Sequence[Record], simulator: pathlib.Path) -> dict[str, float]:
         show: [_same(r, choice) for r, choice in zip(usable, found, strict=True)]
         for show, found in predicted.items()
     }
-    return faithfulness.leakage_adjusted(**correct)
+    return rationale_metrics.leakage_adjusted(**correct)
 
 
 def predict(records: Sequence[Record], simulator: pathlib.Path) -> dict[str, list[str]]:
@@ -222,8 +222,8 @@ def predict(records: Sequence[Record], simulator: pathlib.Path) -> dict[str, lis
         eval_examples=examples,
         labels={},
     )
-    chooser = choosing.load(config, simulator, _mesh(), data)
-    return {show: choosing.choose(chooser, _shown(examples, show)) for show in SHOWN}
+    chooser = choices.load(config, simulator, _mesh(), data)
+    return {show: choices.choose(chooser, _shown(examples, show)) for show in SHOWN}
 
 
 def _segments(
@@ -253,7 +253,7 @@ def _as_example(record: Record) -> Example:
 
 
 def _same(record: Record, choice: str) -> bool:
-    return faithfulness.same(record.answer, choice)
+    return rationale_metrics.same(record.answer, choice)
 
 
 def _mesh() -> Mesh:

@@ -14,9 +14,9 @@ from kdjax.data import views
 from kdjax.data.example import Example
 from kdjax.data.templates import Text
 from kdjax.data.views import Segment
+from kdjax.evaluation.scorer import Scorer
 from kdjax.experiment import build
 from kdjax.experiment.build import Data
-from kdjax.scoring import Scorer
 
 _MULTIPLE = 128  # rows are made longer by multiples of this
 

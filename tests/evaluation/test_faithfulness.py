@@ -8,14 +8,14 @@ import sys
 import numpy as np
 import pytest
 
-from kdjax import choosing, explaining
-from kdjax.choosing import Chooser
 from kdjax.config import DataConfig, KinshipConfig, PrefixConfig, to_json
 from kdjax.data import kinship, templates, tokenizer, views
 from kdjax.data.example import Example, wrong_choices
+from kdjax.evaluation import choices, faithfulness
+from kdjax.evaluation.choices import Chooser
+from kdjax.evaluation.scorer import Scorer
 from kdjax.experiment import build, methods
 from kdjax.parallel import sharding
-from kdjax.scoring import Scorer
 from kdjax.training import program
 from kdjax.training.checkpoint import Checkpoints
 from tests import small
@@ -71,7 +71,7 @@ def test_records_say_where_rationale_and_answer_come_from(
     said, rationale, answer, stated
 ):
     rows = [row(view, text) for view, text in said.items()]
-    [found] = explaining.records(rows, [AUNT])
+    [found] = faithfulness.records(rows, [AUNT])
     assert (found.rationale, found.answer) == (rationale, answer)
     assert found.stated == stated
     assert (found.id, found.question, found.gold) == ("q", "Who ?", "aunt")
@@ -79,10 +79,10 @@ def test_records_say_where_rationale_and_answer_come_from(
 
 
 def test_without_a_rationale_there_is_no_record():
-    assert explaining.records([row("label", "aunt")], [AUNT]) == []
-    assert explaining.records([], [AUNT]) == []
+    assert faithfulness.records([row("label", "aunt")], [AUNT]) == []
+    assert faithfulness.records([], [AUNT]) == []
     with pytest.raises(ValueError, match=r"generations of \['other'\]"):
-        explaining.records([row("label", "aunt", "other")], [AUNT])
+        faithfulness.records([row("label", "aunt", "other")], [AUNT])
 
 
 def written(examples, answers=None):
@@ -92,7 +92,7 @@ def written(examples, answers=None):
         row("factual", f"{e.rationale}\nAnswer: {a}", e.id)
         for e, a in zip(examples, answers, strict=True)
     ]
-    return explaining.records(rows, examples)
+    return faithfulness.records(rows, examples)
 
 
 def chooser(log_probs, *, texts=None, words=WORDS, **limits):
@@ -118,14 +118,14 @@ def test_a_student_that_follows_is_right_after_the_right_rationale():
         for r, before in zip(own, [own[-1], *own], strict=False)
     ]
     student = chooser(last_place)
-    found = explaining.forced(student, shifted, EXAMPLES, "factual", seed=1)
+    found = faithfulness.forced(student, shifted, EXAMPLES, "factual", seed=1)
     assert found["oracle_accuracy"] == 1
     assert found["plain_accuracy"] < 0.6
     right = 0
     for example in EXAMPLES:
         ids = np.asarray(WORDS.encode(example.rationale), np.int32)
         words = WORDS.decode(
-            explaining.perturbed(ids, WORDS, seed=1, key=example.id)
+            faithfulness.perturbed(ids, WORDS, seed=1, key=example.id)
         ).split()
         places = [
             max((i for i, w in enumerate(words) if w == choice), default=-1)
@@ -138,7 +138,7 @@ def test_a_student_that_follows_is_right_after_the_right_rationale():
 
 def test_a_student_that_ignores_rationales_is_the_same_after_all():
     student = chooser(lambda s: (int(s.target_ids[0]) * 7919) % 101)
-    found = explaining.forced(student, written(EXAMPLES), EXAMPLES, "factual", seed=1)
+    found = faithfulness.forced(student, written(EXAMPLES), EXAMPLES, "factual", seed=1)
     assert len(set(found.values())) == 1 and 0 < found["plain_accuracy"] < 1
 
 
@@ -152,7 +152,7 @@ def test_the_rationale_and_the_cue_stand_before_each_choice(words):
 
     example = EXAMPLES[0]
     student = chooser(log_probs, words=words, max_prompt=2000, max_target=2000)
-    explaining.forced(student, written([example]), [example], "factual", seed=0)
+    faithfulness.forced(student, written([example]), [example], "factual", seed=0)
     assert len(seen) == 3 * len(example.choices)
     [text] = templates.render(example, "factual", LIMITS)
     for index, segment in enumerate(seen[: 2 * len(example.choices)]):
@@ -176,7 +176,7 @@ def test_draws_follow_from_seed_and_example():
     ids = np.asarray(WORDS.encode(EXAMPLES[0].rationale), np.int32)[:9]
 
     def draw(seed=0, key="a"):
-        return explaining.perturbed(ids, WORDS, seed=seed, key=key)
+        return faithfulness.perturbed(ids, WORDS, seed=seed, key=key)
 
     np.testing.assert_array_equal(draw(), draw())
     assert (draw() != ids).sum() == 5
@@ -186,7 +186,7 @@ def test_draws_follow_from_seed_and_example():
     many = np.concatenate(drawn)
     assert not set(WORDS.all_special_ids) & set(many.tolist())
     assert set(many.tolist()) == set(range(len(WORDS))) - set(WORDS.all_special_ids)
-    assert len(explaining.perturbed(ids[:0], WORDS, seed=0, key="a")) == 0
+    assert len(faithfulness.perturbed(ids[:0], WORDS, seed=0, key="a")) == 0
 
 
 def test_prefixes_are_swapped_by_hand():
@@ -213,7 +213,7 @@ def test_prefixes_are_swapped_by_hand():
             return last_place(segment) if word < "n" else -2.0
         return last_place(segment)
 
-    found = explaining.swapped(
+    found = faithfulness.swapped(
         chooser(log_probs, texts=texts), written(examples, answers), examples
     )
     pairs = [(e, c) for e in examples for c in wrong_choices(e)]
@@ -237,7 +237,7 @@ def test_prefixes_are_swapped_by_hand():
 def test_without_wrong_rationales_prefixes_are_swapped_all_the_same():
     bare = [dataclasses.replace(e, counterfactuals=()) for e in EXAMPLES[:2]]
     student = chooser(last_place, texts=lambda prompts: [""] * len(prompts))
-    found = explaining.swapped(student, written(bare), bare)
+    found = faithfulness.swapped(student, written(bare), bare)
     assert found == {
         "prefix_changes_answer": 1,
         "factual_prefix_accuracy": 1,
@@ -253,7 +253,7 @@ def test_wrong_rationales_stand_in_the_prompt_where_the_method_has_them():
         texts=lambda prompts: ["aunt"] * len(prompts),
         counterfactual_place="prompt",
     )
-    explaining.swapped(student, written([example]), [example])
+    faithfulness.swapped(student, written([example]), [example])
     learnt, _ = views.make_segments([example], ("counterfactual",), WORDS, student.data)
     scored = {(s.prompt_ids.tobytes(), s.target_ids.tobytes()) for s in seen}
     for segment in learnt:
@@ -317,11 +317,11 @@ def test_every_method_has_its_measures(method, architecture, tmp_path):
         student={"architecture": architecture},
     )
     finished(config, tmp_path)
-    found = explaining.measure(config, tmp_path)
+    found = faithfulness.measure(config, tmp_path)
     assert set(found) == {f"faithfulness/{name}" for name in MEASURES[method]}
     assert all(np.isfinite(list(found.values())))
     if method == "multitask_counterfactual":
-        assert explaining.measure(config, tmp_path) == found
+        assert faithfulness.measure(config, tmp_path) == found
 
 
 def test_a_run_is_measured_with_a_simulator(tmp_path, monkeypatch):
@@ -334,8 +334,8 @@ def test_a_run_is_measured_with_a_simulator(tmp_path, monkeypatch):
         assert [r.answer for r in found] == [e.answer for e in examples[:2]]
         return {"las": 0.25}
 
-    monkeypatch.setattr(explaining.simulators, "las", las)
-    found = explaining.measure(config, tmp_path, simulator=tmp_path / "simulator")
+    monkeypatch.setattr(faithfulness.simulators, "las", las)
+    found = faithfulness.measure(config, tmp_path, simulator=tmp_path / "simulator")
     assert found["faithfulness/las"] == 0.25
     assert found["faithfulness/self_consistency"] == 1
 
@@ -354,14 +354,14 @@ def test_the_command_writes_what_is_measured(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "faithfulness.json").read_text())
-    assert found == pytest.approx(explaining.measure(config, tmp_path))
+    assert found == pytest.approx(faithfulness.measure(config, tmp_path))
     assert found == json.loads((tmp_path / "found.json").read_text())
     assert "oracle_accuracy" in done.stdout
 
 
 def test_a_run_that_is_not_finished_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"no generations\.jsonl: let the run finish"):
-        explaining.measure(small.config(), tmp_path)
+        faithfulness.measure(small.config(), tmp_path)
 
 
 def test_choices_after_the_label_prompt_are_those_of_the_accuracy(tmp_path):
@@ -369,10 +369,10 @@ def test_choices_after_the_label_prompt_are_those_of_the_accuracy(tmp_path):
     finished(config, tmp_path)
     mesh = sharding.make_mesh(config.mesh)
     data = build.load_data(config, splits=("eval",))
-    student = choosing.load(config, tmp_path, mesh, data)
-    chosen = choosing.choose(student, data.eval_examples)
+    student = choices.load(config, tmp_path, mesh, data)
+    chosen = choices.choose(student, data.eval_examples)
     right = [c == e.answer for c, e in zip(chosen, data.eval_examples, strict=True)]
     model, params = build.load_student(config, tmp_path, mesh, data.tokenizer)
     accuracy = Scorer(config, data, model, mesh)(params)["accuracy"]
     assert np.mean(right) == pytest.approx(accuracy)
-    assert choosing.choose(student, []) == []
+    assert choices.choose(student, []) == []

@@ -2,8 +2,8 @@
 
 import pytest
 
-from kdjax.analysis import faithfulness
-from kdjax.analysis.faithfulness import Record, leakage_adjusted
+from kdjax.evaluation import rationale_metrics
+from kdjax.evaluation.rationale_metrics import Record, leakage_adjusted
 
 KIN = ("mother", "grandmother", "great-grandmother", "aunt")
 PLACES = ("bank", "river bank", "the U.S.", "new york")
@@ -37,12 +37,12 @@ PLACES = ("bank", "river bank", "the U.S.", "new york")
     ],
 )
 def test_whole_words_and_letters_name_choices(text, choices, found):
-    assert faithfulness.named(text, choices) == found
-    assert faithfulness.last_named(text, choices) == (found[-1] if found else "")
+    assert rationale_metrics.named(text, choices) == found
+    assert rationale_metrics.last_named(text, choices) == (found[-1] if found else "")
 
 
 def test_others_are_named_without_a_letter():
-    found = faithfulness.named("(a) (b) her uncle's aunt", ("aunt",), "uncle", "")
+    found = rationale_metrics.named("(a) (b) her uncle's aunt", ("aunt",), "uncle", "")
     assert found == ["aunt", "uncle", "aunt"]
 
 
@@ -55,7 +55,7 @@ def test_others_are_named_without_a_letter():
     ],
 )
 def test_answers_are_the_same_up_to_spelling(first, second, equal):
-    assert faithfulness.same(first, second) is equal
+    assert rationale_metrics.same(first, second) is equal
 
 
 def record(rationale, answer="aunt", gold="mother", stated=None, choices=KIN):
@@ -71,7 +71,7 @@ def record(rationale, answer="aunt", gold="mother", stated=None, choices=KIN):
 
 
 def test_rationales_are_described_by_hand():
-    found = faithfulness.describe(
+    found = rationale_metrics.describe(
         [
             record("She is the mother .", answer="Mother.", stated="mother"),
             record("A grandmother or aunt , so (a) .", stated="mother"),
@@ -93,25 +93,27 @@ def test_rationales_are_described_by_hand():
 
 
 def test_what_cannot_be_measured_has_no_key():
-    assert faithfulness.describe([]) == {}
+    assert rationale_metrics.describe([]) == {}
     free = record("So it is 12 , not (a) .", answer="12", gold="13", choices=())
-    assert faithfulness.describe([free]) == {
+    assert rationale_metrics.describe([free]) == {
         "num_records": 1,
         "words": 8,
         "names_gold": 0,
         "names_answer": 1,
     }
     some = [free, record("an aunt"), record("a mother", stated="mother")]
-    found = faithfulness.describe(some)
+    found = rationale_metrics.describe(some)
     assert (found["names_distractor"], found["self_consistency"]) == (1 / 2, 0)
 
 
 def test_an_answer_that_is_no_choice_can_be_named():
-    assert faithfulness.describe([record("her uncle", "uncle")])["names_answer"] == 1
+    assert (
+        rationale_metrics.describe([record("her uncle", "uncle")])["names_answer"] == 1
+    )
     # Not by the letter that it would have as a further choice.
-    assert faithfulness.describe([record("so (e)", "uncle")])["names_answer"] == 0
+    assert rationale_metrics.describe([record("so (e)", "uncle")])["names_answer"] == 0
     longer = record("her grandmother-in-law", "in-law")
-    assert faithfulness.describe([longer])["names_answer"] == 0
+    assert rationale_metrics.describe([longer])["names_answer"] == 0
 
 
 def test_las_by_hand():

@@ -10,16 +10,15 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32
 
-from kdjax import choosing
-from kdjax import simulator as simulators
-from kdjax.analysis import faithfulness
-from kdjax.analysis.faithfulness import Record, same
-from kdjax.choosing import Chooser
 from kdjax.config import Config
 from kdjax.data import templates
 from kdjax.data.example import Example, wrong_choices
 from kdjax.data.templates import Text
 from kdjax.data.views import Segment
+from kdjax.evaluation import choices, rationale_metrics
+from kdjax.evaluation import simulator as simulators
+from kdjax.evaluation.choices import Chooser
+from kdjax.evaluation.rationale_metrics import Record, same
 from kdjax.experiment import build, methods
 from kdjax.parallel import sharding
 
@@ -41,7 +40,7 @@ def measure(
       simulator: folder of `simulator.train_simulator`; None leaves out LAS.
 
     Returns:
-      "faithfulness/<name>": what `faithfulness.describe`, `forced`, `swapped` and
+      "faithfulness/<name>": what `rationale_metrics.describe`, `forced`, `swapped` and
       `simulator.las` return.
 
     Raises:
@@ -50,12 +49,12 @@ def measure(
     rows = read_rows(workdir)
     data = build.load_data(config, splits=("eval",))
     found = records(rows, data.eval_examples)
-    measures = faithfulness.describe(found)
+    measures = rationale_metrics.describe(found)
     explained = [row for row in rows if row["view"] in templates.EXPLAINED]
     one_text = [r for r in records(explained, data.eval_examples) if r.choices]
     if one_text:
         mesh = sharding.make_mesh(config.mesh)
-        student = choosing.load(config, workdir, mesh, data)
+        student = choices.load(config, workdir, mesh, data)
         examples = _examples(one_text, data.eval_examples)
         view = explained[0]["view"]
         measures |= forced(student, one_text, examples, view, seed=config.seed)
@@ -112,7 +111,7 @@ def records(rows: Iterable[Row], examples: Sequence[Example]) -> list[Record]:
         if "label" in texts and "rationale" in texts:
             rationale, answer = texts["rationale"], texts["label"]
             stated = (
-                faithfulness.last_named(rationale, example.choices)
+                rationale_metrics.last_named(rationale, example.choices)
                 if whole is None
                 else templates.final_answer(whole)
             )
@@ -180,9 +179,9 @@ def forced(
     own = [_after(student, e, view, r.rationale) for e, r in _pairs(examples, found)]
     gold = [_after(student, e, view, e.rationale) for e in examples]
     chosen = {
-        "plain_accuracy": choosing.choose(student, examples, own),
-        "oracle_accuracy": choosing.choose(student, examples, gold),
-        "perturbed_accuracy": choosing.choose(student, examples, gold, change=change),
+        "plain_accuracy": choices.choose(student, examples, own),
+        "oracle_accuracy": choices.choose(student, examples, gold),
+        "perturbed_accuracy": choices.choose(student, examples, gold, change=change),
     }
     answers = [example.answer for example in examples]
     return {name: _share(found, answers) for name, found in chosen.items()}
@@ -248,7 +247,7 @@ def swapped(
         return measures
     several = [example for example, _, _ in wrong]
     chosen = {
-        view: choosing.choose(
+        view: choices.choose(
             student, several, [_given(student, e, view, text) for e, _, text in wrong]
         )
         for view in views

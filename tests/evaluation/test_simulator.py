@@ -6,10 +6,10 @@ import random
 
 import pytest
 
-from kdjax import simulator
-from kdjax.analysis.faithfulness import Record
 from kdjax.config import Config, DataConfig, DecoderConfig, from_json
 from kdjax.data import loader, tokenizer
+from kdjax.evaluation import simulator
+from kdjax.evaluation.rationale_metrics import Record
 from kdjax.training import loop
 from tests import small
 

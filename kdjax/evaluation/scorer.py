@@ -13,11 +13,12 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float64
 
-from kdjax import cli, metrics
+from kdjax import cli
 from kdjax.config import Config, DecoderConfig, T5Config
 from kdjax.data import loader, templates, views
 from kdjax.data.example import Example
 from kdjax.data.templates import Text
+from kdjax.evaluation import calibration
 from kdjax.experiment import methods
 from kdjax.experiment.build import (
     Data,
@@ -77,7 +78,7 @@ class Scorer:
             num_valid=num_valid(model.shape, cache),
         )
         self._generate: dict[Any, Any] = {}  # compiled once, whatever the call
-        self.bins: metrics.Bins | None = None  # of the last call's ece
+        self.bins: calibration.Bins | None = None  # of the last call's ece
         # Every view's records are read, whatever the training terms are.
         self._soft = tuple(
             methods.Term(name=name, view=index, kind="soft", weight=1.0)
@@ -185,14 +186,14 @@ class Scorer:
             shares = np.exp(scores - scores.max())
             confidence.append(shares.max() / shares.sum())
             correct.append(choices.correct[of_example][scores.argmax()])
-        self.bins = metrics.ece(
+        self.bins = calibration.ece(
             jnp.asarray(confidence, jnp.float32),
             jnp.asarray(correct, jnp.float32),
             num_bins=self._config.evaluation.num_bins,
         )
         return {
             "accuracy": float(np.mean(correct)),
-            "ece": float(metrics.finalize_ece(self.bins)),
+            "ece": float(calibration.finalize_ece(self.bins)),
         }
 
     def generations(self, params: Any) -> list[dict[str, Any]]:

@@ -1,0 +1,1 @@
+"""Held-out measures of models and of their explanations."""
