@@ -28,8 +28,9 @@ from absl import app, flags
 from kdjax.config import CacheConfig
 from kdjax.losses.chunk_label import chunk_label
 from kdjax.runtime.metrics_writer import print_table, progress
-from kdjax.teacher import draws, records
-from kdjax.teacher.records import Cache, Manifest, Record
+from kdjax.teacher import cache as cache_lib
+from kdjax.teacher import sampling
+from kdjax.teacher.cache import Cache, Manifest, Record
 
 _OUT = flags.DEFINE_string("out", None, "Caches, runs and results.", required=True)
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1"], "Seeds.")
@@ -77,7 +78,7 @@ def derive(dense: Cache, folder: pathlib.Path, *, kind: str, number: int) -> Non
       kind: "top_k" or "sampled".
       number: pairs, or draws a token.
     """
-    if (folder / records.MANIFEST).is_file():
+    if (folder / cache_lib.MANIFEST).is_file():
         return
     sampled = kind == "sampled"
     manifest = dataclasses.replace(
@@ -107,8 +108,8 @@ def derive(dense: Cache, folder: pathlib.Path, *, kind: str, number: int) -> Non
         starts = range(0, len(keys), _SHARD_SIZE)
         parts = [keys[start : start + _SHARD_SIZE] for start in starts]
         for index, part in enumerate(parts):
-            records.write_shard(folder, index, len(parts), made(part), manifest)
-    records.finish(folder, manifest, num_shards=len(parts))
+            cache_lib.write_shard(folder, index, len(parts), made(part), manifest)
+    cache_lib.finish(folder, manifest, num_shards=len(parts))
 
 
 def _reduced(key: bytes, record: Record, label, manifest: Manifest) -> Record:
@@ -122,7 +123,7 @@ def _reduced(key: bytes, record: Record, label, manifest: Manifest) -> Record:
     shape = (num_tokens, len(manifest.temperatures), manifest.num_rounds, manifest.k)
     points = np.zeros((padded, shape[1], manifest.num_rounds * manifest.k), np.float32)
     if manifest.kind == "sampled":
-        points[:num_tokens] = draws.points(key, *shape).reshape(
+        points[:num_tokens] = sampling.points(key, *shape).reshape(
             num_tokens, shape[1], -1
         )
     found: dict[str, list[np.ndarray]] = {}
@@ -135,7 +136,7 @@ def _reduced(key: bytes, record: Record, label, manifest: Manifest) -> Record:
     record = record._replace(kind=manifest.kind)
     if manifest.kind == "top_k":
         return record._replace(ids=of["ids_NK"], log_probs=of["log_probs_NK"])
-    ids, counts = draws.count(of["drawn_ids_NSP"].reshape(shape))
+    ids, counts = sampling.count(of["drawn_ids_NSP"].reshape(shape))
     return record._replace(
         ids=ids, counts=counts, log_probs=np.zeros((num_tokens, 0), np.float32)
     )
@@ -150,7 +151,7 @@ def run(verb: str, given: list[str], **overrides: object) -> None:
 
 def bytes_per_token(folder: pathlib.Path) -> float:
     """Size of the shards of a cache over its target tokens."""
-    manifest = records.read_manifest(folder)
+    manifest = cache_lib.read_manifest(folder)
     size = sum((folder / shard.name).stat().st_size for shard in manifest.shards)
     return size / manifest.num_tokens
 
@@ -184,7 +185,7 @@ def main(argv: list[str]) -> None:
     for cache in {ARMS[arm][0] for arm in _ARMS.value} - {"", "dense"}:
         for split in ("train", "eval"):
             kind, number = small(cache, split)
-            rows = records.open_cache(out / "dense" / split)
+            rows = cache_lib.open_cache(out / "dense" / split)
             derive(rows, out / cache / split, kind=kind, number=number)
     found: dict[str, list[dict]] = {arm: [] for arm in _ARMS.value}
     for seed, arm in itertools.product(_SEEDS.value, _ARMS.value):

@@ -23,7 +23,7 @@ from kdjax.experiment import build
 from kdjax.models import flops
 from kdjax.parallel import distributed, sharding
 from kdjax.runtime.metrics_writer import print_table, progress
-from kdjax.teacher import building
+from kdjax.teacher import build as build_lib
 from kdjax.timing import Samples
 from kdjax.training import program
 from kdjax.workload import Step, Workload
@@ -279,7 +279,7 @@ def run(config: Config, workdir: pathlib.Path) -> None:
         load = None if _SYNTHETIC.value else workload.real(config, workdir, mesh)
         if load is None:
             if not _SYNTHETIC.value and distributed.is_main():
-                where = building.folder(config, workdir, "train")
+                where = build_lib.folder(config, workdir, "train")
                 print(f"{where} is not labelled: random tokens", file=sys.stderr)
             load = workload.make_synthetic(config, pathlib.Path(folder), mesh)
         found = measure(

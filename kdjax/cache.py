@@ -22,8 +22,9 @@ from kdjax.data import tokenizer as tokenizers
 from kdjax.experiment import build
 from kdjax.models import hf
 from kdjax.runtime.metrics_writer import print_table, progress
-from kdjax.teacher import inspection, records, transfer
-from kdjax.teacher.foreign import convert
+from kdjax.teacher import cache as cache_lib
+from kdjax.teacher import describe, merge_export
+from kdjax.teacher.importers import convert
 from kdjax.teacher.manifest import Manifest
 
 for _name in ("config", "workdir"):
@@ -44,9 +45,9 @@ _TEACHER = flags.DEFINE_string(
 def info(folders: list[str]) -> None:
     """Prints and draws what a cache holds."""
     (folder,) = _counted(folders, 1)
-    cache = records.open_cache(folder)
+    cache = cache_lib.open_cache(folder)
     with progress(cache.num_tokens, "read") as advance:
-        found = inspection.describe(cache, advance=advance)
+        found = describe.describe(cache, advance=advance)
     rows = [
         {"": name, "value": value}
         for name, value in found.items()
@@ -56,33 +57,35 @@ def info(folders: list[str]) -> None:
         for place, value in found.get(name, {}).items():
             rows.append({"": f"{name}, {unit}{place}", "value": value})
     print_table(folder, rows)
-    for line in inspection.histogram_lines(found):
+    for line in describe.histogram_lines(found):
         print(line)
     if _PNG.value:
-        inspection.draw(found, _PNG.value)
+        describe.draw(found, _PNG.value)
 
 
 def verify(folders: list[str]) -> None:
     """Checks a cache; exit code 0 only if all of it is right."""
     (folder,) = _counted(folders, 1)
-    cache = records.open_cache(folder)
+    cache = cache_lib.open_cache(folder)
     with progress(cache.num_tokens, "verify") as advance:
-        found = records.verify(cache, advance=advance)
+        found = cache_lib.verify(cache, advance=advance)
     print_table(f"{folder}: verified", [found])
 
 
 def export(folders: list[str]) -> None:
     """Writes a cache as Parquet."""
     (folder,) = _counted(folders, 1)
-    num_rows = transfer.export(records.open_cache(folder), _out())
+    num_rows = merge_export.export(cache_lib.open_cache(folder), _out())
     print(f"exported {num_rows} records to {_out()}")
 
 
 def merge(folders: list[str]) -> None:
     """Writes one cache of several."""
-    caches = [records.open_cache(folder) for folder in _counted(folders, 2, more=True)]
+    caches = [
+        cache_lib.open_cache(folder) for folder in _counted(folders, 2, more=True)
+    ]
     with progress(sum(c.num_records for c in caches), "merge") as advance:
-        manifest = transfer.merge(caches, _out(), advance=advance)
+        manifest = merge_export.merge(caches, _out(), advance=advance)
     print(f"merged {manifest.num_records} records into {_out()}")
 
 
@@ -102,7 +105,7 @@ def import_(files: list[str]) -> None:
     rows = layout.read(path, k=min(config.cache.k, vocab_size), vocab_size=vocab_size)
     num_tokens = sum(len(segment.target_ids) for segment in segments)
     with progress(num_tokens, f"import {_SPLIT.value}") as advance:
-        manifest = transfer.import_rows(
+        manifest = merge_export.import_rows(
             rows,
             segments,
             _out(),
@@ -111,9 +114,9 @@ def import_(files: list[str]) -> None:
             advance=advance,
         )
     try:
-        found = records.verify(records.open_cache(_out()))
+        found = cache_lib.verify(cache_lib.open_cache(_out()))
     except ValueError:  # what was refused must not be trained on
-        (pathlib.Path(_out()) / records.MANIFEST).unlink()
+        (pathlib.Path(_out()) / cache_lib.MANIFEST).unlink()
         raise
     print_table(f"imported {manifest.data} into {_out()}", [found])
 

@@ -21,7 +21,7 @@ from kdjax.experiment import build
 from kdjax.models.lm import Shape
 from kdjax.parallel import distributed, sharding
 from kdjax.runtime.metrics_writer import print_table
-from kdjax.teacher import building
+from kdjax.teacher import build as build_lib
 from kdjax.training.meter import evaluation_row
 
 _MODEL = flags.DEFINE_string(
@@ -49,7 +49,7 @@ def _score(
 ) -> tuple[dict[str, float], Shape]:
     mesh = sharding.make_mesh(config.mesh)
     data = build.load_data(config, splits=("eval",))
-    cache = building.open_split(config, data, workdir, "eval")
+    cache = build_lib.open_split(config, data, workdir, "eval")
     if name == "student":
         model, params = build.load_student(
             config, workdir, mesh, data.tokenizer, step=step

@@ -12,7 +12,7 @@ from kdjax.config import Config
 from kdjax.experiment import build
 from kdjax.parallel import distributed
 from kdjax.runtime.metrics_writer import print_table
-from kdjax.teacher import building
+from kdjax.teacher import build as build_lib
 
 
 def run(config: Config, workdir: pathlib.Path) -> None:
@@ -24,12 +24,12 @@ def run(config: Config, workdir: pathlib.Path) -> None:
             "--config.teacher.path, or run kdjax.train, which trains a teacher first"
         )
     data = build.load_data(config)
-    building.check(config, data, workdir)
-    caches = building.ensure(config, data, workdir, teacher_path)
+    build_lib.check(config, data, workdir)
+    caches = build_lib.ensure(config, data, workdir, teacher_path)
     if distributed.is_main():
         print_table(
             f"{config.name}: teacher caches",
-            [building.describe(config, workdir, name) for name in caches],
+            [build_lib.describe(config, workdir, name) for name in caches],
         )
 
 

@@ -17,7 +17,7 @@ from kdjax.experiment import build, methods, provenance
 from kdjax.models import hf
 from kdjax.parallel import distributed, sharding
 from kdjax.runtime.metrics_writer import print_table
-from kdjax.teacher import building
+from kdjax.teacher import build as build_lib
 from kdjax.training import trainable
 from kdjax.training.loop import fit
 from kdjax.training.meter import evaluation_row, report_origins, run_summary
@@ -76,14 +76,14 @@ def run(config: Config, workdir: pathlib.Path, *, until: str = "end") -> None:
     if has_teacher:
         check_teacher(config, shape, build.teacher_shape(config, data.tokenizer))
     trainable.frozen_paths(model.abstract, config.optim.freeze)
-    building.check(config, data, workdir)
+    build_lib.check(config, data, workdir)
 
     if has_teacher:
         train_teacher(config, workdir, mesh)
     if until == "teacher":
         return
     teacher_path = build.teacher_folder(config, workdir)
-    caches = building.ensure(config, data, workdir, teacher_path)
+    caches = build_lib.ensure(config, data, workdir, teacher_path)
     dtype = config.train.dtype
     live = (
         build.load_model(teacher_path, mesh, dtype=dtype)
@@ -118,7 +118,7 @@ def run(config: Config, workdir: pathlib.Path, *, until: str = "end") -> None:
         teacher, teacher_shape = score_teacher(
             config,
             data,
-            building.folder(config, workdir, "teacher_scores"),
+            build_lib.folder(config, workdir, "teacher_scores"),
             mesh,
             path=teacher_path,
             cache=cache,

@@ -16,8 +16,9 @@ from kdjax.experiment import build, methods
 from kdjax.experiment.build import Model
 from kdjax.models.lm import Shape
 from kdjax.parallel import sharding
-from kdjax.teacher import building, labelling, synthetic
-from kdjax.teacher.records import Cache
+from kdjax.teacher import build as build_lib
+from kdjax.teacher import label, synthetic
+from kdjax.teacher.cache import Cache
 from kdjax.training import program
 from kdjax.training.state import TrainState
 
@@ -47,10 +48,10 @@ def real(config: Config, workdir: pathlib.Path, mesh: Mesh) -> Workload | None:
     """The config's own data and cache; None where the cache was never made."""
     _check(config)
     soft = methods.has_soft_terms(config.method)
-    if soft and labelling.missing(building.folder(config, workdir, "train")):
+    if soft and label.missing(build_lib.folder(config, workdir, "train")):
         return None
     data = build.load_data(config, splits=("train",))
-    cache = building.open_split(config, data, workdir, "train") if soft else None
+    cache = build_lib.open_split(config, data, workdir, "train") if soft else None
     shape = build.student_shape(config, data.tokenizer)
     return Workload(
         config=config,

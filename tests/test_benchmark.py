@@ -17,7 +17,9 @@ from kdjax.data import loader
 from kdjax.experiment import build, methods
 from kdjax.models import decoder, flops, hf
 from kdjax.parallel import sharding
-from kdjax.teacher import building, records, synthetic
+from kdjax.teacher import build as build_lib
+from kdjax.teacher import cache as cache_lib
+from kdjax.teacher import synthetic
 from kdjax.timing import Samples
 from tests import compiling, small
 
@@ -86,7 +88,7 @@ def test_a_synthetic_cache_passes_for_a_real_one(tmp_path, vocab_size):
         temperatures=(1.0, 2.0),
         seed=0,
     )
-    assert records.verify(cache)["tokens"] == 6 * 20
+    assert cache_lib.verify(cache)["tokens"] == 6 * 20
     assert {s.length for s in segments} == {20}
     assert [s.view for s in segments] == [0, 1] * 3
     record = cache.read(segments[3].key)
@@ -190,7 +192,7 @@ def test_a_labelled_cache_is_what_is_measured(tmp_path):
     shape = build.teacher_shape(config, data.tokenizer)
     params = decoder.init_params(shape, jax.random.key(0))
     hf.save(tmp_path / "teacher", shape, params, data.tokenizer)
-    building.ensure(config, data, tmp_path, str(tmp_path / "teacher"))
+    build_lib.ensure(config, data, tmp_path, str(tmp_path / "teacher"))
     load = workload.real(config, tmp_path, mesh())
     assert load is not None
     assert load.source == "real"

@@ -15,9 +15,10 @@ from kdjax import config as config_lib
 from kdjax import train
 from kdjax.config import Config
 from kdjax.experiment import build
-from kdjax.teacher import inspection, records, transfer
-from kdjax.teacher.foreign import convert
-from kdjax.teacher.foreign.convert import Rows
+from kdjax.teacher import cache as cache_lib
+from kdjax.teacher import describe, merge_export
+from kdjax.teacher.importers import convert
+from kdjax.teacher.importers.convert import Rows
 from tests import small
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -38,7 +39,7 @@ def finished(tmp_path_factory) -> tuple[Config, pathlib.Path]:
 
 
 def cache_of(workdir, split="train"):
-    return records.open_cache(workdir / "cache" / split)
+    return cache_lib.open_cache(workdir / "cache" / split)
 
 
 def command(*arguments):
@@ -71,14 +72,14 @@ def whole_sequences(config, cache, *, shift=0):
 def test_describe_sums_up_the_records(finished):
     _, workdir = finished
     cache = cache_of(workdir)
-    found = inspection.describe(cache)
+    found = describe.describe(cache)
     read = [cache.read(key) for key in cache]
     nll = -np.concatenate([r.target_log_probs for r in read]).mean()
     assert found["teacher_nll"] == pytest.approx(nll, rel=1e-4)
     assert sum(found["histogram"]) == found["tokens"] == cache.num_tokens
     assert found["mass"][113] == pytest.approx(1, abs=1e-4)
     assert list(found["mass"].values()) == sorted(found["mass"].values())
-    assert len(inspection.histogram_lines(found)) <= 32
+    assert len(describe.histogram_lines(found)) <= 32
 
 
 def test_info_and_verify_print_and_draw(finished, tmp_path):
@@ -104,31 +105,31 @@ def test_info_and_verify_print_and_draw(finished, tmp_path):
 def test_export_has_every_number(finished, tmp_path):
     _, workdir = finished
     cache, out = cache_of(workdir), tmp_path / "cache.parquet"
-    assert transfer.export(cache, out) == cache.num_records
+    assert merge_export.export(cache, out) == cache.num_records
     for row in Dataset.from_parquet(str(out), cache_dir=str(tmp_path)):
         record = cache.read(bytes.fromhex(row["key"]))
         np.testing.assert_array_equal(row["ids"], record.ids)
         np.testing.assert_array_equal(np.float32(row["log_probs"]), record.log_probs)
         np.testing.assert_array_equal(row["target_ids"], record.target_ids)
     with pytest.raises(ValueError, match="exists"):
-        transfer.export(cache, out)
+        merge_export.export(cache, out)
 
 
 def test_merge_copies_every_record(finished, tmp_path):
     _, workdir = finished
     parts = [cache_of(workdir), cache_of(workdir, "eval")]
-    transfer.merge(parts, tmp_path / "both")
-    both = records.open_cache(tmp_path / "both")
+    merge_export.merge(parts, tmp_path / "both")
+    both = cache_lib.open_cache(tmp_path / "both")
     assert both.num_tokens == sum(part.num_tokens for part in parts)
     for part in parts:
         for key in part:
             for a, b in zip(part.read(key), both.read(key), strict=True):
                 np.testing.assert_equal(a, b)
-    records.verify(both)
+    cache_lib.verify(both)
     other = dataclasses.replace(parts[1].manifest, teacher_fingerprint="other")
     with pytest.raises(ValueError, match="teacher_fingerprint='other'"):
-        transfer.merge(
-            [parts[0], records.Cache(parts[1].folder, other)], tmp_path / "no"
+        merge_export.merge(
+            [parts[0], cache_lib.Cache(parts[1].folder, other)], tmp_path / "no"
         )
 
 
@@ -186,9 +187,9 @@ def test_import_gives_the_losses_of_the_cache(
     np.testing.assert_allclose(*losses, rtol=1e-3)
     if layout == "axolotl":
         with pytest.raises(ValueError, match="tail='bucket' needs the mass outside"):
-            records.open_cache(out, tail="bucket")
+            cache_lib.open_cache(out, tail="bucket")
         with pytest.raises(ValueError, match=r"temperature=2\.0 was not declared"):
-            records.open_cache(out, temperatures=(2.0,))
+            cache_lib.open_cache(out, temperatures=(2.0,))
 
 
 def test_an_import_finds_what_is_read_before_the_target(tmp_path):
@@ -209,7 +210,7 @@ def test_an_import_finds_what_is_read_before_the_target(tmp_path):
         log_probs = np.take_along_axis(log_probs, ids, -1).astype(np.float32)
         hits = np.where(ids == tokens[:, None], log_probs, -np.inf).max(axis=1)
         sequences.append(Rows(tokens, ids, log_probs, hits))
-    manifest = records.Manifest(
+    manifest = cache_lib.Manifest(
         kind="top_k",
         k=vocab_size,
         vocab_size=vocab_size,
@@ -219,8 +220,10 @@ def test_an_import_finds_what_is_read_before_the_target(tmp_path):
         teacher_fingerprint="t",
         missing=("entropy",),
     )
-    transfer.import_rows(sequences, segments, tmp_path / "c", manifest, shard_size=16)
-    cache = records.open_cache(tmp_path / "c")
+    merge_export.import_rows(
+        sequences, segments, tmp_path / "c", manifest, shard_size=16
+    )
+    cache = cache_lib.open_cache(tmp_path / "c")
     for segment, rows in zip(segments, sequences, strict=True):
         record, num = cache.read(segment.key), len(segment.target_ids)
         np.testing.assert_array_equal(record.ids[:, 0], rows.ids[-num:, 0])
@@ -237,7 +240,7 @@ def test_an_import_of_shifted_rows_is_refused(finished, tmp_path, shift):
         cache.manifest, shards=(), missing=("tail_mass", "entropy", "target_log_probs")
     )
     out = tmp_path / "cache"
-    transfer.import_rows(
+    merge_export.import_rows(
         whole_sequences(config, cache, shift=shift),
         build.load_data(config).train,
         out,
@@ -245,7 +248,7 @@ def test_an_import_of_shifted_rows_is_refused(finished, tmp_path, shift):
         shard_size=16,
     )
     with pytest.raises(ValueError, match="the cache is shifted by one"):
-        records.verify(records.open_cache(out))
+        cache_lib.verify(cache_lib.open_cache(out))
 
 
 def test_sequences_without_tokens_must_be_as_many_as_examples(finished, tmp_path):
@@ -256,7 +259,7 @@ def test_sequences_without_tokens_must_be_as_many_as_examples(finished, tmp_path
     ]
     segments = build.load_data(config).train
     with pytest.raises(ValueError, match="matched by their place"):
-        transfer.import_rows(
+        merge_export.import_rows(
             sequences + sequences[:1],
             segments,
             tmp_path / "c",
@@ -271,6 +274,6 @@ def test_import_names_the_example_without_a_sequence(finished, tmp_path):
     sequences = list(whole_sequences(config, cache))[1:]
     segments = build.load_data(config).train
     with pytest.raises(ValueError, match=r"no sequence has its tokens \(1 such of"):
-        transfer.import_rows(
+        merge_export.import_rows(
             sequences, segments, tmp_path / "c", cache.manifest, shard_size=16
         )

@@ -19,7 +19,7 @@ from kdjax.evaluation import scorer as scorer_lib
 from kdjax.experiment import build
 from kdjax.models import hf
 from kdjax.parallel import sharding
-from kdjax.teacher import records
+from kdjax.teacher import cache as cache_lib
 from kdjax.training.checkpoint import Checkpoints
 from tests import compiling, small
 
@@ -198,10 +198,10 @@ def test_draws_train_the_student_and_held_out_measures_stay_exact(finished, tmp_
         )
         train.run(config, tmp_path / kind)
         found[kind] = summary(tmp_path / kind)["student"]
-        cache = records.open_cache(tmp_path / kind / "cache" / "train")
+        cache = cache_lib.open_cache(tmp_path / kind / "cache" / "train")
         assert cache.kind == kind
-        assert records.open_cache(tmp_path / kind / "cache" / "eval").kind == "top_k"
-        assert records.verify(cache)["tokens"] == cache.num_tokens
+        assert cache_lib.open_cache(tmp_path / kind / "cache" / "eval").kind == "top_k"
+        assert cache_lib.verify(cache)["tokens"] == cache.num_tokens
     assert found["sampled"]["nll"] == pytest.approx(found["top_k"]["nll"], rel=0.02)
     assert found["sampled"]["kl"] > 0
 
@@ -247,7 +247,7 @@ def test_a_teacher_that_runs_beside_the_student(finished, tmp_path, kind):
     cached.teacher.path = config.teacher.path
     train.run(cached, tmp_path / "cached")
     assert not (tmp_path / "online" / "cache" / "train").exists()
-    assert records.read_manifest(tmp_path / "online/cache/eval").kind == "top_k"
+    assert cache_lib.read_manifest(tmp_path / "online/cache/eval").kind == "top_k"
     live, stored = summary(tmp_path / "online"), summary(tmp_path / "cached")
     # The cache rounds, by less than 1e-4 nats; Adam's first steps make more of it.
     assert abs(live["student"]["nll"] - stored["student"]["nll"]) < 2e-2

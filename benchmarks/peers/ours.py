@@ -33,7 +33,7 @@ from kdjax.experiment import build
 from kdjax.models import flops, hf
 from kdjax.parallel import sharding
 from kdjax.runtime import malloc
-from kdjax.teacher import records
+from kdjax.teacher import cache
 from kdjax.workload import Step, Workload
 
 _MODES = ("loop", "step", "online", "dense")
@@ -78,7 +78,7 @@ def segments(folder: pathlib.Path) -> list[Segment]:
     rows = np.load(folder / "tokens.npy")
     rows = rows.reshape(-1, rows.shape[-1])
     return [
-        Segment(f"row-{i}", 0, row[:1], row[1:], i.to_bytes(records.KEY_BYTES, "big"))
+        Segment(f"row-{i}", 0, row[:1], row[1:], i.to_bytes(cache.KEY_BYTES, "big"))
         for i, row in enumerate(rows)
     ]
 
@@ -97,7 +97,7 @@ def workload(case: dict, folder: pathlib.Path) -> Workload:
         mesh=mesh,
         model=build.make_model(shape(case, "student"), mesh, dtype="float32"),
         plan=plan,
-        cache=records.open_cache(folder / "cache"),
+        cache=cache.open_cache(folder / "cache"),
         source="real",
     )
 

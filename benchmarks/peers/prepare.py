@@ -21,7 +21,7 @@ from kdjax.experiment import build
 from kdjax.losses import fused_head
 from kdjax.models import decoder, hf
 from kdjax.parallel import sharding
-from kdjax.teacher import labelling, records, synthetic
+from kdjax.teacher import cache, label, synthetic
 from kdjax.training import step
 
 _CASE = flags.DEFINE_enum("case", None, list(CASES), "Which case.", required=True)
@@ -58,7 +58,7 @@ def _label(config: Config, segments: list, folder: pathlib.Path) -> None:
         config.teacher.path, mesh, dtype=config.train.dtype
     )
     settings = config.cache
-    manifest = records.Manifest(
+    manifest = cache.Manifest(
         kind="top_k",
         k=settings.k,
         vocab_size=model.shape.vocab_size,
@@ -77,15 +77,15 @@ def _label(config: Config, segments: list, folder: pathlib.Path) -> None:
         chunk_size=fused_head.chunk_size(settings.memory_mib, model.shape.vocab_size),
     )
     placed = jax.sharding.NamedSharding(mesh, sharding.BATCH_SPEC)
-    labelling.label(
+    label.label(
         segments,
         folder / "cache",
         manifest,
         settings,
         lambda batch: label_step(params, jax.device_put(batch, placed)),
     )
-    num_shards = len(labelling.shards(segments, settings.shard_size))
-    records.finish(folder / "cache", manifest, num_shards=num_shards)
+    num_shards = len(label.shards(segments, settings.shard_size))
+    cache.finish(folder / "cache", manifest, num_shards=num_shards)
 
 
 def main(argv: list[str]) -> None:

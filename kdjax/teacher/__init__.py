@@ -1,1 +1,1 @@
-"""The teacher: labelling and the cache of its outputs."""
+"""The teacher cache: labelling, storage, verification, import and export."""

@@ -31,8 +31,8 @@ import numpy as np
 import zstandard
 from jaxtyping import Float32, Int32, UInt16
 
-from kdjax.teacher import planes
-from kdjax.teacher.planes import IdCoder
+from kdjax.teacher import byte_planes
+from kdjax.teacher.byte_planes import IdCoder
 
 _GRID = 96.0  # C, codes per unit of log(1 + x)
 _EMPTY = 0xFFFF  # code of an unused slot (log-probability -inf)
@@ -98,7 +98,7 @@ def encode(record: Record, coder: IdCoder, *, temperatures: tuple[float, ...]) -
         parts = _pack_draws(record, coder)
     elif record.kind == "dense":
         num_pairs = record.log_probs.shape[1]
-        parts = [planes.pack_floats(record.log_probs.T.ravel(), num_bytes=4)]
+        parts = [byte_planes.pack_floats(record.log_probs.T.ravel(), num_bytes=4)]
     else:
         num_pairs = record.log_probs.shape[1]
         codes_TK = _codes(record.log_probs)
@@ -107,7 +107,7 @@ def encode(record: Record, coder: IdCoder, *, temperatures: tuple[float, ...]) -
         free = coder.order[0] if len(coder.order) else 0
         ids_TK = np.where(codes_TK == _EMPTY, free, record.ids)
         parts = [
-            planes.pack_integers(deltas_TK.T.ravel(), num_bytes=2),
+            byte_planes.pack_integers(deltas_TK.T.ravel(), num_bytes=2),
             coder.pack(ids_TK.T.ravel()),
         ]
         log_z_TS = _masses(record.log_probs, temperatures)
@@ -117,7 +117,7 @@ def encode(record: Record, coder: IdCoder, *, temperatures: tuple[float, ...]) -
     )
     parts += [
         coder.pack(record.target_ids),
-        planes.pack_floats(scalars_TX.T.ravel(), num_bytes=3),
+        byte_planes.pack_floats(scalars_TX.T.ravel(), num_bytes=3),
     ]
     header = _HEADER.pack(
         record.num_tokens, num_pairs, record.log_z.shape[1], num_rounds
@@ -137,7 +137,7 @@ def decode(
     num_tokens, num_pairs, num_temperatures, num_rounds = _HEADER.unpack_from(data)
     if num_temperatures != len(temperatures):
         raise ValueError(f"{num_temperatures} temperatures, {temperatures} are wanted")
-    reader = planes.Reader(data, _HEADER.size)
+    reader = byte_planes.Reader(data, _HEADER.size)
     num_stored = num_tokens * num_pairs
     num_scalars = 1 + 2 * num_temperatures + (kind == "top_k")
     log_probs_TK = np.zeros((num_tokens, 0), np.float32)
@@ -147,17 +147,17 @@ def decode(
         shape = (num_temperatures, num_rounds, num_tokens, num_pairs)
         ids, counts = _unpack_draws(reader, coder, shape)
     elif kind == "dense":
-        values = planes.unpack_floats(reader, num_stored, num_bytes=4)
+        values = byte_planes.unpack_floats(reader, num_stored, num_bytes=4)
         log_probs_TK = _rows(values, num_tokens, num_pairs)
     else:
-        deltas = planes.unpack_integers(reader, num_stored, num_bytes=2)
+        deltas = byte_planes.unpack_integers(reader, num_stored, num_bytes=2)
         deltas_KT = deltas.reshape(num_pairs, num_tokens)
         codes_TK = np.cumsum(deltas_KT, axis=0, dtype=np.uint16).T
         log_probs_TK = -_MAGNITUDES[codes_TK]
         ids = _rows(coder.unpack(reader, num_stored), num_tokens, num_pairs)
         ids[codes_TK == _EMPTY] = -1
     target_ids = coder.unpack(reader, num_tokens)
-    scalars = planes.unpack_floats(reader, num_tokens * num_scalars, num_bytes=3)
+    scalars = byte_planes.unpack_floats(reader, num_tokens * num_scalars, num_bytes=3)
     reader.end()
     scalars_TX = _rows(scalars, num_tokens, num_scalars)
     num_sums = num_temperatures + (kind == "top_k")
@@ -188,20 +188,20 @@ def _pack_draws(record: Record, coder: IdCoder) -> list[bytes]:
     used_SRTK = counts_SRTK > 0
     num_used = used_SRTK.sum(axis=-1)
     return [
-        planes.pack_integers(num_used.ravel(), num_bytes=2),
-        planes.pack_integers(counts_SRTK[used_SRTK], num_bytes=2),
+        byte_planes.pack_integers(num_used.ravel(), num_bytes=2),
+        byte_planes.pack_integers(counts_SRTK[used_SRTK], num_bytes=2),
         coder.pack(record.ids.transpose(1, 2, 0, 3)[used_SRTK]),
     ]
 
 
 def _unpack_draws(
-    reader: planes.Reader, coder: IdCoder, shape: tuple[int, int, int, int]
+    reader: byte_planes.Reader, coder: IdCoder, shape: tuple[int, int, int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    num_used = planes.unpack_integers(reader, int(np.prod(shape[:3])), num_bytes=2)
+    num_used = byte_planes.unpack_integers(reader, int(np.prod(shape[:3])), num_bytes=2)
     used_SRTK = np.arange(shape[3]) < num_used.reshape(*shape[:3], 1)
     num = int(num_used.sum(dtype=np.int64))
     counts = np.zeros(shape, np.int32)
-    counts[used_SRTK] = planes.unpack_integers(reader, num, num_bytes=2)
+    counts[used_SRTK] = byte_planes.unpack_integers(reader, num, num_bytes=2)
     ids = np.full(shape, -1, np.int32)
     ids[used_SRTK] = coder.unpack(reader, num)
     order = (2, 0, 1, 3)

@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from array_record.python import array_record_module
 
-from kdjax.teacher import codec, planes
+from kdjax.teacher import byte_planes, codec
+from kdjax.teacher.byte_planes import IdCoder
 from kdjax.teacher.codec import Record
 from kdjax.teacher.manifest import MANIFEST, Manifest, refuse_other_identity, sync
-from kdjax.teacher.planes import IdCoder
 
 KEY_BYTES = 16
 _ORDER_TOKENS = 4096  # the order of ids is made from so many tokens of the shard
@@ -194,7 +194,7 @@ def _pack_index(entry: Index) -> bytes:
     fields = entry._asdict() | {"keys": len(entry.keys)}
     coder = fields.pop("coder")
     header = json.dumps(fields | {"order": len(coder.order)}, sort_keys=True).encode()
-    order = planes.pack_integers(coder.order, num_bytes=4)
+    order = byte_planes.pack_integers(coder.order, num_bytes=4)
     return _LENGTH.pack(len(header)) + header + b"".join(entry.keys) + order
 
 
@@ -215,8 +215,8 @@ def _unpack_index(payload: bytes, num_records: int) -> Index:
     if num_keys != num_records or end > len(payload):
         raise ValueError(f"{num_keys} keys for {num_records} records")
     keys = [payload[i : i + KEY_BYTES] for i in range(start, end, KEY_BYTES)]
-    frames = planes.Reader(payload, end)
-    order = planes.unpack_integers(frames, fields.pop("order"), num_bytes=4)
+    frames = byte_planes.Reader(payload, end)
+    order = byte_planes.unpack_integers(frames, fields.pop("order"), num_bytes=4)
     frames.end()
     coder = IdCoder(order, fields["identity"]["vocab_size"])
     return Index(keys=tuple(keys), coder=coder, **fields)

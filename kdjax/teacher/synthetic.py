@@ -13,8 +13,8 @@ import numpy as np
 from jaxtyping import Int32
 
 from kdjax.data.views import Segment
-from kdjax.teacher import records
-from kdjax.teacher.records import Cache, Manifest, Record
+from kdjax.teacher import cache
+from kdjax.teacher.cache import Cache, Manifest, Record
 
 _SHARD_SIZE = 64  # records
 _DECAY = 1.2  # the r-th most probable id has about r^-1.2 of the first one's share
@@ -39,7 +39,7 @@ def make_segments(
     segments = []
     for index in range(num_rows):
         ids = _ids(rng, row_length + prompt_length, 1, vocab_size)[:, 0]
-        key = hashlib.blake2b(ids.tobytes(), digest_size=records.KEY_BYTES)
+        key = hashlib.blake2b(ids.tobytes(), digest_size=cache.KEY_BYTES)
         segments.append(
             Segment(
                 example_id=f"synthetic-{index}",
@@ -92,9 +92,9 @@ def write_cache(
     ]
     for index, part in enumerate(parts):
         found = ((s.key, _record(rng, s.target_ids, manifest)) for s in part)
-        records.write_shard(folder, index, len(parts), found, manifest)
-    records.finish(folder, manifest, num_shards=len(parts))
-    return records.open_cache(folder)
+        cache.write_shard(folder, index, len(parts), found, manifest)
+    cache.finish(folder, manifest, num_shards=len(parts))
+    return cache.open_cache(folder)
 
 
 def _record(

@@ -11,7 +11,8 @@ import pytest
 
 from kdjax.config import CacheConfig
 from kdjax.data.views import Segment
-from kdjax.teacher import codec, labelling, records, shards
+from kdjax.teacher import cache as cache_lib
+from kdjax.teacher import codec, label, shards
 from kdjax.teacher.manifest import Manifest
 
 VOCAB_SIZE, K = 50, 4
@@ -61,9 +62,9 @@ def label_step(batch):
 
 def fill(folder: pathlib.Path) -> None:
     """Label all of it, as `kdjax.label` does."""
-    labelling.label(segments(), folder, MANIFEST, CONFIG, label_step)
-    num_shards = len(labelling.shards(segments(), CONFIG.shard_size))
-    records.finish(folder, MANIFEST, num_shards=num_shards)
+    label.label(segments(), folder, MANIFEST, CONFIG, label_step)
+    num_shards = len(label.shards(segments(), CONFIG.shard_size))
+    cache_lib.finish(folder, MANIFEST, num_shards=num_shards)
 
 
 def files(folder: pathlib.Path) -> dict[str, bytes]:
@@ -96,7 +97,7 @@ def fill_until(folder: pathlib.Path, last: int, report) -> None:
         (shards, "_pack_index"),  # all records written, not the index
         (shards, "sync"),  # written, not certain to be on disk; renamed, not synced
         (pathlib.Path, "rename"),  # between write and rename; the manifest's too
-        (records, "_checksum"),  # between the last shard and the manifest
+        (cache_lib, "_checksum"),  # between the last shard and the manifest
     ):
         clock.watch(owner, name)
     fill(folder)
@@ -118,9 +119,9 @@ def test_killed_at_thirty_points_it_ends_with_the_same_bytes(tmp_path, monkeypat
     num_events, whole = report.get(), files(tmp_path / "whole")
     assert num_events >= NUM_KILLS
     labelled = []
-    original = labelling.records.write_shard
+    original = label.records.write_shard
     monkeypatch.setattr(
-        labelling.records,
+        label.records,
         "write_shard",
         lambda folder, index, *rest: (
             labelled.append(index),
@@ -135,7 +136,7 @@ def test_killed_at_thirty_points_it_ends_with_the_same_bytes(tmp_path, monkeypat
         complete = {n: b for n, b in before.items() if n.endswith(".array_record")}
         labelled.clear()
         fill(folder)
-        again = {records.shard_name(index, len(whole) - 1) for index in labelled}
+        again = {cache_lib.shard_name(index, len(whole) - 1) for index in labelled}
         assert not again & complete.keys()
         assert files(folder) == whole
 
@@ -147,7 +148,7 @@ def damage(folder: pathlib.Path, rng: np.random.Generator) -> str:
     kind = rng.choice(["flip", "flip", "cut", "delete", "swap", "copy", "manifest"])
     path = folder / name
     if kind == "manifest":
-        path = folder / records.MANIFEST
+        path = folder / cache_lib.MANIFEST
     data = bytearray(path.read_bytes())
     if kind == "flip":
         data[rng.integers(len(data))] ^= 1 << rng.integers(8)
@@ -185,7 +186,7 @@ def test_three_hundred_damages_are_all_refused(tmp_path):
         if files(tmp_path) == whole:
             continue
         with pytest.raises(ValueError, match=where):
-            cache = records.open_cache(tmp_path)
+            cache = cache_lib.open_cache(tmp_path)
             for key in cache:
                 cache.read(key)
             raise AssertionError(f"damage {number} at {where} was not noticed")
@@ -193,4 +194,4 @@ def test_three_hundred_damages_are_all_refused(tmp_path):
             path.unlink()
         for name, content in whole.items():
             (tmp_path / name).write_bytes(content)
-    records.verify(records.open_cache(tmp_path))
+    cache_lib.verify(cache_lib.open_cache(tmp_path))

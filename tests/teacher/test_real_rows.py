@@ -18,7 +18,7 @@ from kdjax.losses.vocab_shard import Part
 from kdjax.models import decoder
 from kdjax.parallel import sharding
 from kdjax.teacher import codec
-from kdjax.teacher.planes import IdCoder
+from kdjax.teacher.byte_planes import IdCoder
 
 K, TEMPERATURES = 64, (0.5, 1.0, 2.0)
 

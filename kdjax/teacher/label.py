@@ -17,7 +17,7 @@ import numpy as np
 from kdjax.config import CacheConfig
 from kdjax.data import loader
 from kdjax.data.views import Segment
-from kdjax.teacher import draws, records
+from kdjax.teacher import cache, sampling
 from kdjax.teacher.codec import Record
 
 LabelStep = Callable[[dict[str, Any]], dict[str, jax.Array]]
@@ -25,7 +25,7 @@ LabelStep = Callable[[dict[str, Any]], dict[str, jax.Array]]
 
 def missing(folder: pathlib.Path) -> bool:
     """Whether the cache still has to be labelled, or labelled to its end."""
-    return not (folder / records.MANIFEST).is_file()
+    return not (folder / cache.MANIFEST).is_file()
 
 
 def shards(segments: Sequence[Segment], shard_size: int) -> list[list[Segment]]:
@@ -37,7 +37,7 @@ def shards(segments: Sequence[Segment], shard_size: int) -> list[list[Segment]]:
 def label(
     segments: Sequence[Segment],
     folder: pathlib.Path,
-    manifest: records.Manifest,
+    manifest: cache.Manifest,
     config: CacheConfig,
     label_step: LabelStep,
     *,
@@ -62,7 +62,7 @@ def label(
       process.
     """
     parts = shards(segments, config.shard_size)
-    complete = records.complete_shards(folder, manifest)
+    complete = cache.complete_shards(folder, manifest)
     clock = _Clock()
     rows = rows or {"row_length": config.row_length}
     for index, part in enumerate(parts):
@@ -72,13 +72,13 @@ def label(
             advance(sum(len(segment.target_ids) for segment in part))
             continue
         found = _label_shard(part, manifest, config, label_step, rows, clock, advance)
-        records.write_shard(folder, index, len(parts), found, manifest)
+        cache.write_shard(folder, index, len(parts), found, manifest)
     return clock.totals()
 
 
 def _label_shard(
     segments: Sequence[Segment],
-    manifest: records.Manifest,
+    manifest: cache.Manifest,
     config: CacheConfig,
     label_step: LabelStep,
     rows: Mapping[str, Any],
@@ -104,7 +104,7 @@ def _label_shard(
         yield from _unpack(plan, *pending, manifest, clock, advance)
 
 
-def _points(plan: Any, step: int, manifest: records.Manifest) -> np.ndarray:
+def _points(plan: Any, step: int, manifest: cache.Manifest) -> np.ndarray:
     """Where to look up the draws of a batch: [1, B, T, S, R * n]; 0 in padding."""
     num_temperatures = len(manifest.temperatures)
     num_points = manifest.num_rounds * manifest.k
@@ -112,7 +112,7 @@ def _points(plan: Any, step: int, manifest: records.Manifest) -> np.ndarray:
     found = np.zeros(shape, np.float32)
     for row, items in enumerate(plan.batch(step)):
         for at in loader.placements(plan, items):
-            found[row, at.target] = draws.points(
+            found[row, at.target] = sampling.points(
                 at.segment.key,
                 len(at.segment.target_ids),
                 num_temperatures,
@@ -126,7 +126,7 @@ def _unpack(
     plan: Any,
     step: int,
     computed: dict[str, jax.Array],
-    manifest: records.Manifest,
+    manifest: cache.Manifest,
     clock: "_Clock",
     advance: Callable[[int], None],
 ) -> Iterator[tuple[bytes, Record]]:
@@ -146,7 +146,7 @@ def _unpack(
 
 
 def _record(
-    of: dict[str, np.ndarray], segment: Segment, manifest: records.Manifest
+    of: dict[str, np.ndarray], segment: Segment, manifest: cache.Manifest
 ) -> Record:
     """The record of one segment from its rows of the computed arrays."""
     num_tokens = len(segment.target_ids)
@@ -163,7 +163,7 @@ def _record(
         return record
     drawn = of["drawn_ids_NSP"]
     shape = (*drawn.shape[:2], manifest.num_rounds, manifest.k)
-    ids, counts = draws.count(drawn.reshape(shape))
+    ids, counts = sampling.count(drawn.reshape(shape))
     return record._replace(ids=ids, counts=counts)
 
 

@@ -18,9 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Bool, Float32, Int32, Shaped
 
-from kdjax.teacher.foreign import layouts
-from kdjax.teacher.foreign.files import Path, refuse
-from kdjax.teacher.foreign.layouts import Stored
+from kdjax.teacher.importers import formats
+from kdjax.teacher.importers.files import Path, refuse
+from kdjax.teacher.importers.formats import Stored
 
 _SLACK = 1e-3  # nats above 0 that are taken for rounding
 _GROUP = 256  # sequences of a parquet row group
@@ -191,22 +191,22 @@ def _known_tokens(where: str, rows: Rows) -> list[int]:
 # Entropy needs every probability, and no layout has more than the largest.
 LAYOUTS: dict[str, Layout] = {
     # Without token ids in the file the tokens outside the top k are known all the same.
-    "vllm": Layout(stored=layouts.read_vllm, missing=("entropy",), write=write_vllm),
-    "sglang": Layout(stored=layouts.read_sglang, missing=("entropy",)),
+    "vllm": Layout(stored=formats.read_vllm, missing=("entropy",), write=write_vllm),
+    "sglang": Layout(stored=formats.read_sglang, missing=("entropy",)),
     # A token that is not among the stored pairs has no log-probability anywhere.
     "distillkit": Layout(
-        stored=layouts.read_distillkit,
+        stored=formats.read_distillkit,
         missing=("entropy", "target_log_probs"),
         write=write_distillkit,
     ),
     # The file says neither what its numbers are normalised over nor what came.
     "axolotl": Layout(
-        stored=layouts.read_axolotl,
+        stored=formats.read_axolotl,
         missing=("tail_mass", "entropy", "target_log_probs"),
     ),
     # Logits without their sum over the vocabulary: only ratios are known.
     "maxtext": Layout(
-        stored=layouts.read_maxtext,
+        stored=formats.read_maxtext,
         missing=("tail_mass", "entropy", "target_log_probs"),
     ),
 }

@@ -15,8 +15,8 @@ import pytest
 import yaml
 from array_record.python import array_record_module
 
-from kdjax.teacher.foreign import wire
-from kdjax.teacher.foreign.convert import LAYOUTS, Rows
+from kdjax.teacher.importers import encodings
+from kdjax.teacher.importers.convert import LAYOUTS, Rows
 
 VOCAB_SIZE, K = 100, 3
 INF = math.inf
@@ -507,7 +507,7 @@ def test_bits_come_out_as_they_went_in(num_bits):
     size = math.ceil(11 * num_bits / 8)
     packed = [int(t.ljust(size * 8, "0"), 2).to_bytes(size, "big") for t in text]
     data = np.frombuffer(b"".join(packed), np.uint8).reshape(5, size)
-    np.testing.assert_array_equal(wire.unpack_bits(data, num_bits, 11), values)
+    np.testing.assert_array_equal(encodings.unpack_bits(data, num_bits, 11), values)
 
 
 @pytest.mark.parametrize(
@@ -594,7 +594,7 @@ def test_examples_are_parsed_packed_and_unpacked(packed):
         "floats": [0.5, -1.25, math.inf],
         "bytes": [b"", b"abc", b"\xff"],
     }
-    found = wire.parse_example(serialise(features, packed=packed))
+    found = encodings.parse_example(serialise(features, packed=packed))
     assert found["bytes"] == features["bytes"]
     for name in ("integers", "floats"):
         np.testing.assert_array_equal(found[name], features[name])
@@ -602,7 +602,7 @@ def test_examples_are_parsed_packed_and_unpacked(packed):
 
 def test_an_example_of_the_protobuf_library_is_parsed():
     data = "0a270a160a016112111a0f0a0d01ac02ffffffffffffffffff010a0d0a0162120812060a04"
-    found = wire.parse_example(bytes.fromhex(data + "0000003f"))
+    found = encodings.parse_example(bytes.fromhex(data + "0000003f"))
     assert found["a"].tolist() == [1, 300, -1] and found["b"].tolist() == [0.5]
 
 

@@ -15,14 +15,15 @@ import datasets
 import numpy as np
 
 from kdjax.data.views import Segment
-from kdjax.teacher import records, shards
+from kdjax.teacher import cache as cache_lib
+from kdjax.teacher import shards
 from kdjax.teacher.codec import Record
-from kdjax.teacher.foreign.convert import Rows
+from kdjax.teacher.importers.convert import Rows
 from kdjax.teacher.manifest import Manifest
 
 
 def merge(
-    caches: Sequence[records.Cache],
+    caches: Sequence[cache_lib.Cache],
     out: str | os.PathLike,
     *,
     advance: Callable[[int], None] = lambda num_records: None,
@@ -70,7 +71,7 @@ def merge(
     for index, (path, num_records) in enumerate(sources):
         shards.copy_shard(path, out, index, len(sources), manifest)
         advance(num_records)
-    return records.finish(out, manifest, num_shards=len(sources))
+    return cache_lib.finish(out, manifest, num_shards=len(sources))
 
 
 def new_folder(folder: str | os.PathLike) -> None:
@@ -85,7 +86,7 @@ def new_folder(folder: str | os.PathLike) -> None:
         raise ValueError(f"out={folder!s} is not empty: name a new folder")
 
 
-def export(cache: records.Cache, out: str | os.PathLike) -> int:
+def export(cache: cache_lib.Cache, out: str | os.PathLike) -> int:
     """Writes a Parquet file, one row a record, and returns the number of rows.
 
     Columns: key (hex), target_ids [T], target_log_probs [T], log_z and entropy [T][S],
@@ -223,8 +224,8 @@ def import_rows(
     pairs = list(unique.items())
     parts = [pairs[i : i + shard_size] for i in range(0, len(pairs), shard_size)]
     for index, part in enumerate(parts):
-        records.write_shard(out, index, len(parts), part, manifest)
-    return records.finish(out, manifest, num_shards=len(parts))
+        cache_lib.write_shard(out, index, len(parts), part, manifest)
+    return cache_lib.finish(out, manifest, num_shards=len(parts))
 
 
 def _record(rows: Rows, segment: Segment, manifest: Manifest) -> Record:

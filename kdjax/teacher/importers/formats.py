@@ -17,8 +17,8 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float64, Int64, Shaped, UInt8
 
-from kdjax.teacher.foreign import files, wire
-from kdjax.teacher.foreign.files import Path, refuse
+from kdjax.teacher.importers import encodings, files
+from kdjax.teacher.importers.files import Path, refuse
 
 Pairs = Sequence[tuple[int, float]]  # (id, log-probability)
 
@@ -221,7 +221,7 @@ def read_distillkit(path: Path) -> Iterator[Stored]:
         compression = None
         if columns is _COMPRESSED:
             settings = file.with_name("compression_config.yaml")
-            compression = wire.read_compression(settings)
+            compression = encodings.read_compression(settings)
         for where, row in files.parquet_rows(file, columns):
             token_ids, ids, log_probs = (scalar.values for scalar in row.values())
             if token_ids is None or token_ids.null_count or not len(token_ids):
@@ -257,15 +257,15 @@ def _decompressed(
     where: str,
     ids_TB: UInt8[np.ndarray, "T B"],
     log_probs_TB: UInt8[np.ndarray, "T B"],
-    compression: wire.Compression,
+    compression: encodings.Compression,
 ) -> tuple[np.ndarray, np.ndarray]:
     found = (ids_TB.shape[1], log_probs_TB.shape[1])
     needed = (compression.id_bytes, compression.log_prob_bytes)
     if len(ids_TB) and found != needed:
         refuse(where, f"rows of {found} bytes", f"{needed}, as compression_config.yaml")
     return (
-        wire.unpack_bits(ids_TB, compression.id_bits, compression.k),
-        wire.decode_log_probs(log_probs_TB, compression).astype(np.float64),
+        encodings.unpack_bits(ids_TB, compression.id_bits, compression.k),
+        encodings.decode_log_probs(log_probs_TB, compression).astype(np.float64),
     )
 
 
@@ -295,7 +295,7 @@ def read_maxtext(path: Path) -> Iterator[Stored]:
 def _maxtext_arrays(where: str, record: bytes) -> tuple[np.ndarray, ...]:
     """Return inputs [T], ids [T, M], logits [T, M] and segments [T]."""
     try:
-        example = wire.parse_example(record)
+        example = encodings.parse_example(record)
     except ValueError as error:
         refuse(where, str(error), "a tf.Example; pickles and safetensors are not read")
     for name, kind in _MAXTEXT.items():

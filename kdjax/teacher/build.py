@@ -20,7 +20,8 @@ from kdjax.models import flops, hf
 from kdjax.models.lm import Shape
 from kdjax.parallel import distributed, sharding
 from kdjax.runtime.metrics_writer import progress
-from kdjax.teacher import labelling, records
+from kdjax.teacher import cache as cache_lib
+from kdjax.teacher import label
 from kdjax.training import step
 
 
@@ -54,7 +55,7 @@ def check(config: Config, data: Data, workdir: pathlib.Path) -> None:
             raise ValueError(
                 f"labelling {split}, with cache.row_length: {error}"
             ) from None
-        if not labelling.missing(folder(config, workdir, split)):
+        if not label.missing(folder(config, workdir, split)):
             _open(config, data, workdir, split, segments)
 
 
@@ -66,12 +67,12 @@ def _rows(config: Config, teacher: Shape) -> dict[str, Any]:
 
 def open_split(
     config: Config, data: Data, workdir: pathlib.Path, split: str
-) -> records.Cache | None:
+) -> cache_lib.Cache | None:
     """The cache of a split, or None (said on stderr) where it was never labelled."""
     if not build.has_teacher(config):
         return None
     path = folder(config, workdir, split)
-    if labelling.missing(path):
+    if label.missing(path):
         print(f"{path} is not labelled: no KL, no agreement", file=sys.stderr)
         return None
     return _open(config, data, workdir, split, wanted(config, data)[split])
@@ -80,7 +81,7 @@ def open_split(
 def describe(config: Config, workdir: pathlib.Path, split: str) -> dict[str, Any]:
     """One line about a finished cache: records, tokens, bytes a target token."""
     path = folder(config, workdir, split)
-    manifest = records.read_manifest(path)
+    manifest = cache_lib.read_manifest(path)
     size = sum((path / shard.name).stat().st_size for shard in manifest.shards)
     return {
         "cache": str(path),
@@ -95,7 +96,7 @@ def describe(config: Config, workdir: pathlib.Path, split: str) -> dict[str, Any
 
 def ensure(
     config: Config, data: Data, workdir: pathlib.Path, teacher_path: str
-) -> dict[str, records.Cache]:
+) -> dict[str, cache_lib.Cache]:
     """Labels what is not labelled yet and opens all of it, by split.
 
     Raises:
@@ -105,7 +106,7 @@ def ensure(
     todo = {
         split: segments
         for split, segments in splits.items()
-        if labelling.missing(folder(config, workdir, split))
+        if label.missing(folder(config, workdir, split))
     }
     # Every process looks before any of them finishes a cache.
     distributed.barrier("look")
@@ -125,9 +126,9 @@ def _open(
     workdir: pathlib.Path,
     split: str,
     segments: list[Segment],
-) -> records.Cache:
+) -> cache_lib.Cache:
     kind, k = _kind(config, data, split)
-    cache = records.open_cache(
+    cache = cache_lib.open_cache(
         folder(config, workdir, split),
         tokenizer_fingerprint=tokenizers.fingerprint(data.tokenizer),
         kind=kind,
@@ -147,7 +148,7 @@ def _check_teacher(
     fingerprint = hf.fingerprint(teacher_path)
     for split in sorted(splits):
         path = folder(config, workdir, split)
-        manifest = records.read_manifest(path)
+        manifest = cache_lib.read_manifest(path)
         if not manifest.missing and manifest.teacher_fingerprint != fingerprint:
             raise ValueError(
                 f"teacher.path={teacher_path!r} is not the teacher that {path} was "
@@ -187,7 +188,7 @@ def _build(
     model, params = build.load_model(teacher_path, mesh, dtype=config.train.dtype)
     vocab_size = model.shape.vocab_size
     placed = jax.sharding.NamedSharding(mesh, sharding.BATCH_SPEC)
-    base = records.Manifest(
+    base = cache_lib.Manifest(
         kind="top_k",
         k=0,
         vocab_size=vocab_size,
@@ -229,7 +230,7 @@ def _build(
         with progress(
             num_tokens, f"label {split}", is_main=distributed.is_main()
         ) as advance:
-            totals = labelling.label(
+            totals = label.label(
                 segments,
                 path,
                 manifest,
@@ -245,8 +246,8 @@ def _build(
             )
         distributed.barrier(f"label {split}")
         if distributed.is_main():
-            num_shards = len(labelling.shards(segments, settings.shard_size))
-            records.finish(path, manifest, num_shards=num_shards)
+            num_shards = len(label.shards(segments, settings.shard_size))
+            cache_lib.finish(path, manifest, num_shards=num_shards)
             _print_speed(config, split, totals, model.shape)
         distributed.barrier(f"finish {split}")
 

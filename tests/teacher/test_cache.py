@@ -10,12 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from kdjax.teacher import codec, records, shards
-from kdjax.teacher.planes import IdCoder
+from kdjax.teacher import cache as cache_lib
+from kdjax.teacher import codec, shards
+from kdjax.teacher.byte_planes import IdCoder
 
 VOCAB_SIZE, K = 300, 8
 TEMPERATURES = (1.0, 2.0)
-MANIFEST = records.Manifest(
+MANIFEST = cache_lib.Manifest(
     kind="top_k",
     k=K,
     vocab_size=VOCAB_SIZE,
@@ -43,7 +44,7 @@ def make_record(rng, num_tokens, *, vocab_size=VOCAB_SIZE, k=K, scale=3.0):
     )
     ids_TK = np.argsort(-log_probs_TV, axis=1)[:, :k].astype(np.int32)
     stored = log_probs_TV if k is None else np.take_along_axis(log_probs_TV, ids_TK, 1)
-    return records.Record(
+    return cache_lib.Record(
         ids=np.zeros((num_tokens, 0), np.int32) if k is None else ids_TK,
         kind="dense" if k is None else "top_k",
         log_probs=stored.astype(np.float32),
@@ -70,8 +71,8 @@ def _write_cache(folder, manifest=MANIFEST, *, num_shards=3):
     k = None if manifest.kind == "dense" else K
     pairs = [_pairs(seed, k=k) for seed in range(num_shards)]
     for index, shard in enumerate(pairs):
-        records.write_shard(folder, index, num_shards, iter(shard), manifest)
-    records.finish(folder, manifest, num_shards=num_shards)
+        cache_lib.write_shard(folder, index, num_shards, iter(shard), manifest)
+    cache_lib.finish(folder, manifest, num_shards=num_shards)
     return [pair for shard in pairs for pair in shard]
 
 
@@ -229,7 +230,7 @@ def test_random_pairs_take_less_than_three_bytes():
 @pytest.mark.parametrize("manifest", [MANIFEST, DENSE], ids=["top_k", "dense"])
 def test_write_finish_open_read(tmp_path, manifest):
     pairs = _write_cache(tmp_path, manifest)
-    cache = records.open_cache(
+    cache = cache_lib.open_cache(
         tmp_path,
         tokenizer_fingerprint="tokenizer",
         vocab_size=VOCAB_SIZE,
@@ -248,7 +249,7 @@ def test_write_finish_open_read(tmp_path, manifest):
     assert not cache.has(b"x" * 16)
     with pytest.raises(ValueError, match="not in the cache"):
         cache.read(b"x" * 16)
-    found = records.verify(cache)
+    found = cache_lib.verify(cache)
     nll = -np.concatenate([record.target_log_probs for _, record in pairs]).mean()
     assert found.pop("teacher_nll") == pytest.approx(nll, rel=1e-5)
     assert found == {"shards": 3, "records": 15, "tokens": cache.num_tokens}
@@ -256,7 +257,7 @@ def test_write_finish_open_read(tmp_path, manifest):
 
 def test_threads_read_the_same(tmp_path):
     pairs = _write_cache(tmp_path) * 20
-    cache = records.open_cache(tmp_path)
+    cache = cache_lib.open_cache(tmp_path)
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(cache.read, [key for key, _ in pairs]))
     for (_, record), got in zip(pairs, found, strict=True):
@@ -276,55 +277,55 @@ def test_threads_read_the_same(tmp_path):
 def test_open_cache_names_what_differs(tmp_path, wanted, message):
     _write_cache(tmp_path, num_shards=1)
     with pytest.raises(ValueError, match=message):
-        records.open_cache(tmp_path, **wanted)
+        cache_lib.open_cache(tmp_path, **wanted)
 
 
 def test_an_unfinished_or_newer_cache_is_refused(tmp_path):
-    records.write_shard(tmp_path, 0, 2, _pairs(0), MANIFEST)
+    cache_lib.write_shard(tmp_path, 0, 2, _pairs(0), MANIFEST)
     with pytest.raises(ValueError, match="not finished"):
-        records.open_cache(tmp_path)
+        cache_lib.open_cache(tmp_path)
     with pytest.raises(ValueError, match=r"shard-00001-of-00002.* missing"):
-        records.finish(tmp_path, MANIFEST, num_shards=2)
-    records.write_shard(tmp_path, 1, 2, _pairs(1), MANIFEST)
-    records.finish(tmp_path, MANIFEST, num_shards=2)
-    path = tmp_path / records.MANIFEST
+        cache_lib.finish(tmp_path, MANIFEST, num_shards=2)
+    cache_lib.write_shard(tmp_path, 1, 2, _pairs(1), MANIFEST)
+    cache_lib.finish(tmp_path, MANIFEST, num_shards=2)
+    path = tmp_path / cache_lib.MANIFEST
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 99}))
     with pytest.raises(ValueError, match="format_version=99"):
-        records.open_cache(tmp_path)
+        cache_lib.open_cache(tmp_path)
 
 
 def test_shards_of_another_teacher_are_refused(tmp_path):
-    records.write_shard(tmp_path, 0, 1, _pairs(0), MANIFEST)
+    cache_lib.write_shard(tmp_path, 0, 1, _pairs(0), MANIFEST)
     other = dataclasses.replace(MANIFEST, teacher_fingerprint="other")
     for call in (
-        lambda: records.complete_shards(tmp_path, other),
-        lambda: records.finish(tmp_path, other, num_shards=1),
+        lambda: cache_lib.complete_shards(tmp_path, other),
+        lambda: cache_lib.finish(tmp_path, other, num_shards=1),
     ):
         with pytest.raises(ValueError, match="teacher_fingerprint='other'"):
             call()
 
 
 def test_another_size_of_shards_is_refused(tmp_path):
-    records.write_shard(tmp_path, 0, 1, _pairs(0), MANIFEST)
+    cache_lib.write_shard(tmp_path, 0, 1, _pairs(0), MANIFEST)
     other = dataclasses.replace(MANIFEST, shard_size=7)
     with pytest.raises(ValueError, match="shard_size=7 is wanted"):
-        records.complete_shards(tmp_path, other)
+        cache_lib.complete_shards(tmp_path, other)
 
 
 def test_many_shards_are_read_with_few_files_open(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "_MAX_OPEN", 2)
+    monkeypatch.setattr(cache_lib, "_MAX_OPEN", 2)
     pairs = _write_cache(tmp_path, num_shards=5)
-    cache = records.open_cache(tmp_path)
+    cache = cache_lib.open_cache(tmp_path)
     for key, record in pairs + pairs[::-1]:
         np.testing.assert_array_equal(cache.read(key).ids, record.ids)
     assert len(cache._readers) == 2
 
 
 def test_shards_of_two_sizes_are_refused(tmp_path):
-    records.write_shard(tmp_path, 0, 2, _pairs(0), MANIFEST)
-    records.write_shard(tmp_path, 0, 3, _pairs(0), MANIFEST)
+    cache_lib.write_shard(tmp_path, 0, 2, _pairs(0), MANIFEST)
+    cache_lib.write_shard(tmp_path, 0, 3, _pairs(0), MANIFEST)
     with pytest.raises(ValueError, match=r"caches of \[2, 3\] shards"):
-        records.complete_shards(tmp_path, MANIFEST)
+        cache_lib.complete_shards(tmp_path, MANIFEST)
 
 
 def test_a_record_must_fit_the_manifest(tmp_path):
@@ -335,7 +336,7 @@ def test_a_record_must_fit_the_manifest(tmp_path):
         ([(key, record._replace(kind="dense"))], "a record of kind 'dense' in a cache"),
     ):
         with pytest.raises(ValueError, match=message):
-            records.write_shard(tmp_path, 0, 1, pairs, MANIFEST)
+            cache_lib.write_shard(tmp_path, 0, 1, pairs, MANIFEST)
     assert list(tmp_path.iterdir()) == []  # nothing half-written is left
 
 
@@ -344,23 +345,23 @@ def _die_while_writing(folder, pairs):
         yield from pairs[:3]
         os.kill(os.getpid(), signal.SIGKILL)
 
-    records.write_shard(folder, 1, 3, stream(), MANIFEST)
+    cache_lib.write_shard(folder, 1, 3, stream(), MANIFEST)
 
 
 def test_killed_and_continued_gives_identical_files(tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     _write_cache(whole)
-    records.write_shard(broken, 0, 3, _pairs(0), MANIFEST)
+    cache_lib.write_shard(broken, 0, 3, _pairs(0), MANIFEST)
     process = multiprocessing.get_context("spawn").Process(
         target=_die_while_writing, args=(broken, _pairs(1))
     )
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    assert records.complete_shards(broken, MANIFEST) == {0}
+    assert cache_lib.complete_shards(broken, MANIFEST) == {0}
     for index in (2, 1):
-        records.write_shard(broken, index, 3, _pairs(index), MANIFEST)
-    records.finish(broken, MANIFEST, num_shards=3)
+        cache_lib.write_shard(broken, index, 3, _pairs(index), MANIFEST)
+    cache_lib.finish(broken, MANIFEST, num_shards=3)
     assert {path.name: path.read_bytes() for path in broken.iterdir()} == {
         path.name: path.read_bytes() for path in whole.iterdir()
     }
@@ -368,28 +369,28 @@ def test_killed_and_continued_gives_identical_files(tmp_path):
 
 def test_damage_anywhere_is_found(tmp_path):
     _write_cache(tmp_path)
-    path = tmp_path / records.shard_name(1, 3)
+    path = tmp_path / cache_lib.shard_name(1, 3)
     original = path.read_bytes()
     for position in range(0, len(original), len(original) // 60):
         damaged = bytearray(original)
         damaged[position] ^= 0x10
         path.write_bytes(damaged)
-        with pytest.raises(records.DamagedShardError, match="shard-00001-of-00003"):
-            records.verify(records.open_cache(tmp_path))
+        with pytest.raises(cache_lib.DamagedShardError, match="shard-00001-of-00003"):
+            cache_lib.verify(cache_lib.open_cache(tmp_path))
     for length in (0, 10, len(original) // 2, len(original) - 1):
         path.write_bytes(original[:length])
-        assert records.complete_shards(tmp_path, MANIFEST) == {0, 2}
+        assert cache_lib.complete_shards(tmp_path, MANIFEST) == {0, 2}
     path.write_bytes(original)
-    assert records.complete_shards(tmp_path, MANIFEST) == {0, 1, 2}
+    assert cache_lib.complete_shards(tmp_path, MANIFEST) == {0, 1, 2}
 
 
 def test_a_damaged_record_is_named_when_it_is_read(tmp_path):
     pairs = _write_cache(tmp_path, num_shards=1)
-    path = tmp_path / records.shard_name(0, 1)
+    path = tmp_path / cache_lib.shard_name(0, 1)
     (payload,) = shards.open_reader(path).read([2])
     data = bytearray(path.read_bytes())
     data[data.index(payload) + 20] ^= 1
     path.write_bytes(data)
-    cache = records.open_cache(tmp_path)
-    with pytest.raises(records.DamagedShardError, match=r"record 2 of .*shard-00000"):
+    cache = cache_lib.open_cache(tmp_path)
+    with pytest.raises(cache_lib.DamagedShardError, match=r"record 2 of .*shard-00000"):
         cache.read(pairs[1][0])

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from kdjax.teacher import records
+from kdjax.teacher import cache as cache_lib
 
 _EDGES = np.linspace(0, 8, 33)  # nats, of the histogram of entropies
 _BAR = 40  # characters of the longest bar
 
 
 def describe(
-    cache: records.Cache, *, advance: Callable[[int], None] = lambda num_tokens: None
+    cache: cache_lib.Cache, *, advance: Callable[[int], None] = lambda num_tokens: None
 ) -> dict[str, Any]:
     """Reads all records and returns what they hold.
 

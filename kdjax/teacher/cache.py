@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from kdjax.teacher import checks, codec
-from kdjax.teacher.checks import Alignment
+from kdjax.teacher import codec, record_checks
+from kdjax.teacher.byte_planes import IdCoder
 from kdjax.teacher.codec import Record
 from kdjax.teacher.manifest import (
     MANIFEST,
@@ -33,7 +33,7 @@ from kdjax.teacher.manifest import (
     refuse_other_identity,
     write_manifest,
 )
-from kdjax.teacher.planes import IdCoder
+from kdjax.teacher.record_checks import Alignment
 from kdjax.teacher.shards import (
     KEY_BYTES,
     DamagedShardError,
@@ -317,7 +317,7 @@ def verify(
             record = cache.read(key)
             num_in_shard += record.num_tokens
             check_record(key, record, cache.manifest, known={})
-            if problem := checks.problem(record, cache.manifest):
+            if problem := record_checks.problem(record, cache.manifest):
                 raise ValueError(f"record {row} of {path}: {problem}")
             total -= float(record.target_log_probs.sum(dtype=np.float64))
             if not known:

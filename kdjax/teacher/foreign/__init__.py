@@ -1,1 +1,0 @@
-"""Teacher outputs of other tools: their files, schemas and encodings."""

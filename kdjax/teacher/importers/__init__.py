@@ -1,0 +1,1 @@
+"""Other tools' teacher outputs, read as records."""
