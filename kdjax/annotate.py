@@ -9,17 +9,17 @@ import pathlib
 from absl import flags
 
 from kdjax import cli
+from kdjax.annotation import annotate
 from kdjax.config import Config
 from kdjax.parallel import distributed
 from kdjax.runtime.metrics_writer import print_table
-from kdjax.teacher import annotating
 
 flags.declare_key_flag("json")
 
 
 def run(config: Config, workdir: pathlib.Path) -> None:
     """Annotates, prints what was kept, and writes the report where asked."""
-    report = annotating.annotate(config, workdir)
+    report = annotate.annotate(config, workdir)
     if distributed.is_main():
         counts = {name: report[name] for name in ("rows", "kept", "dropped")}
         print_table(

@@ -19,9 +19,9 @@ import urllib.request
 
 import pytest
 
+from kdjax.annotation import annotate, prompts, requests, store
 from kdjax.config import AnnotateConfig
 from kdjax.data import sources
-from kdjax.teacher import annotating, annotations, asking, prompts
 from tests import small
 
 KEY, NUM, MAX_NEW = "sk-very-secret", 40, 8
@@ -201,18 +201,18 @@ def test_a_real_server_that_fails(real_data, smollm2, port, tmp_path, monkeypatc
     monkeypatch.setenv("TEACHER_KEY", KEY)
     with proxy(port) as server:
         made = config(real_data, smollm2, server.url)
-        report = annotating.annotate(made, tmp_path)
+        report = annotate.annotate(made, tmp_path)
         assert server.faults.keys() == {*FAULTS.values(), "hang", None}
-        folder = annotating.folder_of(made, tmp_path)
+        folder = annotate.folder_of(made, tmp_path)
         lines = (folder / "rationales.jsonl").read_text().splitlines()
         rows = [json.loads(line) for line in lines]
         examples = sources.load_examples(made.data, "train", seed=0)
         assert [row["id"] for row in rows] == [e.id for e in examples]
-        written = [row["id"] for row in annotations.read(folder)]
+        written = [row["id"] for row in store.read(folder)]
         assert sorted(written) == sorted(row["id"] for row in rows)
-        items = asking.make_items(examples, made.annotate)
+        items = requests.make_items(examples, made.annotate)
         for row, item in zip(rows, items, strict=True):
-            request = asking.Work(item, prompts.load(), made.annotate).request
+            request = requests.Work(item, prompts.load(), made.annotate).request
             _, body = server.said[json.dumps(request.messages)]
             choice = json.loads(body)["choices"][0]
             assert row["text"] == choice["message"]["content"].strip()
@@ -225,7 +225,7 @@ def test_a_real_server_that_fails(real_data, smollm2, port, tmp_path, monkeypatc
         }
         assert report["gates"]["cut_off"] == report["finish_reasons"]["length"] > 0
         seen = server.num_requests
-        assert annotating.annotate(made, tmp_path) == report
+        assert annotate.annotate(made, tmp_path) == report
         assert server.num_requests == seen
 
 
@@ -244,6 +244,6 @@ def test_a_real_refusal_is_one_line(
     with proxy(port) as server:
         made = config(real_data, smollm2, server.url, concurrency=1, **fields)
         with pytest.raises(ValueError, match=message) as caught:
-            annotating.annotate(made, tmp_path)
+            annotate.annotate(made, tmp_path)
         assert "\n" not in str(caught.value) and key not in str(caught.value)
         assert server.num_requests == 1  # it was not tried again

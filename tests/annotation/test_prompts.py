@@ -6,10 +6,11 @@ import shutil
 
 import pytest
 
+from kdjax.annotation import prompts
+from kdjax.annotation import requests as requests_lib
 from kdjax.config import AnnotateConfig
 from kdjax.data import templates
 from kdjax.data.example import Example, contradicts
-from kdjax.teacher import asking, prompts
 
 MILK = Example(
     id="milk",
@@ -24,14 +25,14 @@ FILES = prompts.load()
 def asked(example=MILK, answers=("a draft", "a critique", "a text"), **fields):
     """All requests of an item, and what was drawn, as `answers` come in."""
     fields = AnnotateConfig(**fields)
-    [item, *_] = asking.make_items([example], fields)
-    work, requests = asking.Work(item, FILES, fields), []
+    [item, *_] = requests_lib.make_items([example], fields)
+    work, requests = requests_lib.Work(item, FILES, fields), []
     for answer in answers:
         if work.request is None:
             break
         requests.append(work.request)
         work.take(
-            asking.Completion(
+            requests_lib.Completion(
                 text=answer, finish_reason="stop", prompt_tokens=1, new_tokens=1
             )
         )
@@ -131,15 +132,15 @@ def test_what_is_drawn_follows_from_seed_and_id():
 
 def test_every_wrong_choice_is_justified_in_turn():
     fields = AnnotateConfig(method="counterfactual")
-    items = asking.make_items([MILK], fields)
+    items = requests_lib.make_items([MILK], fields)
     assert [item.key for item in items] == [("milk", "fridge"), ("milk", "attic")]
     for item, letter in zip(items, "ac", strict=True):
-        work = asking.Work(item, FILES, fields)
+        work = requests_lib.Work(item, FILES, fields)
         asked_last = work.request.messages[-1]["content"]
         assert f"\nAnswer: ({letter}) {item.choice}\n" in asked_last
         assert "Answer: (b)" not in asked_last
     twice = Example(id="t", question="Q", choices=("x", "y", "x", "y"), answer="y")
-    [item] = asking.make_items([twice], fields)
+    [item] = requests_lib.make_items([twice], fields)
     assert item.choice == "x"
 
 

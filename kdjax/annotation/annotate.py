@@ -13,6 +13,11 @@ from typing import Any
 
 import jax
 
+from kdjax.annotation import backends, prompts, store
+from kdjax.annotation.prompts import PromptFiles
+from kdjax.annotation.quality import Gates
+from kdjax.annotation.requests import Item, Work, make_items
+from kdjax.annotation.store import Key, Row
 from kdjax.config import AnnotateConfig, Config
 from kdjax.data import selection, sources
 from kdjax.data.example import Example
@@ -20,11 +25,6 @@ from kdjax.experiment import build
 from kdjax.models import hf
 from kdjax.parallel import distributed
 from kdjax.runtime.metrics_writer import progress
-from kdjax.teacher import annotations, backends, prompts
-from kdjax.teacher.annotations import Key, Row
-from kdjax.teacher.asking import Item, Work, make_items
-from kdjax.teacher.gates import Gates
-from kdjax.teacher.prompts import PromptFiles
 
 
 def annotate(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
@@ -44,8 +44,8 @@ def annotate(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     path = _model_path(config, workdir)
     settings = _settings(config, files, path)
     folder = folder_of(config, workdir)
-    annotations.claim(folder, settings)
-    with annotations.Part(folder, jax.process_index()) as part:
+    store.claim(folder, settings)
+    with store.Part(folder, jax.process_index()) as part:
         done, spent = _done(folder, items, files, asked)
         mine = [item for item in items if _owner(item) == jax.process_index()]
         todo = [item for item in mine if item.key not in done]
@@ -173,8 +173,8 @@ def _done(
     """
     by_key = {item.key: item for item in items}
     done, spent = set(), 0
-    for row in annotations.read(folder):
-        key = annotations.key_of(row)
+    for row in store.read(folder):
+        key = store.key_of(row)
         spent += (row["prompt_tokens"] or 0) + (row["new_tokens"] or 0)
         if key not in by_key:
             continue
@@ -196,8 +196,8 @@ def _merge(
 ) -> dict[str, Any]:
     """Writes the rows that are kept, those that are not, and the report."""
     found: dict[Key, Row] = {}
-    for row in annotations.read(folder):
-        found.setdefault(annotations.key_of(row), row)
+    for row in store.read(folder):
+        found.setdefault(store.key_of(row), row)
     missing = [item.key for item in items if item.key not in found]
     if missing:
         raise ValueError(
@@ -217,8 +217,8 @@ def _merge(
         for gate in row["gates"]:
             gate_counts[gate] += 1
         (dropped if set(row["gates"]) & set(asked.drop) else kept).append(row)
-    annotations.write_rows(folder / result_name(asked), kept)
-    annotations.write_rows(folder / "dropped.jsonl", dropped)
+    store.write_rows(folder / result_name(asked), kept)
+    store.write_rows(folder / "dropped.jsonl", dropped)
     rows = [*kept, *dropped]
     report = {
         "file": str(folder / result_name(asked)),
@@ -241,7 +241,7 @@ def _merge(
         answers = [(found[item.key]["answer"], item.answer) for item in items]
         told = [answer == gold for answer, gold in answers if answer]
         report |= {"answered": len(told), "accuracy": sum(told) / max(1, len(told))}
-    annotations.write_json(folder / "report.json", report)
+    store.write_json(folder / "report.json", report)
     return report
 
 

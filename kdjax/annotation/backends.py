@@ -13,15 +13,15 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from kdjax.annotation import prompts
+from kdjax.annotation.prompts import Messages
+from kdjax.annotation.requests import Completion, Request
 from kdjax.config import AnnotateConfig, Config, T5Config
 from kdjax.data import loader, views
 from kdjax.data import tokenizer as tokenizers
 from kdjax.experiment import build
 from kdjax.models import contrastive, generate, hf, lm
 from kdjax.parallel import sharding
-from kdjax.teacher import prompts
-from kdjax.teacher.asking import Completion, Request
-from kdjax.teacher.prompts import Messages
 
 _FIRST_DELAY, _LONGEST_DELAY = 0.5, 60.0  # seconds before a request is repeated
 _PASSING = (408, 409, 429)  # statuses that may be gone next time, as all from 500

@@ -5,10 +5,10 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+from kdjax.annotation.prompts import QUESTION
 from kdjax.config import GATES
 from kdjax.data.example import Example, contradicts
 from kdjax.data.templates import CHOICES, LETTERS
-from kdjax.teacher.prompts import QUESTION
 
 _MARKS = re.compile(rf"^\s*({re.escape(QUESTION)}|{re.escape(CHOICES)})", re.MULTILINE)
 

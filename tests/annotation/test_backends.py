@@ -10,9 +10,9 @@ import threading
 
 import pytest
 
+from kdjax.annotation import annotate, backends, requests, store
 from kdjax.config import AnnotateConfig
 from kdjax.data import kinship
-from kdjax.teacher import annotating, annotations, asking, backends
 from tests import small
 
 pytest.importorskip("openai")
@@ -181,11 +181,11 @@ def rows_of(folder, name="rationales.jsonl"):
 def test_nothing_is_lost_or_doubled(tmp_path, method):
     with serving(lambda number: FAULTS[number % len(FAULTS)]) as server:
         made = config(server, method=method)
-        report = annotating.annotate(made, tmp_path)
-        folder = annotating.folder_of(made, tmp_path)
+        report = annotate.annotate(made, tmp_path)
+        folder = annotate.folder_of(made, tmp_path)
         rows = rows_of(folder)
         assert [row["id"] for row in rows] == [e.id for e in examples(made)]
-        parts = list(annotations.read(folder))
+        parts = list(store.read(folder))
         assert sorted(row["id"] for row in parts) == sorted(row["id"] for row in rows)
         steps = 3 if method == "critique_revision" else 1
         for row, example in zip(rows, examples(made), strict=True):
@@ -199,7 +199,7 @@ def test_nothing_is_lost_or_doubled(tmp_path, method):
         assert report["finish_reasons"].keys() == {"length", "stop"}
         seen = len(server.bodies)
         before = (folder / "rationales.jsonl").stat()
-        assert annotating.annotate(made, tmp_path) == report
+        assert annotate.annotate(made, tmp_path) == report
         assert len(server.bodies) == seen
         assert (folder / "rationales.jsonl").stat().st_mtime_ns == before.st_mtime_ns
 
@@ -208,16 +208,16 @@ def test_what_is_sent(tmp_path):
     with serving(lambda number: ("meet",) if number < 6 else ()) as server:
         fields = {"temperature": 0.7, "top_p": 0.9, "stop": ("\nQ:",), "timeout": 30.0}
         made = config(server, **fields)
-        annotating.annotate(made, tmp_path)
+        annotate.annotate(made, tmp_path)
         body = server.bodies[0]
         assert body["model"] == "m" and body["max_tokens"] == 5
         assert (body["temperature"], body["top_p"]) == (0.7, 0.9)
         assert body["stop"] == ["\nQ:"]
         assert len({body["seed"] for body in server.bodies}) == NUM
         assert server.headers[0]["Authorization"] == f"Bearer {KEY}"
-        first = asking.Work(
-            asking.make_items(examples(made), made.annotate)[0],
-            annotating.prompts.load(),
+        first = requests.Work(
+            requests.make_items(examples(made), made.annotate)[0],
+            annotate.prompts.load(),
             made.annotate,
         )
         assert first.request.messages in [body["messages"] for body in server.bodies]
@@ -241,7 +241,7 @@ def test_a_refusal_is_one_error_without_the_key(tmp_path, status, message, caplo
     with serving(lambda number: (status,) * 9) as server:
         made = config(server)
         with pytest.raises(ValueError, match=message) as caught:
-            annotating.annotate(made, tmp_path)
+            annotate.annotate(made, tmp_path)
         assert KEY not in str(caught.value) and "\n" not in str(caught.value)
         assert len(server.bodies) <= made.annotate.concurrency  # none tried again
     assert KEY not in caplog.text
@@ -258,18 +258,18 @@ def test_a_refusal_in_a_form_of_its_own_is_repeated(tmp_path, monkeypatch):
         serving() as server,
         pytest.raises(ValueError, match=r"model='m'.*status 422: .*pinned to another"),
     ):
-        annotating.annotate(config(server), tmp_path)
+        annotate.annotate(config(server), tmp_path)
 
 
 def test_a_server_that_stays_ill_ends_the_run_and_the_next_one_goes_on(tmp_path):
     with serving(lambda number: (500,) * 3 if number == 7 else ()) as server:
         made = config(server, num_retries=2, concurrency=1)
         with pytest.raises(ValueError, match=r"failed 3 times .*status 500"):
-            annotating.annotate(made, tmp_path)
-        folder = annotating.folder_of(made, tmp_path)
-        assert len(list(annotations.read(folder))) == 7
+            annotate.annotate(made, tmp_path)
+        folder = annotate.folder_of(made, tmp_path)
+        assert len(list(store.read(folder))) == 7
         assert not (folder / "rationales.jsonl").exists()
-        report = annotating.annotate(made, tmp_path)
+        report = annotate.annotate(made, tmp_path)
         assert report["rows"] == NUM and server.served == NUM
 
 
@@ -278,19 +278,19 @@ def test_the_budget_ends_the_run_before_it_is_exceeded(tmp_path):
         made = config(server, token_budget=13 * 10 + 5, concurrency=1)
         for _ in range(2):  # a second start may not spend it again
             with pytest.raises(ValueError, match=r"token_budget=135 is spent \(1[34]"):
-                annotating.annotate(made, tmp_path)
-        done = len(list(annotations.read(annotating.folder_of(made, tmp_path))))
+                annotate.annotate(made, tmp_path)
+        done = len(list(store.read(annotate.folder_of(made, tmp_path))))
         assert done == server.served == 11  # the eleventh was asked for with 5 left
         made.annotate.token_budget = 0
-        annotating.annotate(made, tmp_path)
+        annotate.annotate(made, tmp_path)
         assert server.served == NUM
 
 
 def test_a_stop_string_that_a_server_leaves_in_is_cut_off(tmp_path):
     with serving() as server:
         made = config(server, stop=("\u00e9",))
-        annotating.annotate(made, tmp_path)
-        for row in rows_of(annotating.folder_of(made, tmp_path)):
+        annotate.annotate(made, tmp_path)
+        for row in rows_of(annotate.folder_of(made, tmp_path)):
             assert row["text"].startswith("(") and "\u00e9" not in row["text"]
 
 
@@ -300,8 +300,8 @@ def test_a_missing_key_is_named(tmp_path, monkeypatch):
         with pytest.raises(
             ValueError, match="key_variable='TEACHER_KEY': this variable"
         ):
-            annotating.annotate(config(server), tmp_path)
-        annotating.annotate(config(server, key_variable=""), tmp_path)
+            annotate.annotate(config(server), tmp_path)
+        annotate.annotate(config(server, key_variable=""), tmp_path)
         assert server.served == NUM
 
 
@@ -309,4 +309,4 @@ def test_a_server_that_is_not_there(tmp_path):
     with serving() as server:
         made = config(server, num_retries=1, concurrency=1)
     with pytest.raises(ValueError, match=r"failed 2 times .*no connection"):
-        annotating.annotate(made, tmp_path)
+        annotate.annotate(made, tmp_path)

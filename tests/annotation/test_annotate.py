@@ -14,12 +14,13 @@ import pytest
 
 from kdjax import annotate as verb
 from kdjax import cli
+from kdjax.annotation import annotate, backends, prompts, store
+from kdjax.annotation import requests as requests_lib
 from kdjax.config import ANNOTATIONS, AnnotateConfig
 from kdjax.data import kinship, sources
 from kdjax.data import tokenizer as tokenizers
 from kdjax.experiment import resume, validate
 from kdjax.models import decoder, generate, hf, lm
-from kdjax.teacher import annotating, annotations, asking, backends, prompts
 from tests import small
 from tests.multiprocess import launch
 
@@ -80,7 +81,7 @@ def content(folder):
         for file in folder.iterdir()
         if file.is_file()
     }
-    keys = [annotations.key_of(row) for row in annotations.read(folder)]
+    keys = [store.key_of(row) for row in store.read(folder)]
     assert len(keys) == len(set(keys))
     return found | {"keys": sorted(keys)}
 
@@ -90,8 +91,8 @@ def sampled(places, tmp_path_factory):
     """A finished run of three steps a row, sampled; its files."""
     made = config(places, method="critique_revision", temperature=1.0, seed=3)
     workdir = tmp_path_factory.mktemp("sampled")
-    annotating.annotate(made, workdir)
-    return made, annotating.folder_of(made, workdir)
+    annotate.annotate(made, workdir)
+    return made, annotate.folder_of(made, workdir)
 
 
 def oracle(places, messages, contrast=None):
@@ -114,19 +115,19 @@ def oracle(places, messages, contrast=None):
 @pytest.mark.parametrize("method", ANNOTATIONS)
 def test_every_method_writes_a_row_for_each_rationale(places, tmp_path, method):
     made = config(places, method=method, contrast_weight=0.0)
-    report = annotating.annotate(made, tmp_path)
+    report = annotate.annotate(made, tmp_path)
     folder = tmp_path / "annotations" / f"train-{method}"
-    result = folder / annotating.result_name(made.annotate)
+    result = folder / annotate.result_name(made.annotate)
     rows = [json.loads(line) for line in result.read_text().splitlines()]
-    items = asking.make_items(examples(made), made.annotate)
-    assert [annotations.key_of(row) for row in rows] == [item.key for item in items]
+    items = requests_lib.make_items(examples(made), made.annotate)
+    assert [store.key_of(row) for row in rows] == [item.key for item in items]
     assert report == json.loads((folder / "report.json").read_text())
     assert report["rows"] == report["kept"] == len(rows) and report["dropped"] == 0
     assert sum(report["finish_reasons"].values()) == len(rows)
     files = prompts.load()
     steps = 3 if method == "critique_revision" else 1
     for item, row in zip(items[:2], rows[:2], strict=True):
-        first = asking.Work(item, files, made.annotate).request
+        first = requests_lib.Work(item, files, made.annotate).request
         # A contrast of weight 0 is none.
         text, num_tokens, new = oracle(places, first.messages)
         call = row["calls"][0]
@@ -147,8 +148,8 @@ def test_a_contrast_changes_what_is_written(places, tmp_path):
             places, method="contrastive", contrast_weight=weight, path=f"{weight}"
         )
         made.annotate.path = str(tmp_path / made.annotate.path)
-        annotating.annotate(made, tmp_path)
-        rows = annotations.read(tmp_path / f"{weight}")
+        annotate.annotate(made, tmp_path)
+        rows = store.read(tmp_path / f"{weight}")
         texts.append({row["id"]: row["text"] for row in rows})
     assert texts[0] != texts[1] and texts[0].keys() == texts[1].keys()
 
@@ -158,7 +159,7 @@ def test_a_second_start_does_nothing(sampled, monkeypatch):
     files = [file for file in folder.rglob("*") if file.is_file()]
     before = {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in files}
     monkeypatch.setattr(backends, "Local", None)  # calling it would fail
-    annotating.annotate(made, folder.parent.parent)
+    annotate.annotate(made, folder.parent.parent)
     assert before == {
         file: (file.stat().st_mtime_ns, file.read_bytes()) for file in files
     }
@@ -170,11 +171,11 @@ def test_cut_anywhere_it_ends_the_same(sampled, tmp_path, share):
     """What a kill leaves is a beginning of the part, to the byte."""
     made, folder = sampled
     whole = (folder / "parts" / "part-00000.jsonl").read_bytes()
-    other = annotating.folder_of(made, tmp_path)
+    other = annotate.folder_of(made, tmp_path)
     (other / "parts").mkdir(parents=True)
     cut = int(share * len(whole))
     (other / "parts" / "part-00000.jsonl").write_bytes(whole[:cut])
-    annotating.annotate(made, tmp_path)
+    annotate.annotate(made, tmp_path)
     assert content(other) == content(folder)
     kept = whole[:cut].rpartition(b"\n")[0]
     assert (other / "parts" / "part-00000.jsonl").read_bytes().startswith(kept)
@@ -208,17 +209,17 @@ def test_killed_it_goes_on(sampled, places, tmp_path):
         text=True,
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
-    other = annotating.folder_of(made, tmp_path)
+    other = annotate.folder_of(made, tmp_path)
     assert (other / "parts" / "part-00000.jsonl").read_bytes().endswith(b"tor")
-    assert len(list(annotations.read(other))) == BATCH + 1
-    annotating.annotate(made, tmp_path)
+    assert len(list(store.read(other))) == BATCH + 1
+    annotate.annotate(made, tmp_path)
     assert content(other) == content(folder)
 
 
 def test_two_processes_write_what_one_does(sampled, tmp_path):
     made, folder = sampled
     launch.run("annotate", made, tmp_path, num_processes=2, num_devices=4)
-    other = annotating.folder_of(made, tmp_path)
+    other = annotate.folder_of(made, tmp_path)
     parts = sorted((other / "parts").iterdir())
     assert [part.name for part in parts] == ["part-00000.jsonl", "part-00001.jsonl"]
     assert all(part.read_text() for part in parts)
@@ -230,52 +231,52 @@ def test_seeds_differ_and_other_settings_are_refused(sampled, places):
     workdir = folder.parent.parent
     other = config(places, method="critique_revision", temperature=1.0, seed=4)
     with pytest.raises(ValueError, match="holds annotations of other settings"):
-        annotating.annotate(other, workdir)
+        annotate.annotate(other, workdir)
     other.annotate.path = str(folder.parent / "seed-4")
-    annotating.annotate(other, workdir)
+    annotate.annotate(other, workdir)
     texts = [
-        {row["id"]: row["text"] for row in annotations.read(place)}
+        {row["id"]: row["text"] for row in store.read(place)}
         for place in (folder, folder.parent / "seed-4")
     ]
     assert texts[0] != texts[1]
     # What changes no text may change.
     made = dataclasses.replace(made, annotate=dataclasses.replace(made.annotate))
     made.annotate.batch_size = 2 * BATCH
-    annotating.annotate(made, workdir)
+    annotate.annotate(made, workdir)
 
 
 def test_more_examples_are_added_and_changed_ones_refused(places, tmp_path):
     made = config(places, data={"num_train": 3})
-    annotating.annotate(made, tmp_path)
-    folder = annotating.folder_of(made, tmp_path)
+    annotate.annotate(made, tmp_path)
+    folder = annotate.folder_of(made, tmp_path)
     before = (folder / "parts" / "part-00000.jsonl").read_bytes()
     made.data.num_train = NUM
-    assert annotating.annotate(made, tmp_path)["rows"] == NUM
+    assert annotate.annotate(made, tmp_path)["rows"] == NUM
     assert (folder / "parts" / "part-00000.jsonl").read_bytes().startswith(before)
     made.data.num_train = 2  # fewer: what is there stays, the result is of these
-    assert annotating.annotate(made, tmp_path)["rows"] == 2
+    assert annotate.annotate(made, tmp_path)["rows"] == 2
     text = (places / "rows.jsonl").read_text()
     (tmp_path / "rows.jsonl").write_text(text.replace("How is", "How was", 1))
     made.data.path = str(tmp_path / "rows.jsonl")
     with pytest.raises(ValueError, match="the data has changed"):
-        annotating.annotate(made, tmp_path)
+        annotate.annotate(made, tmp_path)
 
 
 def test_one_folder_has_one_writer(tmp_path):
     with (
-        annotations.Part(tmp_path, 0),
+        store.Part(tmp_path, 0),
         pytest.raises(ValueError, match="is being written by another process"),
     ):
-        annotations.Part(tmp_path, 0)
+        store.Part(tmp_path, 0)
 
 
 def test_gates_drop_what_they_are_told_to(places, tmp_path):
     made = config(places)
-    first = annotating.annotate(made, tmp_path)
+    first = annotate.annotate(made, tmp_path)
     assert first["gates"]["cut_off"] > 0 and first["kept"] == NUM
-    folder = annotating.folder_of(made, tmp_path)
+    folder = annotate.folder_of(made, tmp_path)
     made.annotate.drop = ("cut_off",)
-    report = annotating.annotate(made, tmp_path)
+    report = annotate.annotate(made, tmp_path)
     assert report["gates"] == first["gates"]
     assert report["dropped"] == first["gates"]["cut_off"] == report["examples_without"]
     dropped = [
@@ -286,22 +287,22 @@ def test_gates_drop_what_they_are_told_to(places, tmp_path):
     ]
     assert all("cut_off" in row["gates"] for row in dropped)
     assert not any("cut_off" in row["gates"] for row in kept)
-    texts = {row["id"]: row["text"] for row in annotations.read(folder)}
+    texts = {row["id"]: row["text"] for row in store.read(folder)}
     assert texts == {row["id"]: row["text"] for row in [*dropped, *kept]}
 
 
 def test_a_text_ends_before_a_stop_string(places, tmp_path):
     made = config(places)
-    annotating.annotate(made, tmp_path)
-    rows = list(annotations.read(annotating.folder_of(made, tmp_path)))
+    annotate.annotate(made, tmp_path)
+    rows = list(store.read(annotate.folder_of(made, tmp_path)))
     words = collections.Counter(w for row in rows for w in row["text"].split()[1:])
     stop = f" {words.most_common(1)[0][0]}"
     made.annotate.stop, made.annotate.path = (
         (stop, "\nQuestion:"),
         str(tmp_path / "cut"),
     )
-    annotating.annotate(made, tmp_path)
-    cut = {row["id"]: row for row in annotations.read(tmp_path / "cut")}
+    annotate.annotate(made, tmp_path)
+    cut = {row["id"]: row for row in store.read(tmp_path / "cut")}
     assert any(row["calls"][0]["text"].count(stop) for row in rows)
     for row in rows:
         text, found = row["calls"][0]["text"], cut[row["id"]]
@@ -313,21 +314,19 @@ def test_a_text_ends_before_a_stop_string(places, tmp_path):
 
 def test_the_result_is_training_data(places, tmp_path):
     made = config(places, method="counterfactual")
-    annotating.annotate(made, tmp_path)
+    annotate.annotate(made, tmp_path)
     made.annotate.method = "few_shot"
-    annotating.annotate(made, tmp_path)
+    annotate.annotate(made, tmp_path)
     base = tmp_path / "annotations"
     made.data.rationales = str(base / "train-few_shot" / "rationales.jsonl")
     made.data.counterfactuals = str(
         base / "train-counterfactual" / "counterfactuals.jsonl"
     )
     wrong = {
-        annotations.key_of(row): row["text"]
-        for row in annotations.read(base / "train-counterfactual")
+        store.key_of(row): row["text"]
+        for row in store.read(base / "train-counterfactual")
     }
-    right = {
-        row["id"]: row["text"] for row in annotations.read(base / "train-few_shot")
-    }
+    right = {row["id"]: row["text"] for row in store.read(base / "train-few_shot")}
     for example in examples(made):
         assert example.rationale == right[example.id]
         for choice, text in zip(
@@ -369,11 +368,9 @@ def test_a_wrong_setting_is_named(places, fields, message):
 
 def test_a_prompt_too_long_names_its_example(places, tmp_path):
     with pytest.raises(ValueError, match=r"example '.*': its rationale prompt has"):
-        annotating.annotate(config(places, max_new_tokens=1990), tmp_path)
+        annotate.annotate(config(places, max_new_tokens=1990), tmp_path)
     with pytest.raises(ValueError, match="tokenizer has no chat template"):
-        annotating.annotate(
-            config(places, data={"chat_template": True}), tmp_path / "c"
-        )
+        annotate.annotate(config(places, data={"chat_template": True}), tmp_path / "c")
 
 
 def test_no_annotation_setting_keeps_a_training_run_from_resuming(places):
@@ -382,11 +379,11 @@ def test_no_annotation_setting_keeps_a_training_run_from_resuming(places):
 
 
 def test_hosts_share_by_id(monkeypatch, places):
-    items = asking.make_items(examples(config(places)), AnnotateConfig())
+    items = requests_lib.make_items(examples(config(places)), AnnotateConfig())
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    owners = [annotating._owner(item) for item in items]
+    owners = [annotate._owner(item) for item in items]
     assert set(owners) == {0, 1}
-    assert owners[::-1] == [annotating._owner(item) for item in items[::-1]]
+    assert owners[::-1] == [annotate._owner(item) for item in items[::-1]]
     np.testing.assert_array_less(0, np.bincount(owners))
 
 
@@ -401,7 +398,7 @@ class FirstChoice:
     def __call__(self, requests):
         texts = ["(a)" if request.seed % 5 else "So what" for request in requests]
         return [
-            asking.Completion(
+            requests_lib.Completion(
                 text=text, finish_reason="stop", prompt_tokens=9, new_tokens=1
             )
             for text in texts
@@ -411,8 +408,8 @@ class FirstChoice:
 def test_answers_are_labels_and_rationales_explain_them(places, tmp_path, monkeypatch):
     monkeypatch.setattr(backends, "Local", FirstChoice)
     made = config(places, method="answer")
-    report = annotating.annotate(made, tmp_path)
-    folder = annotating.folder_of(made, tmp_path)
+    report = annotate.annotate(made, tmp_path)
+    folder = annotate.folder_of(made, tmp_path)
     lines = (folder / "labels.jsonl").read_text().splitlines()
     answers = {row["id"]: row["answer"] for row in map(json.loads, lines)}
     gold = {example.id: example.answer for example in examples(made)}
@@ -430,16 +427,16 @@ def test_answers_are_labels_and_rationales_explain_them(places, tmp_path, monkey
     labels = str(folder / "labels.jsonl")
     more = {"labels": labels, "on_missing": "drop"}
     made = config(places, data=more)
-    assert annotating.annotate(made, tmp_path)["rows"] == len(told)
-    rows = list(annotations.read(annotating.folder_of(made, tmp_path)))
+    assert annotate.annotate(made, tmp_path)["rows"] == len(told)
+    rows = list(store.read(annotate.folder_of(made, tmp_path)))
     assert {row["id"] for row in rows} == told
-    for item in asking.make_items(examples(config(places)), made.annotate):
+    for item in requests_lib.make_items(examples(config(places)), made.annotate):
         if item.example.id in told:
             example = dataclasses.replace(item.example, answer=first[item.example.id])
-            [explained] = asking.make_items([example], made.annotate)
-            work = asking.Work(explained, prompts.load(), made.annotate)
+            [explained] = requests_lib.make_items([example], made.annotate)
+            work = requests_lib.Work(explained, prompts.load(), made.annotate)
             [row] = [row for row in rows if row["id"] == example.id]
             assert row["prompt_hash"] == work.prompt_hash
     # The teacher answers from the questions alone, whatever labels there are.
     again = config(places, data=more, method="answer")
-    assert annotating.annotate(again, tmp_path) == report
+    assert annotate.annotate(again, tmp_path) == report

@@ -2,8 +2,8 @@
 
 import pytest
 
+from kdjax.annotation.quality import Gates, chosen
 from kdjax.data.example import Example
-from kdjax.teacher.gates import Gates, chosen
 
 EXAMPLE = Example(
     id="milk",

@@ -9,12 +9,12 @@ import hashlib
 import json
 from collections.abc import Generator, Sequence
 
+from kdjax.annotation import prompts
+from kdjax.annotation.prompts import Messages, PromptFiles
+from kdjax.annotation.quality import chosen
+from kdjax.annotation.store import Key, Row
 from kdjax.config import AnnotateConfig
 from kdjax.data.example import Example, wrong_choices
-from kdjax.teacher import prompts
-from kdjax.teacher.annotations import Key, Row
-from kdjax.teacher.gates import chosen
-from kdjax.teacher.prompts import Messages, PromptFiles
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,0 +1,1 @@
+"""Rationales and labels written by a prompted teacher."""
