@@ -11,8 +11,8 @@ from typing import Any
 from absl import flags
 
 from kdjax import cli
-from kdjax.comparing import grid, processes, results
-from kdjax.comparing.grid import Comparison, Item
+from kdjax.comparison import grid, results, runner
+from kdjax.comparison.grid import Comparison, Item
 from kdjax.runtime.metrics_writer import print_table, progress
 
 _JOBS = flags.DEFINE_integer(
@@ -38,7 +38,7 @@ def run(comparison: Comparison, workdir: pathlib.Path) -> None:
     for item in (item for item in items if item.is_run):
         cli.check_owner(workdir / item.name, item.config)
     stage = _STAGE.value
-    processes.places(_JOBS.value)
+    runner.places(_JOBS.value)
     _write_list(items, workdir)
     chosen = _chosen(items, stage, workdir)
     failed = _run(chosen, workdir)
@@ -49,10 +49,10 @@ def run(comparison: Comparison, workdir: pathlib.Path) -> None:
         print(workdir / results.REPORT)
         cli.write_json(rows)
     if failed:
-        error = processes.error(workdir / failed[0].name)
+        error = runner.error(workdir / failed[0].name)
         raise ValueError(
             f"{len(failed)} of {len(chosen)} failed, first {failed[0].name}: {error} "
-            f"(see {processes.LOG} there); started again, what failed is tried again"
+            f"(see {runner.LOG} there); started again, what failed is tried again"
         )
 
 
@@ -74,7 +74,7 @@ def _chosen(items: list[Item], stage: str, workdir: pathlib.Path) -> list[Item]:
         missing = [
             item.name
             for item in items
-            if item.name in needed and not processes.finished(item, workdir)
+            if item.name in needed and not runner.finished(item, workdir)
         ]
         if missing:
             raise ValueError(f"{missing} not there: --stage=prepare makes them")
@@ -85,7 +85,7 @@ def _chosen(items: list[Item], stage: str, workdir: pathlib.Path) -> list[Item]:
 
 def _run(items: list[Item], workdir: pathlib.Path) -> list[Item]:
     """Runs items; those that failed."""
-    todo = [item for item in items if not processes.finished(item, workdir)]
+    todo = [item for item in items if not runner.finished(item, workdir)]
     failed: list[Item] = []
     for item in todo:
         folder = workdir / item.name
@@ -99,7 +99,7 @@ def _run(items: list[Item], workdir: pathlib.Path) -> list[Item]:
             advance(1, f"{item.name} {'failed: ' + error if error else 'done'}")
 
         if todo:
-            processes.run(items, workdir, jobs=_JOBS.value, report=report)
+            runner.run(items, workdir, jobs=_JOBS.value, report=report)
     return failed
 
 

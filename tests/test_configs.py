@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from kdjax.comparing import grid
+from kdjax.comparison import grid
 from kdjax.experiment import methods, validate
 
 FOLDER = pathlib.Path(__file__).parent.parent / "configs"

@@ -23,7 +23,7 @@ Arguments, joined by commas:
 
 from typing import Any
 
-from kdjax.comparing.grid import Comparison
+from kdjax.comparison.grid import Comparison
 from kdjax.config import (
     AnnotateConfig,
     Config,

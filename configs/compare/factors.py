@@ -11,7 +11,7 @@ two cores. The argument "smoke" makes all tiny.
 
 from typing import Any
 
-from kdjax.comparing.grid import Comparison
+from kdjax.comparison.grid import Comparison
 from kdjax.config import (
     CacheConfig,
     Config,

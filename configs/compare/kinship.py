@@ -10,7 +10,7 @@ The argument "smoke" makes everything tiny.
 
 import dataclasses
 
-from kdjax.comparing.grid import Comparison
+from kdjax.comparison.grid import Comparison
 from kdjax.config import (
     CacheConfig,
     Config,

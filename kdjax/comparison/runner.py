@@ -14,8 +14,8 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 from kdjax import cli
-from kdjax.comparing.forks import Server
-from kdjax.comparing.grid import Item
+from kdjax.comparison.forks import Server
+from kdjax.comparison.grid import Item
 
 FINISHED, FAILED, LOG = "finished.json", "failed.json", "log.txt"
 _PAUSE = 0.1  # seconds between looks at the processes

@@ -11,8 +11,8 @@ from typing import Any
 from kdjax import cli
 from kdjax.analysis import report
 from kdjax.analysis import runs as analysed
-from kdjax.comparing import processes
-from kdjax.comparing.grid import LATENCY, SEED, Comparison, Item
+from kdjax.comparison import runner
+from kdjax.comparison.grid import LATENCY, SEED, Comparison, Item
 
 RESULTS, REPORT = "results.csv", "report.html"
 DONE, FAILED, MISSING = "done", "failed", "not run"
@@ -60,8 +60,8 @@ def rows(items: Sequence[Item], workdir: pathlib.Path) -> list[dict[str, Any]]:
         if not item.is_run:
             continue
         folder = workdir / item.name
-        error = processes.error(folder)
-        done = processes.finished(item, workdir)
+        error = runner.error(folder)
+        done = runner.finished(item, workdir)
         status = DONE if done else FAILED if error else MISSING
         row: dict[str, Any] = {"run": folder.name, "status": status, "error": error}
         row |= item.levels

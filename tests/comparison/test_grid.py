@@ -5,8 +5,8 @@ import pathlib
 
 import pytest
 
-from kdjax.comparing import grid
-from kdjax.comparing.grid import Comparison
+from kdjax.comparison import grid
+from kdjax.comparison.grid import Comparison
 from tests import small
 
 LABELS = {

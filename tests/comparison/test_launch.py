@@ -22,7 +22,7 @@ def test_prepare_then_an_array_then_the_report(tmp_path):
         [
             "bash",
             str(SCRIPT),
-            "--config=tests/comparing/tiny.py:sound",
+            "--config=tests/comparison/tiny.py:sound",
             f"--workdir={workdir}",
         ],
         env=os.environ
@@ -38,7 +38,7 @@ def test_prepare_then_an_array_then_the_report(tmp_path):
     prepare, array, report = notes.read_text().splitlines()
     quoted = str(workdir).replace(" ", "\\ ")
     command = (
-        "python -m kdjax.compare --config=tests/comparing/tiny.py:sound "
+        "python -m kdjax.compare --config=tests/comparison/tiny.py:sound "
         f"--workdir={quoted}  --stage="
     )
     common = "--parsable --gpus=1 --time=1:00"

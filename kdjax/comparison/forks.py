@@ -4,7 +4,7 @@ A process of JAX, transformers and orbax takes 6 seconds to import them and more
 PyTorch is installed: a good part of a small run. Here one process imports once, starts
 no thread and no backend, and forks: a child runs its command as `python -m` does.
 
-A process of its own (`python -m kdjax.comparing.forks PARENT MODULE ...`), since the
+A process of its own (`python -m kdjax.comparison.forks PARENT MODULE ...`), since the
 one that asks has threads, which a fork does not copy. It answers in lines of JSON.
 """
 

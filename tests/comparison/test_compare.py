@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-CONFIG = "--config=tests/comparing/tiny.py"
+CONFIG = "--config=tests/comparison/tiny.py"
 
 
 def command(workdir: pathlib.Path, *flags: str, config: str = CONFIG) -> list[str]:

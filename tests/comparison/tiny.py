@@ -1,6 +1,6 @@
 """A comparison of seconds: with and without soft labels, and a run that must fail."""
 
-from kdjax.comparing.grid import Comparison
+from kdjax.comparison.grid import Comparison
 from tests import small
 
 

@@ -11,8 +11,8 @@ import time
 
 import pytest
 
-from kdjax.comparing import forks, processes
-from kdjax.comparing.grid import Item
+from kdjax.comparison import forks, runner
+from kdjax.comparison.grid import Item
 from kdjax.config import Config
 
 VERB = "tests.comparing.verb"
@@ -33,9 +33,7 @@ def run(items: list[Item], workdir: pathlib.Path, jobs: int = 1) -> list:
     found = []
     for one in items:
         (workdir / one.name).mkdir(parents=True, exist_ok=True)
-    processes.run(
-        items, workdir, jobs=jobs, report=lambda i, e: found.append((i.name, e))
-    )
+    runner.run(items, workdir, jobs=jobs, report=lambda i, e: found.append((i.name, e)))
     return found
 
 
@@ -114,11 +112,11 @@ def test_a_failure_is_a_row_and_the_rest_goes_on(tmp_path):
         "dead": f"{VERB}: ended by SIGKILL (out of memory?)",
         "good": "",
     }
-    assert processes.error(tmp_path / "bad") == found["bad"]
+    assert runner.error(tmp_path / "bad") == found["bad"]
     (tmp_path / "mended").touch()
     again = dict(run(items[:2], tmp_path))
     assert again == {"bad": "", "after": ""}
-    assert processes.error(tmp_path / "bad") == ""
+    assert runner.error(tmp_path / "bad") == ""
 
 
 def test_processes_end_with_the_one_that_started_them(tmp_path):
@@ -144,24 +142,24 @@ def test_processes_end_with_the_one_that_started_them(tmp_path):
         time.sleep(0.05)
     else:
         raise AssertionError(f"process {child} lives on")
-    assert not processes.finished(item("long"), tmp_path)
+    assert not runner.finished(item("long"), tmp_path)
 
 
 def test_a_gpu_for_each(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
-    found = processes.places(2)
+    found = runner.places(2)
     assert [p.environment for p in found] == [
         {"CUDA_VISIBLE_DEVICES": "3"},
         {"CUDA_VISIBLE_DEVICES": "5"},
     ]
     # One process alone has them all.
-    assert processes.places(1)[0].environment == {}
+    assert runner.places(1)[0].environment == {}
     with pytest.raises(ValueError, match="--jobs=3: this machine has 2 GPUs"):
-        processes.places(3)
+        runner.places(3)
 
 
 def test_no_more_processes_than_cores(monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     with pytest.raises(ValueError, match="CPU cores; use 1 to"):
-        processes.places(len(os.sched_getaffinity(0)) + 1)
+        runner.places(len(os.sched_getaffinity(0)) + 1)

@@ -6,9 +6,9 @@ import pathlib
 
 import pytest
 
-from kdjax.comparing import processes, results
-from tests.comparing.test_grid import comparison
-from tests.comparing.test_grid import items as by_name
+from kdjax.comparison import results, runner
+from tests.comparison.test_grid import comparison
+from tests.comparison.test_grid import items as by_name
 
 SUMMARY = {
     "student": {
@@ -27,7 +27,7 @@ def finish(folder: pathlib.Path, summary: dict, commands: tuple) -> None:
     folder.mkdir(parents=True)
     (folder / "summary.json").write_text(json.dumps(summary))
     done = {" ".join(command): 1.0 for command in commands}
-    (folder / processes.FINISHED).write_text(json.dumps(done))
+    (folder / runner.FINISHED).write_text(json.dumps(done))
 
 
 def fill(workdir: pathlib.Path, found: dict) -> None:
@@ -38,9 +38,7 @@ def fill(workdir: pathlib.Path, found: dict) -> None:
         folder = workdir / name
         if name.endswith("finetune-hard-s7"):
             folder.mkdir(parents=True)
-            (folder / processes.FAILED).write_text(
-                '{"error": "train: it, \\"broke\\""}'
-            )
+            (folder / runner.FAILED).write_text('{"error": "train: it, \\"broke\\""}')
             continue
         student = SUMMARY["student"] | {"exact_match/label": 0.5 + number / 100}
         bins = {"counts": [1, 2], "confidences": [0.2, 1.5], "corrects": [0, 2]}
@@ -131,7 +129,7 @@ def test_a_metric_that_no_run_has_is_refused_when_all_are_done(tmp_path):
     done = {
         name: item
         for name, item in found.items()
-        if processes.finished(item, tmp_path) or not item.is_run
+        if runner.finished(item, tmp_path) or not item.is_run
     }
     with pytest.raises(ValueError, match=r"metrics=\['magic'\].*answer_accuracy"):
         results.write(wanted, list(done.values()), tmp_path)

@@ -1,1 +1,0 @@
-"""Grids of runs: what they are, how they run, what they gave."""

@@ -1,0 +1,1 @@
+"""Grids of runs: planning, running and reporting."""
