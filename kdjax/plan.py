@@ -16,9 +16,10 @@ from typing import Any
 import jax
 from absl import flags
 
-from kdjax import cli, forecast, topology
+from kdjax import cli
+from kdjax.aot import compile, topology
+from kdjax.aot.compile import Forecast
 from kdjax.config import Config
-from kdjax.forecast import Forecast
 from kdjax.models import flops
 from kdjax.parallel import sharding
 from kdjax.runtime.metrics_writer import print_table
@@ -62,8 +63,8 @@ def plan(
     generation = name.split(":")[0]
     chip = None if generation == "cpu" else flops.chip(generation)
     mesh = sharding.make_mesh(config.mesh, devices=devices)
-    shape = forecast.student_shape(config)
-    useful, repeated = forecast.model_flops(config, shape)
+    shape = compile.student_shape(config)
+    useful, repeated = compile.model_flops(config, shape)
     report: dict[str, Any] = {
         "config": config.name,
         "topology": name,
@@ -77,8 +78,8 @@ def plan(
         "recomputed_flops": repeated,
     }
     try:
-        found = forecast.compile_step(config, devices, effort=effort)
-    except forecast.TooBig as error:
+        found = compile.compile_step(config, devices, effort=effort)
+    except compile.TooBig as error:
         needs = {"needed_bytes": error.used, "compile_seconds": error.seconds}
         report |= {"fits": False} | needs
         if search and chip:
@@ -96,7 +97,7 @@ def plan(
     }
     if chip is None:
         return report
-    bound = forecast.bound(found, chip)
+    bound = compile.bound(found, chip)
     tokens = config.train.batch_size * config.train.row_length
     report["hbm_bytes"] = chip.hbm_bytes
     report["bound"] = {
@@ -108,7 +109,7 @@ def plan(
         "mfu": useful / (bound.seconds * chip.peak * len(devices)),
     }
     if search:
-        report["largest_batch_size"] = forecast.largest_batch(
+        report["largest_batch_size"] = compile.largest_batch(
             found, devices, chip.hbm_bytes, effort=effort
         )
     return report
@@ -119,10 +120,10 @@ def _collectives(found: Forecast) -> list[dict[str, Any]]:
     rows: dict[tuple, dict[str, Any]] = {}
     sent: dict[tuple, float] = defaultdict(float)
     for c in found.collectives:
-        trips = forecast.trips(c, found)
+        trips = compile.trips(c, found)
         arrays = [f"{dtype}{list(dims)}" for dtype, dims in c.shapes]
         what = ", ".join(arrays[:2]) + (f" +{len(arrays) - 2}" if arrays[2:] else "")
-        if forecast.in_head_loop(c):
+        if compile.in_head_loop(c):
             where = "head's loop"
         elif not c.loops:
             where = "outside loops"
@@ -139,7 +140,7 @@ def _collectives(found: Forecast) -> list[dict[str, Any]]:
                 "count": 0,
                 "bytes": c.num_bytes,
                 "sent_bytes_per_step": 0.0,
-                "logits": forecast.is_logits(c, found),
+                "logits": compile.is_logits(c, found),
             },
         )
         row["count"] += trips
@@ -151,9 +152,9 @@ def _collectives(found: Forecast) -> list[dict[str, Any]]:
 def _warnings(found: Forecast) -> list[str]:
     warnings = []
     for c in found.collectives:
-        if forecast.is_logits(c, found):
+        if compile.is_logits(c, found):
             warnings.append(f"{c.kind} {c.name} communicates logits: {c.shapes}")
-        elif forecast.in_head_loop(c) and not forecast.is_per_token(c):
+        elif compile.in_head_loop(c) and not compile.is_per_token(c):
             warnings.append(f"{c.kind} {c.name} runs once a chunk of the head")
     return warnings
 
@@ -167,16 +168,16 @@ def _remedies(
 ) -> list[dict[str, Any]]:
     """Changes in turn, each compiled on top of those before, until one fits."""
     tried: list[dict[str, Any]] = []
-    for change, changed in forecast.remedies(config, mesh):
-        state = forecast.state_bytes(changed, devices)
+    for change, changed in compile.remedies(config, mesh):
+        state = compile.state_bytes(changed, devices)
         row: dict[str, Any] = {"change": change, "state_bytes": state, "fits": False}
         tried.append(row)
         if state > chip.hbm_bytes:  # whatever the activations take
             row["needed_bytes"] = state
             continue
         try:
-            found = forecast.compile_step(changed, devices, effort=effort)
-        except forecast.TooBig as error:
+            found = compile.compile_step(changed, devices, effort=effort)
+        except compile.TooBig as error:
             row["needed_bytes"] = error.used
             continue
         row |= {"fits": True, "needed_bytes": found.memory["peak"]}

@@ -13,7 +13,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kdjax import forecast, hlo, plan, topology
+from kdjax import plan
+from kdjax.aot import compile, hlo, topology
 from kdjax.config import DecoderConfig, MeshConfig, StudentConfig
 from kdjax.models import flops
 from kdjax.parallel import sharding
@@ -42,7 +43,7 @@ def config(**changes):
 
 @pytest.fixture(scope="module")
 def found():
-    return forecast.compile_step(config(), jax.devices())
+    return compile.compile_step(config(), jax.devices())
 
 
 def fake(found, gib, **changes):
@@ -69,19 +70,19 @@ def test_memory_by_kind(found):
 def test_the_fused_head_communicates_no_logits(found):
     assert found.head_chunks == 128 // 16
     assert found.collectives and {c.kind for c in found.collectives} >= {"all-gather"}
-    assert not [c for c in found.collectives if forecast.is_logits(c, found)]
-    assert not [c for c in found.collectives if forecast.in_head_loop(c)]
+    assert not [c for c in found.collectives if compile.is_logits(c, found)]
+    assert not [c for c in found.collectives if compile.in_head_loop(c)]
     gathers = [c for c in found.collectives if ("f32", (320, 32)) in c.shapes]
     assert gathers  # of the head's weight: [V, D] is not logits
 
 
 def test_a_split_vocabulary_exchanges_numbers_of_tokens_alone():
     mesh = MeshConfig(data=2, fsdp=2, tensor=2)
-    found = forecast.compile_step(config(mesh=mesh), jax.devices())
+    found = compile.compile_step(config(mesh=mesh), jax.devices())
     assert found.head_chunks == 256 // 16
-    inside = [c for c in found.collectives if forecast.in_head_loop(c)]
-    assert inside and all(forecast.is_per_token(c) for c in inside)
-    assert not [c for c in found.collectives if forecast.is_logits(c, found)]
+    inside = [c for c in found.collectives if compile.in_head_loop(c)]
+    assert inside and all(compile.is_per_token(c) for c in inside)
+    assert not [c for c in found.collectives if compile.is_logits(c, found)]
     assert not plan._warnings(found)
 
 
@@ -100,7 +101,7 @@ def test_logits_of_an_unfused_head_are_flagged(found):
     arguments = array((3, 16, 32), None, None, "fsdp"), array((320, 32), None, "fsdp")
     text = jax.jit(scan).lower(*arguments).compile().as_text()
     collectives = hlo.collectives(hlo.parse(text))
-    flagged = [c for c in collectives if forecast.is_logits(c, found)]
+    flagged = [c for c in collectives if compile.is_logits(c, found)]
     assert [(c.kind, c.trips) for c in flagged] == [("all-reduce", 3)]
     report = plan._warnings(dataclasses.replace(found, collectives=tuple(flagged)))
     assert len(report) == 1 and "communicates logits" in report[0]
@@ -126,8 +127,8 @@ def test_what_counts_as_logits(found, dims, in_loop, expected):
     loops = (loop,) if in_loop else ()
     collective = hlo.Collective("all-reduce", "x", "", (("f32", dims),), 0, 2, loops)
     found = dataclasses.replace(found, mesh={"data": 1, "fsdp": 4, "tensor": 2})
-    assert forecast.is_logits(collective, found) is expected
-    assert forecast.trips(collective, found) == (8 if in_loop else 1)
+    assert compile.is_logits(collective, found) is expected
+    assert compile.trips(collective, found) == (8 if in_loop else 1)
 
 
 def test_bound_by_hand(found):
@@ -136,18 +137,18 @@ def test_bound_by_hand(found):
     shapes = (("f32", (1000,)),)
     sent = hlo.Collective("all-gather", "x", "", shapes, 4000, 4, (loop,))
     known = dataclasses.replace(found, written=500, collectives=(sent,))
-    useful, repeated = forecast.model_flops(known.config, SHAPE)
+    useful, repeated = compile.model_flops(known.config, SHAPE)
     tokens = {"num_tokens": 16 * 64, "row_length": 64}
     forward = flops.forward_flops(SHAPE, **tokens, num_head_tokens=0)
     assert useful == 3 * flops.forward_flops(SHAPE, **tokens, num_head_tokens=1024)
     assert repeated == 0
-    bound = forecast.bound(known, chip)
+    bound = compile.bound(known, chip)
     assert bound.compute == pytest.approx(useful / 8 / 1e12)
     assert bound.hbm == pytest.approx(2 * 500 / 1e9)
     assert bound.ici == pytest.approx(3 * 3000 / 1e8)
     assert bound.seconds == bound.ici
-    full = forecast.replace(known.config, train={"remat": "full"})
-    assert forecast.model_flops(full, SHAPE) == (useful, forward)
+    full = compile.replace(known.config, train={"remat": "full"})
+    assert compile.model_flops(full, SHAPE) == (useful, forward)
 
 
 @pytest.mark.parametrize(
@@ -163,15 +164,15 @@ def test_largest_batch_is_on_a_line(found, monkeypatch, limit, needed, expected)
     def compiled(config, devices, *, effort):
         assert config.train.batch_size == 32 and effort == -1.0
         if needed is None:
-            raise forecast.TooBig(12.0 * GIB, 1.0)
+            raise compile.TooBig(12.0 * GIB, 1.0)
         return fake(found, needed)
 
     one_row = config(
         train={"batch_size": 16, "num_microbatches": 2, "row_length": 64}
     )  # 16 rows are one row of each of 8 devices in each of 2 microbatches
-    monkeypatch.setattr(forecast, "compile_step", compiled)
+    monkeypatch.setattr(compile, "compile_step", compiled)
     first = fake(found, 4.0, config=one_row)
-    best = forecast.largest_batch(first, jax.devices(), limit * GIB, effort=-1.0)
+    best = compile.largest_batch(first, jax.devices(), limit * GIB, effort=-1.0)
     assert best == expected
 
 
@@ -181,10 +182,10 @@ def test_remedies_stack_up_until_one_fits(found, monkeypatch):
     def compiled(config, devices, *, effort):
         tried.append(config)
         if config.train.num_microbatches == 1:
-            raise forecast.TooBig(20.0 * GIB, 1.0)
+            raise compile.TooBig(20.0 * GIB, 1.0)
         return fake(found, 9.0)
 
-    monkeypatch.setattr(forecast, "compile_step", compiled)
+    monkeypatch.setattr(compile, "compile_step", compiled)
     report = plan.plan(config(), "v5e:2x4", devices=jax.devices())
     assert report["fits"] is False and report["needed_bytes"] == 20 * GIB
     assert [(r["change"], r["fits"]) for r in report["remedies"]] == [
@@ -197,18 +198,18 @@ def test_remedies_stack_up_until_one_fits(found, monkeypatch):
 
 def test_every_remedy_changes_something():
     mesh = sharding.make_mesh(config().mesh, devices=jax.devices())
-    names = [name for name, _ in forecast.remedies(config(), mesh)]
+    names = [name for name, _ in compile.remedies(config(), mesh)]
     assert names == [
         "train.remat=full",
         "train.num_microbatches=2",
         "mesh.data=1 mesh.fsdp=8",
         "optim.name=adafactor",
     ]
-    last = forecast.remedies(config(), mesh)[-1][1]
+    last = compile.remedies(config(), mesh)[-1][1]
     mesh = sharding.make_mesh(last.mesh, devices=jax.devices())
-    assert forecast.remedies(last, mesh) == []
+    assert compile.remedies(last, mesh) == []
     devices = jax.devices()
-    assert forecast.state_bytes(last, devices) < forecast.state_bytes(config(), devices)
+    assert compile.state_bytes(last, devices) < compile.state_bytes(config(), devices)
 
 
 @pytest.mark.parametrize(
@@ -220,8 +221,8 @@ def test_every_remedy_changes_something():
     ],
 )
 def test_what_the_compiler_says_is_too_big(message, gib):
-    assert forecast._needed(message) == pytest.approx(gib * GIB, rel=1e-3)
-    assert forecast._needed("INTERNAL: something else") is None
+    assert compile._needed(message) == pytest.approx(gib * GIB, rel=1e-3)
+    assert compile._needed("INTERNAL: something else") is None
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from kdjax import evaluate, export, forecast, train, workload
+from kdjax import evaluate, export, train, workload
+from kdjax.aot import compile
 from kdjax.config import DecoderConfig, LoraConfig, MeshConfig, T5Config
 from kdjax.experiment import build, validate
 from kdjax.models import decoder, flops, hf, lm, lora, t5
@@ -379,10 +380,10 @@ def test_plans_and_benchmarks_know_of_adapters(tmp_path):
     hf.save(folder, SHAPE, decoder.init_params(SHAPE, jax.random.key(0)))
     config = run_config(init="folder", path=str(folder), keep_layers=())
     config.train.row_length, config.train.chunk_size = 16, 16
-    found = forecast.compile_step(config, jax.devices()[:1])
+    found = compile.compile_step(config, jax.devices()[:1])
     assert found.memory["averages"] * 2 < found.memory["optimizer state"] + 1
     assert found.memory["optimizer state"] < found.memory["parameters"] / 2
-    held = forecast.state_bytes(config, jax.devices()[:1])
+    held = compile.state_bytes(config, jax.devices()[:1])
     kinds = ("parameters", "optimizer state", "averages", "averages")
     assert held == 4 + sum(found.memory[kind] for kind in kinds)
 

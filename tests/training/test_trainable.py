@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from kdjax import hlo, train
+from kdjax import train
+from kdjax.aot import hlo
 from kdjax.config import MeshConfig, T5Config
 from kdjax.data import loader
 from kdjax.experiment import build, validate

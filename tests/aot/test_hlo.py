@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kdjax import hlo
+from kdjax.aot import hlo
 
 # As a TPU's compiler writes it, shortened: layouts with memory spaces, a loop whose
 # trips only its condition tells, an attribute that spans lines, an asynchronous gather

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from kdjax import hlo
+from kdjax.aot import hlo
 from kdjax.config import Config, DecoderConfig
 from kdjax.experiment import build
 from kdjax.models import attention, flops, lm
