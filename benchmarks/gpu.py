@@ -66,7 +66,8 @@ def online() -> dict[str, Any]:
 
 
 def _measure(config: Any, *, online: bool) -> dict[str, Any]:
-    from kdjax import benchmark, workload
+    from kdjax import benchmark
+    from kdjax.bench import workload
     from kdjax.parallel import sharding
 
     mesh = sharding.make_mesh(config.mesh)

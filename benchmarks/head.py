@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kdjax import timing
+from kdjax.bench import timing
 from kdjax.config import DTYPES
 from kdjax.losses import fused_head
 from kdjax.runtime.metrics_writer import print_table

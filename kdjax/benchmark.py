@@ -17,16 +17,17 @@ import jax
 from absl import flags
 
 import kdjax
-from kdjax import cli, latency, parts, timing, workload
+from kdjax import cli
+from kdjax.bench import components, decode, timing, workload
+from kdjax.bench.timing import Samples
+from kdjax.bench.workload import Step, Workload
 from kdjax.config import Config
 from kdjax.experiment import build
 from kdjax.models import flops
 from kdjax.parallel import distributed, sharding
 from kdjax.runtime.metrics_writer import print_table, progress
 from kdjax.teacher import build as build_lib
-from kdjax.timing import Samples
 from kdjax.training import program
-from kdjax.workload import Step, Workload
 
 _STEPS = flags.DEFINE_integer(
     "steps", 20, "Timed steps of each variant.", lower_bound=1
@@ -83,9 +84,9 @@ def measure(
     }
     if soft:
         variants |= {"step_hard": hard.prepared, "loop_hard": hard.loop(num_steps)}
-    variants |= parts.parts(load, whole)
+    variants |= components.parts(load, whole)
     if online:
-        variants |= parts.online(load, whole)
+        variants |= components.online(load, whole)
     with progress(
         len(variants) * (1 + rounds * per_round),
         "benchmark",
@@ -171,7 +172,7 @@ def _report(
     if "online" in samples:
         online = timing.compare(samples["online"], step)
         found["ratios"]["online_over_offline"] = online
-        teacher = parts.teacher_shape(config, shape.vocab_size)
+        teacher = components.teacher_shape(config, shape.vocab_size)
         found["model"]["teacher_parameters"] = flops.params_count(teacher)
     return found
 
@@ -296,9 +297,9 @@ def run(config: Config, workdir: pathlib.Path) -> None:
 
 def _decode(config: Config, workdir: pathlib.Path) -> None:
     rounds = _ROUNDS.value
-    calls = len(latency.BATCH_SIZES) * (1 + rounds)
+    calls = len(decode.BATCH_SIZES) * (1 + rounds)
     with progress(calls, "decode", is_main=distributed.is_main()) as advance:
-        found = latency.measure(config, rounds=rounds, advance=advance)
+        found = decode.measure(config, rounds=rounds, advance=advance)
     if distributed.is_main():
         title = f"{config.name}: decoding, random weights"
         print_table(title, [{"what": k, "value": _number(v)} for k, v in found.items()])

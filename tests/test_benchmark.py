@@ -11,7 +11,9 @@ import jax
 import numpy as np
 import pytest
 
-from kdjax import benchmark, timing, workload
+from kdjax import benchmark
+from kdjax.bench import timing, workload
+from kdjax.bench.timing import Samples
 from kdjax.config import MeshConfig
 from kdjax.data import loader
 from kdjax.experiment import build, methods
@@ -20,7 +22,6 @@ from kdjax.parallel import sharding
 from kdjax.teacher import build as build_lib
 from kdjax.teacher import cache as cache_lib
 from kdjax.teacher import synthetic
-from kdjax.timing import Samples
 from tests import compiling, small
 
 ROOT = pathlib.Path(__file__).parent.parent

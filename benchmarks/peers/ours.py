@@ -15,7 +15,8 @@ import numpy as np
 from absl import app, flags
 from cases import peak_rss, read, report, time_steps
 
-from kdjax import parts, timing
+from kdjax.bench import components, timing
+from kdjax.bench.workload import Step, Workload
 from kdjax.config import (
     CacheConfig,
     Config,
@@ -34,7 +35,6 @@ from kdjax.models import flops, hf
 from kdjax.parallel import sharding
 from kdjax.runtime import malloc
 from kdjax.teacher import cache
-from kdjax.workload import Step, Workload
 
 _MODES = ("loop", "step", "online", "dense")
 
@@ -123,7 +123,7 @@ def run(folder: pathlib.Path, mode: str, steps: int) -> None:
     )
     batch = whole.batch
     if mode == "dense":
-        label = parts.make_live_label(load, teacher, batch, k=None)
+        label = components.make_live_label(load, teacher, batch, k=None)
         plain = {x: v for x, v in batch.items() if not x.startswith("teacher_")}
         batch = plain | jax.block_until_ready(label(params))
         del params

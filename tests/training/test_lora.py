@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from kdjax import evaluate, export, train, workload
+from kdjax import evaluate, export, train
 from kdjax.aot import compile
+from kdjax.bench import workload
 from kdjax.config import DecoderConfig, LoraConfig, MeshConfig, T5Config
 from kdjax.experiment import build, validate
 from kdjax.models import decoder, flops, hf, lm, lora, t5

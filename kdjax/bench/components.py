@@ -14,6 +14,7 @@ import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from kdjax.bench.workload import Step, Workload
 from kdjax.config import Config
 from kdjax.experiment import build
 from kdjax.experiment.build import Model
@@ -21,7 +22,6 @@ from kdjax.losses import fused_head as fused_head_lib
 from kdjax.models import hf, lm
 from kdjax.parallel import sharding
 from kdjax.training import program, step, trainable
-from kdjax.workload import Step, Workload
 
 _TOKEN_SPEC = P(("data", "fsdp"))  # [N, ...]
 

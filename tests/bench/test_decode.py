@@ -2,7 +2,7 @@
 
 import pytest
 
-from kdjax import latency
+from kdjax.bench import decode
 from kdjax.experiment import build
 from kdjax.models import flops
 from tests import small
@@ -11,7 +11,7 @@ from tests import small
 def test_numbers_are_consistent():
     config = small.config()
     calls = []
-    found = latency.measure(config, batch_sizes=(1, 8), rounds=2, advance=calls.append)
+    found = decode.measure(config, batch_sizes=(1, 8), rounds=2, advance=calls.append)
     assert sum(calls) == 2 * (1 + 2)  # a warm call each, then the rounds
     shape = build.student_shape(config, build.load_tokenizer(config))
     num_bytes = 4 * flops.params_count(shape)

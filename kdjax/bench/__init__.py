@@ -1,0 +1,1 @@
+"""Timing of training steps and their components."""
