@@ -25,7 +25,7 @@ import numpy as np
 from absl import app, flags
 
 from kdjax.config import DTYPES, DecoderConfig, MeshConfig
-from kdjax.models import hf
+from kdjax.models import hf, lm
 from kdjax.models.hf import families, safetensors_io
 from kdjax.parallel import sharding
 from kdjax.runtime.metrics_writer import print_table
@@ -80,7 +80,7 @@ def measure(folder: pathlib.Path, dtype: str) -> dict[str, Any]:
     """Loads and saves a folder in this process."""
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=-1))
     shape = hf.read_config(folder)
-    shardings = sharding.param_shardings(hf.lm.create(shape)[1], mesh)
+    shardings = sharding.param_shardings(lm.create(shape)[1], mesh)
     jax.device_put(np.zeros(8), mesh.devices.flat[0]).block_until_ready()
     files = folder.glob("*.safetensors")
     found: dict[str, Any] = {

@@ -173,7 +173,7 @@ def las(records: Sequence[Record], simulator: pathlib.Path) -> dict[str, float]:
       simulator: folder of `train_simulator`.
 
     Returns:
-      What `rationale_metrics.leakage_adjusted` returns; {} without a record that it takes.
+      What `rationale_metrics.leakage_adjusted` returns; {} without a usable record.
 
     Raises:
       ValueError: no simulator, one that is not finished, or one that has learnt from

@@ -35,7 +35,7 @@ class LiveTeacher(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def weighted_loss(options, hidden_ND, student, live, tokens):
-    """Return what `fused_head.fused_loss` does; differentiable in hidden and student."""
+    """Return the result of `fused_loss`; differentiable in hidden and student."""
 
     def step(carry, heads, hidden_CD, tokens):
         _, loss = _chunk(options, heads, hidden_CD, tokens)

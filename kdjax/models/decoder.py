@@ -15,7 +15,7 @@ layers/{attention,mlp}_post_norm/scale [L, D]. What differs between layers, the 
 and the kind of rotary positions, is a number a layer, scanned along with them.
 
 The forward pass stops at the hidden states: logits belong to the fused head of
-`kdjax.losses.fused_head`, which never holds them all. Shapes: B rows, T time, S cache slots,
+`losses.fused_head`, which never holds them all. Shapes: B rows, T time, S cache slots,
 D width, H query heads, G key/value heads, K per head, F inner width, L layers,
 V vocabulary.
 """

@@ -94,7 +94,7 @@ class Meter:
 
     def held_out(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
         """Writes an evaluation, whose time is not training time; returns it."""
-        self._writer.write(step, {f"eval/{k}": v for k, v in calibration.items()})
+        self._writer.write(step, {f"eval/{k}": v for k, v in metrics.items()})
         if self._since is not None:
             self._since, self._waited = time.perf_counter(), 0.0
             self._tokens = self._targets = self._steps = 0

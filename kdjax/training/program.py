@@ -236,7 +236,7 @@ def untrained(config: Config, params: Any) -> dict[str, Any]:
 def loss_options(
     config: Config, model: Model, temperature: float, num_valid: int | None
 ) -> dict[str, Any]:
-    """Keywords of `losses.fused_head.fused_loss` for a config, but for `lm.logit_rule`."""
+    """Return the keywords of `fused_head.fused_loss`, without `lm.logit_rule`."""
     method = config.method
     return {
         "temperature": temperature,

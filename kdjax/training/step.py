@@ -68,7 +68,7 @@ def make_train_step(
       mesh: devices; the batch is split over (data, fsdp).
       abstract: shapes and shardings of the state.
       num_views: views are numbered 0..num_views-1 in batch["view"].
-      loss: keywords of `losses.fused_head.fused_loss`, without the rules of the logits, which
+      loss: keywords of `fused_head.fused_loss`, without the rules of the logits, which
         are the models' own.
       teacher: one that runs in the step, outside of what is differentiated; else the
         batch brings the cache's records where there are soft terms.
@@ -300,7 +300,7 @@ def make_label_step(
       chunk_size: tokens of a chunk of the head.
 
     Returns:
-      The compiled function; arrays as in `losses.fused_head.label`, first axis M * B * T.
+      The compiled function; arrays as in `fused_head.label`, first axis M * B * T.
       A batch with "points" [M, B, T, S, P] gets draws instead of the top k.
     """
 

@@ -2,12 +2,17 @@
 
 import functools
 
-import head_cases as oracle
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from head_cases import (
+from jax.test_util import check_grads
+
+from kdjax.losses import fused_head
+from kdjax.losses.divergence import DIVERGENCES, Divergence
+from kdjax.losses.sparse import TAILS
+from tests.losses import head_cases as oracle
+from tests.losses.head_cases import (
     D,
     K,
     N,
@@ -18,11 +23,6 @@ from head_cases import (
     teacher_of,
     value_and_grads,
 )
-from jax.test_util import check_grads
-
-from kdjax.losses import fused_head
-from kdjax.losses.divergence import DIVERGENCES, Divergence
-from kdjax.losses.sparse import TAILS
 
 # Integers up to 8 share one exponential with temperature 1, others do not.
 TEMPERATURES = [0.5, 1.0, 2.0, 2.5, 8.0]

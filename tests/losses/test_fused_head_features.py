@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from head_cases import K, V, as_jax, assert_close, make, teacher_of
 from jax.sharding import AxisType, PartitionSpec
 
 from kdjax.losses import fused_head
 from kdjax.losses.divergence import Divergence
 from kdjax.losses.fused_head import LogitRule
 from kdjax.losses.sparse import sparse_divergence, teacher_at_temperature
+from tests.losses.head_cases import K, V, as_jax, assert_close, make, teacher_of
 
 E = 8  # width of the live teacher
 MESHES = [None, (8, 1, 1), (2, 4, 1), (1, 1, 8), (2, 2, 2), (1, 2, 4)]

@@ -1,13 +1,13 @@
 """Scores and labels from the head, the chunk size, and what is refused."""
 
-import head_cases as oracle
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from head_cases import K, N, V, as_jax, assert_close, make
 
 from kdjax.losses import chunk_label, fused_head
+from tests.losses import head_cases as oracle
+from tests.losses.head_cases import K, N, V, as_jax, assert_close, make
 
 
 def test_score_top1():

@@ -5,10 +5,10 @@ import re
 import jax
 import numpy as np
 import pytest
-from head_cases import as_jax, assert_close, make, value_and_grads
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from kdjax.losses import fused_head
+from tests.losses.head_cases import as_jax, assert_close, make, value_and_grads
 
 MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 4, 1), (2, 2, 2)]
 SPECS = [

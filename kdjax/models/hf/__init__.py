@@ -1,3 +1,21 @@
 """Hugging Face folders in and out."""
 
-from kdjax.models.hf.folder import *  # noqa: F403
+from kdjax.models.hf.folder import (
+    fingerprint,
+    join,
+    load_params,
+    read_config,
+    resolve,
+    save,
+    stored_shapes,
+)
+
+__all__ = [
+    "fingerprint",
+    "join",
+    "load_params",
+    "read_config",
+    "resolve",
+    "save",
+    "stored_shapes",
+]

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from kdjax.config import DecoderConfig
 from kdjax.models import decoder, generate, hf
+from kdjax.models.hf import folder
 
 CONFIG = DecoderConfig(
     vocab_size=67,
@@ -164,14 +165,14 @@ def test_sharded_loading_reads_each_part_once(tmp_path, monkeypatch):
     _, shapes = decoder.create(config)
     shardings = jax.tree.map(shard, shapes)
     sizes = []
-    read = hf._read
+    read = folder._read
 
     def counting_read(*arguments):
         part = read(*arguments)
         sizes.append(part.size)
         return part
 
-    monkeypatch.setattr(hf, "_read", counting_read)
+    monkeypatch.setattr(folder, "_read", counting_read)
     loaded = hf.load_params(tmp_path / "model", config, shardings=shardings)
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
     assert jax.tree.map(lambda leaf: leaf.sharding, loaded) == shardings

@@ -17,7 +17,7 @@ from kdjax.config import DecoderConfig, T5Config
 from kdjax.models import hf, lm
 from kdjax.models.hf import safetensors_io
 
-ROOT = pathlib.Path(__file__).parent.parent.parent
+ROOT = pathlib.Path(__file__).parents[3]
 DECODER = DecoderConfig(
     vocab_size=67,
     width=32,
