@@ -1,0 +1,64 @@
+"""Atomic writes: the old content or the new one, and on disk when they return."""
+
+import json
+import os
+import pathlib
+import stat
+
+import pytest
+
+from kdjax.runtime import files
+
+
+def test_content_is_replaced_and_folders_are_made(tmp_path):
+    file = tmp_path / "a" / "b.txt"
+    files.write_atomically(file, "première\n")
+    files.write_atomically(str(file), b"\x00second")
+    assert file.read_bytes() == b"\x00second"
+    assert [path.name for path in file.parent.iterdir()] == ["b.txt"]
+
+
+@pytest.mark.parametrize("name", ["write_bytes", "replace"])
+def test_a_crash_before_the_rename_leaves_the_old_content(tmp_path, monkeypatch, name):
+    file = tmp_path / "a.txt"
+    files.write_atomically(file, "old")
+
+    def crash(path, *arguments):
+        with path.open("w") as stream:
+            stream.write("n")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(pathlib.Path, name, crash)
+    with pytest.raises(OSError, match="disk full"):
+        files.write_atomically(file, "new")
+    assert file.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_the_file_is_synced_before_the_rename_and_the_folder_after(
+    tmp_path, monkeypatch
+):
+    events = []
+    fsync, replace = os.fsync, pathlib.Path.replace
+
+    def fsync_noted(descriptor):
+        folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+        events.append("folder" if folder else "file")
+        fsync(descriptor)
+
+    def replace_noted(path, target):
+        events.append("rename")
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", fsync_noted)
+    monkeypatch.setattr(pathlib.Path, "replace", replace_noted)
+    files.write_atomically(tmp_path / "a.txt", "text")
+    assert events == ["file", "rename", "folder"]
+
+
+def test_json_has_null_where_a_number_is_not_finite(tmp_path):
+    value = {"nll": float("nan"), "rows": ({"kl": float("-inf")}, [1.5, "nan", None])}
+    files.write_json(tmp_path / "a.json", value)
+    text = (tmp_path / "a.json").read_text()
+    assert json.loads(text) == {"nll": None, "rows": [{"kl": None}, [1.5, "nan", None]]}
+    assert text.endswith("\n")
