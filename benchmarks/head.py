@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from kdjax.bench import timing
 from kdjax.config import DTYPES
 from kdjax.losses import fused_head
-from kdjax.runtime.metrics_writer import print_table
+from kdjax.runtime.console import print_table
 
 Inputs = tuple[jax.Array, jax.Array, jax.Array, fused_head.Teacher]
 

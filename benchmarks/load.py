@@ -28,7 +28,7 @@ from kdjax.config import DTYPES, DecoderConfig, MeshConfig
 from kdjax.models import hf, lm
 from kdjax.models.hf import families, safetensors_io
 from kdjax.parallel import sharding
-from kdjax.runtime.metrics_writer import print_table
+from kdjax.runtime.console import print_table
 
 _MIB = flags.DEFINE_integer("mib", 2048, "Size of the files, about.", lower_bound=1)
 _STORED = flags.DEFINE_enum("stored", "float32", DTYPES, "Of the files.")

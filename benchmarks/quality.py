@@ -27,7 +27,7 @@ from absl import app, flags
 
 from kdjax.config import CacheConfig
 from kdjax.losses.chunk_label import chunk_label
-from kdjax.runtime.metrics_writer import print_table, progress
+from kdjax.runtime.console import print_table, progress
 from kdjax.teacher import cache as cache_lib
 from kdjax.teacher import sampling
 from kdjax.teacher.cache import Cache, Manifest, Record

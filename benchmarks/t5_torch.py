@@ -40,7 +40,7 @@ from kdjax.data import loader
 from kdjax.experiment import build, methods
 from kdjax.models import hf
 from kdjax.parallel import sharding
-from kdjax.runtime.metrics_writer import print_table
+from kdjax.runtime.console import print_table
 from kdjax.teacher import synthetic
 from kdjax.training import program
 

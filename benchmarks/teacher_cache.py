@@ -18,7 +18,7 @@ import time
 import numpy as np
 from absl import app, flags
 
-from kdjax.runtime.metrics_writer import print_table
+from kdjax.runtime.console import print_table
 from kdjax.teacher import cache as cache_lib
 
 _PASSES = flags.DEFINE_integer("passes", 5, "Readings after the first.", lower_bound=1)

@@ -12,7 +12,7 @@ from kdjax import cli
 from kdjax.annotation import annotate
 from kdjax.config import Config
 from kdjax.parallel import distributed
-from kdjax.runtime.metrics_writer import print_table
+from kdjax.runtime.console import print_table
 
 flags.declare_key_flag("json")
 

@@ -25,7 +25,7 @@ from kdjax.config import Config
 from kdjax.experiment import build
 from kdjax.models import flops
 from kdjax.parallel import distributed, sharding
-from kdjax.runtime.metrics_writer import print_table, progress
+from kdjax.runtime.console import print_table, progress
 from kdjax.teacher import build as build_lib
 from kdjax.training import program
 

@@ -21,7 +21,7 @@ from kdjax.config import Config
 from kdjax.data import tokenizer as tokenizers
 from kdjax.experiment import build
 from kdjax.models import hf
-from kdjax.runtime.metrics_writer import print_table, progress
+from kdjax.runtime.console import print_table, progress
 from kdjax.teacher import cache as cache_lib
 from kdjax.teacher import describe, merge_export
 from kdjax.teacher.importers import convert

@@ -13,7 +13,7 @@ from absl import flags
 from kdjax import cli
 from kdjax.comparison import grid, results, runner
 from kdjax.comparison.grid import Comparison, Item
-from kdjax.runtime.metrics_writer import print_table, progress
+from kdjax.runtime.console import print_table, progress
 
 _JOBS = flags.DEFINE_integer(
     "jobs", 1, "Processes side by side on this machine.", lower_bound=1

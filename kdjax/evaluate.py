@@ -20,7 +20,7 @@ from kdjax.evaluation.scorer import Scorer, match_rates
 from kdjax.experiment import build
 from kdjax.models.lm import Shape
 from kdjax.parallel import distributed, sharding
-from kdjax.runtime.metrics_writer import print_table
+from kdjax.runtime.console import print_table
 from kdjax.teacher import build as build_lib
 from kdjax.training.meter import evaluation_row
 

@@ -15,7 +15,6 @@ from kdjax.config import Config
 from kdjax.experiment import build, model_card, provenance
 from kdjax.models import hf, lora
 from kdjax.parallel import distributed, sharding
-from kdjax.runtime import metrics_writer
 from kdjax.training.checkpoint import Checkpoints
 
 _OUT = flags.DEFINE_string("out", None, "New folder; <workdir>/export by default.")
@@ -59,7 +58,7 @@ def _newest(workdir: pathlib.Path) -> int:
 
 def _summary(workdir: pathlib.Path, step: int) -> dict[str, Any] | None:
     """The results of a run, unless they are of another step."""
-    file = workdir / metrics_writer.SUMMARY
+    file = workdir / "summary.json"
     found = json.loads(file.read_text()) if file.is_file() else {}
     return found if found.get("steps") == step else None
 

@@ -11,7 +11,7 @@ from kdjax import cli
 from kdjax.config import Config
 from kdjax.experiment import build
 from kdjax.parallel import distributed
-from kdjax.runtime.metrics_writer import print_table
+from kdjax.runtime.console import print_table
 from kdjax.teacher import build as build_lib
 
 

@@ -22,7 +22,7 @@ from kdjax.aot.compile import Forecast
 from kdjax.config import Config
 from kdjax.models import flops
 from kdjax.parallel import sharding
-from kdjax.runtime.metrics_writer import print_table
+from kdjax.runtime.console import print_table
 
 _TOPOLOGY = flags.DEFINE_string(
     "topology",

@@ -16,7 +16,7 @@ from kdjax.evaluation.scorer import Scorer, match_rates, score_teacher
 from kdjax.experiment import build, methods, provenance
 from kdjax.models import hf
 from kdjax.parallel import distributed, sharding
-from kdjax.runtime.metrics_writer import print_table
+from kdjax.runtime.console import print_table
 from kdjax.teacher import build as build_lib
 from kdjax.training import trainable
 from kdjax.training.loop import fit

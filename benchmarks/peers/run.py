@@ -23,7 +23,7 @@ from typing import Any
 from cases import CASES
 
 from kdjax.runtime import malloc
-from kdjax.runtime.metrics_writer import print_table, progress
+from kdjax.runtime.console import print_table, progress
 
 HERE = pathlib.Path(__file__).parent
 # What runs in a case: name -> script and its flags. "loop, cache" reads the top k from

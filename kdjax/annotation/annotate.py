@@ -24,7 +24,7 @@ from kdjax.data.example import Example
 from kdjax.experiment import build
 from kdjax.models import hf
 from kdjax.parallel import distributed
-from kdjax.runtime.metrics_writer import progress
+from kdjax.runtime.console import progress
 
 
 def annotate(config: Config, workdir: pathlib.Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from kdjax.losses import fused_head
 from kdjax.models import flops, hf
 from kdjax.models.lm import Shape
 from kdjax.parallel import distributed, sharding
-from kdjax.runtime.metrics_writer import progress
+from kdjax.runtime.console import progress
 from kdjax.teacher import cache as cache_lib
 from kdjax.teacher import label
 from kdjax.training import step

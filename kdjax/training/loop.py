@@ -12,7 +12,8 @@ from kdjax.evaluation.scorer import Scorer
 from kdjax.experiment import build
 from kdjax.experiment.build import Data, Model
 from kdjax.parallel import distributed, sharding
-from kdjax.runtime.metrics_writer import Writer, print_table
+from kdjax.runtime.console import print_table
+from kdjax.runtime.metrics_writer import MetricsWriter
 from kdjax.training import state
 from kdjax.training.checkpoint import Checkpoints
 from kdjax.training.meter import Meter, epoch_rows, state_rows
@@ -91,7 +92,7 @@ def fit(
         print_table(f"{config.name}: what is trained", rows_held)
         print_table(f"{config.name}: the first epoch", epoch_rows(plan))
     preemption = distributed.Preemption()
-    writer = Writer(
+    writer = MetricsWriter(
         workdir,
         total_steps=train.steps,
         is_main=distributed.is_main(),
@@ -139,5 +140,5 @@ def fit(
                 raise SystemExit(143)  # 128 + SIGTERM: saved, not finished
         checkpoints.close()
         preemption.close()
-        writer.curves()
+        writer.write_curves()
     return state.in_use(current), meter.throughput(), held_out

@@ -20,7 +20,8 @@ from kdjax.evaluation import calibration
 from kdjax.experiment import build, methods, provenance
 from kdjax.models import flops
 from kdjax.models.lm import Shape
-from kdjax.runtime.metrics_writer import Writer, print_table
+from kdjax.runtime.console import print_table
+from kdjax.runtime.metrics_writer import MetricsWriter
 from kdjax.training import trainable
 from kdjax.training.state import TrainState
 
@@ -45,7 +46,7 @@ class Meter:
         shape: Shape,
         plan: BatchPlan,
         views: Sequence[str],
-        writer: Writer,
+        writer: MetricsWriter,
         untrained: Mapping[str, Any],
     ) -> None:
         self._config, self._plan = config, plan

@@ -1,0 +1,102 @@
+"""Console output: tables of results and the progress of long work."""
+
+import contextlib
+import functools
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import rich.console
+import rich.progress
+import rich.table
+
+_SECONDS_BETWEEN_LINES = 5.0  # where there is no terminal to draw a bar on
+
+
+@functools.cache
+def _console(*, stderr: bool = False) -> rich.console.Console:
+    """Return the one console of a stream, made at its first use.
+
+    Later than at import: forked processes may have redirected the stream by then.
+    """
+    return rich.console.Console(stderr=stderr)
+
+
+def print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print a table; columns in order of first appearance, "" where there is none."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    table = rich.table.Table(title=title)
+    for name in columns:
+        numeric = all(isinstance(row.get(name, 0), int | float) for row in rows)
+        table.add_column(name, justify="right" if numeric else "left")
+    for row in rows:
+        table.add_row(*(_cell(row.get(name, "")) for name in columns))
+    _console().print(table)
+
+
+@contextlib.contextmanager
+def progress(
+    total: int, description: str, *, start: int = 0, is_main: bool = True
+) -> Iterator[Callable[..., None]]:
+    """Show progress: a bar on a terminal, else a line every few seconds on stderr.
+
+    Yields `advance(amount=1, note="")`, to call when work is done.
+
+    Args:
+      total: amount of work, any unit.
+      description: what is being done, one or two words.
+      start: work that was done before.
+      is_main: False shows nothing.
+    """
+    if not is_main:
+        yield lambda amount=1, note="": None
+    elif sys.stderr.isatty():
+        with rich.progress.Progress(
+            rich.progress.TextColumn("{task.description}"),
+            rich.progress.BarColumn(),
+            rich.progress.MofNCompleteColumn(),
+            rich.progress.TimeElapsedColumn(),
+            rich.progress.TimeRemainingColumn(),
+            rich.progress.TextColumn("{task.fields[note]}"),
+            console=_console(stderr=True),
+        ) as bar:
+            task = bar.add_task(description, total=total, completed=start, note="")
+
+            def advance(amount: int = 1, note: str = "") -> None:
+                fields: dict[str, Any] = {"note": note} if note else {}
+                bar.update(task, advance=amount, **fields)
+
+            yield advance
+    else:
+        yield _ProgressLines(total, description, start)
+
+
+class _ProgressLines:
+    """Progress as plain lines, for logs."""
+
+    def __init__(self, total: int, description: str, start: int) -> None:
+        self._total, self._description = total, description
+        self._start = self._done = start
+        self._start_time = time.monotonic()
+        self._last_line_time = -math.inf
+
+    def __call__(self, amount: int = 1, note: str = "") -> None:
+        """Count `amount` as done; print a line if the last one is old."""
+        self._done += amount
+        now = time.monotonic()
+        age = now - self._last_line_time
+        if age < _SECONDS_BETWEEN_LINES and self._done < self._total:
+            return
+        self._last_line_time = now
+        seconds_per_unit = (now - self._start_time) / max(self._done - self._start, 1)
+        line = (
+            f"{self._description} {self._done}/{self._total}  "
+            f"{seconds_per_unit * (self._total - self._done):.0f} s left  {note}"
+        )
+        print(line.rstrip(), file=sys.stderr, flush=True)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
