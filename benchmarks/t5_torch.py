@@ -65,7 +65,7 @@ def make_config(data: str, tokenizer: str, num_examples: int) -> Config:
     return Config(
         data=DataConfig(
             source="jsonl",
-            layout="commonsense_qa",
+            schema="commonsense_qa",
             path=str(folder / "train.jsonl"),
             rationales=str(folder / "palm_train.jsonl"),
             tokenizer=tokenizer,

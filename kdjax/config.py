@@ -1,4 +1,4 @@
-"""The whole experiment as plain dataclasses: one comment with unit and meaning a field.
+"""The whole experiment as plain dataclasses, a comment on every field.
 
 A config file is a Python file with `get_config(argument: str = "") -> Config`. Any
 field is overridden from the command line by `--config.part.field=value`.
@@ -6,16 +6,17 @@ field is overridden from the command line by `--config.part.field=value`.
 
 import dataclasses
 import json
+import re
 import typing
 from dataclasses import dataclass, field
 from typing import Any
 
 SOURCES = ("kinship", "jsonl", "datasets", "tfds", "text")
-LAYOUTS = ("plain", "commonsense_qa", "gsm8k")
-PLACES = ("decoder", "prompt")
+SCHEMAS = ("plain", "commonsense_qa", "gsm8k")
+COUNTERFACTUAL_PLACES = ("decoder", "prompt")
 LONG_POLICIES = ("error", "truncate", "drop")
 MISSING_POLICIES = ("error", "drop")
-TRUSTS = ("keep", "drop", "weight")
+WRONG_LABELS = ("keep", "drop", "weight")
 CACHE_KINDS = ("top_k", "sampled", "dense")
 TAILS = ("bucket", "renormalize_teacher", "renormalize_both", "drop")
 OPTIMIZERS = ("adamw", "adafactor")
@@ -42,6 +43,15 @@ BACKENDS = ("local", "server")
 QUALITIES = ("good", "bad")
 CONTRASTS = ("wrong", "empty")
 GATES = ("empty", "cut_off", "no_choice", "contradicts", "leaks")
+
+# Former name of a field -> its name. `from_json` reads both; elsewhere the former one
+# is an error that says the other.
+RENAMED = {
+    "data.layout": "data.schema",
+    "data.trust": "data.wrong_labels",
+    "data.wrong_weight": "data.wrong_label_weight",
+    "data.cues": "data.prompt_suffix",
+}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -72,7 +82,7 @@ class DataConfig:
     """Where examples come from and how they become tokens."""
 
     source: str = "kinship"  # one of SOURCES
-    layout: str = "plain"  # how a row of jsonl/datasets/tfds is read: one of LAYOUTS
+    schema: str = "plain"  # columns of jsonl/datasets/tfds rows: one of SCHEMAS
     path: str = ""  # file or folder or hub name of the training rows
     eval_path: str = ""  # the same for held-out rows; "" takes eval_split of `path`
     train_split: str = "train"  # split name for datasets and tfds
@@ -80,10 +90,10 @@ class DataConfig:
     rationales: str = ""  # jsonl of {id, text} with one rationale per training row
     eval_rationales: str = ""  # the same for held-out rows
     counterfactuals: str = ""  # jsonl of {id, choice, text}: for a wrong choice each
-    counterfactual_place: str = "decoder"  # of the wrong rationale: one of PLACES
+    counterfactual_place: str = "decoder"  # its input: one of COUNTERFACTUAL_PLACES
     labels: str = ""  # jsonl of {id, answer} by a teacher, to train on; "" = gold
-    trust: str = "keep"  # what becomes of its wrong answers: one of TRUSTS
-    wrong_weight: float = 0.5  # of their tokens in the loss, 0 to 1 (trust="weight")
+    wrong_labels: str = "keep"  # policy for its wrong answers: one of WRONG_LABELS
+    wrong_label_weight: float = 0.5  # loss weight, 0 to 1 (wrong_labels="weight")
     num_train: int = 0  # training examples to use; 0 = all (kinship: must be > 0)
     num_eval: int = 0  # held-out examples to use; 0 = all (kinship: must be > 0)
     tokenizer: str = ""  # Hugging Face folder or hub name; "" = the teacher's own
@@ -92,7 +102,7 @@ class DataConfig:
     max_target: int = 256  # longest target, tokens, eos and a decoder's prefix too
     on_long: str = "error"  # a longer example: one of LONG_POLICIES (counted, logged)
     on_missing: str = "error"  # no rationale, no label: one of MISSING_POLICIES
-    cues: bool = True  # prompts end with a line that asks, as "Answer:"
+    prompt_suffix: bool = True  # prompts end with a line such as "Answer:"
     prefixes: PrefixConfig = field(default_factory=PrefixConfig)
     kinship: KinshipConfig = field(default_factory=KinshipConfig)
 
@@ -364,12 +374,12 @@ class Config:
 
 
 def to_json(config: Config) -> str:
-    """The config as indented JSON, which `from_json` reads back."""
+    """Return the config as indented JSON, which `from_json` reads back."""
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 
 def from_json(text: str) -> Config:
-    """A config from its JSON; unknown fields and wrong types are refused.
+    """Read a config from its JSON, in which renamed fields may have their former names.
 
     Raises:
       ValueError: an unknown field, with the known ones.
@@ -379,6 +389,9 @@ def from_json(text: str) -> Config:
 
 def _build(cls: Any, values: dict[str, Any], path: str) -> Any:
     hints = typing.get_type_hints(cls)
+    for former, name in _renamed_fields(path.removeprefix("config.")).items():
+        if former in values and name not in values:
+            values = {name if n == former else n: v for n, v in values.items()}
     unknown = sorted(values.keys() - hints.keys())
     if unknown:
         raise ValueError(f"{path} has no field {unknown}: known are {sorted(hints)}")
@@ -392,3 +405,36 @@ def _build(cls: Any, values: dict[str, Any], path: str) -> Any:
             for name, value in values.items()
         }
     )
+
+
+def explain_renamed(error: str) -> str:
+    """Return what to use instead where a Python error is about a renamed field.
+
+    Args:
+      error: text of the TypeError of a constructor, `DataConfig(layout=...)`, or of the
+        AttributeError of an assignment.
+
+    Returns:
+      An error message; "" where the error is about something else.
+    """
+    match = re.search(
+        r"(\w+)(?:\.__init__\(\) got an unexpected keyword argument"
+        r"|' object has no attribute) '(\w+)'",
+        error,
+    )
+    if match is None:
+        return ""
+    for part, cls in typing.get_type_hints(Config).items():
+        if cls.__name__ == match[1] and match[2] in _renamed_fields(part):
+            name = _renamed_fields(part)[match[2]]
+            return f"{part}.{match[2]} was renamed: use {part}.{name}"
+    return ""
+
+
+def _renamed_fields(part: str) -> dict[str, str]:
+    """Return former name -> name of the renamed fields of one part."""
+    return {
+        former.rpartition(".")[2]: name.rpartition(".")[2]
+        for former, name in RENAMED.items()
+        if former.rpartition(".")[0] == part
+    }

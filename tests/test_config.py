@@ -8,7 +8,10 @@ import subprocess
 import sys
 
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
+from kdjax import cli
 from kdjax import config as config_lib
 from kdjax.config import Config
 from kdjax.experiment import resume, validate
@@ -45,6 +48,48 @@ def test_json_with_an_unknown_field_is_refused():
     text = config_lib.to_json(small.config()).replace('"clip_norm"', '"clip"')
     with pytest.raises(ValueError, match=r"optim has no field \['clip'\]"):
         config_lib.from_json(text)
+
+
+def test_json_with_former_names_is_read():
+    config = small.config(data={"schema": "gsm8k", "prompt_suffix": False})
+    text = config_lib.to_json(config)
+    for former, name in config_lib.RENAMED.items():
+        assert f'"{name.split(".")[1]}"' in text
+        text = text.replace(f'"{name.split(".")[1]}"', f'"{former.split(".")[1]}"')
+    assert config_lib.from_json(text) == config
+    both = config_lib.to_json(config).replace('"schema"', '"layout": "", "schema"')
+    with pytest.raises(ValueError, match=r"data has no field \['layout'\]"):
+        config_lib.from_json(both)
+
+
+RETURN = "from kdjax.config import *\ndef get_config(_=''):\n    config = Config()\n"
+
+
+@pytest.mark.filterwarnings("ignore:the load_module.*:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("line", "overrides", "message"),
+    [
+        (
+            "",
+            ["--config.data.cues=false"],
+            "--config.data.cues was renamed: use --conf",
+        ),
+        ("DataConfig(layout='gsm8k')", [], "data.layout was renamed: use data.schema"),
+        ("config.data.trust = 'drop'", [], "data.trust was renamed: use data.wrong_"),
+        ("config.data.lay = 'drop'", [], "no attribute 'lay'"),
+    ],
+)
+def test_a_former_name_is_an_error_that_says_the_new_one(
+    tmp_path, line, overrides, message
+):
+    file = tmp_path / "config.py"
+    file.write_text(f"{RETURN}    {line}\n    return config\n")
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "", flag_values=values)
+    argv = ["kdjax", f"--config={file}", *overrides]
+    with pytest.raises(cli._FLAG_ERRORS) as error:
+        values(argv)
+    assert message in cli._flag_error(error.value, argv)
 
 
 @pytest.mark.parametrize(

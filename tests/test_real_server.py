@@ -187,7 +187,7 @@ def config(real_data, smollm2, url, **fields):
     return small.config(
         data={
             "source": "jsonl",
-            "layout": "commonsense_qa",
+            "schema": "commonsense_qa",
             "path": str(folder / "train.jsonl"),
             "eval_path": str(folder / "dev.jsonl"),
             "num_train": NUM,

@@ -69,7 +69,7 @@ def get_config(argument: str = "") -> Comparison:
     base = Config(
         data=DataConfig(
             source="jsonl",
-            layout="commonsense_qa",
+            schema="commonsense_qa",
             path="commonsense_qa/train.jsonl",
             eval_path="commonsense_qa/dev.jsonl",
             rationales="commonsense_qa/palm_train.jsonl",
@@ -116,7 +116,7 @@ def get_config(argument: str = "") -> Comparison:
 def _student(name: str, small: bool) -> dict[str, Any]:
     """What makes a run's student one of the two."""
     if name == "smollm2":
-        # Pretrained, it reads a cue ("Explain:") better than a prefix it never saw.
+        # Pretrained, it reads a suffix ("Explain:") better than a prefix it never saw.
         kept = {
             "student.init": "teacher_layers",
             "student.keep_layers": (0, 1, 29),
@@ -132,7 +132,7 @@ def _student(name: str, small: bool) -> dict[str, Any]:
         counterfactual="[counterfactual]",
     )
     found: dict[str, Any] = {
-        "data.cues": False,
+        "data.prompt_suffix": False,
         "data.prefixes": prefixes,
         "teacher.path": "",
         "train.encoder_row_length": 512,

@@ -7,8 +7,8 @@
         --config.student.path=SMOLLM2_FOLDER
 
 The decoder-only form of csqa_t5_base.py: METHOD is as there, and so are wrong
-rationales. A pretrained student reads a cue ("Answer:", "Explain:") better than a
-prefix it has never seen, so views are told apart by cues. Further arguments:
+rationales. A pretrained student reads a suffix ("Answer:", "Explain:") better than a
+prefix it has never seen, so views are told apart by suffixes. Further arguments:
 
     soft    half of the weight on a teacher's distributions, with
             --config.teacher.path=FOLDER of a model with the same vocabulary
@@ -55,7 +55,7 @@ def get_config(argument: str = "") -> Config:
         name="_".join(["csqa_smollm2", method, *sorted(arguments & FURTHER)]),
         data=DataConfig(
             source="jsonl",
-            layout="commonsense_qa",
+            schema="commonsense_qa",
             path="commonsense_qa/train.jsonl",
             eval_path="commonsense_qa/dev.jsonl",
             num_train=8766,

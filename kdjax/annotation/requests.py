@@ -63,7 +63,7 @@ def make_items(examples: Sequence[Example], asked: AnnotateConfig) -> list[Item]
         if not example.question or not example.answer:
             raise ValueError(
                 f"example {example.id!r} has no question with an answer: rationales "
-                "are written for these; use another data.layout"
+                "are written for these; use another data.schema"
             )
         if asked.method == "counterfactual" or (
             asked.method == "contrastive" and asked.contrast == "wrong"

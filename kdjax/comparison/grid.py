@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kdjax.analysis.runs import LOWEST, Design
-from kdjax.config import Config, DataConfig, to_json
+from kdjax.config import RENAMED, Config, DataConfig, to_json
 from kdjax.evaluation import simulator
 from kdjax.experiment import build, methods, validate
 
@@ -199,7 +199,9 @@ def _change(config: Config, changes: Changes, where: str) -> None:
         for step in parts:
             part = getattr(part, step, None)
         if not dataclasses.is_dataclass(part) or not hasattr(part, name):
-            raise ValueError(f"{where}: a config has no field {path!r}")
+            renamed = RENAMED.get(path)
+            remedy = f": it was renamed, use {renamed!r}" if renamed else ""
+            raise ValueError(f"{where}: a config has no field {path!r}{remedy}")
         setattr(part, name, copy.deepcopy(value))
 
 
@@ -328,7 +330,7 @@ def _annotations(
     # Nothing else of the data decides what is written.
     plain = DataConfig(
         source=data.source,
-        layout=data.layout,
+        schema=data.schema,
         path=data.path,
         eval_path=data.eval_path,
         train_split=data.train_split,

@@ -39,12 +39,14 @@ def select(
         kept, labels = trusted(examples, config)
     notes = []
     if labels:
-        fate = {"keep": "kept", "drop": "left out", "weight": "weighed"}[config.trust]
+        fate = {"keep": "kept", "drop": "left out", "weight": "weighed"}[
+            config.wrong_labels
+        ]
         notes.append(
             f"labels: {labels['accuracy']:.2%} of the teacher's answers to "
             f"{labels['examples']} training examples are right; {labels['wrong']} "
-            f"wrong {fate} (data.trust={config.trust}), {labels['without']} examples "
-            "without an answer left out"
+            f"wrong {fate} (data.wrong_labels={config.wrong_labels}), "
+            f"{labels['without']} examples without an answer left out"
         )
     num = len(kept)
     kept, without = complete(kept, views, split, config)
@@ -110,8 +112,9 @@ def trusted(
 ) -> tuple[list[Example], dict[str, Any]]:
     """What is trained on of examples with a teacher's answers, and how right these are.
 
-    Wrong ones are kept, left out or weighed by `wrong_weight`, as `config.trust` says;
-    those without an answer are an error or left out (`config.on_missing`).
+    Wrong ones are kept, left out or weighed by `wrong_label_weight`, as
+    `config.wrong_labels` says; those without an answer are an error or left out
+    (`config.on_missing`).
 
     Returns:
       The examples, and a report: "examples" in all, those "without" an answer, those
@@ -136,21 +139,21 @@ def trusted(
     for example in examples:
         is_wrong = bool(example.answer) and example.answer != example.gold
         num_wrong += is_wrong
-        if is_wrong and config.trust == "weight":
-            example = replace(example, weight=config.wrong_weight)
-        if example.answer and not (is_wrong and config.trust == "drop"):
+        if is_wrong and config.wrong_labels == "weight":
+            example = replace(example, weight=config.wrong_label_weight)
+        if example.answer and not (is_wrong and config.wrong_labels == "drop"):
             kept.append(example)
     if not kept:
         raise ValueError(
-            f"data.trust={config.trust!r} leaves none of {len(examples)} training "
-            f"examples: all answers of labels={config.labels!r} are wrong"
+            f"data.wrong_labels={config.wrong_labels!r} leaves none of {len(examples)} "
+            f"training examples: all answers of labels={config.labels!r} are wrong"
         )
     num_answered = len(examples) - len(silent)
     return kept, {
         "examples": len(examples),
         "without": len(silent),
         "wrong": num_wrong,
-        "dropped": num_wrong if config.trust == "drop" else 0,
+        "dropped": num_wrong if config.wrong_labels == "drop" else 0,
         "accuracy": (num_answered - num_wrong) / num_answered,
     }
 

@@ -52,7 +52,7 @@ def load_examples(config: DataConfig, split: str, *, seed: int) -> list[Example]
     rows = _read_rows(config, train=train)
     if num > len(rows):
         raise ValueError(f"num_{split}={num}: the source has {len(rows)} rows")
-    convert = _layout(config)
+    convert = _schema(config)
     examples = [
         convert(row, f"{split}-{index}")
         for index, row in enumerate(rows[: num or len(rows)])
@@ -207,15 +207,15 @@ def _to_python(value: Any) -> Any:
     return value
 
 
-def _layout(config: DataConfig) -> Callable[[Row, str], Example]:
+def _schema(config: DataConfig) -> Callable[[Row, str], Example]:
     if config.source == "text":
         return lambda row, default: Example(
             id=_id(row, default), text=_column(row, "text", default)
         )
-    layouts = {"plain": _plain, "commonsense_qa": _commonsense_qa, "gsm8k": _gsm8k}
-    if config.layout not in layouts:
-        raise ValueError(f"layout={config.layout!r}: use one of {tuple(layouts)}")
-    return layouts[config.layout]
+    schemas = {"plain": _plain, "commonsense_qa": _commonsense_qa, "gsm8k": _gsm8k}
+    if config.schema not in schemas:
+        raise ValueError(f"schema={config.schema!r}: use one of {tuple(schemas)}")
+    return schemas[config.schema]
 
 
 def _id(row: Row, default: str) -> str:
@@ -227,7 +227,7 @@ def _column(row: Row, name: str, default: str) -> Any:
     if value is None:
         raise ValueError(
             f"row {_id(row, default)!r} has no column {name!r}: it has {sorted(row)}; "
-            "choose the layout that matches the data"
+            "choose the data.schema that matches the data"
         )
     return value
 

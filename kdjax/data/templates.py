@@ -47,7 +47,8 @@ def render(example: Example, view: str, config: DataConfig) -> list[Text]:
     Args:
       example: what is rendered.
       view: one of the above.
-      config: its `prefixes` begin the prompts; `cues=False` leaves out their last line.
+      config: its `prefixes` begin the prompts; `prompt_suffix=False` leaves out
+        their last line.
 
     Raises:
       ValueError: an unknown view, or an example without what the view needs.
@@ -80,7 +81,7 @@ def ask(example: Example, view: str, config: DataConfig, given: str = "") -> str
     if example.choices:
         lettered = zip(LETTERS, example.choices, strict=False)
         lines.append(" ".join([CHOICES, *(f"({a}) {text}" for a, text in lettered)]))
-    cue = _VIEWS[view].cue if config.cues else ""
+    cue = _VIEWS[view].cue if config.prompt_suffix else ""
     return "\n".join([*lines, *filter(None, (given, cue))])
 
 

@@ -68,7 +68,7 @@ def simulator_config(
         config.data,
         tokenizer=build.tokenizer_path(config),
         prefixes=PrefixConfig(),
-        cues=True,
+        prompt_suffix=True,
         chat_template=False,
         counterfactuals="",
         max_prompt=config.data.max_prompt + config.data.max_target,

@@ -115,12 +115,12 @@ def _data(data: DataConfig) -> str:
     count = f"{data.num_train:,} examples" if data.num_train else "all examples"
     if data.source == "kinship":
         return f"the built-in task kinship, {count}"
-    parts = [f"{provenance.name_of(data.path)} ({data.source}, layout {data.layout})"]
+    parts = [f"{provenance.name_of(data.path)} ({data.source}, schema {data.schema})"]
     for name in ("rationales", "counterfactuals", "labels"):
         if getattr(data, name):
             parts.append(f"{name} {provenance.name_of(getattr(data, name))}")
-    if data.trust != "keep":
-        weight = data.wrong_weight if data.trust == "weight" else 0.0
+    if data.wrong_labels != "keep":
+        weight = data.wrong_label_weight if data.wrong_labels == "weight" else 0.0
         parts.append(f"wrong labels weigh {weight:g}")
     return ", ".join([*parts, count])
 

@@ -10,20 +10,20 @@ from typing import Any
 from kdjax.config import (
     ARCHITECTURES,
     CACHE_KINDS,
+    COUNTERFACTUAL_PLACES,
     DTYPES,
     HIDDEN_LOSSES,
-    LAYOUTS,
     LONG_POLICIES,
     MISSING_POLICIES,
     NON_FINITE,
     OPTIMIZERS,
-    PLACES,
     REMATS,
     SCHEDULES,
+    SCHEMAS,
     SOURCES,
     STUDENT_INITS,
     TAILS,
-    TRUSTS,
+    WRONG_LABELS,
     Config,
     DecoderConfig,
     StudentConfig,
@@ -84,11 +84,11 @@ def validate(config: Config) -> None:
     student, evaluation = config.student, config.evaluation
     for word, name, allowed in (
         (data.source, "data.source", SOURCES),
-        (data.layout, "data.layout", LAYOUTS),
+        (data.schema, "data.schema", SCHEMAS),
         (data.on_long, "data.on_long", LONG_POLICIES),
         (data.on_missing, "data.on_missing", MISSING_POLICIES),
-        (data.trust, "data.trust", TRUSTS),
-        (data.counterfactual_place, "data.counterfactual_place", PLACES),
+        (data.wrong_labels, "data.wrong_labels", WRONG_LABELS),
+        (data.counterfactual_place, "data.counterfactual_place", COUNTERFACTUAL_PLACES),
         (cache.kind, "cache.kind", CACHE_KINDS),
         (student.init, "student.init", STUDENT_INITS),
         (student.architecture, "student.architecture", ARCHITECTURES),
@@ -151,7 +151,7 @@ def validate(config: Config) -> None:
         (method.label_weight, "method.label_weight"),
         (method.counterfactual_weight, "method.counterfactual_weight"),
         (method.multitask_weight, "method.multitask_weight"),
-        (data.wrong_weight, "data.wrong_weight"),
+        (data.wrong_label_weight, "data.wrong_label_weight"),
     ):
         if not 0 <= share <= 1:
             raise ValueError(f"{name}={share} is a share: use 0 to 1")
@@ -271,11 +271,11 @@ def _check_texts(config: Config) -> None:
     """Views differ in their prompts, and what is joined to the data is not ignored."""
     data, views = config.data, methods.views(config.method)
     prefixes = [getattr(data.prefixes, view, "") for view in views]
-    if not data.cues and len(set(prefixes)) < len(prefixes):
+    if not data.prompt_suffix and len(set(prefixes)) < len(prefixes):
         raise ValueError(
-            f"data.cues=False with data.prefixes {prefixes} of views {list(views)}: "
-            "nothing tells their prompts apart: give each view its own prefix, or use "
-            "data.cues=True"
+            f"data.prompt_suffix=False with data.prefixes {prefixes} of views "
+            f"{list(views)}: nothing tells their prompts apart: give each view its own "
+            "prefix, or use data.prompt_suffix=True"
         )
     for name in ("rationales", "eval_rationales", "counterfactuals", "labels"):
         if data.source == "kinship" and getattr(data, name):
@@ -283,10 +283,11 @@ def _check_texts(config: Config) -> None:
                 f"data.{name}={getattr(data, name)!r} with data.source='kinship': it "
                 "writes its own: use '', or another source"
             )
-    if data.trust != "keep" and not data.labels:
+    if data.wrong_labels != "keep" and not data.labels:
         raise ValueError(
-            f"data.trust={data.trust!r} with data.labels='': gold answers are not "
-            "wrong: name a file of a teacher's, or use data.trust='keep'"
+            f"data.wrong_labels={data.wrong_labels!r} with data.labels='': gold "
+            "answers are not wrong: name a file of a teacher's, or use "
+            "data.wrong_labels='keep'"
         )
 
 

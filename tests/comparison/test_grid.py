@@ -217,6 +217,10 @@ def test_rationales_of_a_file_are_not_written_again():
         ({"factors": {"method": {"a": {"method.none": 1}}}}, "no field 'method.none'"),
         ({"factors": {"method": {"a": {"no.such": 1}}}}, "no field 'no.such'"),
         (
+            {"factors": {"method": {"a": {"data.cues": True}}}},
+            "it was renamed, use 'data.prompt_suffix'",
+        ),
+        (
             {"factors": {"method": {"a": {"method.name": "magic"}}}},
             "run a-s0: method.name='magic'",
         ),

@@ -139,19 +139,21 @@ def test_what_is_joined_explains_the_teachers_answers(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("trust", "kept", "dropped"),
+    ("wrong_labels", "kept", "dropped"),
     [
         ("keep", {"full": 1.0, "told": 1.0}, 0),
         ("drop", {"told": 1.0}, 1),
         ("weight", {"full": 0.25, "told": 1.0}, 0),
     ],
 )
-def test_wrong_answers_are_kept_left_out_or_weighed(tmp_path, trust, kept, dropped):
+def test_wrong_answers_are_kept_left_out_or_weighed(
+    tmp_path, wrong_labels, kept, dropped
+):
     config = data(
         tmp_path,
         named("here", "", "there"),
-        trust=trust,
-        wrong_weight=0.25,
+        wrong_labels=wrong_labels,
+        wrong_label_weight=0.25,
         on_missing="drop",
     )
     examples = sources.load_examples(config, "train", seed=0)
@@ -195,7 +197,11 @@ def test_free_answers_are_compared_as_they_are(tmp_path):
             {},
             r"no answer for 2 of 3 .*\(first: 'bare', 'told'\).*on_missing='drop'",
         ),
-        (named(*["here"] * 3), {"trust": "drop"}, "trust='drop' leaves none of 3"),
+        (
+            named(*["here"] * 3),
+            {"wrong_labels": "drop"},
+            "wrong_labels='drop' leaves none of 3",
+        ),
     ],
 )
 def test_bad_labels_are_named(tmp_path, labels, fields, message):

@@ -86,9 +86,9 @@ def test_a_file_of_its_own_for_evaluation(tmp_path):
             "2 counterfactuals for 2 choices",
         ),
         (plain(2, id="same"), {}, "train", "id 'same' occurs twice"),
-        ([{**CSQA, "answerKey": ""}], {"layout": "commonsense_qa"}, "train", "with an"),
-        (plain(1), {"layout": "gsm8k"}, "train", "no '####'"),
-        (plain(1), {"layout": "squad"}, "train", "layout='squad'"),
+        ([{**CSQA, "answerKey": ""}], {"schema": "commonsense_qa"}, "train", "with an"),
+        (plain(1), {"schema": "gsm8k"}, "train", "no '####'"),
+        (plain(1), {"schema": "squad"}, "train", "schema='squad'"),
         (plain(1), {"source": "csv"}, "train", "source='csv'"),
         (plain(1), {}, "test", "split='test'"),
         ([], {}, "train", "no rows"),
@@ -117,12 +117,12 @@ def test_unreadable_files(tmp_path):
 
 
 def test_commonsense_qa_and_gsm8k_layouts(tmp_path):
-    [example] = load(jsonl(tmp_path, [CSQA], layout="commonsense_qa"))
+    [example] = load(jsonl(tmp_path, [CSQA], schema="commonsense_qa"))
     assert example == Example(
         id="c0", question="Where ?", choices=("here", "there"), answer="there"
     )
     row = {"question": "1+1?", "answer": "It is <<1+1=2>>2.\n#### 2"}
-    [example] = load(jsonl(tmp_path, [row], layout="gsm8k"))
+    [example] = load(jsonl(tmp_path, [row], schema="gsm8k"))
     assert (example.answer, example.rationale) == ("2", "It is <<1+1=2>>2.")
 
 
@@ -130,7 +130,7 @@ def test_rationales_are_joined_by_id_as_they_are(tmp_path, caplog):
     text = " Wrong. So the answer is (a) here. "
     file = write(tmp_path / "r.jsonl", [{"id": "c0", "text": text}])
     rows = [CSQA, {**CSQA, "id": "c1"}]
-    config = jsonl(tmp_path, rows, layout="commonsense_qa", rationales=file)
+    config = jsonl(tmp_path, rows, schema="commonsense_qa", rationales=file)
     with caplog.at_level(logging.INFO):
         first, second = load(config)
     assert (first.rationale, second.rationale) == (text, "")
@@ -148,7 +148,7 @@ def test_rationales_are_joined_by_id_as_they_are(tmp_path, caplog):
 )
 def test_bad_rationale_files(tmp_path, rows, message):
     file = write(tmp_path / "r.jsonl", rows)
-    config = jsonl(tmp_path, [CSQA], layout="commonsense_qa", rationales=file)
+    config = jsonl(tmp_path, [CSQA], schema="commonsense_qa", rationales=file)
     with pytest.raises(ValueError, match=message):
         load(config)
 
@@ -169,7 +169,7 @@ def test_counterfactuals_are_joined_by_id_and_choice(tmp_path, caplog):
     config = jsonl(
         tmp_path,
         [five("c0"), five("c1"), five("c2"), five("c3")],
-        layout="commonsense_qa",
+        schema="commonsense_qa",
         counterfactuals=write(tmp_path / "c.jsonl", found),
         num_eval=1,
     )
@@ -203,7 +203,7 @@ def test_counterfactuals_are_joined_by_id_and_choice(tmp_path, caplog):
 )
 def test_bad_counterfactual_files(tmp_path, rows, message):
     file = write(tmp_path / "c.jsonl", rows)
-    config = jsonl(tmp_path, [five()], layout="commonsense_qa", counterfactuals=file)
+    config = jsonl(tmp_path, [five()], schema="commonsense_qa", counterfactuals=file)
     with pytest.raises(ValueError, match=message):
         load(config)
 
@@ -234,7 +234,7 @@ def test_datasets_saved_to_disk(tmp_path):
     }
     datasets.DatasetDict(splits).save_to_disk(tmp_path / "both")
     config = DataConfig(
-        source="datasets", layout="commonsense_qa", path=str(tmp_path / "both")
+        source="datasets", schema="commonsense_qa", path=str(tmp_path / "both")
     )
     assert [e.id for e in load(config)] == ["c0", "c1"]
     assert [(e.id, e.answer) for e in load(config, "eval")] == [("c2", "there")]
@@ -292,7 +292,7 @@ def test_a_prepared_tfds_folder(tmp_path):
     builder.download_and_prepare()
     for folder in (tmp_path / "tiny" / "1.0.0", tmp_path / "tiny"):
         config = DataConfig(
-            source="tfds", layout="commonsense_qa", path=str(folder), eval_split="test"
+            source="tfds", schema="commonsense_qa", path=str(folder), eval_split="test"
         )
         assert sorted(e.id for e in load(config)) == ["c0", "c1", "c2"]
         found = load(config, "eval")
@@ -311,7 +311,7 @@ def test_real_commonsense_qa():
     root = f"{os.environ['KDJAX_REAL_DATA']}/commonsense_qa"
     config = DataConfig(
         source="jsonl",
-        layout="commonsense_qa",
+        schema="commonsense_qa",
         path=f"{root}/train.jsonl",
         eval_path=f"{root}/dev.jsonl",
         rationales=f"{root}/palm_train.jsonl",
@@ -331,7 +331,7 @@ def test_real_gsm8k():
     root = f"{os.environ['KDJAX_REAL_DATA']}/gsm8k"
     config = DataConfig(
         source="jsonl",
-        layout="gsm8k",
+        schema="gsm8k",
         path=f"{root}/train.jsonl",
         eval_path=f"{root}/test.jsonl",
     )

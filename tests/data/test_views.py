@@ -171,7 +171,9 @@ def test_prefixes_and_cues_are_fields():
     assert text.prompt.endswith("\nAnswer:")
     [text] = templates.render(EXAMPLE, "rationale", config)
     assert text.prompt.startswith("Who is it ?")
-    config = DataConfig(prefixes=prefixes, cues=False, counterfactual_place="prompt")
+    config = DataConfig(
+        prefixes=prefixes, prompt_suffix=False, counterfactual_place="prompt"
+    )
     [text] = templates.render(EXAMPLE, "label", config)
     assert text.prompt.endswith(" (c) aunt")
     text, _ = templates.render(WRONG, "counterfactual", config)
@@ -425,7 +427,7 @@ def test_gsm8k_with_a_real_tokenizer():
     tok = tokenizer.load(os.environ["KDJAX_SMOLLM2"])
     config = DataConfig(
         source="jsonl",
-        layout="gsm8k",
+        schema="gsm8k",
         path=f"{root}/gsm8k/train.jsonl",
         eval_path=f"{root}/gsm8k/test.jsonl",
         max_prompt=512,

@@ -62,7 +62,7 @@ def load(made, splits=("train",)):
 
 def test_a_run_reports_how_right_the_teacher_is(places, tmp_path, capsys):
     labels = str(places / "labels.jsonl")
-    made = config(places, labels=labels, trust="weight", wrong_weight=0.25)
+    made = config(places, labels=labels, wrong_labels="weight", wrong_label_weight=0.25)
     train.run(made, tmp_path)
     said = capsys.readouterr().err
     assert "labels: 66.67% of the teacher's answers to 12 training" in said
@@ -77,7 +77,11 @@ def test_a_run_reports_how_right_the_teacher_is(places, tmp_path, capsys):
     # The run is measured by gold answers.
     gold, told = load(config(places), ("eval",)), load(made, ("eval",))
     assert [s.key for s in told.evaluation] == [s.key for s in gold.evaluation]
-    for name, value in (("trust", "drop"), ("labels", ""), ("wrong_weight", 0.5)):
+    for name, value in (
+        ("wrong_labels", "drop"),
+        ("labels", ""),
+        ("wrong_label_weight", 0.5),
+    ):
         other = config_lib.from_json(config_lib.to_json(made))
         setattr(other.data, name, value)
         with pytest.raises(ValueError, match=f"another config .data.{name}: "):
@@ -89,7 +93,7 @@ def test_targets_are_the_teachers_answers(places):
     labels = str(places / "labels.jsonl")
     gold = load(config(places)).train
     kept = load(config(places, labels=labels)).train
-    dropped = load(config(places, labels=labels, trust="drop")).train
+    dropped = load(config(places, labels=labels, wrong_labels="drop")).train
     same = [
         np.array_equal(a.target_ids, b.target_ids)
         for a, b in zip(gold, kept, strict=True)
@@ -99,7 +103,9 @@ def test_targets_are_the_teachers_answers(places):
         s.key for s in gold if s.key in {t.key for t in kept}
     ]
     assert {segment.weight for segment in (*gold, *kept, *dropped)} == {1.0}
-    weighed = config(places, labels=labels, trust="weight", wrong_weight=0.0)
+    weighed = config(
+        places, labels=labels, wrong_labels="weight", wrong_label_weight=0.0
+    )
     found = [segment.weight for segment in load(weighed).train]
     assert found == [float(index % 3 != 0) for index in range(NUM)]
 
@@ -123,10 +129,13 @@ def test_examples_without_rationales_are_left_out_whole(places, capsys):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"trust": "doubt", "labels": "l"}, "data.trust='doubt' is unknown"),
+        (
+            {"wrong_labels": "doubt", "labels": "l"},
+            "data.wrong_labels='doubt' is unknown",
+        ),
         ({"on_missing": "label_only"}, "data.on_missing='label_only' is unknown"),
-        ({"wrong_weight": 1.5}, "data.wrong_weight=1.5 is a share"),
-        ({"trust": "drop"}, "data.trust='drop' with data.labels=''"),
+        ({"wrong_label_weight": 1.5}, "data.wrong_label_weight=1.5 is a share"),
+        ({"wrong_labels": "drop"}, "data.wrong_labels='drop' with data.labels=''"),
     ],
 )
 def test_what_cannot_be_is_named(places, fields, message):

@@ -70,10 +70,17 @@ def test_the_counterfactual_view_is_for_training():
         ("method", {"counterfactual_weight": 1.5}, "counterfactual_weight=1.5 is a sh"),
         ("method", {"multitask_weight": -0.1}, "multitask_weight=-0.1 is a share"),
         ("data", {"counterfactual_place": "encoder"}, "counterfactual_place='encoder'"),
-        ("data", {"cues": False}, r"data.cues=False .* \['label', 'rationale'\]"),
         (
             "data",
-            {"cues": False, "prefixes": PrefixConfig(label="[a]", rationale="[a]")},
+            {"prompt_suffix": False},
+            r"data.prompt_suffix=False .* \['label', 'rationale'\]",
+        ),
+        (
+            "data",
+            {
+                "prompt_suffix": False,
+                "prefixes": PrefixConfig(label="[a]", rationale="[a]"),
+            },
             r"\['\[a\]', '\[a\]'\]",
         ),
         ("data", {"counterfactuals": "c.jsonl"}, "data.counterfactuals='c.jsonl' with"),
@@ -86,12 +93,14 @@ def test_what_a_method_cannot_be_is_named(part, values, message):
 
 def test_prefixes_alone_tell_views_apart():
     prefixes = PrefixConfig(label="[predict]")
-    config = small.config(data={"cues": False, "prefixes": prefixes})
+    config = small.config(data={"prompt_suffix": False, "prefixes": prefixes})
     validate.validate(config)
     data = build.load_data(config, splits=("train",))
     for label, rationale in zip(data.train[::2], data.train[1::2], strict=True):
         assert label.prompt_ids[1:].tolist() == rationale.prompt_ids.tolist()
-    one = small.config(data={"cues": False}, method={"name": "rationale_then_label"})
+    one = small.config(
+        data={"prompt_suffix": False}, method={"name": "rationale_then_label"}
+    )
     validate.validate(one)
 
 

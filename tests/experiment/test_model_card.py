@@ -126,7 +126,7 @@ def test_a_card_says_how_the_student_was_made(tmp_path):
     config = small.config(
         data={
             "source": "jsonl",
-            "layout": "gsm8k",
+            "schema": "gsm8k",
             "path": str(tmp_path / "train.jsonl"),
             "rationales": str(tmp_path / "why.jsonl"),
         },
@@ -154,7 +154,7 @@ def test_a_card_says_how_the_student_was_made(tmp_path):
     for line in (
         "| teacher | owner/teacher |",
         "| starts from | embed: teacher owner/teacher; layers: x |",
-        "| data | train.jsonl (jsonl, layout gsm8k), rationales why.jsonl, "
+        "| data | train.jsonl (jsonl, schema gsm8k), rationales why.jsonl, "
         "24 examples |",
         "| method | multitask, views label, rationale |",
         "| soft labels | the teacher's top 8 probabilities, stored |",
