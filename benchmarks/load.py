@@ -26,8 +26,9 @@ from absl import app, flags
 
 from kdjax.config import DTYPES, DecoderConfig, MeshConfig
 from kdjax.models import hf, lm
-from kdjax.models.hf import families, safetensors_io
+from kdjax.models.hf import families
 from kdjax.parallel import sharding
+from kdjax.runtime import files
 from kdjax.runtime.console import print_table
 
 _MIB = flags.DEFINE_integer("mib", 2048, "Size of the files, about.", lower_bound=1)
@@ -58,7 +59,7 @@ def make(folder: pathlib.Path, num_bytes: int, dtype: str) -> None:
     num_layers = (num_bytes // itemsize - sizes[0]) // (sizes[1] - sizes[0])
     shape = dataclasses.replace(_SHAPE, num_layers=max(1, num_layers))
     shapes = hf.stored_shapes(shape, {"layers": shape.num_layers})
-    safetensors_io.write_json(folder / "config.json", families.write(shape))
+    files.write_json(folder / "config.json", families.write(shape))
     safetensors_io.write(
         folder,
         shapes,

@@ -6,7 +6,6 @@ compared takes turns in one process. Without a labelled cache in --workdir, or w
 benchmark.md says what each number is.
 """
 
-import json
 import pathlib
 import sys
 import tempfile
@@ -25,6 +24,7 @@ from kdjax.config import Config
 from kdjax.experiment import build
 from kdjax.models import flops
 from kdjax.parallel import distributed, sharding
+from kdjax.runtime import files
 from kdjax.runtime.console import print_table, progress
 from kdjax.teacher import build as build_lib
 from kdjax.training import program
@@ -303,7 +303,7 @@ def _decode(config: Config, workdir: pathlib.Path) -> None:
     if distributed.is_main():
         title = f"{config.name}: decoding, random weights"
         print_table(title, [{"what": k, "value": _number(v)} for k, v in found.items()])
-        cli.write_atomically(workdir / "latency.json", json.dumps(found) + "\n")
+        files.write_json(workdir / "latency.json", found)
         cli.write_json(found)
 
 

@@ -1,6 +1,5 @@
 """What all verbs share: flags, errors of one line, and the working directory."""
 
-import json
 import os
 import pathlib
 import re
@@ -18,7 +17,7 @@ from kdjax.config import Config
 from kdjax.experiment import resume
 from kdjax.experiment import validate as validate_lib
 from kdjax.parallel import distributed
-from kdjax.runtime import malloc
+from kdjax.runtime import files, malloc
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -184,21 +183,13 @@ def check_owner(folder: pathlib.Path, config: Config) -> None:
 
 def write_config(folder: pathlib.Path, config: Config) -> None:
     """Writes the config that a directory is of."""
-    write_atomically(folder / CONFIG, config_lib.to_json(config))
+    files.write_atomically(folder / CONFIG, config_lib.to_json(config))
 
 
 def write_json(found: Any) -> None:
     """Writes a result where --json says, if it does."""
     if _JSON.value:
-        write_atomically(pathlib.Path(_JSON.value), json.dumps(found, indent=2) + "\n")
-
-
-def write_atomically(file: pathlib.Path, text: str) -> None:
-    """The file has its old content or the new one, never a part."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_name(f".{file.name}.{os.getpid()}")
-    scratch.write_text(text)
-    os.replace(scratch, file)
+        files.write_json(_JSON.value, found)
 
 
 def _flag_error(error: Exception, argv: list[str]) -> str:

@@ -13,6 +13,7 @@ from absl import flags
 from kdjax import cli
 from kdjax.comparison import grid, results, runner
 from kdjax.comparison.grid import Comparison, Item
+from kdjax.runtime import files
 from kdjax.runtime.console import print_table, progress
 
 _JOBS = flags.DEFINE_integer(
@@ -111,7 +112,7 @@ def _write_list(items: list[Item], workdir: pathlib.Path) -> None:
 
     runs = [item for item in items if item.is_run]
     lines = [json.dumps(line(index, item)) for index, item in enumerate(runs)]
-    cli.write_atomically(workdir / "runs.jsonl", "\n".join(lines) + "\n")
+    files.write_atomically(workdir / "runs.jsonl", "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ and writes faithfulness.json beside its generations; --simulator adds LAS, and a
 trains the simulator.
 """
 
-import json
 import pathlib
 
 from absl import flags
@@ -20,6 +19,7 @@ from kdjax.evaluation.scorer import Scorer, match_rates
 from kdjax.experiment import build
 from kdjax.models.lm import Shape
 from kdjax.parallel import distributed, sharding
+from kdjax.runtime import files
 from kdjax.runtime.console import print_table
 from kdjax.teacher import build as build_lib
 from kdjax.training.meter import evaluation_row
@@ -87,8 +87,7 @@ def _explain(config: Config, workdir: pathlib.Path) -> None:
     if distributed.is_main():
         rows = [{"measure": k, "value": f"{v:.4f}"} for k, v in found.items()]
         print_table(f"{config.name}: its explanations", rows)
-        text = json.dumps(found, indent=2) + "\n"
-        cli.write_atomically(workdir / "faithfulness.json", text)
+        files.write_json(workdir / "faithfulness.json", found)
         cli.write_json(found)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import jinja2
 
 from kdjax.analysis import factor_effects, group_tests, plots, runs
+from kdjax.runtime import files
 
 _TEMPLATE = "report.html.jinja"
 _NONE = "\N{EN DASH}"
@@ -41,13 +42,7 @@ def write(
       reliability: title -> bins, as of `plots.reliability`; None has no diagram.
     """
     text = render(found, design, title=title, folder=folder, reliability=reliability)
-    target = pathlib.Path(path)
-    temporary = target.with_name(target.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(target)
+    files.write_atomically(path, text)
 
 
 def render(

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from kdjax.parallel import distributed
+from kdjax.runtime import files
 
 Key = tuple[str, str]  # id, and the choice that is explained if there are several
 Row = dict[str, Any]
@@ -125,10 +126,6 @@ def write_json(file: pathlib.Path, content: Any) -> None:
 
 
 def _write(file: pathlib.Path, text: str) -> None:
-    """The whole text or none of it; a file that says the same is not touched."""
-    if file.exists() and file.read_text(encoding="utf-8") == text:
-        return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_name(f".{file.name}.{os.getpid()}")
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, file)
+    """Write a text atomically; a file with that content is left untouched."""
+    if not file.exists() or file.read_text(encoding="utf-8") != text:
+        files.write_atomically(file, text)

@@ -8,11 +8,11 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kdjax import cli
 from kdjax.analysis import report
 from kdjax.analysis import runs as analysed
 from kdjax.comparison import runner
 from kdjax.comparison.grid import LATENCY, SEED, Comparison, Item
+from kdjax.runtime import files
 
 RESULTS, REPORT = "results.csv", "report.html"
 DONE, FAILED, MISSING = "done", "failed", "not run"
@@ -39,7 +39,7 @@ def numbers(folder: pathlib.Path) -> dict[str, float]:
     with what was measured of its explanations (faithfulness.json), where it was.
     """
     summary = json.loads((folder / "summary.json").read_text())
-    student, teacher = summary["student"], summary["teacher"]
+    student, teacher = _floats(summary["student"]), _floats(summary["teacher"])
     found = dict(student)
     answers = [student[name] for name in _ANSWERS if name in student]
     if answers:
@@ -48,9 +48,8 @@ def numbers(folder: pathlib.Path) -> dict[str, float]:
         found["teacher_accuracy"] = teacher["accuracy"]
         if "accuracy" in student and teacher["accuracy"]:
             found["retention"] = student["accuracy"] / teacher["accuracy"]
-    found["parameters"] = summary["parameters"]["student"]
-    found |= _read(folder / "faithfulness.json")
-    return {name: float(value) for name, value in found.items()}
+    found["parameters"] = float(summary["parameters"]["student"])
+    return found | _read(folder / "faithfulness.json")
 
 
 def rows(items: Sequence[Item], workdir: pathlib.Path) -> list[dict[str, Any]]:
@@ -75,7 +74,12 @@ def rows(items: Sequence[Item], workdir: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def _read(file: pathlib.Path) -> dict[str, float]:
-    return json.loads(file.read_text()) if file.is_file() else {}
+    return _floats(json.loads(file.read_text())) if file.is_file() else {}
+
+
+def _floats(values: Mapping[str, Any]) -> dict[str, float]:
+    """Return numbers of a JSON object, NaN for null (a number that is not finite)."""
+    return {k: math.nan if v is None else float(v) for k, v in values.items()}
 
 
 def write(
@@ -103,7 +107,7 @@ def write(
     writer = csv.DictWriter(text, list(columns), restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows({k: _cell(v) for k, v in row.items()} for row in found)
-    cli.write_atomically(workdir / RESULTS, text.getvalue())
+    files.write_atomically(workdir / RESULTS, text.getvalue())
     design = comparison.design()
     report.write(
         workdir / REPORT,

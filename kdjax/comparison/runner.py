@@ -13,9 +13,9 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
-from kdjax import cli
 from kdjax.comparison.forks import Server
 from kdjax.comparison.grid import Item
+from kdjax.runtime import files
 
 FINISHED, FAILED, LOG = "finished.json", "failed.json", "log.txt"
 _PAUSE = 0.1  # seconds between looks at the processes
@@ -175,12 +175,12 @@ def _steps(
             yield error(folder)
             return
         done[" ".join(command)] = round(time.monotonic() - start, 1)
-        cli.write_atomically(folder / FINISHED, json.dumps(done) + "\n")
+        files.write_json(folder / FINISHED, done)
     yield ""
 
 
 def _fail(folder: pathlib.Path, message: str) -> None:
-    cli.write_atomically(folder / FAILED, json.dumps({"error": message}) + "\n")
+    files.write_json(folder / FAILED, {"error": message})
 
 
 def _reason(code: int, log: pathlib.Path, begin: int) -> str:

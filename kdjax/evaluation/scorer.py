@@ -13,7 +13,6 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float64
 
-from kdjax import cli
 from kdjax.config import Config, DecoderConfig, T5Config
 from kdjax.data import loader, templates, views
 from kdjax.data.example import Example
@@ -33,6 +32,7 @@ from kdjax.experiment.build import (
 from kdjax.models import generate, hf
 from kdjax.models.lm import Shape
 from kdjax.parallel import distributed, sharding
+from kdjax.runtime import files
 from kdjax.training import step
 from kdjax.training.program import chunk_size
 
@@ -268,15 +268,21 @@ def score_teacher(
     model = live[0] if live else make_model(shape, mesh, dtype=dtype)
     scorer = Scorer(config, data, model, mesh, cache=cache)
     file = folder / f"{hf.fingerprint(path)}-{scorer.digest()}.json"
-    found = json.loads(file.read_text()) if file.is_file() else None
+    found = _read_metrics(file) if file.is_file() else None
     # Every process looks before one of them writes.
     distributed.barrier("look at the teacher's scores")
     if found is None:
         params = live[1] if live else load_model(path, mesh, dtype=dtype)[1]
         found = scorer(params)
         if distributed.is_main():
-            cli.write_atomically(file, json.dumps(found, indent=2) + "\n")
+            files.write_json(file, found)
     return found, shape
+
+
+def _read_metrics(file: pathlib.Path) -> dict[str, float]:
+    """Read metrics; null stands for what is not finite."""
+    values = json.loads(file.read_text())
+    return {name: math.nan if x is None else x for name, x in values.items()}
 
 
 def judge(generated: str, example: Example, view: str, text: Text) -> dict[str, Any]:

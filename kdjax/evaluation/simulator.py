@@ -36,6 +36,7 @@ from kdjax.evaluation.rationale_metrics import Record
 from kdjax.experiment import build, validate
 from kdjax.models import hf
 from kdjax.parallel import sharding
+from kdjax.runtime import files
 from kdjax.training.checkpoint import Checkpoints
 from kdjax.training.loop import fit
 
@@ -297,7 +298,7 @@ def _claim_records(folder: pathlib.Path, records: Sequence[Record] | None) -> No
             "folder, or remove it"
         )
     if text:
-        cli.write_atomically(file, text)
+        files.write_atomically(file, text)
 
 
 def _read_records(folder: pathlib.Path) -> list[dict]:

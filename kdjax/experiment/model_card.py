@@ -43,7 +43,7 @@ def write(
     if summary:
         student, teacher = summary["student"], summary["teacher"]
         rows = [
-            (name, *(f"{x[name]:.4g}" if name in x else "" for x in (student, teacher)))
+            (name, *(_cell(x.get(name)) for x in (student, teacher)))
             for name in dict.fromkeys((*student, *teacher))
         ]
         sections += [
@@ -154,6 +154,10 @@ def _terms(config: Config) -> str:
         ("term", "weight") if len(ends) == 1 else ("term", "first step", "last step")
     )
     return _table(heads, rows)
+
+
+def _cell(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
 
 
 def _table(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

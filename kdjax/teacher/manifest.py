@@ -7,6 +7,8 @@ import os
 import pathlib
 from typing import Any
 
+from kdjax.runtime import files
+
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 MISSING = ("tail_mass", "entropy", "target_log_probs")
@@ -97,17 +99,11 @@ def read_manifest(folder: str | os.PathLike) -> Manifest:
 
 
 def write_manifest(folder: str | os.PathLike, manifest: Manifest) -> None:
-    """Write `manifest.json` atomically: temporary file, fsync, rename."""
+    """Write `manifest.json` atomically."""
     path = pathlib.Path(folder) / MANIFEST
     totals = {"num_records": manifest.num_records, "num_tokens": manifest.num_tokens}
     fields = dataclasses.asdict(manifest) | totals
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    temporary.write_text(
-        json.dumps(fields | {"checksum": _checksum(fields)}, indent=2) + "\n"
-    )
-    sync(temporary)
-    temporary.rename(path)
-    sync(path.parent)
+    files.write_json(path, fields | {"checksum": _checksum(fields)})
 
 
 def _checksum(fields: dict[str, Any]) -> str:
@@ -133,12 +129,3 @@ def refuse_other_identity(
                 f"{name}={value!r} is wanted, {path} was labelled with "
                 f"{found.get(name)!r}: label into another folder, or delete this one"
             )
-
-
-def sync(path: pathlib.Path) -> None:
-    """Make a file, or the names in a folder, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

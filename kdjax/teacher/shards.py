@@ -19,10 +19,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from array_record.python import array_record_module
 
+from kdjax.runtime import files
 from kdjax.teacher import byte_planes, codec
 from kdjax.teacher.byte_planes import IdCoder
 from kdjax.teacher.codec import Record
-from kdjax.teacher.manifest import MANIFEST, Manifest, refuse_other_identity, sync
+from kdjax.teacher.manifest import MANIFEST, Manifest, refuse_other_identity
 
 KEY_BYTES = 16
 _ORDER_TOKENS = 4096  # the order of ids is made from so many tokens of the shard
@@ -130,9 +131,9 @@ def _write(
         )
         writer.write(_CRC.pack(_crc(b"", payload)) + payload)
         writer.close()
-        sync(temporary)
+        files.sync(temporary)
         temporary.rename(path)
-        sync(folder)
+        files.sync(folder)
     finally:
         if writer.is_open():
             writer.close()

@@ -13,13 +13,13 @@ import jax
 import numpy as np
 
 import kdjax
-from kdjax import cli
 from kdjax.config import Config
 from kdjax.data.loader import BatchPlan
 from kdjax.evaluation import calibration
 from kdjax.experiment import build, methods, provenance
 from kdjax.models import flops
 from kdjax.models.lm import Shape
+from kdjax.runtime import files
 from kdjax.runtime.console import print_table
 from kdjax.runtime.metrics_writer import MetricsWriter
 from kdjax.training import trainable
@@ -233,7 +233,7 @@ def report_origins(workdir: pathlib.Path, name: str, found: dict[str, str]) -> N
       name: of the run.
       found: from `provenance.find`.
     """
-    cli.write_atomically(workdir / "init.json", json.dumps(found, indent=2) + "\n")
+    files.write_json(workdir / "init.json", found)
     print_table(f"{name}: what the student starts from", provenance.rows(found))
 
 
@@ -289,6 +289,6 @@ def run_summary(
         names = ("counts", "confidences", "corrects")
         numbers = (np.asarray(x).tolist() for x in bins)
         summary["reliability"] = dict(zip(names, numbers, strict=True))
-    cli.write_atomically(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
+    files.write_json(workdir / "summary.json", summary)
     lines = "".join(json.dumps(row) + "\n" for row in generations)
-    cli.write_atomically(workdir / "generations.jsonl", lines)
+    files.write_atomically(workdir / "generations.jsonl", lines)

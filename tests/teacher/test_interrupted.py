@@ -11,6 +11,7 @@ import pytest
 
 from kdjax.config import CacheConfig
 from kdjax.data.views import Segment
+from kdjax.runtime import files as files_lib
 from kdjax.teacher import cache as cache_lib
 from kdjax.teacher import codec, label, shards
 from kdjax.teacher.manifest import Manifest
@@ -95,8 +96,9 @@ def fill_until(folder: pathlib.Path, last: int, report) -> None:
     for owner, name in (
         (codec, "encode"),  # a record
         (shards, "_pack_index"),  # all records written, not the index
-        (shards, "sync"),  # written, not certain to be on disk; renamed, not synced
-        (pathlib.Path, "rename"),  # between write and rename; the manifest's too
+        (files_lib, "sync"),  # written, not certain to be on disk; renamed, not synced
+        (pathlib.Path, "rename"),  # between write and rename of a shard
+        (pathlib.Path, "replace"),  # and of the manifest
         (cache_lib, "_checksum"),  # between the last shard and the manifest
     ):
         clock.watch(owner, name)
@@ -119,9 +121,9 @@ def test_killed_at_thirty_points_it_ends_with_the_same_bytes(tmp_path, monkeypat
     num_events, whole = report.get(), files(tmp_path / "whole")
     assert num_events >= NUM_KILLS
     labelled = []
-    original = label.records.write_shard
+    original = label.cache.write_shard
     monkeypatch.setattr(
-        label.records,
+        label.cache,
         "write_shard",
         lambda folder, index, *rest: (
             labelled.append(index),

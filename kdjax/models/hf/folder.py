@@ -26,6 +26,7 @@ from kdjax.config import T5Config
 from kdjax.models import lm
 from kdjax.models.hf import families, safetensors_io, t5_names
 from kdjax.models.lm import Shape
+from kdjax.runtime.files import write_json
 
 
 def resolve(path: str | os.PathLike) -> pathlib.Path:
@@ -188,10 +189,8 @@ def save(
     } | {name: value for name, value in described.items() if name.endswith("_token_id")}
     # Both spellings: transformers 4 reads the first, transformers 5 the second.
     stored_as = {"torch_dtype": dtype, "dtype": dtype}
-    safetensors_io.write_json(scratch / "config.json", described | stored_as | ids)
-    safetensors_io.write_json(
-        scratch / "generation_config.json", {"_from_model_config": True} | ids
-    )
+    write_json(scratch / "config.json", described | stored_as | ids)
+    write_json(scratch / "generation_config.json", {"_from_model_config": True} | ids)
     shapes = stored_shapes(config, lm.stacks(config))
     safetensors_io.write(
         scratch,

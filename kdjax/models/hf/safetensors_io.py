@@ -17,6 +17,8 @@ import jax.numpy as jnp  # its import lets NumPy know bfloat16
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from kdjax.runtime.files import write_json
+
 INDEX = "model.safetensors.index.json"
 _CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 FLOATS = tuple(_CODES.values())
@@ -158,11 +160,6 @@ def read_json(file: pathlib.Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds no object: download it again")
     return content
-
-
-def write_json(file: pathlib.Path, content: dict) -> None:
-    """Write an object, indented."""
-    file.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _opened(file: str | os.PathLike) -> Any:
