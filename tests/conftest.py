@@ -5,9 +5,9 @@ import os
 import pathlib
 import tempfile
 
-from tests import compiling
+from tests import xla_flags
 
-os.environ.setdefault("XLA_FLAGS", compiling.FOR_8_DEVICES)
+os.environ.setdefault("XLA_FLAGS", xla_flags.EIGHT_DEVICES)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Many tests compile the same small steps, some of them in processes of their own.

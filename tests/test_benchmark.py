@@ -22,20 +22,20 @@ from kdjax.parallel import sharding
 from kdjax.teacher import build as build_lib
 from kdjax.teacher import cache as cache_lib
 from kdjax.teacher import synthetic
-from tests import compiling, small
+from tests import helpers, xla_flags
 
 ROOT = pathlib.Path(__file__).parent.parent
 
 
 def tiny(**changes):
     """A step of some milliseconds, of which all sizes are known without data."""
-    shape = dataclasses.replace(small.SHAPE, vocab_size=64, num_layers=1)
-    config = small.config(
+    shape = dataclasses.replace(helpers.DECODER, vocab_size=64, num_layers=1)
+    config = helpers.small_config(
         student={"decoder": shape},
         train={"batch_size": 4, "row_length": 16, "num_threads": 1, "prefetch": 2},
         **changes,
     )
-    config.teacher.decoder = dataclasses.replace(small.SHAPE, vocab_size=64)
+    config.teacher.decoder = dataclasses.replace(helpers.DECODER, vocab_size=64)
     return config
 
 
@@ -187,7 +187,7 @@ def test_without_soft_terms_there_is_no_teacher(tmp_path):
 
 
 def test_a_labelled_cache_is_what_is_measured(tmp_path):
-    config = small.config(method={"temperature": 2.0})
+    config = helpers.small_config(method={"temperature": 2.0})
     assert workload.real(config, tmp_path, mesh()) is None
     data = build.load_data(config)
     shape = build.teacher_shape(config, data.tokenizer)
@@ -209,7 +209,7 @@ def run_verb(*arguments):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        env=os.environ | {"XLA_FLAGS": compiling.QUICKLY},
+        env=os.environ | {"XLA_FLAGS": xla_flags.FAST_COMPILE},
     )
 
 
@@ -320,7 +320,7 @@ def test_the_gpu_script_runs_small(tmp_path):
         ],
         capture_output=True,
         text=True,
-        env=os.environ | {"XLA_FLAGS": compiling.QUICKLY},
+        env=os.environ | {"XLA_FLAGS": xla_flags.FAST_COMPILE},
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
@@ -344,7 +344,7 @@ def test_a_peer_is_run_on_the_same_weights(tmp_path):
         ],
         capture_output=True,
         text=True,
-        env=os.environ | {"XLA_FLAGS": compiling.QUICKLY},
+        env=os.environ | {"XLA_FLAGS": xla_flags.FAST_COMPILE},
     )
     assert done.returncode == 0, done.stderr
     (found,) = json.loads(out.read_text())["results"]

@@ -19,7 +19,7 @@ from kdjax.teacher import cache as cache_lib
 from kdjax.teacher import describe, merge_export
 from kdjax.teacher.importers import convert
 from kdjax.teacher.importers.convert import Rows
-from tests import small
+from tests import helpers
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -28,7 +28,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 def finished(tmp_path_factory) -> tuple[Config, pathlib.Path]:
     """A run whose cache holds the whole vocabulary of every token, at T = 1 alone."""
     workdir = tmp_path_factory.mktemp("finished")
-    config = small.config(
+    config = helpers.small_config(
         cache={"k": 113, "temperatures": (1.0,)},
         method={"temperature": 1.0},
         teacher={"num_train": 400, "steps": 150},
@@ -194,7 +194,7 @@ def test_import_gives_the_losses_of_the_cache(
 
 def test_an_import_finds_what_is_read_before_the_target(tmp_path):
     """Rows of the whole sequence; those of prompt and prefix are not taken."""
-    config = small.config(method={"name": "counterfactual"})
+    config = helpers.small_config(method={"name": "counterfactual"})
     data = build.load_data(config, splits=("train",))
     segments, vocab_size = data.train[1:5], len(data.tokenizer)
     rng = np.random.default_rng(0)

@@ -15,7 +15,7 @@ from kdjax import cli
 from kdjax import config as config_lib
 from kdjax.config import Config
 from kdjax.experiment import resume, validate
-from tests import small
+from tests import helpers
 
 CONFIGS = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
 
@@ -40,18 +40,18 @@ def test_an_unknown_argument_is_refused(path):
 
 
 def test_json_round_trip():
-    config = small.config(student={"keep_layers": (0, 2)})
+    config = helpers.small_config(student={"keep_layers": (0, 2)})
     assert config_lib.from_json(config_lib.to_json(config)) == config
 
 
 def test_json_with_an_unknown_field_is_refused():
-    text = config_lib.to_json(small.config()).replace('"clip_norm"', '"clip"')
+    text = config_lib.to_json(helpers.small_config()).replace('"clip_norm"', '"clip"')
     with pytest.raises(ValueError, match=r"optim has no field \['clip'\]"):
         config_lib.from_json(text)
 
 
 def test_json_with_former_names_is_read():
-    config = small.config(data={"schema": "gsm8k", "prompt_suffix": False})
+    config = helpers.small_config(data={"schema": "gsm8k", "prompt_suffix": False})
     text = config_lib.to_json(config)
     for former, name in config_lib.RENAMED.items():
         assert f'"{name.split(".")[1]}"' in text
@@ -114,7 +114,7 @@ def test_a_former_name_is_an_error_that_says_the_new_one(
     ],
 )
 def test_a_wrong_value_is_named(part, field, value, message):
-    config = small.config()
+    config = helpers.small_config()
     if field is None:
         setattr(config, part, value)
     else:
@@ -124,10 +124,10 @@ def test_a_wrong_value_is_named(part, field, value, message):
 
 
 def test_differences_name_what_a_resumed_run_may_not_change():
-    old = small.config()
-    free = small.config(train={"log_every": 3}, mesh={"fsdp": 2})
+    old = helpers.small_config()
+    free = helpers.small_config(train={"log_every": 3}, mesh={"fsdp": 2})
     assert resume.differences(old, free) == []
-    changed = small.config(optim={"learning_rate": 0.5})
+    changed = helpers.small_config(optim={"learning_rate": 0.5})
     assert resume.differences(old, changed) == ["optim.learning_rate: 0.01 -> 0.5"]
 
 

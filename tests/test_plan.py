@@ -18,7 +18,7 @@ from kdjax.aot import compile, hlo, topology
 from kdjax.config import DecoderConfig, MeshConfig, StudentConfig
 from kdjax.models import flops
 from kdjax.parallel import sharding
-from tests import compiling, small
+from tests import helpers, xla_flags
 
 SHAPE = DecoderConfig(
     vocab_size=320,
@@ -38,7 +38,7 @@ def config(**changes):
         "mesh": MeshConfig(data=2, fsdp=4),
         "train": {"batch_size": 16, "row_length": 64, "chunk_size": 16},
     }
-    return small.config(**parts | changes)
+    return helpers.small_config(**parts | changes)
 
 
 @pytest.fixture(scope="module")
@@ -272,7 +272,7 @@ def test_configs_that_cannot_be_planned(changes, message):
 
 
 def command(*arguments):
-    environment = os.environ | {"XLA_FLAGS": compiling.QUICKLY}
+    environment = os.environ | {"XLA_FLAGS": xla_flags.FAST_COMPILE}
     return subprocess.run(
         [sys.executable, "-m", "kdjax.plan", *arguments],
         capture_output=True,

@@ -22,7 +22,7 @@ import pytest
 from kdjax.annotation import annotate, prompts, requests, store
 from kdjax.config import AnnotateConfig
 from kdjax.data import sources
-from tests import small
+from tests import helpers
 
 KEY, NUM, MAX_NEW = "sk-very-secret", 40, 8
 # What happens to the n-th request, n counted modulo 16; the others are passed on.
@@ -184,7 +184,7 @@ def config(real_data, smollm2, url, **fields):
         "num_retries": 20,
         **fields,
     }
-    return small.config(
+    return helpers.small_config(
         data={
             "source": "jsonl",
             "schema": "commonsense_qa",

@@ -21,7 +21,7 @@ from kdjax.models import hf
 from kdjax.parallel import sharding
 from kdjax.teacher import cache as cache_lib
 from kdjax.training.checkpoint import Checkpoints
-from tests import compiling, small
+from tests import helpers, xla_flags
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -30,7 +30,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 def finished(tmp_path_factory) -> tuple[Config, pathlib.Path]:
     """A whole uninterrupted run."""
     workdir = tmp_path_factory.mktemp("finished")
-    config = small.config()
+    config = helpers.small_config()
     train.run(config, workdir)
     return config, workdir
 
@@ -59,7 +59,7 @@ def command(config: Config, workdir: pathlib.Path, verb: str = "train", *flags: 
 
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
-ENVIRONMENT["XLA_FLAGS"] = compiling.FOR_8_DEVICES
+ENVIRONMENT["XLA_FLAGS"] = xla_flags.EIGHT_DEVICES
 
 
 @pytest.mark.parametrize(("num_bins", "num_scored"), [(10, 1), (5, 2)])
@@ -67,7 +67,7 @@ def test_a_teacher_is_scored_once_for_runs_that_share_a_cache(
     finished, tmp_path, monkeypatch, num_bins, num_scored
 ):
     _, workdir = finished
-    shared = small.config(
+    shared = helpers.small_config(
         seed=1,
         teacher=dict(path=str(workdir / "teacher")),
         cache=dict(path=str(workdir / "cache")),
@@ -124,7 +124,7 @@ def test_starting_a_finished_run_again_changes_nothing(finished):
 
 def test_another_batch_mesh_and_seed_share_the_cache(finished, tmp_path):
     _, workdir = finished
-    config = small.config(
+    config = helpers.small_config(
         teacher={"path": str(workdir / "teacher")},
         cache={"path": str(workdir / "cache")},
         train={"batch_size": 16, "row_length": 192, "steps": 1},
@@ -148,9 +148,9 @@ def test_resume_is_bit_for_bit(finished, tmp_path, monkeypatch):
             lambda self, step, stop=stop: step == stop,
         )
         with pytest.raises(SystemExit):
-            train.run(small.config(), tmp_path)
+            train.run(helpers.small_config(), tmp_path)
     monkeypatch.undo()
-    train.run(small.config(), tmp_path)
+    train.run(helpers.small_config(), tmp_path)
     jax.tree.map(
         np.testing.assert_array_equal,
         final_params(config, workdir),
@@ -170,7 +170,7 @@ def test_label_fills_the_cache_and_every_pair_is_the_dense_row(finished, tmp_pat
     vocab_size = hf.read_config(workdir / "teacher").vocab_size
     found = {}
     for kind in ("top_k", "dense"):
-        config = small.config(
+        config = helpers.small_config(
             teacher={"path": str(workdir / "teacher")},
             cache={"path": str(tmp_path / kind), "kind": kind, "k": vocab_size},
             train={"steps": 2},
@@ -190,7 +190,7 @@ def test_draws_train_the_student_and_held_out_measures_stay_exact(finished, tmp_
     _, workdir = finished
     found = {}
     for kind in ("top_k", "sampled"):
-        config = small.config(
+        config = helpers.small_config(
             teacher={"path": str(workdir / "teacher")},
             cache={"kind": kind, "k": 64, "num_draws": 50, "num_rounds": 2},
             train={"steps": 8},
@@ -208,9 +208,9 @@ def test_draws_train_the_student_and_held_out_measures_stay_exact(finished, tmp_
 
 def test_a_cache_of_another_teacher_is_refused(finished, tmp_path):
     _, workdir = finished
-    other = small.config(teacher_seed=1)
+    other = helpers.small_config(teacher_seed=1)
     train.run(other, tmp_path / "other")
-    config = small.config(
+    config = helpers.small_config(
         teacher={"path": str(tmp_path / "other" / "teacher")},
         cache={"path": str(workdir / "cache")},
     )
@@ -220,7 +220,7 @@ def test_a_cache_of_another_teacher_is_refused(finished, tmp_path):
 
 def test_another_divergence_trains_and_is_named(finished, tmp_path):
     _, workdir = finished
-    config = small.config(
+    config = helpers.small_config(
         teacher={"path": str(workdir / "teacher")},
         cache={"path": str(workdir / "cache")},
         method={"divergence": "jsd", "beta": 0.3},
@@ -238,12 +238,12 @@ def test_another_divergence_trains_and_is_named(finished, tmp_path):
 def test_a_teacher_that_runs_beside_the_student(finished, tmp_path, kind):
     """One field more, no cache of the training split, the same student."""
     _, workdir = finished
-    config = small.config()
+    config = helpers.small_config()
     config.teacher.path = str(workdir / "teacher")
     config.teacher.online, config.cache.kind = True, kind
     config.cache.k = 1000  # the whole vocabulary
     train.run(config, tmp_path / "online")
-    cached = small.config(cache={"k": 1000})
+    cached = helpers.small_config(cache={"k": 1000})
     cached.teacher.path = config.teacher.path
     train.run(cached, tmp_path / "cached")
     assert not (tmp_path / "online" / "cache" / "train").exists()
@@ -259,7 +259,7 @@ def test_a_teacher_that_runs_beside_the_student(finished, tmp_path, kind):
 def test_scheduled_weights_and_temperature(finished, tmp_path):
     """From soft to hard labels, and from T = 2 to 1."""
     _, workdir = finished
-    config = small.config(
+    config = helpers.small_config(
         method={
             "hard_weight": 0.0,
             "soft_weight": 1.0,
@@ -313,7 +313,7 @@ def test_killed_anywhere_it_ends_the_same(finished, tmp_path):
 def test_another_config_in_the_same_workdir_is_refused(finished):
     _, workdir = finished
     with pytest.raises(ValueError, match=r"optim.learning_rate: 0.01 -> 0.5"):
-        train.run(small.config(optim={"learning_rate": 0.5}), workdir)
+        train.run(helpers.small_config(optim={"learning_rate": 0.5}), workdir)
 
 
 @pytest.mark.parametrize(
@@ -343,7 +343,7 @@ def test_errors_come_before_any_step(finished, tmp_path, changes, message):
     changes["teacher"] = {"path": str(workdir / "teacher")}
     changes["cache"] = {"path": str(workdir / "cache")} | changes.get("cache", {})
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        train.run(small.config(**changes), tmp_path)
+        train.run(helpers.small_config(**changes), tmp_path)
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
@@ -354,7 +354,7 @@ def test_another_tokenizer_is_refused(finished, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(workdir / "teacher")
     tokenizer.add_tokens(["entirely-new"])
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    config = small.config(
+    config = helpers.small_config(
         teacher={"path": str(workdir / "teacher")},
         cache={"path": str(workdir / "cache")},
         data={"tokenizer": str(tmp_path / "tokenizer")},
@@ -365,7 +365,7 @@ def test_another_tokenizer_is_refused(finished, tmp_path):
 
 def test_a_non_finite_loss_stops_the_run_and_is_not_saved(finished, tmp_path):
     _, workdir = finished
-    config = small.config(
+    config = helpers.small_config(
         teacher={"path": str(workdir / "teacher")},
         cache={"path": str(workdir / "cache")},
         optim={"learning_rate": 1e30, "clip_norm": 0.0},

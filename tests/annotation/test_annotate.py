@@ -21,7 +21,7 @@ from kdjax.data import kinship, sources
 from kdjax.data import tokenizer as tokenizers
 from kdjax.experiment import resume, validate
 from kdjax.models import decoder, generate, hf, lm
-from tests import small
+from tests import helpers
 from tests.multiprocess import launch
 
 NUM, BATCH = 13, 8
@@ -33,12 +33,12 @@ def places(tmp_path_factory):
     base = tmp_path_factory.mktemp("annotate")
     tokenizer = tokenizers.kinship()
     shape = dataclasses.replace(
-        small.SHAPE, vocab_size=len(tokenizer), max_length=2048, init_std=0.3
+        helpers.DECODER, vocab_size=len(tokenizer), max_length=2048, init_std=0.3
     )
     params = decoder.init_params(shape, jax.random.key(5))
     hf.save(base / "teacher", shape, params, tokenizer)
     found = kinship.generate(
-        small.config().data.kinship, num_examples=NUM + 1, seed=0, split="train"
+        helpers.small_config().data.kinship, num_examples=NUM + 1, seed=0, split="train"
     )
     names = ("id", "question", "choices", "answer")
     with open(base / "rows.jsonl", "w") as file:
@@ -61,7 +61,7 @@ def config(places, data=None, **fields):
         "num_eval": 1,
         **(data or {}),
     }
-    made = small.config(
+    made = helpers.small_config(
         data=data,
         teacher={"path": str(places / "teacher")},
         annotate=AnnotateConfig(**fields),

@@ -13,7 +13,7 @@ import pytest
 from kdjax.annotation import annotate, backends, requests, store
 from kdjax.config import AnnotateConfig
 from kdjax.data import kinship
-from tests import small
+from tests import helpers
 
 pytest.importorskip("openai")
 
@@ -166,7 +166,9 @@ def config(server, **fields):
         "concurrency": 6,
         **fields,
     }
-    return small.config(data={"num_train": NUM}, annotate=AnnotateConfig(**fields))
+    return helpers.small_config(
+        data={"num_train": NUM}, annotate=AnnotateConfig(**fields)
+    )
 
 
 def examples(made):

@@ -5,11 +5,11 @@ import pytest
 from kdjax.bench import decode
 from kdjax.experiment import build
 from kdjax.models import flops
-from tests import small
+from tests import helpers
 
 
 def test_numbers_are_consistent():
-    config = small.config()
+    config = helpers.small_config()
     calls = []
     found = decode.measure(config, batch_sizes=(1, 8), rounds=2, advance=calls.append)
     assert sum(calls) == 2 * (1 + 2)  # a warm call each, then the rounds

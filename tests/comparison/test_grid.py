@@ -7,7 +7,7 @@ import pytest
 
 from kdjax.comparison import grid
 from kdjax.comparison.grid import Comparison
-from tests import small
+from tests import helpers
 
 LABELS = {
     "hard": {"method.hard_weight": 1.0, "method.soft_weight": 0.0},
@@ -19,7 +19,7 @@ def comparison(**changes) -> Comparison:
     """Two methods, with and without soft labels, two seeds."""
     found = Comparison(
         name="small",
-        base=small.config(),
+        base=helpers.small_config(),
         factors={
             "method": {n: {"method.name": n} for n in ("finetune", "multitask")},
             "labels": LABELS,
@@ -153,13 +153,13 @@ def test_a_factor_makes_anew_what_depends_on_it(change, teachers, labels):
 
 
 def test_a_named_teacher_is_not_trained():
-    base = small.config(teacher=dict(path="some/folder"))
+    base = helpers.small_config(teacher=dict(path="some/folder"))
     found = items(comparison(base=base))
     assert not any(name.startswith("shared/teacher") for name in found)
 
 
 def test_annotations_are_made_once_and_read():
-    base = small.config(teacher=dict(path="some/folder"))
+    base = helpers.small_config(teacher=dict(path="some/folder"))
     base.data = dataclasses.replace(base.data, source="jsonl", path="rows.jsonl")
     factors = {
         "method": {n: {"method.name": n} for n in ("finetune", "counterfactual")},
@@ -192,7 +192,7 @@ def test_annotations_are_made_once_and_read():
 
 
 def test_rationales_of_a_file_are_not_written_again():
-    base = small.config(teacher=dict(path="some/folder"))
+    base = helpers.small_config(teacher=dict(path="some/folder"))
     base.data = dataclasses.replace(
         base.data,
         source="jsonl",

@@ -1,14 +1,14 @@
 """A comparison of seconds: with and without soft labels, and a run that must fail."""
 
 from kdjax.comparison.grid import Comparison
-from tests import small
+from tests import helpers
 
 
 def get_config(argument: str = "") -> Comparison:
     """See above; "sound" leaves out the run that fails."""
     found = Comparison(
         name="tiny",
-        base=small.config(method=dict(name="finetune")),
+        base=helpers.small_config(method=dict(name="finetune")),
         factors={
             "labels": {
                 "hard": {"method.hard_weight": 1.0, "method.soft_weight": 0.0},

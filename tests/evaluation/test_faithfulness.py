@@ -18,7 +18,7 @@ from kdjax.experiment import build, methods
 from kdjax.parallel import sharding
 from kdjax.training import program
 from kdjax.training.checkpoint import Checkpoints
-from tests import small
+from tests import helpers
 from tests.data.test_views import byte_level
 
 WORDS = tokenizer.kinship(["[f]", "[c]"])
@@ -312,7 +312,7 @@ MEASURES = {
 )
 def test_every_method_has_its_measures(method, architecture, tmp_path):
     assert methods.METHODS.keys() - MEASURES.keys() == {"text"}
-    config = small.config(
+    config = helpers.small_config(
         method={"name": method, "soft_weight": 0.0, "temperature": 1.0},
         student={"architecture": architecture},
     )
@@ -325,7 +325,7 @@ def test_every_method_has_its_measures(method, architecture, tmp_path):
 
 
 def test_a_run_is_measured_with_a_simulator(tmp_path, monkeypatch):
-    config = small.config(method={"name": "multitask", "soft_weight": 0.0})
+    config = helpers.small_config(method={"name": "multitask", "soft_weight": 0.0})
     examples = finished(config, tmp_path).eval_examples
 
     def las(found, folder):
@@ -341,7 +341,9 @@ def test_a_run_is_measured_with_a_simulator(tmp_path, monkeypatch):
 
 
 def test_the_command_writes_what_is_measured(tmp_path):
-    config = small.config(method={"name": "rationale_then_label", "soft_weight": 0.0})
+    config = helpers.small_config(
+        method={"name": "rationale_then_label", "soft_weight": 0.0}
+    )
     finished(config, tmp_path)
     (tmp_path / "config.json").write_text(to_json(config))
     done = subprocess.run(
@@ -361,11 +363,11 @@ def test_the_command_writes_what_is_measured(tmp_path):
 
 def test_a_run_that_is_not_finished_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"no generations\.jsonl: let the run finish"):
-        faithfulness.measure(small.config(), tmp_path)
+        faithfulness.measure(helpers.small_config(), tmp_path)
 
 
 def test_choices_after_the_label_prompt_are_those_of_the_accuracy(tmp_path):
-    config = small.config(method={"name": "multitask", "soft_weight": 0.0})
+    config = helpers.small_config(method={"name": "multitask", "soft_weight": 0.0})
     finished(config, tmp_path)
     mesh = sharding.make_mesh(config.mesh)
     data = build.load_data(config, splits=("eval",))

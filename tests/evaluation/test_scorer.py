@@ -13,13 +13,13 @@ from kdjax.evaluation.scorer import Scorer, judge, match_rates
 from kdjax.experiment import build
 from kdjax.models import decoder
 from kdjax.parallel import sharding
-from tests import small
-from tests.training.test_step import FakeCache
+from tests import helpers
+from tests.helpers import FakeCache
 
 
 def test_nll_and_perplexity_are_the_models_own():
     """Whatever the teacher says of the same tokens."""
-    config = small.config()
+    config = helpers.small_config()
     mesh = sharding.make_mesh(MeshConfig(), devices=jax.devices()[:1])
     data = build.load_data(config)
     model = build.make_model(

@@ -11,7 +11,7 @@ from kdjax.data import loader, tokenizer
 from kdjax.evaluation import simulator
 from kdjax.evaluation.rationale_metrics import Record
 from kdjax.training import loop
-from tests import small
+from tests import helpers
 
 WORDS = ("zero", "one", "two")
 DECODER = DecoderConfig(
@@ -220,8 +220,8 @@ def test_a_simulator_can_learn_from_a_students_own_records(config, tmp_path):
 
 def test_one_simulator_serves_all_runs_on_the_same_data():
     """Whatever their seeds, methods, prefixes and sizes."""
-    first = small.config()
-    second = small.config(
+    first = helpers.small_config()
+    second = helpers.small_config(
         seed=3,
         method={"name": "counterfactual", "soft_weight": 0.0},
         student={"architecture": "t5"},

@@ -10,7 +10,7 @@ from kdjax import train
 from kdjax.data import kinship
 from kdjax.data import tokenizer as tokenizers
 from kdjax.experiment import build, resume, validate
-from tests import small
+from tests import helpers
 
 NUM, NUM_EVAL = 12, 4
 
@@ -22,7 +22,7 @@ def places(tmp_path_factory):
     tokenizers.kinship().save_pretrained(base / "tokenizer")
     num = NUM + NUM_EVAL
     found = kinship.generate(
-        small.config().data.kinship, num_examples=num, seed=0, split="train"
+        helpers.small_config().data.kinship, num_examples=num, seed=0, split="train"
     )
     names = ("id", "question", "choices", "answer")
     rows, labels, rationales = [], [], []
@@ -39,7 +39,7 @@ def places(tmp_path_factory):
 
 
 def config(places, name="finetune", **data):
-    made = small.config(
+    made = helpers.small_config(
         data={
             "source": "jsonl",
             "path": str(places / "rows.jsonl"),
@@ -142,4 +142,4 @@ def test_what_cannot_be_is_named(places, fields, message):
     with pytest.raises(ValueError, match=message):
         config(places, **fields)
     with pytest.raises(ValueError, match=r"data.labels='l' with data.source"):
-        validate.validate(small.config(data={"labels": "l"}))
+        validate.validate(helpers.small_config(data={"labels": "l"}))

@@ -12,7 +12,7 @@ from kdjax.experiment import build, methods, validate
 from kdjax.models import decoder
 from kdjax.parallel import sharding
 from kdjax.teacher import cache as cache_lib
-from tests import small
+from tests import helpers
 
 
 @pytest.mark.parametrize(
@@ -88,17 +88,17 @@ def test_the_counterfactual_view_is_for_training():
 )
 def test_what_a_method_cannot_be_is_named(part, values, message):
     with pytest.raises(ValueError, match=message):
-        validate.validate(small.config(**{part: values}))
+        validate.validate(helpers.small_config(**{part: values}))
 
 
 def test_prefixes_alone_tell_views_apart():
     prefixes = PrefixConfig(label="[predict]")
-    config = small.config(data={"prompt_suffix": False, "prefixes": prefixes})
+    config = helpers.small_config(data={"prompt_suffix": False, "prefixes": prefixes})
     validate.validate(config)
     data = build.load_data(config, splits=("train",))
     for label, rationale in zip(data.train[::2], data.train[1::2], strict=True):
         assert label.prompt_ids[1:].tolist() == rationale.prompt_ids.tolist()
-    one = small.config(
+    one = helpers.small_config(
         data={"prompt_suffix": False}, method={"name": "rationale_then_label"}
     )
     validate.validate(one)
@@ -107,7 +107,7 @@ def test_prefixes_alone_tell_views_apart():
 @pytest.mark.parametrize("place", ["decoder", "prompt"])
 def test_a_run_with_all_four_views(place, tmp_path):
     """Every wrong choice is labelled, and none is held out."""
-    config = small.config(
+    config = helpers.small_config(
         data={"counterfactual_place": place},
         method={"name": "multitask_counterfactual"},
         teacher={"steps": 60},

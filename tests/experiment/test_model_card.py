@@ -16,7 +16,7 @@ from kdjax.experiment import build, model_card, provenance
 from kdjax.models import hf, lm
 from kdjax.parallel import sharding
 from kdjax.training import meter
-from tests import small
+from tests import helpers
 
 DECODER = DecoderConfig(vocab_size=300, width=32, num_layers=3, mlp_width=56)
 T5 = T5Config(vocab_size=300, num_encoder_layers=3, num_decoder_layers=2)
@@ -47,7 +47,7 @@ def found_of(config, teacher):
 def test_origins_of_the_teachers_layers(teacher):
     is_t5 = (teacher / "config.json").read_text().count("T5For")
     student = {"init": "teacher_layers", "keep_layers": (1, 0)}
-    config = small.config(
+    config = helpers.small_config(
         teacher={"path": str(teacher)},
         student=student | {"lora": LoraConfig(rank=2, targets=("query",))},
     )
@@ -68,7 +68,7 @@ def test_origins_of_the_teachers_layers(teacher):
 
 
 def test_the_teachers_layers_are_where_the_origins_say(teacher):
-    config = small.config(
+    config = helpers.small_config(
         teacher={"path": str(teacher)},
         student={"init": "teacher_layers", "keep_layers": (1, 0)},
     )
@@ -87,7 +87,7 @@ def test_the_teachers_layers_are_where_the_origins_say(teacher):
 
 
 def test_origins_are_shown_and_written(teacher, tmp_path, capsys):
-    config = small.config(
+    config = helpers.small_config(
         teacher={"path": str(teacher)},
         student={"init": "teacher_layers", "keep_layers": (1, 0)},
     )
@@ -106,9 +106,9 @@ def test_origins_are_shown_and_written(teacher, tmp_path, capsys):
 
 
 def test_origins_of_a_folder_and_of_nothing(teacher):
-    config = small.config(student={"init": "folder", "path": str(teacher)})
+    config = helpers.small_config(student={"init": "folder", "path": str(teacher)})
     assert {*found_of(config, "")[1].values()} == {"folder big"}
-    config = small.config()
+    config = helpers.small_config()
     assert {*found_of(config, "")[1].values()} == {"random"}
 
 
@@ -123,7 +123,7 @@ def test_names_hold_no_local_path(tmp_path, monkeypatch):
 
 
 def test_a_card_says_how_the_student_was_made(tmp_path):
-    config = small.config(
+    config = helpers.small_config(
         data={
             "source": "jsonl",
             "schema": "gsm8k",
@@ -170,7 +170,7 @@ def test_a_card_says_how_the_student_was_made(tmp_path):
 
 
 def test_a_card_without_teacher_and_results(tmp_path):
-    config = small.config(
+    config = helpers.small_config(
         method={"name": "finetune", "soft_weight": 0.0},
         student={"init": "folder", "path": str(tmp_path)},
     )

@@ -7,7 +7,7 @@ import sys
 
 from kdjax import config as config_lib
 from kdjax.config import Config
-from tests import compiling
+from tests import xla_flags
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 
@@ -31,7 +31,7 @@ def run(
         **os.environ,
         "PYTHONPATH": str(ROOT),
         "PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}",
-        "XLA_FLAGS": compiling.QUICKLY,
+        "XLA_FLAGS": xla_flags.FAST_COMPILE,
         "KDJAX_DEVICES": str(num_devices),
     }
     done = subprocess.run(

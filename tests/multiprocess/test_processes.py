@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 
 from kdjax import train
-from tests import small
+from tests import helpers
 from tests.multiprocess import launch
 
 
@@ -17,7 +17,7 @@ def losses(workdir: pathlib.Path) -> list[float]:
 
 def test_two_processes_of_four_devices_are_one_of_eight(tmp_path):
     runs = {}
-    config = small.config(
+    config = helpers.small_config(
         mesh={"data": 2, "fsdp": 4},
         train={"steps": 3, "save_every": 2, "num_microbatches": 1},
     )
@@ -41,9 +41,9 @@ def test_two_processes_of_four_devices_are_one_of_eight(tmp_path):
 
 
 def test_two_and_four_processes_label_what_one_labels(tmp_path):
-    first = small.config(train={"steps": 1}, evaluation={"num_generations": 0})
+    first = helpers.small_config(train={"steps": 1}, evaluation={"num_generations": 0})
     train.run(first, tmp_path / "first")
-    config = small.config(
+    config = helpers.small_config(
         teacher={"path": str(tmp_path / "first" / "teacher")},
         cache={"shard_size": 5, "batch_size": 2},
     )

@@ -17,8 +17,8 @@ from kdjax.parallel import sharding
 from kdjax.training import loop, state
 from kdjax.training.checkpoint import Checkpoints
 from kdjax.training.program import Program
-from tests import small
-from tests.training.test_trainable import Steps, config_of
+from tests import helpers
+from tests.helpers import TrainSteps, step_config
 
 DECAY = 0.3  # reached after a few steps: (1 + t) / (10 + t)
 
@@ -30,9 +30,9 @@ def averages(found, number):
 @pytest.mark.parametrize("mesh", [None, MeshConfig(data=2, fsdp=2, tensor=2)])
 def test_the_recursion(mesh):
     """In float64, over all steps, from the parameters after each."""
-    config = config_of(optim={"ema_decay": DECAY, "freeze": ("layers/mlp/.*",)})
+    config = step_config(optim={"ema_decay": DECAY, "freeze": ("layers/mlp/.*",)})
     devices = jax.devices()[: 1 if mesh is None else 8]
-    found = Steps(config, num=5, mesh=mesh, devices=devices)
+    found = TrainSteps(config, num=5, mesh=mesh, devices=devices)
     start = found.params(0)
     assert averages(found, 0).keys() == start.keys() - found.made.frozen
     for path, mean in averages(found, 0).items():
@@ -48,8 +48,8 @@ def test_the_recursion(mesh):
 
 def test_training_goes_on_with_what_is_not_averaged():
     devices = jax.devices()[:1]
-    plain = Steps(config_of(), devices=devices, num=3)
-    found = Steps(config_of(optim={"ema_decay": 0.99}), devices=devices, num=3)
+    plain = TrainSteps(step_config(), devices=devices, num=3)
+    found = TrainSteps(step_config(optim={"ema_decay": 0.99}), devices=devices, num=3)
     assert plain.states[3].ema is None
     for name in ("params", "opt_state"):
         one, two = (getattr(s.states[3], name) for s in (plain, found))
@@ -57,8 +57,8 @@ def test_training_goes_on_with_what_is_not_averaged():
 
 
 def test_a_non_finite_update_leaves_the_averages():
-    config = config_of(optim={"ema_decay": 0.9})
-    found = Steps(config, devices=jax.devices()[:1], num=3, poison=(1,))
+    config = step_config(optim={"ema_decay": 0.9})
+    found = TrainSteps(config, devices=jax.devices()[:1], num=3, poison=(1,))
     assert [m["finite"] for m in found.metrics] == [1, 0, 1]
     for path, mean in averages(found, 2).items():
         np.testing.assert_array_equal(mean, averages(found, 1)[path])
@@ -67,8 +67,10 @@ def test_a_non_finite_update_leaves_the_averages():
 
 def test_the_first_averages_have_memory_of_their_own():
     """Else the step would be given the same memory twice."""
-    found = Steps(config_of(optim={"ema_decay": 0.9}), devices=jax.devices()[:1], num=0)
-    params = build.student_params(config_of(), found.model, "")
+    found = TrainSteps(
+        step_config(optim={"ema_decay": 0.9}), devices=jax.devices()[:1], num=0
+    )
+    params = build.student_params(step_config(), found.model, "")
     current = found.made.init(params)
     kept, mean = (x["embed"]["embedding"] for x in (current.params, current.ema))
     one, two = (x.addressable_shards[0].data for x in (kept, mean))
@@ -93,7 +95,7 @@ def paths_in(folder):
 
 
 def test_a_run_evaluates_exports_and_returns_the_averages(tmp_path, monkeypatch):
-    config, run = small.config(optim={"ema_decay": 0.5}), tmp_path / "run"
+    config, run = helpers.small_config(optim={"ema_decay": 0.5}), tmp_path / "run"
     returned = {}
     fit = loop.fit
 
@@ -138,4 +140,4 @@ def test_a_run_evaluates_exports_and_returns_the_averages(tmp_path, monkeypatch)
 @pytest.mark.parametrize("decay", [-0.1, 1.0])
 def test_what_is_no_share_is_refused(decay):
     with pytest.raises(ValueError, match=f"optim.ema_decay={decay} is a share"):
-        validate.validate(small.config(optim={"ema_decay": decay}))
+        validate.validate(helpers.small_config(optim={"ema_decay": decay}))

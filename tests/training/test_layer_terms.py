@@ -16,9 +16,9 @@ from kdjax.losses import layer_losses
 from kdjax.models import decoder
 from kdjax.parallel import sharding
 from kdjax.training import program
-from tests import small
+from tests import helpers
 
-WIDE = dataclasses.replace(small.SHAPE, width=48, num_heads=6, num_layers=3)
+WIDE = dataclasses.replace(helpers.DECODER, width=48, num_heads=6, num_layers=3)
 TERMS = {
     "hard_weight": 0.5,
     "soft_weight": 0.0,
@@ -30,12 +30,12 @@ TERMS = {
 
 
 def config_of(*, method=None, **train_changes):
-    config = small.config(
+    config = helpers.small_config(
         method=TERMS | (method or {}),
         train={"batch_size": 8, "row_length": 128, "num_threads": 1} | train_changes,
     )
     config.teacher.online, config.teacher.decoder = True, WIDE
-    config.student.decoder = dataclasses.replace(small.SHAPE, num_layers=2)
+    config.student.decoder = dataclasses.replace(helpers.DECODER, num_layers=2)
     validate.validate(config)
     return config
 

@@ -19,8 +19,8 @@ from kdjax.models import decoder, flops, hf, lm, lora, t5
 from kdjax.models.shape_checks import kept_layers
 from kdjax.parallel import sharding
 from kdjax.training import meter, program
-from tests import small
-from tests.training.test_trainable import Steps, config_of
+from tests import helpers
+from tests.helpers import TrainSteps, step_config
 
 SHAPE = DecoderConfig(
     vocab_size=67,
@@ -251,7 +251,7 @@ def test_adapters_are_split_as_their_kernels(kind):
 # At first B is 0, and A has no gradient: the second step moves it.
 @pytest.fixture(scope="module")
 def steps():
-    return Steps(config_of(lora=LORA), devices=jax.devices()[:1])
+    return TrainSteps(step_config(lora=LORA), devices=jax.devices()[:1])
 
 
 def test_only_adapters_are_trained(steps):
@@ -275,9 +275,9 @@ def test_only_adapters_are_trained(steps):
 
 @pytest.mark.parametrize("num_microbatches", [1, 2])
 def test_a_mesh_changes_nothing(steps, num_microbatches):
-    config = config_of(lora=LORA, num_microbatches=num_microbatches)
+    config = step_config(lora=LORA, num_microbatches=num_microbatches)
     mesh, devices = MeshConfig(data=1, fsdp=2, tensor=2), jax.devices()[:4]
-    other = Steps(config, mesh=mesh, devices=devices)
+    other = TrainSteps(config, mesh=mesh, devices=devices)
     for one, two in zip(steps.metrics, other.metrics, strict=True):
         for name in ("loss", "grad_norm", "nll", "kl"):
             np.testing.assert_allclose(one[name], two[name], rtol=1e-5, err_msg=name)
@@ -288,16 +288,16 @@ def test_a_mesh_changes_nothing(steps, num_microbatches):
 
 
 def test_products_that_are_spared_are_counted():
-    plain = config_of()
+    plain = step_config()
     _, params = decoder.create(SHAPE)
     nothing = {"num_frozen": 0, "num_frozen_encoder": 0, "trains_head": True}
     assert program.untrained(plain, params) == nothing
     _, params = decoder.create(SHAPE, adapters=LORA)
     weights = flops.matmul_params(SHAPE) - 67 * 32
     wanted = {"num_frozen": weights, "trains_head": False}
-    assert program.untrained(config_of(lora=LORA), params) == nothing | wanted
+    assert program.untrained(step_config(lora=LORA), params) == nothing | wanted
     _, params = t5.create(T5, adapters=LORA)
-    found = program.untrained(config_of(lora=LORA), params)
+    found = program.untrained(step_config(lora=LORA), params)
     sizes = {"num_tokens": 8, "num_encoder_tokens": 24, "num_head_tokens": 8}
     sizes |= {"row_length": 1, "encoder_row_length": 1}
     forward = flops.forward_flops(T5, **sizes)
@@ -315,7 +315,7 @@ def test_neither_a_full_gradient_nor_a_merged_weight_takes_memory():
     shape = dataclasses.replace(SHAPE, width=256, mlp_width=1024, num_layers=8)
     found = {}
     for rank in (0, 4):
-        config = config_of(
+        config = step_config(
             decoder=shape,
             lora=LoraConfig(rank=rank),
             batch_size=1,
@@ -335,7 +335,7 @@ def test_neither_a_full_gradient_nor_a_merged_weight_takes_memory():
 
 
 def run_config(**student):
-    config = small.config(
+    config = helpers.small_config(
         student={"init": "teacher_layers", "keep_layers": (1,)} | student,
         optim={"ema_decay": 0.9},
         evaluation={"num_generations": 1},
@@ -404,7 +404,7 @@ def test_plans_and_benchmarks_know_of_adapters(tmp_path):
     ],
 )
 def test_what_cannot_be_is_refused(student, adapters, message):
-    config = small.config(
+    config = helpers.small_config(
         student={"init": "teacher_layers", "keep_layers": (1,)} | student
     )
     config.student.lora = LoraConfig(**adapters)

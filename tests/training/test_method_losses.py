@@ -23,7 +23,7 @@ from kdjax.models import lm
 from kdjax.parallel import sharding
 from kdjax.teacher.codec import Record
 from kdjax.training import program
-from tests import small
+from tests import helpers
 
 SHARES = {  # with a = 0.3, b = 0.2, g = 0.6
     "finetune": {"label": 1.0},
@@ -217,7 +217,7 @@ def test_an_example_weighs_what_it_should(kind):
 
 def check_loss(name, place, terms, kind, weigh=lambda id: 1.0):
     student, weights = STUDENTS[kind], TERMS[terms]
-    config = small.config(
+    config = helpers.small_config(
         data={"counterfactual_place": place},
         method={
             "name": name,

@@ -10,13 +10,13 @@ from kdjax.data import loader
 from kdjax.experiment import build, methods
 from kdjax.parallel import sharding
 from kdjax.training import program
-from tests import small
-from tests.training.test_step import FakeCache
+from tests import helpers
+from tests.helpers import FakeCache
 
 
 @pytest.mark.parametrize("soft_weight", [0.0, 0.5])
 def test_the_abstract_batch_is_the_real_one(soft_weight):
-    config = small.config(
+    config = helpers.small_config(
         train={"num_threads": 1, "batch_size": 8, "row_length": 128},
         method={"soft_weight": soft_weight},
         cache={"k": FakeCache.k},
@@ -44,14 +44,14 @@ def test_no_teacher_rows_of_other_microbatches_are_kept(kind):
     """Temporary memory is that of one microbatch, however many there are."""
 
     def temporary(num_microbatches):
-        config = small.config(
+        config = helpers.small_config(
             train={
                 "batch_size": 4 * num_microbatches,
                 "row_length": 128,
                 "num_microbatches": num_microbatches,
                 "chunk_size": 32,
             },
-            student={"decoder": dataclasses.replace(small.SHAPE, vocab_size=512)},
+            student={"decoder": dataclasses.replace(helpers.DECODER, vocab_size=512)},
         )
         config.teacher.online = kind != "cache"
         config.cache.kind = "dense" if kind == "dense" else "top_k"
@@ -70,7 +70,7 @@ def test_no_teacher_rows_of_other_microbatches_are_kept(kind):
 
 def test_the_built_in_teacher_has_hard_labels_all_along():
     """Whatever schedule its student has."""
-    config = small.config(
+    config = helpers.small_config(
         method={"weight_schedule": "linear", "final_soft_weight": 1.0}
     )
     assert methods.has_soft_terms(config.method)

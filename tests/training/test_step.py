@@ -13,42 +13,10 @@ from kdjax.experiment import build, methods, validate
 from kdjax.losses import fused_head
 from kdjax.models import decoder
 from kdjax.parallel import sharding
-from kdjax.teacher.codec import Record
 from kdjax.training import optimizer as optimizer_lib
 from kdjax.training import program, state, step
-from tests import small
-
-
-class FakeCache:
-    """Random but consistent teacher records for any segment."""
-
-    kind, k, temperatures = "top_k", 8, (1.0, 2.0)
-
-    def __init__(self, segments, vocab_size):
-        self.vocab_size = vocab_size
-        self._targets = {s.key: s.target_ids for s in segments}
-
-    def has(self, key):
-        return key in self._targets
-
-    def read(self, key):
-        rng = np.random.default_rng(int.from_bytes(key[:4], "big"))
-        targets = self._targets[key]
-        num = len(targets)
-        logits = rng.normal(size=(num, self.vocab_size)) * 2
-        logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-        ids = np.argsort(-logp, axis=-1)[:, : self.k]
-        log_z = np.stack(
-            [np.log(np.exp(logp / t).sum(-1)) for t in self.temperatures], -1
-        )
-        return Record(
-            ids=ids.astype(np.int32),
-            log_probs=np.take_along_axis(logp, ids, -1).astype(np.float32),
-            target_ids=targets.astype(np.int32),
-            target_log_probs=logp[:, 0].astype(np.float32),
-            log_z=log_z.astype(np.float32),
-            entropy=np.zeros((num, 2), np.float32),
-        )
+from tests import helpers
+from tests.helpers import FakeCache
 
 
 def run(config, *, steps=2, mesh_config=None, devices=None, poison=False):
@@ -105,7 +73,7 @@ def assert_same(first, second, tolerance=1e-5):
 
 def gradient_config(**train):
     # SGD-like: Adam's first step is the gradient's sign, blind to its size.
-    return small.config(
+    return helpers.small_config(
         train={"num_threads": 1, "batch_size": 8, "row_length": 128} | train
     )
 
@@ -195,7 +163,7 @@ def test_soft_weight_zero_is_cross_entropy():
     config = dataclasses.replace(
         gradient_config(),
         method=dataclasses.replace(
-            small.config().method, soft_weight=0.0, hard_weight=1.0
+            helpers.small_config().method, soft_weight=0.0, hard_weight=1.0
         ),
     )
     found, _ = run(config, steps=1, devices=jax.devices()[:1])

@@ -17,7 +17,7 @@ from kdjax.experiment import build, methods
 from kdjax.models import generate, hf, lm, t5
 from kdjax.parallel import sharding
 from kdjax.training import loop, program, state
-from tests import small
+from tests import helpers
 
 SHAPE = T5Config(
     width=32,
@@ -32,10 +32,10 @@ DROPPED = {"student": {"t5": dataclasses.replace(SHAPE, dropout=0.1)}}
 
 
 def config(**changes):
-    """`small.config` with a T5 student, whose rows are too short for its teacher."""
+    """A small config with a T5 student, whose rows are too short for its teacher."""
     student = {"architecture": "t5", "t5": SHAPE} | changes.pop("student", {})
     rows = {"row_length": 40, "encoder_row_length": 96} | changes.pop("train", {})
-    return small.config(student=student, train=rows, **changes)
+    return helpers.small_config(student=student, train=rows, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -344,7 +344,7 @@ def test_generation_equals_decoding_without_a_cache():
 def test_mixed_kinds_cannot_run_side_by_side():
     made = config(teacher={"online": True})
     with pytest.raises(ValueError, match=r"both or\s+neither have an encoder"):
-        program.check_teacher(made, SHAPE, small.SHAPE)
+        program.check_teacher(made, SHAPE, helpers.DECODER)
 
 
 def test_layers_of_t5_are_not_compared():

@@ -12,77 +12,15 @@ from flax.traverse_util import flatten_dict
 from kdjax import train
 from kdjax.aot import hlo
 from kdjax.config import MeshConfig, T5Config
-from kdjax.data import loader
 from kdjax.experiment import build, validate
 from kdjax.losses import fused_head
 from kdjax.models import decoder, t5
 from kdjax.parallel import sharding
-from kdjax.training import program, state, trainable
-from tests import small
-from tests.training.test_step import FakeCache
+from kdjax.training import state, trainable
+from tests.helpers import UNTIED, TrainSteps, pointers, step_config
 
 HALF = ("embed/embedding", "layers/mlp/.*")
 LAST = r"(norm/scale|layers/mlp/down/.*)"
-UNTIED = dataclasses.replace(small.SHAPE, num_layers=2, tie_embeddings=False)
-
-
-def config_of(*, optim=None, lora=None, decoder=UNTIED, **train):
-    config = small.config(
-        optim={"clip_norm": 0.0} | (optim or {}),
-        train={"num_threads": 1, "batch_size": 8, "row_length": 128} | train,
-    )
-    config.student.decoder = dataclasses.replace(decoder)
-    if lora is not None:
-        config.student.lora = lora
-    return config
-
-
-class Steps:
-    """A few steps of a run, with what was before, between and after them."""
-
-    def __init__(self, config, *, num=2, mesh=None, devices=None, poison=()):
-        mesh = sharding.make_mesh(mesh or MeshConfig(), devices=devices)
-        data = build.load_data(config, splits=("train",))
-        self.model = build.make_model(
-            build.student_shape(config, data.tokenizer),
-            mesh,
-            dtype="float32",
-            adapters=config.student.lora,
-        )
-        self.made = program.Program(config, self.model, mesh)
-        plan = build.make_plan(config, self.model.shape, data.train)
-        cache = FakeCache(data.train, self.model.shape.vocab_size)
-        current = self.made.init(build.student_params(config, self.model, ""))
-        self.states = [jax.tree.map(np.array, current)]
-        self.metrics = []
-        for index in range(num):
-            batch = loader.make_batch(
-                plan,
-                index,
-                terms=self.made.terms(index),
-                cache=cache,
-                temperature=2.0,
-                rows=sharding.local_rows(mesh, self.made.num_rows),
-            )
-            if index in poison:
-                batch["hard_weights"] *= np.float32(np.nan)
-            self.batch = sharding.global_batch(batch, mesh, self.made.num_rows)
-            self.pointers = pointers(current.params)
-            current, found = self.made.step(current, self.batch)
-            self.metrics.append(jax.tree.map(np.asarray, found))
-            self.states.append(jax.tree.map(np.array, current))
-        self.last = current
-
-    def params(self, number):
-        return flatten_dict(self.states[number].params, sep="/")
-
-
-def pointers(params):
-    flat = flatten_dict(params, sep="/")
-    return {
-        path: [part.data.unsafe_buffer_pointer() for part in x.addressable_shards]
-        for path, x in flat.items()
-    }
 
 
 def moments(found):
@@ -92,12 +30,12 @@ def moments(found):
 
 @pytest.fixture(scope="module")
 def whole():
-    return Steps(config_of(), devices=jax.devices()[:1], num=1)
+    return TrainSteps(step_config(), devices=jax.devices()[:1], num=1)
 
 
 @pytest.fixture(scope="module")
 def half():
-    return Steps(config_of(optim={"freeze": HALF}), devices=jax.devices()[:1])
+    return TrainSteps(step_config(optim={"freeze": HALF}), devices=jax.devices()[:1])
 
 
 def test_what_is_frozen_stays_and_the_rest_learns(half):
@@ -124,8 +62,8 @@ def test_gradients_are_those_of_the_rest(whole, half):
 
 
 def test_clipping_is_by_the_norm_of_the_rest(half):
-    config = config_of(optim={"freeze": HALF, "clip_norm": 1e-3})
-    clipped = Steps(config, devices=jax.devices()[:1], num=1)
+    config = step_config(optim={"freeze": HALF, "clip_norm": 1e-3})
+    clipped = TrainSteps(config, devices=jax.devices()[:1], num=1)
     mu = flatten_dict(clipped.states[1].opt_state[1][0].mu, sep="/")
     norm = np.sqrt(sum(np.square(10 * x, dtype=np.float64).sum() for x in mu.values()))
     np.testing.assert_allclose(norm, 1e-3, rtol=1e-4)
@@ -152,10 +90,10 @@ def test_frozen_memory_is_reused_and_never_copied(half):
 def test_nothing_depends_on_how_it_is_cut(half, cut):
     if cut == "mesh":
         mesh = MeshConfig(data=2, fsdp=2, tensor=2)
-        other = Steps(config_of(optim={"freeze": HALF}), mesh=mesh)
+        other = TrainSteps(step_config(optim={"freeze": HALF}), mesh=mesh)
     else:
-        config = config_of(optim={"freeze": HALF}, num_microbatches=4)
-        other = Steps(config, devices=jax.devices()[:1])
+        config = step_config(optim={"freeze": HALF}, num_microbatches=4)
+        other = TrainSteps(config, devices=jax.devices()[:1])
     for one, two in zip(half.metrics, other.metrics, strict=True):
         for name in ("loss", "grad_norm", "nll", "kl"):
             np.testing.assert_allclose(one[name], two[name], rtol=1e-5, err_msg=name)
@@ -228,7 +166,7 @@ def test_both_kinds_of_models_are_taken_apart_and_put_together(name):
 def test_a_pattern_for_nothing_or_all_is_refused_before_anything_runs(
     freeze, message, tmp_path
 ):
-    config = config_of(optim={"freeze": freeze})
+    config = step_config(optim={"freeze": freeze})
     with pytest.raises(ValueError) as refused:
         validate.validate(config)
         train.run(config, tmp_path)
@@ -237,7 +175,7 @@ def test_a_pattern_for_nothing_or_all_is_refused_before_anything_runs(
 
 
 def test_the_built_in_teacher_trains_all_of_itself():
-    config = config_of(optim={"freeze": HALF, "ema_decay": 0.9})
+    config = step_config(optim={"freeze": HALF, "ema_decay": 0.9})
     optim = build.teacher_config(config).optim
     assert optim.freeze == () and optim.ema_decay == 0.0
 

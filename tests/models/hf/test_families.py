@@ -18,7 +18,7 @@ from kdjax.models import decoder, flops, generate, hf, lm
 from kdjax.models.hf import families
 from kdjax.models.shape_checks import kept_layers
 from kdjax.parallel import sharding
-from tests import small
+from tests import helpers
 from tests.golden import make_families
 from tests.golden.make_families import CASES, FOLDER, LENGTH, POSITIONS
 from tests.models.hf.published import PUBLISHED
@@ -139,7 +139,7 @@ def test_packed_rows_with_windows_equal_one_example_a_row(name):
 def test_kept_layers_keep_their_windows_and_positions(tmp_path):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    config = small.config(
+    config = helpers.small_config(
         teacher={"path": str(FOLDER / "gemma3")},
         student=StudentConfig(init="teacher_layers", keep_layers=(2, 3)),
     )
@@ -247,8 +247,8 @@ def test_what_a_family_must_say_has_no_silent_default(name, field):
     ],
 )
 def test_a_shape_that_no_family_can_export_is_refused(changes, message):
-    config = small.config()
-    config.teacher.decoder = dataclasses.replace(small.SHAPE, **changes)
+    config = helpers.small_config()
+    config.teacher.decoder = dataclasses.replace(helpers.DECODER, **changes)
     with pytest.raises(ValueError, match=rf"teacher\.decoder\..*{message}"):
         validate.validate(config)
 

@@ -1,4 +1,4 @@
-"""How tests compile: most of their time is XLA's, for programs that run once.
+"""XLA flags of the tests: most of their time is compiling programs that run once.
 
 So LLVM does not optimise them, a program is one LLVM module, and, in a jaxlib that
 still can, loops are emitted without MLIR, which registers its dialects anew for each of
@@ -10,11 +10,11 @@ import importlib.metadata
 
 _KNOWN_UNTIL = (0, 10)  # xla_cpu_use_fusion_emitters: jaxlib 0.12 refuses it
 
-QUICKLY = (
+FAST_COMPILE = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
     "--xla_cpu_parallel_codegen_split_count=1"
 )
 _version = importlib.metadata.version("jaxlib").split(".")[:2]
 if tuple(map(int, _version)) <= _KNOWN_UNTIL:
-    QUICKLY += " --xla_cpu_use_fusion_emitters=false"
-FOR_8_DEVICES = f"{QUICKLY} --xla_force_host_platform_device_count=8"
+    FAST_COMPILE += " --xla_cpu_use_fusion_emitters=false"
+EIGHT_DEVICES = f"{FAST_COMPILE} --xla_force_host_platform_device_count=8"
