@@ -37,8 +37,11 @@ from kdjax.config import (
     TrainConfig,
 )
 from kdjax.data import loader
-from kdjax.experiment import build, methods
-from kdjax.models import hf
+from kdjax.experiment import methods
+from kdjax.experiment.data import load_data
+from kdjax.experiment.models import load_model
+from kdjax.experiment.rows import make_plan
+from kdjax.models import hf, lm
 from kdjax.parallel import sharding
 from kdjax.runtime.console import print_table
 from kdjax.teacher import synthetic
@@ -87,10 +90,10 @@ class Ours:
     def __init__(self, config: Config, segments: list, folder: str) -> None:
         """Loads the weights and makes all batches."""
         mesh = sharding.make_mesh(config.mesh)
-        model, params = build.load_model(folder, mesh, dtype="float32")
+        model, params = load_model(folder, mesh, dtype="float32")
         self.program = program.Program(config, model, mesh)
         self.state = self.program.init(lambda: params)
-        plan = build.make_plan(config, model.shape, segments)
+        plan = make_plan(config, model.shape, segments)
         self.batches = [
             loader.make_batch(
                 plan, step, terms=methods.terms(config.method), dropout=True
@@ -198,9 +201,7 @@ def main() -> None:
     config = make_config(args.data, args.tokenizer, args.examples)
     with tempfile.TemporaryDirectory() as scratch:
         folder = str(pathlib.Path(scratch) / "t5")
-        params = jax.jit(lambda key: build.lm.init_params(SHAPE, key))(
-            jax.random.key(0)
-        )
+        params = jax.jit(lambda key: lm.init_params(SHAPE, key))(jax.random.key(0))
         hf.save(folder, SHAPE, params)
         full = dataclasses.replace(
             config,
@@ -230,7 +231,7 @@ def main() -> None:
                 args.rounds,
             )
         ]
-        found = build.load_data(config, splits=("train",)).train
+        found = load_data(config, splits=("train",)).train
         rows.append(
             compare(
                 "epoch",

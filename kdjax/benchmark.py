@@ -21,7 +21,7 @@ from kdjax.bench import components, decode, timing, workload
 from kdjax.bench.timing import Samples
 from kdjax.bench.workload import Step, Workload
 from kdjax.config import Config
-from kdjax.experiment import build
+from kdjax.experiment.rows import flops_kwargs
 from kdjax.models import flops
 from kdjax.parallel import distributed, sharding
 from kdjax.runtime import files
@@ -198,7 +198,7 @@ def _rate(
     train, device = load.config.train, jax.devices()[0]
     targets = int((whole.host_batch["view"] >= 0).sum()) * jax.process_count()
     shape = load.model.shape
-    sizes = build.sizes(shape, train) | {"num_head_tokens": targets}
+    sizes = flops_kwargs(shape, train) | {"num_head_tokens": targets}
     spared = program.untrained(load.config, load.model.abstract)
     per_step = flops.train_flops(shape, **sizes, **spared)
     # One CPU device computes with all cores, however many devices it is made to be.

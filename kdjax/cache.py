@@ -19,7 +19,7 @@ from absl import flags
 from kdjax import cli
 from kdjax.config import Config
 from kdjax.data import tokenizer as tokenizers
-from kdjax.experiment import build
+from kdjax.experiment.data import load_data
 from kdjax.models import hf
 from kdjax.runtime.console import print_table, progress
 from kdjax.teacher import cache as cache_lib
@@ -96,7 +96,7 @@ def import_(files: list[str]) -> None:
         raise ValueError(f"--layout is missing: use one of {sorted(convert.LAYOUTS)}")
     config = cli.given_config()
     layout = convert.LAYOUTS[_LAYOUT.value]
-    data = build.load_data(config, splits=(_SPLIT.value,))
+    data = load_data(config, splits=(_SPLIT.value,))
     segments = data.train if _SPLIT.value == "train" else data.evaluation
     # Ids of a padded vocabulary may be among the stored ones.
     vocab_size = len(data.tokenizer)

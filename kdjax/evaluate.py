@@ -16,12 +16,15 @@ from kdjax import cli
 from kdjax.config import Config
 from kdjax.evaluation import faithfulness, simulator
 from kdjax.evaluation.scorer import Scorer, match_rates
-from kdjax.experiment import build
+from kdjax.experiment.data import load_data
+from kdjax.experiment.models import load_model
+from kdjax.experiment.teacher import teacher_folder
 from kdjax.models.lm import Shape
 from kdjax.parallel import distributed, sharding
 from kdjax.runtime import files
 from kdjax.runtime.console import print_table
 from kdjax.teacher import build as build_lib
+from kdjax.training.checkpoint import load_student
 from kdjax.training.meter import evaluation_row
 
 _MODEL = flags.DEFINE_string(
@@ -48,15 +51,13 @@ def _score(
     config: Config, workdir: pathlib.Path, name: str, step: int | None
 ) -> tuple[dict[str, float], Shape]:
     mesh = sharding.make_mesh(config.mesh)
-    data = build.load_data(config, splits=("eval",))
+    data = load_data(config, splits=("eval",))
     cache = build_lib.open_split(config, data, workdir, "eval")
     if name == "student":
-        model, params = build.load_student(
-            config, workdir, mesh, data.tokenizer, step=step
-        )
+        model, params = load_student(config, workdir, mesh, data.tokenizer, step=step)
     else:
-        teacher = build.teacher_folder(config, workdir)
-        model, params = build.load_model(
+        teacher = teacher_folder(config, workdir)
+        model, params = load_model(
             teacher if name == "teacher" else name, mesh, dtype=config.train.dtype
         )
     scorer = Scorer(config, data, model, mesh, cache=cache)

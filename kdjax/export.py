@@ -12,10 +12,12 @@ from absl import flags
 
 from kdjax import cli
 from kdjax.config import Config
-from kdjax.experiment import build, model_card, provenance
+from kdjax.experiment import model_card, provenance
+from kdjax.experiment.data import load_tokenizer
+from kdjax.experiment.teacher import teacher_folder
 from kdjax.models import hf, lora
 from kdjax.parallel import distributed, sharding
-from kdjax.training.checkpoint import Checkpoints
+from kdjax.training.checkpoint import Checkpoints, load_student
 
 _OUT = flags.DEFINE_string("out", None, "New folder; <workdir>/export by default.")
 flags.declare_key_flag("step")
@@ -37,10 +39,10 @@ def write(
     Adapters are multiplied and added into their kernels: the result is a plain model.
     """
     mesh = sharding.make_mesh(config.mesh)
-    tokenizer = build.load_tokenizer(config)
-    model, params = build.load_student(config, workdir, mesh, tokenizer, step=step)
+    tokenizer = load_tokenizer(config)
+    model, params = load_student(config, workdir, mesh, tokenizer, step=step)
     params = lora.merged(params, config.student.lora)
-    found = provenance.find(config, model, build.teacher_folder(config, workdir))
+    found = provenance.find(config, model, teacher_folder(config, workdir))
     done = step or _newest(workdir)
     readme = model_card.write(
         config, model.shape, found, step=done, summary=_summary(workdir, done)

@@ -9,7 +9,8 @@ import pathlib
 
 from kdjax import cli
 from kdjax.config import Config
-from kdjax.experiment import build
+from kdjax.experiment.data import load_data
+from kdjax.experiment.teacher import teacher_folder
 from kdjax.parallel import distributed
 from kdjax.runtime.console import print_table
 from kdjax.teacher import build as build_lib
@@ -17,13 +18,13 @@ from kdjax.teacher import build as build_lib
 
 def run(config: Config, workdir: pathlib.Path) -> None:
     """Labels what is missing and prints what the caches hold."""
-    teacher_path = build.teacher_folder(config, workdir)
+    teacher_path = teacher_folder(config, workdir)
     if not (config.teacher.path or pathlib.Path(teacher_path).is_dir()):
         raise ValueError(
             f"teacher.path='' and {teacher_path} does not exist: give "
             "--config.teacher.path, or run kdjax.train, which trains a teacher first"
         )
-    data = build.load_data(config)
+    data = load_data(config)
     build_lib.check(config, data, workdir)
     caches = build_lib.ensure(config, data, workdir, teacher_path)
     if distributed.is_main():

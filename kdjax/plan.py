@@ -63,7 +63,7 @@ def plan(
     generation = name.split(":")[0]
     chip = None if generation == "cpu" else flops.chip(generation)
     mesh = sharding.make_mesh(config.mesh, devices=devices)
-    shape = compile.student_shape(config)
+    shape = compile.plannable_shape(config)
     useful, repeated = compile.model_flops(config, shape)
     report: dict[str, Any] = {
         "config": config.name,

@@ -13,7 +13,21 @@ from jax.sharding import Mesh
 from kdjax import cli
 from kdjax.config import Config
 from kdjax.evaluation.scorer import Scorer, match_rates, score_teacher
-from kdjax.experiment import build, methods, provenance
+from kdjax.experiment import methods, provenance
+from kdjax.experiment.data import load_data
+from kdjax.experiment.models import (
+    load_model,
+    make_model,
+    student_params,
+    student_shape,
+)
+from kdjax.experiment.rows import make_plan
+from kdjax.experiment.teacher import (
+    has_teacher,
+    teacher_config,
+    teacher_folder,
+    teacher_shape,
+)
 from kdjax.models import hf
 from kdjax.parallel import distributed, sharding
 from kdjax.runtime.console import print_table
@@ -30,22 +44,20 @@ _UNTIL = flags.DEFINE_enum(
 
 def train_teacher(config: Config, workdir: pathlib.Path, mesh: Mesh) -> None:
     """Trains the built-in task's teacher and exports it, unless that was done."""
-    folder = pathlib.Path(build.teacher_folder(config, workdir))
+    folder = pathlib.Path(teacher_folder(config, workdir))
     if config.teacher.path or (folder / "config.json").is_file():
         return
-    config = build.teacher_config(config)
-    data = build.load_data(config, splits=("train",))
-    shape = build.student_shape(config, data.tokenizer)
-    model = build.make_model(
-        shape, mesh, dtype=config.train.dtype, remat=config.train.remat
-    )
+    config = teacher_config(config)
+    data = load_data(config, splits=("train",))
+    shape = student_shape(config, data.tokenizer)
+    model = make_model(shape, mesh, dtype=config.train.dtype, remat=config.train.remat)
     params, _, _ = fit(
         config,
         workdir=workdir / "teacher_run",
         mesh=mesh,
         data=data,
         model=model,
-        make_params=build.student_params(config, model, ""),
+        make_params=student_params(config, model, ""),
     )
     hf.save(folder, shape, params, data.tokenizer)
     distributed.barrier("teacher")
@@ -61,9 +73,9 @@ def run(config: Config, workdir: pathlib.Path, *, until: str = "end") -> None:
     """
     cli.claim(workdir, config)
     mesh = sharding.make_mesh(config.mesh)
-    data = build.load_data(config)
-    shape = build.student_shape(config, data.tokenizer)
-    model = build.make_model(
+    data = load_data(config)
+    shape = student_shape(config, data.tokenizer)
+    model = make_model(
         shape,
         mesh,
         dtype=config.train.dtype,
@@ -71,22 +83,22 @@ def run(config: Config, workdir: pathlib.Path, *, until: str = "end") -> None:
         adapters=config.student.lora,
     )
     # What can be wrong with rows and caches is found before anything is computed.
-    build.make_plan(config, shape, data.train)
-    has_teacher = build.has_teacher(config)
-    if has_teacher:
-        check_teacher(config, shape, build.teacher_shape(config, data.tokenizer))
+    make_plan(config, shape, data.train)
+    with_teacher = has_teacher(config)
+    if with_teacher:
+        check_teacher(config, shape, teacher_shape(config, data.tokenizer))
     trainable.frozen_paths(model.abstract, config.optim.freeze)
     build_lib.check(config, data, workdir)
 
-    if has_teacher:
+    if with_teacher:
         train_teacher(config, workdir, mesh)
     if until == "teacher":
         return
-    teacher_path = build.teacher_folder(config, workdir)
+    teacher_path = teacher_folder(config, workdir)
     caches = build_lib.ensure(config, data, workdir, teacher_path)
     dtype = config.train.dtype
     live = (
-        build.load_model(teacher_path, mesh, dtype=dtype)
+        load_model(teacher_path, mesh, dtype=dtype)
         if config.teacher.online and methods.needs_teacher(config.method)
         else None
     )
@@ -102,7 +114,7 @@ def run(config: Config, workdir: pathlib.Path, *, until: str = "end") -> None:
         mesh=mesh,
         data=data,
         model=model,
-        make_params=build.student_params(config, model, teacher_path),
+        make_params=student_params(config, model, teacher_path),
         cache=caches.get("train"),
         teacher=live,
         scorer=scorer,
@@ -113,9 +125,9 @@ def run(config: Config, workdir: pathlib.Path, *, until: str = "end") -> None:
     student |= match_rates(generations)
     rows = [evaluation_row("student", student, shape)]
     teacher: dict[str, float] = {}
-    teacher_shape = None
-    if has_teacher:
-        teacher, teacher_shape = score_teacher(
+    scored_shape = None
+    if with_teacher:
+        teacher, scored_shape = score_teacher(
             config,
             data,
             build_lib.folder(config, workdir, "teacher_scores"),
@@ -124,7 +136,7 @@ def run(config: Config, workdir: pathlib.Path, *, until: str = "end") -> None:
             cache=cache,
             live=live,
         )
-        rows.insert(0, evaluation_row("teacher", teacher, teacher_shape))
+        rows.insert(0, evaluation_row("teacher", teacher, scored_shape))
     if distributed.is_main():
         run_summary(
             workdir,
@@ -132,7 +144,7 @@ def run(config: Config, workdir: pathlib.Path, *, until: str = "end") -> None:
             student=student,
             teacher=teacher,
             student_shape=shape,
-            teacher_shape=teacher_shape,
+            teacher_shape=scored_shape,
             throughput=throughput,
             generations=generations,
             bins=scorer.bins,

@@ -27,8 +27,9 @@ from kdjax.config import (
     TrainConfig,
 )
 from kdjax.data import loader
-from kdjax.experiment import build
-from kdjax.experiment.build import Data, Model
+from kdjax.experiment.data import Data, load_data
+from kdjax.experiment.models import Model, make_model, student_params, student_shape
+from kdjax.experiment.rows import make_plan
 from kdjax.parallel import sharding
 from kdjax.teacher.codec import Record
 from kdjax.training import program
@@ -128,12 +129,10 @@ def set_up(
 ) -> Setup:
     """The mesh, data, model and batch plan of a config; nothing is computed."""
     placed = sharding.make_mesh(mesh or MeshConfig(), devices=devices)
-    data = build.load_data(config, splits=("train",))
-    shape = build.student_shape(config, data.tokenizer)
-    model = build.make_model(
-        shape, placed, dtype="float32", adapters=config.student.lora
-    )
-    return Setup(placed, data, model, build.make_plan(config, shape, data.train))
+    data = load_data(config, splits=("train",))
+    shape = student_shape(config, data.tokenizer)
+    model = make_model(shape, placed, dtype="float32", adapters=config.student.lora)
+    return Setup(placed, data, model, make_plan(config, shape, data.train))
 
 
 UNTIED = dataclasses.replace(DECODER, num_layers=2, tie_embeddings=False)
@@ -157,7 +156,7 @@ class TrainSteps:
         mesh, data, self.model, plan = set_up(config, mesh=mesh, devices=devices)
         self.made = program.Program(config, self.model, mesh)
         cache = FakeCache(data.train, self.model.shape.vocab_size)
-        current = self.made.init(build.student_params(config, self.model, ""))
+        current = self.made.init(student_params(config, self.model, ""))
         self.states = [jax.tree.map(np.array, current)]
         self.metrics = []
         for index in range(num):

@@ -16,7 +16,9 @@ from kdjax.bench import timing, workload
 from kdjax.bench.timing import Samples
 from kdjax.config import MeshConfig
 from kdjax.data import loader
-from kdjax.experiment import build, methods
+from kdjax.experiment import methods
+from kdjax.experiment.data import load_data
+from kdjax.experiment.teacher import teacher_shape
 from kdjax.models import decoder, flops, hf
 from kdjax.parallel import sharding
 from kdjax.teacher import build as build_lib
@@ -189,8 +191,8 @@ def test_without_soft_terms_there_is_no_teacher(tmp_path):
 def test_a_labelled_cache_is_what_is_measured(tmp_path):
     config = helpers.small_config(method={"temperature": 2.0})
     assert workload.real(config, tmp_path, mesh()) is None
-    data = build.load_data(config)
-    shape = build.teacher_shape(config, data.tokenizer)
+    data = load_data(config)
+    shape = teacher_shape(config, data.tokenizer)
     params = decoder.init_params(shape, jax.random.key(0))
     hf.save(tmp_path / "teacher", shape, params, data.tokenizer)
     build_lib.ensure(config, data, tmp_path, str(tmp_path / "teacher"))

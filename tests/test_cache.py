@@ -14,7 +14,7 @@ from datasets import Dataset
 from kdjax import config as config_lib
 from kdjax import train
 from kdjax.config import Config
-from kdjax.experiment import build
+from kdjax.experiment.data import load_data
 from kdjax.teacher import cache as cache_lib
 from kdjax.teacher import describe, merge_export
 from kdjax.teacher.importers import convert
@@ -54,7 +54,7 @@ def command(*arguments):
 
 def whole_sequences(config, cache, *, shift=0):
     """The cache's rows as another tool has them: of the whole sequence, from row 1."""
-    for segment in build.load_data(config).train:
+    for segment in load_data(config).train:
         record = cache.read(segment.key)
         start, num = len(segment.prompt_ids), record.num_tokens
         ids = np.full((start + num, cache.k), -1, np.int32)
@@ -195,7 +195,7 @@ def test_import_gives_the_losses_of_the_cache(
 def test_an_import_finds_what_is_read_before_the_target(tmp_path):
     """Rows of the whole sequence; those of prompt and prefix are not taken."""
     config = helpers.small_config(method={"name": "counterfactual"})
-    data = build.load_data(config, splits=("train",))
+    data = load_data(config, splits=("train",))
     segments, vocab_size = data.train[1:5], len(data.tokenizer)
     rng = np.random.default_rng(0)
     sequences = []
@@ -242,7 +242,7 @@ def test_an_import_of_shifted_rows_is_refused(finished, tmp_path, shift):
     out = tmp_path / "cache"
     merge_export.import_rows(
         whole_sequences(config, cache, shift=shift),
-        build.load_data(config).train,
+        load_data(config).train,
         out,
         manifest,
         shard_size=16,
@@ -257,7 +257,7 @@ def test_sequences_without_tokens_must_be_as_many_as_examples(finished, tmp_path
     sequences = [
         rows._replace(token_ids=None) for rows in whole_sequences(config, cache)
     ]
-    segments = build.load_data(config).train
+    segments = load_data(config).train
     with pytest.raises(ValueError, match="matched by their place"):
         merge_export.import_rows(
             sequences + sequences[:1],
@@ -272,7 +272,7 @@ def test_import_names_the_example_without_a_sequence(finished, tmp_path):
     config, workdir = finished
     cache = cache_of(workdir)
     sequences = list(whole_sequences(config, cache))[1:]
-    segments = build.load_data(config).train
+    segments = load_data(config).train
     with pytest.raises(ValueError, match=r"no sequence has its tokens \(1 such of"):
         merge_export.import_rows(
             sequences, segments, tmp_path / "c", cache.manifest, shard_size=16

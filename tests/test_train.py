@@ -16,11 +16,11 @@ from kdjax import config as config_lib
 from kdjax import evaluate, export, label, train
 from kdjax.config import Config
 from kdjax.evaluation import scorer as scorer_lib
-from kdjax.experiment import build
+from kdjax.experiment.data import load_tokenizer
 from kdjax.models import hf
 from kdjax.parallel import sharding
 from kdjax.teacher import cache as cache_lib
-from kdjax.training.checkpoint import Checkpoints
+from kdjax.training.checkpoint import Checkpoints, load_student
 from tests import helpers, xla_flags
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -41,8 +41,8 @@ def summary(workdir: pathlib.Path) -> dict:
 
 def final_params(config: Config, workdir: pathlib.Path):
     mesh = sharding.make_mesh(config.mesh)
-    tokenizer = build.load_tokenizer(config)
-    _, params = build.load_student(config, workdir, mesh, tokenizer)
+    tokenizer = load_tokenizer(config)
+    _, params = load_student(config, workdir, mesh, tokenizer)
     return jax.tree.map(np.asarray, params)
 
 

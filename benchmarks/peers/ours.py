@@ -30,7 +30,7 @@ from kdjax.config import (
 )
 from kdjax.data import loader
 from kdjax.data.views import Segment
-from kdjax.experiment import build
+from kdjax.experiment.models import load_model, make_model
 from kdjax.models import flops, hf
 from kdjax.parallel import sharding
 from kdjax.runtime import malloc
@@ -95,7 +95,7 @@ def workload(case: dict, folder: pathlib.Path) -> Workload:
     return Workload(
         config=config(case, folder),
         mesh=mesh,
-        model=build.make_model(shape(case, "student"), mesh, dtype="float32"),
+        model=make_model(shape(case, "student"), mesh, dtype="float32"),
         plan=plan,
         cache=cache.open_cache(folder / "cache"),
         source="real",
@@ -111,7 +111,7 @@ def run(folder: pathlib.Path, mode: str, steps: int) -> None:
     model, shardings = load.model, load.model.shardings
     teacher = params = None
     if mode in ("online", "dense"):
-        teacher, params = build.load_model(
+        teacher, params = load_model(
             load.config.teacher.path, load.mesh, dtype="float32"
         )
     whole = Step(

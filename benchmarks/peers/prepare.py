@@ -17,7 +17,7 @@ from absl import app, flags
 from cases import CASES
 
 from kdjax.config import Config, MeshConfig
-from kdjax.experiment import build
+from kdjax.experiment.models import load_model
 from kdjax.losses import fused_head
 from kdjax.models import decoder, hf
 from kdjax.parallel import sharding
@@ -54,9 +54,7 @@ def prepare(name: str, folder: pathlib.Path) -> None:
 
 def _label(config: Config, segments: list, folder: pathlib.Path) -> None:
     mesh = sharding.make_mesh(MeshConfig())
-    model, params = build.load_model(
-        config.teacher.path, mesh, dtype=config.train.dtype
-    )
+    model, params = load_model(config.teacher.path, mesh, dtype=config.train.dtype)
     settings = config.cache
     manifest = cache.Manifest(
         kind="top_k",

@@ -21,7 +21,7 @@ from kdjax.annotation.store import Key, Row
 from kdjax.config import AnnotateConfig, Config
 from kdjax.data import selection, sources
 from kdjax.data.example import Example
-from kdjax.experiment import build
+from kdjax.experiment.teacher import teacher_folder
 from kdjax.models import hf
 from kdjax.parallel import distributed
 from kdjax.runtime.console import progress
@@ -264,7 +264,7 @@ def _model_path(config: Config, workdir: pathlib.Path) -> str:
     """The folder or hub name of the model, or the server's name for it."""
     if config.annotate.model:
         return config.annotate.model
-    path = build.teacher_folder(config, workdir)
+    path = teacher_folder(config, workdir)
     if not (config.teacher.path or pathlib.Path(path).is_dir()):
         raise ValueError(
             f"annotate.model='', teacher.path='' and {path} does not exist: give "

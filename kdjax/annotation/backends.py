@@ -19,7 +19,7 @@ from kdjax.annotation.requests import Completion, Request
 from kdjax.config import AnnotateConfig, Config, T5Config
 from kdjax.data import loader, views
 from kdjax.data import tokenizer as tokenizers
-from kdjax.experiment import build
+from kdjax.experiment.models import load_model
 from kdjax.models import contrastive, generate, hf, lm
 from kdjax.parallel import sharding
 
@@ -46,9 +46,7 @@ class Local:
         num_slices = mesh.shape["data"] * mesh.shape["fsdp"]
         self.batch_size = -(-self._annotate.batch_size // num_slices) * num_slices
         self._placed = NamedSharding(mesh, P(("data", "fsdp")))
-        self._model, self._params = build.load_model(
-            path, mesh, dtype=config.train.dtype
-        )
+        self._model, self._params = load_model(path, mesh, dtype=config.train.dtype)
         self._compiled: dict[Any, Any] = {}
 
     def __call__(self, requests: Sequence[Request]) -> list[Completion]:

@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 
 from kdjax.aot import hlo
 from kdjax.config import Config, DecoderConfig
-from kdjax.experiment import build
+from kdjax.experiment.models import make_model, student_shape
+from kdjax.experiment.rows import flops_kwargs
 from kdjax.models import attention, flops, lm
 from kdjax.models.lm import Shape
 from kdjax.parallel import sharding
@@ -53,7 +54,7 @@ class TooBig(ValueError):
         self.used, self.seconds = used, seconds
 
 
-def student_shape(config: Config) -> Shape:
+def plannable_shape(config: Config) -> Shape:
     """The student's shape without data or tokenizer.
 
     Raises:
@@ -72,7 +73,7 @@ def student_shape(config: Config) -> Shape:
             f"student.{part}.vocab_size=0 takes the tokenizer's, which planning does "
             f"not read: give --config.student.{part}.vocab_size=NUMBER"
         )
-    return build.student_shape(config, range(0))
+    return student_shape(config, range(0))
 
 
 def compile_step(
@@ -92,9 +93,9 @@ def compile_step(
       ValueError: the mesh does not suit the devices, or the batch the mesh.
     """
     mesh = sharding.make_mesh(config.mesh, devices=devices)
-    shape, train = student_shape(config), config.train
+    shape, train = plannable_shape(config), config.train
     check_rows(config, mesh)
-    model = build.make_model(
+    model = make_model(
         shape,
         mesh,
         dtype=train.dtype,
@@ -242,7 +243,7 @@ def model_flops(config: Config, shape: Shape) -> tuple[int, int]:
 
     Recomputing whole layers (remat="full") repeats their forward pass.
     """
-    sizes = build.sizes(shape, config.train)
+    sizes = flops_kwargs(shape, config.train)
     _, params = lm.create(shape, adapters=config.student.lora)
     spared = program.untrained(config, params)
     useful = flops.train_flops(shape, **sizes | spared)
@@ -326,8 +327,8 @@ def replace(config: Config, **parts: dict[str, Any]) -> Config:
 def state_bytes(config: Config, devices: Sequence[jax.Device]) -> int:
     """Parameters, optimizer state and gradients of one device; nothing is compiled."""
     mesh = sharding.make_mesh(config.mesh, devices=devices)
-    model = build.make_model(
-        student_shape(config),
+    model = make_model(
+        plannable_shape(config),
         mesh,
         dtype=config.train.dtype,
         adapters=config.student.lora,

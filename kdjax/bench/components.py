@@ -16,8 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from kdjax.bench.workload import Step, Workload
 from kdjax.config import Config
-from kdjax.experiment import build
-from kdjax.experiment.build import Model
+from kdjax.experiment.models import Model, make_model, shared_vocab_size
 from kdjax.losses import fused_head as fused_head_lib
 from kdjax.models import hf, lm
 from kdjax.parallel import sharding
@@ -92,7 +91,7 @@ def _head_pass(
         load.config,
         load.model,
         load.config.method.temperature,
-        build.num_valid(load.model.shape, load.cache),
+        shared_vocab_size(load.model.shape, load.cache),
     )
 
     def loss_of(hidden_ND: Any, weight_VD: Any, rows: Any) -> jax.Array:
@@ -171,7 +170,7 @@ def _random_teacher(load: Workload) -> tuple[Model, Any]:
     """A teacher of the config's shape, its parameters drawn at random."""
     config, mesh = load.config, load.mesh
     shape = teacher_shape(config, load.model.shape.vocab_size)
-    model = build.make_model(shape, mesh, dtype=config.train.dtype)
+    model = make_model(shape, mesh, dtype=config.train.dtype)
     init = jax.jit(
         lambda key: lm.init_params(shape, key), out_shardings=model.shardings
     )

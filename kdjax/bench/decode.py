@@ -9,7 +9,8 @@ import jax
 import numpy as np
 
 from kdjax.config import Config
-from kdjax.experiment import build
+from kdjax.experiment.data import load_tokenizer
+from kdjax.experiment.models import make_model, student_shape
 from kdjax.models import generate, lm
 from kdjax.parallel import sharding
 
@@ -41,8 +42,8 @@ def measure(
       of all rows; memory/B, MiB of parameters, cache and temporary arrays.
     """
     mesh = sharding.make_mesh(config.mesh)
-    shape = build.student_shape(config, build.load_tokenizer(config))
-    model = build.make_model(shape, mesh, dtype=config.train.dtype)
+    shape = student_shape(config, load_tokenizer(config))
+    model = make_model(shape, mesh, dtype=config.train.dtype)
     params = jax.jit(
         lambda key: lm.init_params(shape, key), out_shardings=model.shardings
     )(jax.random.key(0))

@@ -12,8 +12,16 @@ from jax.sharding import Mesh
 
 from kdjax.config import Config, T5Config, TrainConfig
 from kdjax.data import loader
-from kdjax.experiment import build, methods
-from kdjax.experiment.build import Model
+from kdjax.experiment import methods
+from kdjax.experiment.data import load_data, load_tokenizer
+from kdjax.experiment.models import (
+    Model,
+    make_model,
+    shared_vocab_size,
+    student_params,
+    student_shape,
+)
+from kdjax.experiment.rows import make_plan
 from kdjax.models.lm import Shape
 from kdjax.parallel import sharding
 from kdjax.teacher import build as build_lib
@@ -50,14 +58,14 @@ def real(config: Config, workdir: pathlib.Path, mesh: Mesh) -> Workload | None:
     soft = methods.has_soft_terms(config.method)
     if soft and label.missing(build_lib.folder(config, workdir, "train")):
         return None
-    data = build.load_data(config, splits=("train",))
+    data = load_data(config, splits=("train",))
     cache = build_lib.open_split(config, data, workdir, "train") if soft else None
-    shape = build.student_shape(config, data.tokenizer)
+    shape = student_shape(config, data.tokenizer)
     return Workload(
         config=config,
         mesh=mesh,
         model=_student(config, shape, mesh),
-        plan=build.make_plan(config, shape, data.train),
+        plan=make_plan(config, shape, data.train),
         cache=cache,
         source="real",
     )
@@ -79,8 +87,8 @@ def make_synthetic(config: Config, folder: pathlib.Path, mesh: Mesh) -> Workload
     student = config.student
     own = student.t5 if student.architecture == "t5" else student.decoder
     named = student.init == "random" and not own.vocab_size
-    tokenizer = build.load_tokenizer(config) if named else ()
-    shape = build.student_shape(config, tokenizer)
+    tokenizer = load_tokenizer(config) if named else ()
+    shape = student_shape(config, tokenizer)
     segments = synthetic.make_segments(
         _BATCHES * config.train.batch_size,
         row_length=config.train.row_length,
@@ -103,7 +111,7 @@ def make_synthetic(config: Config, folder: pathlib.Path, mesh: Mesh) -> Workload
         config=config,
         mesh=mesh,
         model=_student(config, shape, mesh),
-        plan=build.make_plan(config, shape, segments),
+        plan=make_plan(config, shape, segments),
         cache=cache,
         source="synthetic",
     )
@@ -173,7 +181,7 @@ class Step:
             load.config,
             load.model,
             load.mesh,
-            num_valid=build.num_valid(load.model.shape, told_by),
+            num_valid=shared_vocab_size(load.model.shape, told_by),
             teacher=model,
         )
         self._rows = sharding.local_rows(load.mesh, self.program.num_rows)
@@ -254,7 +262,7 @@ class Step:
             config = self._load.config
             student = dataclasses.replace(config.student, init="random")
             config = dataclasses.replace(config, student=student)
-            make_params = build.student_params(config, self._load.model, "")
+            make_params = student_params(config, self._load.model, "")
         return self.program.init(make_params)
 
 
@@ -272,7 +280,7 @@ def cache_bytes(cache: Cache) -> int:
 
 
 def _student(config: Config, shape: Shape, mesh: Mesh) -> Model:
-    return build.make_model(
+    return make_model(
         shape,
         mesh,
         dtype=config.train.dtype,

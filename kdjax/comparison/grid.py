@@ -18,7 +18,8 @@ from typing import Any
 from kdjax.analysis.runs import LOWEST, Design
 from kdjax.config import RENAMED, Config, DataConfig, to_json
 from kdjax.evaluation import simulator
-from kdjax.experiment import build, methods, validate
+from kdjax.experiment import methods, validate
+from kdjax.experiment.teacher import has_teacher, teacher_config
 
 SIMULATOR = "simulator"  # folder of the reader of rationales, in its item's
 LATENCY = "shared/latency"  # begins the names of items that time decoding
@@ -128,11 +129,11 @@ def items(comparison: Comparison, workdir: pathlib.Path) -> list[Item]:
     for name, (_, config) in grid.items():
         if comparison.annotate:
             needs[name] += _annotations(config, workdir, shared)
-        if build.has_teacher(config) and not config.teacher.path:
+        if has_teacher(config) and not config.teacher.path:
             needs[name].append(_teacher(config, workdir, shared))
     for name, of_run in needs.items():
         _, config = grid[name]
-        if build.has_teacher(config):
+        if has_teacher(config):
             of_run.append(_labels(config, workdir, shared, tuple(of_run)))
         if comparison.latency:
             of_run.append(_latency(config, workdir, shared, tuple(of_run)))
@@ -218,7 +219,7 @@ def _own(config: Config, name: str) -> Config:
 
 def _teacher(config: Config, workdir: pathlib.Path, shared: dict[str, Item]) -> str:
     """The item that trains a run's teacher, whose folder the run is given."""
-    trained = build.teacher_config(config)
+    trained = teacher_config(config)
     parts = (trained.data, trained.student, trained.method, trained.optim)
     name = f"shared/teacher-{_digest(*parts, trained.train, trained.seed)}"
     if name not in shared:

@@ -15,8 +15,8 @@ from kdjax.data.example import Example
 from kdjax.data.templates import Text
 from kdjax.data.views import Segment
 from kdjax.evaluation.scorer import Scorer
-from kdjax.experiment import build
-from kdjax.experiment.build import Data
+from kdjax.experiment.data import Data
+from kdjax.training.checkpoint import load_student
 
 _MULTIPLE = 128  # rows are made longer by multiples of this
 
@@ -48,7 +48,7 @@ def load(config: Config, workdir: pathlib.Path, mesh: Mesh, data: Data) -> Choos
         max_target=config.data.max_target + config.evaluation.max_new_tokens,
         on_long="truncate",
     )
-    model, params = build.load_student(config, workdir, mesh, data.tokenizer)
+    model, params = load_student(config, workdir, mesh, data.tokenizer)
     rows = config.evaluation.row_length or config.train.row_length
     prompt_rows = (
         config.evaluation.encoder_row_length or config.train.encoder_row_length or rows

@@ -19,7 +19,8 @@ from kdjax.evaluation import choices, rationale_metrics
 from kdjax.evaluation import simulator as simulators
 from kdjax.evaluation.choices import Chooser
 from kdjax.evaluation.rationale_metrics import Record, same
-from kdjax.experiment import build, methods
+from kdjax.experiment import methods
+from kdjax.experiment.data import load_data
 from kdjax.parallel import sharding
 
 Row = Mapping[str, Any]
@@ -47,7 +48,7 @@ def measure(
       ValueError: a run that is not finished, or generations of other examples.
     """
     rows = read_rows(workdir)
-    data = build.load_data(config, splits=("eval",))
+    data = load_data(config, splits=("eval",))
     found = records(rows, data.eval_examples)
     measures = rationale_metrics.describe(found)
     explained = [row for row in rows if row["view"] in templates.EXPLAINED]

@@ -19,16 +19,15 @@ from kdjax.data.example import Example
 from kdjax.data.templates import Text
 from kdjax.evaluation import calibration
 from kdjax.experiment import methods
-from kdjax.experiment.build import (
-    Data,
+from kdjax.experiment.data import Data
+from kdjax.experiment.models import (
     Model,
-    layout,
     load_model,
     make_model,
-    num_valid,
+    shared_vocab_size,
     student_shape,
-    whole_length,
 )
+from kdjax.experiment.rows import joint_row_length, row_kwargs
 from kdjax.models import generate, hf
 from kdjax.models.lm import Shape
 from kdjax.parallel import distributed, sharding
@@ -75,7 +74,7 @@ class Scorer:
             model.abstract,
             tail=config.method.tail,
             chunk_size=chunk_size(config, model),
-            num_valid=num_valid(model.shape, cache),
+            num_valid=shared_vocab_size(model.shape, cache),
         )
         self._generate: dict[Any, Any] = {}  # compiled once, whatever the call
         self.bins: calibration.Bins | None = None  # of the last call's ece
@@ -130,8 +129,8 @@ class Scorer:
         )
         shape, student = self._model.shape, self._student
         if isinstance(shape, DecoderConfig):
-            lengths = whole_length(student, *lengths), 0
-        rows = layout(shape, *lengths)
+            lengths = joint_row_length(student, *lengths), 0
+        rows = row_kwargs(shape, *lengths)
         return loader.BatchPlan(
             segments, batch_size=evaluation.batch_size, shuffle=False, **rows
         )

@@ -33,7 +33,9 @@ from kdjax.data import tokenizer as tokenizers
 from kdjax.data.example import Example
 from kdjax.evaluation import choices, rationale_metrics
 from kdjax.evaluation.rationale_metrics import Record
-from kdjax.experiment import build, validate
+from kdjax.experiment import validate
+from kdjax.experiment.data import Data, load_tokenizer, tokenizer_path
+from kdjax.experiment.models import make_model, student_params, student_shape
 from kdjax.models import hf
 from kdjax.parallel import sharding
 from kdjax.runtime import files
@@ -67,7 +69,7 @@ def simulator_config(
     """
     data = dataclasses.replace(
         config.data,
-        tokenizer=build.tokenizer_path(config),
+        tokenizer=tokenizer_path(config),
         prefixes=PrefixConfig(),
         prompt_suffix=True,
         chat_template=False,
@@ -139,12 +141,10 @@ def train_simulator(
             f"examples {lacking[:3]} lack what a simulator learns from: give all "
             "training examples an answer and a rationale (data.rationales)"
         )
-    tokenizer = build.load_tokenizer(config)
+    tokenizer = load_tokenizer(config)
     mesh = _mesh()
-    model = build.make_model(
-        build.student_shape(config, tokenizer), mesh, dtype=config.train.dtype
-    )
-    data = build.Data(
+    model = make_model(student_shape(config, tokenizer), mesh, dtype=config.train.dtype)
+    data = Data(
         tokenizer=tokenizer,
         views=_VIEWS,
         eval_views=_VIEWS,
@@ -159,7 +159,7 @@ def train_simulator(
         mesh=mesh,
         data=data,
         model=model,
-        make_params=build.student_params(config, model, ""),
+        make_params=student_params(config, model, ""),
     )
 
 
@@ -212,9 +212,9 @@ def predict(records: Sequence[Record], simulator: pathlib.Path) -> dict[str, lis
     if not records:
         return {show: [] for show in SHOWN}
     examples = [_as_example(record) for record in records]
-    tokenizer = build.load_tokenizer(config)
+    tokenizer = load_tokenizer(config)
     segments, _ = views.make_segments(examples, _VIEWS, tokenizer, config.data)
-    data = build.Data(
+    data = Data(
         tokenizer=tokenizer,
         views=_VIEWS,
         eval_views=_VIEWS,

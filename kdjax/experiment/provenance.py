@@ -7,8 +7,7 @@ from flax.traverse_util import flatten_dict
 from huggingface_hub import errors, utils
 
 from kdjax.config import Config
-from kdjax.experiment import build
-from kdjax.experiment.build import Model
+from kdjax.experiment.models import Model, student_layers
 from kdjax.models import hf, lora
 
 
@@ -37,7 +36,7 @@ def find(config: Config, model: Model, teacher: str) -> dict[str, str]:
     student, kept = config.student, {}
     name = name_of(student.path if student.init == "folder" else teacher)
     if student.init == "teacher_layers":
-        kept = build.kept_layers(config, hf.read_config(teacher))
+        kept = student_layers(config, hf.read_config(teacher))
 
     def origin(path: str) -> str:
         if lora.is_adapter(path):

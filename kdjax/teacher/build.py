@@ -13,8 +13,11 @@ from kdjax.config import Config, MeshConfig
 from kdjax.data import loader, teacher_rows
 from kdjax.data import tokenizer as tokenizers
 from kdjax.data.views import Segment
-from kdjax.experiment import build, methods
-from kdjax.experiment.build import Data
+from kdjax.experiment import methods
+from kdjax.experiment.data import Data
+from kdjax.experiment.models import load_model
+from kdjax.experiment.rows import row_kwargs
+from kdjax.experiment.teacher import has_teacher, teacher_shape
 from kdjax.losses import fused_head
 from kdjax.models import flops, hf
 from kdjax.models.lm import Shape
@@ -32,7 +35,7 @@ def folder(config: Config, workdir: pathlib.Path, split: str) -> pathlib.Path:
 
 def wanted(config: Config, data: Data) -> dict[str, list[Segment]]:
     """The segments that need records: held-out ones, and training ones if soft."""
-    if not build.has_teacher(config):
+    if not has_teacher(config):
         return {}
     found = {"eval": data.evaluation}
     if methods.has_soft_terms(config.method) and not config.teacher.online:
@@ -47,7 +50,7 @@ def check(config: Config, data: Data, workdir: pathlib.Path) -> None:
       ValueError: a cache that does not fit, or an example longer than a labelled row.
     """
     splits = wanted(config, data)
-    rows = _rows(config, build.teacher_shape(config, data.tokenizer)) if splits else {}
+    rows = _rows(config, teacher_shape(config, data.tokenizer)) if splits else {}
     for split, segments in splits.items():
         try:
             loader.BatchPlan(segments, batch_size=1, shuffle=False, **rows)
@@ -62,14 +65,14 @@ def check(config: Config, data: Data, workdir: pathlib.Path) -> None:
 def _rows(config: Config, teacher: Shape) -> dict[str, Any]:
     """How the teacher reads rows."""
     cache = config.cache
-    return build.layout(teacher, cache.row_length, cache.encoder_row_length)
+    return row_kwargs(teacher, cache.row_length, cache.encoder_row_length)
 
 
 def open_split(
     config: Config, data: Data, workdir: pathlib.Path, split: str
 ) -> cache_lib.Cache | None:
     """The cache of a split, or None (said on stderr) where it was never labelled."""
-    if not build.has_teacher(config):
+    if not has_teacher(config):
         return None
     path = folder(config, workdir, split)
     if label.missing(path):
@@ -185,7 +188,7 @@ def _build(
         config.cache,
         batch_size=-(-config.cache.batch_size // len(devices)) * len(devices),
     )
-    model, params = build.load_model(teacher_path, mesh, dtype=config.train.dtype)
+    model, params = load_model(teacher_path, mesh, dtype=config.train.dtype)
     vocab_size = model.shape.vocab_size
     placed = jax.sharding.NamedSharding(mesh, sharding.BATCH_SPEC)
     base = cache_lib.Manifest(

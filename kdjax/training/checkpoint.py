@@ -5,8 +5,11 @@ import pathlib
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
+from kdjax.config import Config
+from kdjax.experiment.models import Model, make_model, student_shape
 from kdjax.parallel.sharding import path_name
 from kdjax.training import trainable
 from kdjax.training.state import PROJECTION, TrainState
@@ -162,3 +165,25 @@ def _shapes(tree: Any) -> dict[str, str]:
         path_name(path): f"{x.dtype}[{','.join(map(str, x.shape))}]"
         for path, x in leaves
     }
+
+
+def load_student(
+    config: Config,
+    workdir: pathlib.Path,
+    mesh: Mesh,
+    tokenizer: Any,
+    *,
+    step: int | None = None,
+) -> tuple[Model, Any]:
+    """The student of a run and its parameters at a checkpoint (None = the newest).
+
+    Adapters stay beside their kernels; where there are averages, these are read.
+    """
+    shape = student_shape(config, tokenizer)
+    model = make_model(
+        shape, mesh, dtype=config.train.dtype, adapters=config.student.lora
+    )
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    params = checkpoints.restore_params(model.abstract, step=step)
+    checkpoints.close()
+    return model, params

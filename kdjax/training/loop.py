@@ -9,8 +9,9 @@ from jax.sharding import Mesh
 from kdjax.config import Config, to_json
 from kdjax.data import loader
 from kdjax.evaluation.scorer import Scorer
-from kdjax.experiment import build
-from kdjax.experiment.build import Data, Model
+from kdjax.experiment.data import Data
+from kdjax.experiment.models import Model, shared_vocab_size
+from kdjax.experiment.rows import make_plan
 from kdjax.parallel import distributed, sharding
 from kdjax.runtime.console import print_table
 from kdjax.runtime.metrics_writer import MetricsWriter
@@ -60,11 +61,11 @@ def fit(
         config,
         model,
         mesh,
-        num_valid=build.num_valid(model.shape, source),
+        num_valid=shared_vocab_size(model.shape, source),
         teacher=teacher[0] if teacher is not None else None,
     )
     abstract, num_rows = program.abstract, program.num_rows
-    plan = build.make_plan(config, model.shape, data.train)
+    plan = make_plan(config, model.shape, data.train)
     rows = sharding.local_rows(mesh, num_rows)
 
     def make_batch(index: int) -> loader.Batch:

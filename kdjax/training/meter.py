@@ -16,7 +16,8 @@ import kdjax
 from kdjax.config import Config
 from kdjax.data.loader import BatchPlan
 from kdjax.evaluation import calibration
-from kdjax.experiment import build, methods, provenance
+from kdjax.experiment import methods, provenance
+from kdjax.experiment.rows import flops_kwargs
 from kdjax.models import flops
 from kdjax.models.lm import Shape
 from kdjax.runtime import files
@@ -54,7 +55,7 @@ class Meter:
         self._views, self._writer = views, writer
         divergence = config.method.divergence
         self._soft_name = "kl" if divergence == "forward_kl" else divergence
-        sizes = build.sizes(shape, config.train) | dict(untrained)
+        sizes = flops_kwargs(shape, config.train) | dict(untrained)
         self._flops = flops.train_flops(shape, **sizes)
         self._peak = flops.peak_flops(jax.devices()[0], config.train.dtype)
         self._waited = 0.0  # seconds for data since the last line

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from kdjax.config import CacheConfig, Config, T5Config
 from kdjax.experiment import methods
-from kdjax.experiment.build import Model
+from kdjax.experiment.models import Model
 from kdjax.losses import fused_head
 from kdjax.models import lm
 from kdjax.models.lm import Shape

@@ -3,7 +3,8 @@
 import pytest
 
 from kdjax.bench import decode
-from kdjax.experiment import build
+from kdjax.experiment.data import load_tokenizer
+from kdjax.experiment.models import student_shape
 from kdjax.models import flops
 from tests import helpers
 
@@ -13,7 +14,7 @@ def test_numbers_are_consistent():
     calls = []
     found = decode.measure(config, batch_sizes=(1, 8), rounds=2, advance=calls.append)
     assert sum(calls) == 2 * (1 + 2)  # a warm call each, then the rounds
-    shape = build.student_shape(config, build.load_tokenizer(config))
+    shape = student_shape(config, load_tokenizer(config))
     num_bytes = 4 * flops.params_count(shape)
     for size in (1, 8):
         milliseconds = found[f"latency/{size}"]

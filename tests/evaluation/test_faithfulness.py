@@ -14,10 +14,12 @@ from kdjax.data.example import Example, wrong_choices
 from kdjax.evaluation import choices, faithfulness
 from kdjax.evaluation.choices import Chooser
 from kdjax.evaluation.scorer import Scorer
-from kdjax.experiment import build, methods
+from kdjax.experiment import methods
+from kdjax.experiment.data import load_data
+from kdjax.experiment.models import make_model, student_params, student_shape
 from kdjax.parallel import sharding
 from kdjax.training import program
-from kdjax.training.checkpoint import Checkpoints
+from kdjax.training.checkpoint import Checkpoints, load_student
 from tests import helpers
 from tests.data.test_views import byte_level
 
@@ -267,11 +269,11 @@ def finished(config, folder):
     It has generated what the data says.
     """
     mesh = sharding.make_mesh(config.mesh)
-    data = build.load_data(config)
-    shape = build.student_shape(config, data.tokenizer)
-    model = build.make_model(shape, mesh, dtype="float32")
+    data = load_data(config)
+    shape = student_shape(config, data.tokenizer)
+    model = make_model(shape, mesh, dtype="float32")
     initial = program.Program(config, model, mesh).init(
-        build.student_params(config, model, "")
+        student_params(config, model, "")
     )
     checkpoints = Checkpoints(folder / "checkpoints")
     checkpoints.save(config.train.steps, initial)
@@ -370,11 +372,11 @@ def test_choices_after_the_label_prompt_are_those_of_the_accuracy(tmp_path):
     config = helpers.small_config(method={"name": "multitask", "soft_weight": 0.0})
     finished(config, tmp_path)
     mesh = sharding.make_mesh(config.mesh)
-    data = build.load_data(config, splits=("eval",))
+    data = load_data(config, splits=("eval",))
     student = choices.load(config, tmp_path, mesh, data)
     chosen = choices.choose(student, data.eval_examples)
     right = [c == e.answer for c, e in zip(chosen, data.eval_examples, strict=True)]
-    model, params = build.load_student(config, tmp_path, mesh, data.tokenizer)
+    model, params = load_student(config, tmp_path, mesh, data.tokenizer)
     accuracy = Scorer(config, data, model, mesh)(params)["accuracy"]
     assert np.mean(right) == pytest.approx(accuracy)
     assert choices.choose(student, []) == []

@@ -10,7 +10,8 @@ from kdjax.config import DataConfig, MeshConfig
 from kdjax.data import templates
 from kdjax.data.example import Example
 from kdjax.evaluation.scorer import Scorer, judge, match_rates
-from kdjax.experiment import build
+from kdjax.experiment.data import load_data
+from kdjax.experiment.models import make_model, student_params, student_shape
 from kdjax.models import decoder
 from kdjax.parallel import sharding
 from tests import helpers
@@ -21,11 +22,9 @@ def test_nll_and_perplexity_are_the_models_own():
     """Whatever the teacher says of the same tokens."""
     config = helpers.small_config()
     mesh = sharding.make_mesh(MeshConfig(), devices=jax.devices()[:1])
-    data = build.load_data(config)
-    model = build.make_model(
-        build.student_shape(config, data.tokenizer), mesh, dtype="float32"
-    )
-    params = build.student_params(config, model, "")()
+    data = load_data(config)
+    model = make_model(student_shape(config, data.tokenizer), mesh, dtype="float32")
+    params = student_params(config, model, "")()
     cache = FakeCache(data.evaluation, model.shape.vocab_size)
     found = Scorer(config, data, model, mesh, cache=cache)(params)
     total = count = 0

@@ -9,7 +9,8 @@ from kdjax import config as config_lib
 from kdjax import train
 from kdjax.data import kinship
 from kdjax.data import tokenizer as tokenizers
-from kdjax.experiment import build, resume, validate
+from kdjax.experiment import resume, validate
+from kdjax.experiment.data import load_data
 from tests import helpers
 
 NUM, NUM_EVAL = 12, 4
@@ -57,7 +58,7 @@ def config(places, name="finetune", **data):
 
 
 def load(made, splits=("train",)):
-    return build.load_data(made, splits=splits)
+    return load_data(made, splits=splits)
 
 
 def test_a_run_reports_how_right_the_teacher_is(places, tmp_path, capsys):

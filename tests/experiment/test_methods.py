@@ -8,7 +8,9 @@ import pytest
 
 from kdjax import train
 from kdjax.config import MethodConfig, PrefixConfig
-from kdjax.experiment import build, methods, validate
+from kdjax.experiment import methods, validate
+from kdjax.experiment.data import load_data
+from kdjax.experiment.models import load_model
 from kdjax.models import decoder
 from kdjax.parallel import sharding
 from kdjax.teacher import cache as cache_lib
@@ -95,7 +97,7 @@ def test_prefixes_alone_tell_views_apart():
     prefixes = PrefixConfig(label="[predict]")
     config = helpers.small_config(data={"prompt_suffix": False, "prefixes": prefixes})
     validate.validate(config)
-    data = build.load_data(config, splits=("train",))
+    data = load_data(config, splits=("train",))
     for label, rationale in zip(data.train[::2], data.train[1::2], strict=True):
         assert label.prompt_ids[1:].tolist() == rationale.prompt_ids.tolist()
     one = helpers.small_config(
@@ -114,7 +116,7 @@ def test_a_run_with_all_four_views(place, tmp_path):
         train={"steps": 2, "save_every": 0},
     )
     train.run(config, tmp_path)
-    data = build.load_data(config)
+    data = load_data(config)
     assert data.views == (*data.eval_views, "counterfactual")
     assert {segment.view for segment in data.evaluation} == {0, 1, 2}
     wrong = [segment for segment in data.train if segment.view == 3]
@@ -138,7 +140,7 @@ def test_a_run_with_all_four_views(place, tmp_path):
     assert ["answer" in row for row in rows] == [False, False, True] * 2
     # The teacher read what stands before a wrong choice.
     mesh = sharding.make_mesh(config.mesh, devices=jax.devices()[:1])
-    model, params = build.load_model(str(tmp_path / "teacher"), mesh, dtype="float32")
+    model, params = load_model(str(tmp_path / "teacher"), mesh, dtype="float32")
 
     def log_probs(ids, target):
         columns = np.arange(len(ids), dtype=np.int32)[None]

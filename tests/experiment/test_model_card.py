@@ -12,7 +12,9 @@ from huggingface_hub import ModelCard
 
 from kdjax.config import DecoderConfig, LoraConfig, MeshConfig, T5Config
 from kdjax.data import tokenizer as tokenizers
-from kdjax.experiment import build, model_card, provenance
+from kdjax.experiment import model_card, provenance
+from kdjax.experiment.data import load_tokenizer
+from kdjax.experiment.models import make_model, student_params, student_shape
 from kdjax.models import hf, lm
 from kdjax.parallel import sharding
 from kdjax.training import meter
@@ -34,8 +36,8 @@ def teacher(request, tmp_path):
 
 
 def found_of(config, teacher):
-    shape = build.student_shape(config, build.load_tokenizer(config))
-    model = build.make_model(
+    shape = student_shape(config, load_tokenizer(config))
+    model = make_model(
         shape,
         sharding.make_mesh(MeshConfig()),
         dtype="float32",
@@ -74,7 +76,7 @@ def test_the_teachers_layers_are_where_the_origins_say(teacher):
     )
     model, found = found_of(config, teacher)
     assert model.shape.width == hf.read_config(teacher).width
-    make = build.student_params(config, model, str(teacher))
+    make = student_params(config, model, str(teacher))
     params = flatten_dict(make(), sep="/")
     whole = flatten_dict(hf.load_params(teacher, hf.read_config(teacher)), sep="/")
     assert params.keys() == found.keys() == whole.keys()

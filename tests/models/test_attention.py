@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import Mesh
 
 from kdjax.config import DecoderConfig, MeshConfig
-from kdjax.experiment import build
+from kdjax.experiment.models import make_model
 from kdjax.models import attention, decoder
 from kdjax.models.attention import Kernel, Rule
 from kdjax.parallel import sharding
@@ -152,7 +152,7 @@ def test_a_model_on_a_mesh_learns_alike(remat, windows):
     positions_BT = jnp.tile(jnp.arange(128)[None], (4, 1))
 
     def grads(kernel, dtype):
-        model = build.make_model(shape, mesh, dtype=dtype, remat=remat, kernel=kernel)
+        model = make_model(shape, mesh, dtype=dtype, remat=remat, kernel=kernel)
 
         def total(params):
             hidden_BTD = decoder.hidden_states(
@@ -234,7 +234,7 @@ def test_the_kernel_is_part_of_the_graph():
     mesh = mesh_of(1, 2, 2)
     assert isinstance(mesh, Mesh)
     graphs = [
-        build.make_model(SHAPE, mesh, dtype="float32", kernel=name).graphdef
+        make_model(SHAPE, mesh, dtype="float32", kernel=name).graphdef
         for name in ("xla", "splash", "splash")
     ]
     assert graphs[0] != graphs[1] and graphs[1] == graphs[2]

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from kdjax.config import MeshConfig, OptimConfig
-from kdjax.experiment import build
+from kdjax.experiment.models import load_model
 from kdjax.models import decoder, lm
 from kdjax.parallel import sharding
 from kdjax.training import online_teacher, state, step
@@ -22,7 +22,7 @@ def mesh():
 def models(mesh):
     """Gemma 2 and 3, both with a final softcap: student and teacher."""
     return [
-        build.load_model(str(FOLDER / name), mesh, dtype="float32")
+        load_model(str(FOLDER / name), mesh, dtype="float32")
         for name in ("gemma2", "gemma3")
     ]
 

@@ -10,7 +10,7 @@ import pytest
 
 from kdjax.config import MeshConfig
 from kdjax.data import tokenizer as tokenizers
-from kdjax.experiment import build
+from kdjax.experiment.models import load_model
 from kdjax.losses.chunk_label import chunk_label
 from kdjax.losses.chunk_loss import Teacher, Tokens, chunk_loss
 from kdjax.losses.options import Options
@@ -31,7 +31,7 @@ def test_decoded_rows_are_the_teachers(smollm2, real_data):
     texts = [f"{row['question']}\n{row['answer']}" for row in map(json.loads, lines)]
     tokens = np.asarray(tokenizer(" ".join(texts))["input_ids"][:257], np.int32)
     mesh = sharding.make_mesh(MeshConfig(), devices=jax.devices()[:1])
-    model, params = build.load_model(str(smollm2), mesh, dtype="float32")
+    model, params = load_model(str(smollm2), mesh, dtype="float32")
     inputs_BT, targets = jnp.asarray(tokens[None, :-1]), tokens[1:]
 
     @functools.partial(jax.jit, static_argnames="k")

@@ -11,11 +11,13 @@ from flax.traverse_util import flatten_dict
 
 from kdjax import evaluate, export, train
 from kdjax.config import MeshConfig
-from kdjax.experiment import build, validate
+from kdjax.experiment import validate
+from kdjax.experiment.data import load_tokenizer
+from kdjax.experiment.models import student_params
 from kdjax.models import hf
 from kdjax.parallel import sharding
 from kdjax.training import loop, state
-from kdjax.training.checkpoint import Checkpoints
+from kdjax.training.checkpoint import Checkpoints, load_student
 from kdjax.training.program import Program
 from tests import helpers
 from tests.helpers import TrainSteps, step_config
@@ -70,7 +72,7 @@ def test_the_first_averages_have_memory_of_their_own():
     found = TrainSteps(
         step_config(optim={"ema_decay": 0.9}), devices=jax.devices()[:1], num=0
     )
-    params = build.student_params(step_config(), found.model, "")
+    params = student_params(step_config(), found.model, "")
     current = found.made.init(params)
     kept, mean = (x["embed"]["embedding"] for x in (current.params, current.ema))
     one, two = (x.addressable_shards[0].data for x in (kept, mean))
@@ -111,8 +113,8 @@ def test_a_run_evaluates_exports_and_returns_the_averages(tmp_path, monkeypatch)
     assert teacher == {"step", "params", "opt_state"}
 
     mesh = sharding.make_mesh(config.mesh)
-    tokenizer = build.load_tokenizer(config)
-    model, read = build.load_student(config, run, mesh, tokenizer)
+    tokenizer = load_tokenizer(config)
+    model, read = load_student(config, run, mesh, tokenizer)
     jax.tree.map(np.testing.assert_array_equal, read, returned.pop("small")[0])
     checkpoints = Checkpoints(run / "checkpoints")
     stored = checkpoints.restore(Program(config, model, mesh).abstract)

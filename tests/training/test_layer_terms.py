@@ -11,7 +11,11 @@ import pytest
 from kdjax import evaluate, train
 from kdjax.config import MeshConfig
 from kdjax.data import loader
-from kdjax.experiment import build, validate
+from kdjax.experiment import validate
+from kdjax.experiment.data import load_data
+from kdjax.experiment.models import make_model, student_params, student_shape
+from kdjax.experiment.rows import make_plan
+from kdjax.experiment.teacher import teacher_shape
 from kdjax.losses import layer_losses
 from kdjax.models import decoder
 from kdjax.parallel import sharding
@@ -45,21 +49,21 @@ class First:
 
     def __init__(self, config, *, mesh_config=None, devices=None):
         mesh = sharding.make_mesh(mesh_config or MeshConfig(), devices=devices)
-        data = build.load_data(config, splits=("train",))
-        self.model = build.make_model(
-            build.student_shape(config, data.tokenizer), mesh, dtype="float32"
+        data = load_data(config, splits=("train",))
+        self.model = make_model(
+            student_shape(config, data.tokenizer), mesh, dtype="float32"
         )
-        shape = build.teacher_shape(config, data.tokenizer)
-        self.teacher = build.make_model(shape, mesh, dtype="float32")
+        shape = teacher_shape(config, data.tokenizer)
+        self.teacher = make_model(shape, mesh, dtype="float32")
         self.frozen = jax.jit(
             lambda key: decoder.init_params(shape, key),
             out_shardings=self.teacher.shardings,
         )(jax.random.key(7))
         made = program.Program(config, self.model, mesh, teacher=self.teacher)
-        state = made.init(build.student_params(config, self.model, ""))
+        state = made.init(student_params(config, self.model, ""))
         self.params = jax.tree.map(np.asarray, state.params)
         self.batch = loader.make_batch(
-            build.make_plan(config, self.model.shape, data.train),
+            make_plan(config, self.model.shape, data.train),
             0,
             terms=made.terms(0),
             rows=sharding.local_rows(mesh, made.num_rows),

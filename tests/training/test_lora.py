@@ -14,11 +14,14 @@ from kdjax import evaluate, export, train
 from kdjax.aot import compile
 from kdjax.bench import workload
 from kdjax.config import DecoderConfig, LoraConfig, MeshConfig, T5Config
-from kdjax.experiment import build, validate
+from kdjax.experiment import validate
+from kdjax.experiment.data import load_tokenizer
+from kdjax.experiment.models import make_model
 from kdjax.models import decoder, flops, hf, lm, lora, t5
 from kdjax.models.shape_checks import kept_layers
 from kdjax.parallel import sharding
 from kdjax.training import meter, program
+from kdjax.training.checkpoint import load_student
 from tests import helpers
 from tests.helpers import TrainSteps, step_config
 
@@ -323,7 +326,7 @@ def test_neither_a_full_gradient_nor_a_merged_weight_takes_memory():
             remat="dots",
         )
         mesh = sharding.make_mesh(MeshConfig(), devices=jax.devices()[:1])
-        model = build.make_model(
+        model = make_model(
             shape, mesh, dtype="float32", remat="dots", adapters=config.student.lora
         )
         made = program.Program(config, model, mesh)
@@ -363,8 +366,8 @@ def test_a_whole_run(tmp_path, capsys):
 
     # The base is the teacher's layer, bit for bit; what was learned is in A and B.
     mesh = sharding.make_mesh(config.mesh)
-    tokenizer = build.load_tokenizer(config)
-    _, params = build.load_student(config, run, mesh, tokenizer)
+    tokenizer = load_tokenizer(config)
+    _, params = load_student(config, run, mesh, tokenizer)
     base = hf.load_params(run / "teacher", shape, keep_layers={"layers": (1,)})
     jax.tree.map(np.testing.assert_array_equal, lora.without(params), base)
 

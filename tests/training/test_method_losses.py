@@ -18,7 +18,10 @@ import pytest
 
 from kdjax.config import MeshConfig, T5Config
 from kdjax.data import loader, sources
-from kdjax.experiment import build, methods
+from kdjax.experiment import methods
+from kdjax.experiment.data import load_data
+from kdjax.experiment.models import make_model, student_params, student_shape
+from kdjax.experiment.rows import make_plan
 from kdjax.models import lm
 from kdjax.parallel import sharding
 from kdjax.teacher.codec import Record
@@ -233,15 +236,13 @@ def check_loss(name, place, terms, kind, weigh=lambda id: 1.0):
         **student.changes,
     )
     mesh = sharding.make_mesh(MeshConfig(), devices=jax.devices()[:1])
-    data = build.load_data(config, splits=("train",))
+    data = load_data(config, splits=("train",))
     data.train[:] = [
         dataclasses.replace(s, weight=weigh(s.example_id)) for s in data.train
     ]
-    model = build.make_model(
-        build.student_shape(config, data.tokenizer), mesh, dtype="float32"
-    )
+    model = make_model(student_shape(config, data.tokenizer), mesh, dtype="float32")
     teacher = DenseTeacher(data.train, model.shape.vocab_size)
-    plan = build.make_plan(config, model.shape, data.train)
+    plan = make_plan(config, model.shape, data.train)
     made = program.Program(config, model, mesh)
     batch = loader.make_batch(
         plan,
@@ -250,7 +251,7 @@ def check_loss(name, place, terms, kind, weigh=lambda id: 1.0):
         cache=teacher if weights[1] else None,
         temperature=TEMPERATURE,
     )
-    state = made.init(build.student_params(config, model, ""))
+    state = made.init(student_params(config, model, ""))
     params = jax.tree.map(np.asarray, state.params)
     rows = {n: array.reshape(-1, array.shape[-1]) for n, array in batch.items()}
     logits_RTV = np.asarray(student.logits(model, params, rows))

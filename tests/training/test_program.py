@@ -7,7 +7,11 @@ import pytest
 
 from kdjax.config import MeshConfig
 from kdjax.data import loader
-from kdjax.experiment import build, methods
+from kdjax.experiment import methods
+from kdjax.experiment.data import load_data
+from kdjax.experiment.models import make_model, student_shape
+from kdjax.experiment.rows import make_plan
+from kdjax.experiment.teacher import teacher_config
 from kdjax.parallel import sharding
 from kdjax.training import program
 from tests import helpers
@@ -22,10 +26,10 @@ def test_the_abstract_batch_is_the_real_one(soft_weight):
         cache={"k": FakeCache.k},
     )
     mesh = sharding.make_mesh(MeshConfig(), devices=jax.devices()[:2])
-    data = build.load_data(config, splits=("train",))
-    shape = build.student_shape(config, data.tokenizer)
+    data = load_data(config, splits=("train",))
+    shape = student_shape(config, data.tokenizer)
     batch = loader.make_batch(
-        build.make_plan(config, shape, data.train),
+        make_plan(config, shape, data.train),
         0,
         terms=methods.terms(config.method),
         cache=FakeCache(data.train, shape.vocab_size) if soft_weight else None,
@@ -34,7 +38,7 @@ def test_the_abstract_batch_is_the_real_one(soft_weight):
     abstract = program.abstract_batch(config, shape, mesh, vocab_size=shape.vocab_size)
     described = {name: (x.shape, x.dtype) for name, x in abstract.items()}
     assert described == {name: (x.shape, x.dtype) for name, x in batch.items()}
-    model = build.make_model(shape, mesh, dtype="float32")
+    model = make_model(shape, mesh, dtype="float32")
     made = program.Program(config, model, mesh)
     assert made.step.lower(made.abstract, abstract).compile().memory_analysis()
 
@@ -57,7 +61,7 @@ def test_no_teacher_rows_of_other_microbatches_are_kept(kind):
         config.cache.kind = "dense" if kind == "dense" else "top_k"
         mesh = sharding.make_mesh(MeshConfig(), devices=jax.devices()[:1])
         shape = config.student.decoder
-        model = build.make_model(shape, mesh, dtype="float32")
+        model = make_model(shape, mesh, dtype="float32")
         teacher = model if config.teacher.online else None
         made = program.Program(config, model, mesh, teacher=teacher)
         batch = program.abstract_batch(config, shape, mesh, vocab_size=512)
@@ -74,5 +78,5 @@ def test_the_built_in_teacher_has_hard_labels_all_along():
         method={"weight_schedule": "linear", "final_soft_weight": 1.0}
     )
     assert methods.has_soft_terms(config.method)
-    terms = methods.terms(build.teacher_config(config).method, progress=1.0)
+    terms = methods.terms(teacher_config(config).method, progress=1.0)
     assert {(term.kind, term.weight) for term in terms} == {("hard", 0.5)}

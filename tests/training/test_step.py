@@ -9,7 +9,11 @@ from jax.sharding import NamedSharding
 
 from kdjax.config import MeshConfig
 from kdjax.data import loader
-from kdjax.experiment import build, methods, validate
+from kdjax.experiment import methods, validate
+from kdjax.experiment.data import load_data
+from kdjax.experiment.models import make_model, student_params, student_shape
+from kdjax.experiment.rows import make_plan
+from kdjax.experiment.teacher import teacher_shape
 from kdjax.losses import fused_head
 from kdjax.models import decoder
 from kdjax.parallel import sharding
@@ -22,12 +26,12 @@ from tests.helpers import FakeCache
 def run(config, *, steps=2, mesh_config=None, devices=None, poison=False):
     """Losses, metrics and final parameters of a few steps."""
     mesh = sharding.make_mesh(mesh_config or MeshConfig(), devices=devices)
-    data = build.load_data(config, splits=("train",))
-    shape = build.student_shape(config, data.tokenizer)
-    model = build.make_model(shape, mesh, dtype="float32")
+    data = load_data(config, splits=("train",))
+    shape = student_shape(config, data.tokenizer)
+    model = make_model(shape, mesh, dtype="float32")
     optimizer = optimizer_lib.make_optimizer(config.optim, steps=10)
     abstract = state.abstract_state(model.abstract, optimizer, mesh)
-    plan = build.make_plan(config, shape, data.train)
+    plan = make_plan(config, shape, data.train)
     cache = FakeCache(data.train, shape.vocab_size)
     train_step = step.make_train_step(
         model.graphdef,
@@ -38,9 +42,7 @@ def run(config, *, steps=2, mesh_config=None, devices=None, poison=False):
         num_views=2,
         loss={"temperature": 2.0, "chunk_size": 32},
     )
-    current = state.init_state(
-        abstract, optimizer, build.student_params(config, model, "")
-    )
+    current = state.init_state(abstract, optimizer, student_params(config, model, ""))
     if poison:
         params = current.params
         params["norm"]["scale"] = params["norm"]["scale"] * np.float32(np.nan)
@@ -113,13 +115,11 @@ def test_loss_is_the_dense_formula():
     """hard and soft of both views, by NumPy from the model's own logits."""
     config = gradient_config()
     found, _ = run(config, steps=1, devices=jax.devices()[:1])
-    data = build.load_data(config, splits=("train",))
+    data = load_data(config, splits=("train",))
     mesh = sharding.make_mesh(MeshConfig(), devices=jax.devices()[:1])
-    model = build.make_model(
-        build.student_shape(config, data.tokenizer), mesh, dtype="float32"
-    )
-    params = build.student_params(config, model, "")()
-    plan = build.make_plan(config, model.shape, data.train)
+    model = make_model(student_shape(config, data.tokenizer), mesh, dtype="float32")
+    params = student_params(config, model, "")()
+    plan = make_plan(config, model.shape, data.train)
     cache = FakeCache(data.train, model.shape.vocab_size)
     total = np.zeros((2, 2))
     counts = np.zeros(2)
@@ -178,18 +178,18 @@ def test_chunk_size_from_memory():
 def online(config, *, whole=False, mesh_config=None, devices=None):
     """Loss and gradient norm of a first step, with the teacher in it or in a cache."""
     mesh = sharding.make_mesh(mesh_config or MeshConfig(), devices=devices)
-    data = build.load_data(config, splits=("train",))
-    shape = build.student_shape(config, data.tokenizer)
-    model = build.make_model(shape, mesh, dtype="float32")
-    teacher_shape = build.teacher_shape(config, data.tokenizer)
-    teacher = build.make_model(teacher_shape, mesh, dtype="float32")
+    data = load_data(config, splits=("train",))
+    shape = student_shape(config, data.tokenizer)
+    model = make_model(shape, mesh, dtype="float32")
+    shape_of_teacher = teacher_shape(config, data.tokenizer)
+    teacher = make_model(shape_of_teacher, mesh, dtype="float32")
     frozen = jax.jit(
-        lambda key: decoder.init_params(teacher_shape, key),
+        lambda key: decoder.init_params(shape_of_teacher, key),
         out_shardings=teacher.shardings,
     )(jax.random.key(7))
     # Random weights of the usual size make nearly uniform rows.
     frozen["embed"]["embedding"] *= np.float32(30.0)
-    plan = build.make_plan(config, shape, data.train)
+    plan = make_plan(config, shape, data.train)
     results = []
     for live in (True, False):
         made = program.Program(config, model, mesh, teacher=teacher if live else None)
@@ -202,7 +202,7 @@ def online(config, *, whole=False, mesh_config=None, devices=None):
         )
         batch = sharding.global_batch(batch, mesh, made.num_rows)
         current = state.init_state(
-            made.abstract, made.optimizer, build.student_params(config, model, "")
+            made.abstract, made.optimizer, student_params(config, model, "")
         )
         if live:
             _, metrics = made.step(current, batch, frozen)
@@ -256,9 +256,9 @@ def test_schedules_reach_the_batch_and_the_step():
     )
     validate.validate(config)
     mesh = sharding.make_mesh(MeshConfig(), devices=jax.devices()[:1])
-    data = build.load_data(config, splits=("train",))
-    shape = build.student_shape(config, data.tokenizer)
-    model = build.make_model(shape, mesh, dtype="float32")
+    data = load_data(config, splits=("train",))
+    shape = student_shape(config, data.tokenizer)
+    model = make_model(shape, mesh, dtype="float32")
     made = program.Program(config, model, mesh)
     found = [
         {t.kind: t.weight for t in made.terms(index) if t.view == 0}
@@ -268,10 +268,10 @@ def test_schedules_reach_the_batch_and_the_step():
     assert [w["soft"] for w in found] == pytest.approx([0.5, 0.375, 0.25, 0.125, 0])
     assert [made.temperature(i) for i in range(5)] == [2.0, 2.0, 2.0, 1.0, 1.0]
     assert made.step_at(2.0) is made.step and made.step_at(1.0) is not made.step
-    plan = build.make_plan(config, shape, data.train)
+    plan = make_plan(config, shape, data.train)
     cache = FakeCache(data.train, shape.vocab_size)
     current = state.init_state(
-        made.abstract, made.optimizer, build.student_params(config, model, "")
+        made.abstract, made.optimizer, student_params(config, model, "")
     )
     for index in (0, 4):
         batch = loader.make_batch(
@@ -294,13 +294,11 @@ def test_a_step_moves_nothing_but_its_batch_and_its_metrics():
     """What crosses between host and devices is asked for by name, or refused."""
     config = gradient_config()
     mesh = sharding.make_mesh(MeshConfig())
-    data = build.load_data(config, splits=("train",))
-    shape = build.student_shape(config, data.tokenizer)
-    made = program.Program(config, build.make_model(shape, mesh, dtype="float32"), mesh)
-    make_params = build.student_params(
-        config, build.make_model(shape, mesh, dtype="float32"), ""
-    )
-    plan = build.make_plan(config, shape, data.train)
+    data = load_data(config, splits=("train",))
+    shape = student_shape(config, data.tokenizer)
+    made = program.Program(config, make_model(shape, mesh, dtype="float32"), mesh)
+    make_params = student_params(config, make_model(shape, mesh, dtype="float32"), "")
+    plan = make_plan(config, shape, data.train)
     cache = FakeCache(data.train, shape.vocab_size)
     current = made.init(make_params)
     for index in range(3):

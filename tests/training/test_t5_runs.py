@@ -13,10 +13,14 @@ from kdjax.config import MeshConfig, T5Config
 from kdjax.data import loader
 from kdjax.data import tokenizer as tokenizers
 from kdjax.evaluation.scorer import Scorer
-from kdjax.experiment import build, methods
+from kdjax.experiment import methods
+from kdjax.experiment.data import load_data, load_tokenizer
+from kdjax.experiment.models import make_model, student_params, student_shape
+from kdjax.experiment.rows import make_plan, row_kwargs
 from kdjax.models import generate, hf, lm, t5
 from kdjax.parallel import sharding
 from kdjax.training import loop, program, state
+from kdjax.training.checkpoint import load_student
 from tests import helpers
 
 SHAPE = T5Config(
@@ -49,8 +53,8 @@ def finished(tmp_path_factory):
 
 def load(config, workdir):
     mesh = sharding.make_mesh(config.mesh)
-    tokenizer = build.load_tokenizer(config)
-    return build.load_student(config, workdir, mesh, tokenizer)
+    tokenizer = load_tokenizer(config)
+    return load_student(config, workdir, mesh, tokenizer)
 
 
 def test_a_run_with_a_decoder_only_teacher(finished):
@@ -72,9 +76,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(finished, tmp_path):
     link = dataclasses.replace(half.cache, path=str(workdir / "cache"))
     half.cache, half.teacher.path = link, str(workdir / "teacher")
     mesh = sharding.make_mesh(half.mesh)
-    data = build.load_data(half)
-    shape = build.student_shape(half, data.tokenizer)
-    model = build.make_model(shape, mesh, dtype="float32")
+    data = load_data(half)
+    shape = student_shape(half, data.tokenizer)
+    model = make_model(shape, mesh, dtype="float32")
     cache = train.building.ensure(half, data, tmp_path, half.teacher.path)["train"]
 
     def fit(folder, calls):
@@ -86,7 +90,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(finished, tmp_path):
                     mesh=mesh,
                     data=data,
                     model=model,
-                    make_params=build.student_params(half, model, ""),
+                    make_params=student_params(half, model, ""),
                     cache=cache,
                 )
             except KeyboardInterrupt:
@@ -118,7 +122,7 @@ def test_export_is_read_by_transformers(finished, tmp_path):
     theirs = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out").eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     model, params = load(config, workdir)
-    data = build.load_data(config, splits=("eval",))
+    data = load_data(config, splits=("eval",))
     segment = data.evaluation[0]
     prompt = [*segment.prompt_ids, tokenizer.eos_token_id]
     wanted = theirs.generate(
@@ -149,7 +153,7 @@ def test_export_is_read_by_transformers(finished, tmp_path):
 def test_packed_rows_score_as_single_ones(finished):
     config, workdir = finished
     model, params = load(config, workdir)
-    data = build.load_data(config, splits=("eval",))
+    data = load_data(config, splits=("eval",))
     mesh = sharding.make_mesh(config.mesh)
     scorer = Scorer(config, data, model, mesh)
     packed = scorer._per_segment(params, scorer._tokens, None)["nll"]
@@ -157,7 +161,7 @@ def test_packed_rows_score_as_single_ones(finished):
     longest = max(len(s.prompt_ids) for s in data.evaluation) + 1
     alone = []
     for segment in data.evaluation:
-        rows = build.layout(model.shape, 64, longest)
+        rows = row_kwargs(model.shape, 64, longest)
         plan = loader.BatchPlan([segment], batch_size=8, shuffle=False, **rows)
         alone.append(scorer._per_segment(params, plan, None)["nll"][0])
     np.testing.assert_allclose(packed, alone, rtol=1e-5, atol=1e-5)
@@ -167,13 +171,13 @@ def one_step(config, *, devices=8, dropout=True):
     """Loss and parameters after a step on hard labels."""
     config.method = dataclasses.replace(config.method, soft_weight=0.0, hard_weight=1.0)
     mesh = sharding.make_mesh(config.mesh, devices=jax.devices()[:devices])
-    data = build.load_data(config, splits=("train",))
-    shape = build.student_shape(config, data.tokenizer)
-    model = build.make_model(shape, mesh, dtype="float32")
+    data = load_data(config, splits=("train",))
+    shape = student_shape(config, data.tokenizer)
+    model = make_model(shape, mesh, dtype="float32")
     made = program.Program(config, model, mesh)
-    first = made.init(build.student_params(config, model, ""))
+    first = made.init(student_params(config, model, ""))
     batch = loader.make_batch(
-        build.make_plan(config, shape, data.train),
+        make_plan(config, shape, data.train),
         0,
         terms=methods.terms(config.method),
         dropout=dropout,
@@ -206,8 +210,8 @@ def test_dropout_does_not_depend_on_how_the_batch_is_cut():
 
 def test_dropout_keys_follow_from_seed_and_step():
     made = config()
-    data = build.load_data(made, splits=("train",))
-    plan = build.make_plan(made, SHAPE, data.train)
+    data = load_data(made, splits=("train",))
+    plan = make_plan(made, SHAPE, data.train)
 
     def keys(plan, step, **arguments):
         batch = loader.make_batch(plan, step, terms=(), dropout=True, **arguments)
@@ -218,7 +222,7 @@ def test_dropout_keys_follow_from_seed_and_step():
     assert not np.array_equal(first, keys(plan, 1))
     np.testing.assert_array_equal(keys(plan, 0, rows=slice(2, 5)), first[:, 2:5])
     made.seed = 1
-    assert not np.array_equal(first, keys(build.make_plan(made, SHAPE, data.train), 0))
+    assert not np.array_equal(first, keys(make_plan(made, SHAPE, data.train), 0))
     assert "dropout_keys" not in loader.make_batch(plan, 0, terms=())
 
 
@@ -275,18 +279,18 @@ def test_kept_layers_of_both_stacks(tmp_path):
         tmp_path / "teacher", num_decoder_layers=3, num_encoder_layers=2
     )
     mesh = sharding.make_mesh(made.mesh)
-    tokenizer = build.load_tokenizer(made)
-    shape = build.student_shape(made, tokenizer)
+    tokenizer = load_tokenizer(made)
+    shape = student_shape(made, tokenizer)
     assert (shape.num_encoder_layers, shape.num_decoder_layers) == (1, 2)
     assert lm.dropout(shape) == 0.3
-    model = build.make_model(shape, mesh, dtype="float32")
-    kept = build.student_params(made, model, made.teacher.path)()
+    model = make_model(shape, mesh, dtype="float32")
+    kept = student_params(made, model, made.teacher.path)()
     for stack, layers in (("encoder", [1]), ("decoder", [2, 0])):
         wanted = jax.tree.map(lambda x: x[np.array(layers)], params[stack]["layers"])  # noqa: B023
         jax.tree.map(np.testing.assert_array_equal, kept[stack]["layers"], wanted)
     made.student.keep_encoder_layers = (2,)
     with pytest.raises(ValueError, match=r"keep_encoder_layers=\(2,\): the"):
-        build.student_shape(made, tokenizer)
+        student_shape(made, tokenizer)
 
 
 def test_hard_labels_need_no_teacher(tmp_path):
@@ -295,7 +299,7 @@ def test_hard_labels_need_no_teacher(tmp_path):
         for i in range(24)
     ]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    build.load_tokenizer(config()).save_pretrained(tmp_path / "tokenizer")
+    load_tokenizer(config()).save_pretrained(tmp_path / "tokenizer")
     made = config(
         data={
             "source": "jsonl",

@@ -12,7 +12,8 @@ from flax.traverse_util import flatten_dict
 from kdjax import train
 from kdjax.aot import hlo
 from kdjax.config import MeshConfig, T5Config
-from kdjax.experiment import build, validate
+from kdjax.experiment import validate
+from kdjax.experiment.teacher import teacher_config
 from kdjax.losses import fused_head
 from kdjax.models import decoder, t5
 from kdjax.parallel import sharding
@@ -176,7 +177,7 @@ def test_a_pattern_for_nothing_or_all_is_refused_before_anything_runs(
 
 def test_the_built_in_teacher_trains_all_of_itself():
     config = step_config(optim={"freeze": HALF, "ema_decay": 0.9})
-    optim = build.teacher_config(config).optim
+    optim = teacher_config(config).optim
     assert optim.freeze == () and optim.ema_decay == 0.0
 
 

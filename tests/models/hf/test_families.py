@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from kdjax.config import FAMILIES, MeshConfig, RopeConfig, StudentConfig
-from kdjax.experiment import build, validate
+from kdjax.experiment import validate
+from kdjax.experiment.models import student_shape
 from kdjax.models import decoder, flops, generate, hf, lm
 from kdjax.models.hf import families
 from kdjax.models.shape_checks import kept_layers
@@ -143,7 +144,7 @@ def test_kept_layers_keep_their_windows_and_positions(tmp_path):
         teacher={"path": str(FOLDER / "gemma3")},
         student=StudentConfig(init="teacher_layers", keep_layers=(2, 3)),
     )
-    shape = build.student_shape(config, range(96))
+    shape = student_shape(config, range(96))
     assert (shape.windows, shape.rotary) == ((0, 8), ("global", "local"))
     params = hf.load_params(FOLDER / "gemma3", shape, keep_layers={"layers": (2, 3)})
     hf.save(tmp_path / "student", shape, params)

@@ -1,0 +1,79 @@
+"""Examples of a Config, as text and as tokens."""
+
+import dataclasses
+import sys
+from typing import Any
+
+from kdjax.config import Config
+from kdjax.data import selection, sources, views
+from kdjax.data import tokenizer as tokenizers
+from kdjax.data.views import Segment
+from kdjax.experiment import methods
+from kdjax.models import hf
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Data:
+    """Examples of a run, as text and as tokens."""
+
+    tokenizer: Any
+    views: tuple[str, ...]
+    eval_views: tuple[str, ...]  # the first of `views`: `evaluation` has these
+    train: list[Segment]
+    evaluation: list[Segment]
+    eval_examples: list[sources.Example]
+    labels: dict[str, Any]  # of a teacher's answers: `selection.trusted`
+
+
+def load_tokenizer(config: Config) -> Any:
+    """The tokenizer: the data's own, the teacher's, the student's, the built-in one."""
+    if path := tokenizer_path(config):
+        return tokenizers.load(hf.resolve(path))
+    prefixes = dataclasses.astuple(config.data.prefixes)
+    return tokenizers.kinship(" ".join(prefixes).split())
+
+
+def tokenizer_path(config: Config) -> str:
+    """Folder or hub name of the tokenizer; "" = the built-in one."""
+    student = config.student.path if config.student.init == "folder" else ""
+    built_in = config.data.source == "kinship"
+    paths = (config.data.tokenizer, config.teacher.path, "" if built_in else student)
+    return next(filter(None, paths), "")
+
+
+def load_data(config: Config, *, splits: tuple[str, ...] = ("train", "eval")) -> Data:
+    """Reads the examples and makes their segments; every data error surfaces here."""
+    tokenizer = load_tokenizer(config)
+    names = {
+        "train": methods.views(config.method),
+        "eval": methods.held_out_views(config.method),
+    }
+    examples = {
+        split: sources.load_examples(config.data, split, seed=config.data.kinship.seed)
+        for split in splits
+    }
+    segments: dict[str, list[Segment]] = {}
+    labels: dict[str, Any] = {}
+    for split, found in examples.items():
+        chosen = selection.select(found, names[split], split, config.data)
+        labels |= chosen.labels
+        for note in chosen.notes:
+            print(note, file=sys.stderr)
+        segments[split], counts = views.make_segments(
+            chosen.examples, names[split], tokenizer, config.data
+        )
+        if counts.truncated or counts.dropped:
+            print(
+                f"{split}: {counts.truncated} segments truncated, {counts.dropped} "
+                f"dropped, {counts.segments} kept (data.on_long={config.data.on_long})",
+                file=sys.stderr,
+            )
+    return Data(
+        tokenizer=tokenizer,
+        views=names["train"],
+        eval_views=names["eval"],
+        train=segments.get("train", []),
+        evaluation=segments.get("eval", []),
+        eval_examples=examples.get("eval", []),
+        labels=labels,
+    )

@@ -1,0 +1,157 @@
+"""Models of a Config: structure, shardings and initial parameters."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.nnx as nnx
+import jax
+from jax.sharding import Mesh
+
+from kdjax.config import Config, DecoderConfig, LoraConfig, T5Config
+from kdjax.experiment.teacher import teacher_shape, with_vocabulary
+from kdjax.models import attention, hf, lm, lora
+from kdjax.models.lm import Shape
+from kdjax.parallel import sharding
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Model:
+    """A model as (graphdef, params), with its shape and where its parameters lie."""
+
+    shape: Shape
+    graphdef: nnx.GraphDef
+    abstract: Any  # nested dict of ShapeDtypeStruct with shardings
+    shardings: Any  # nested dict of NamedSharding
+
+
+def make_model(
+    shape: Shape,
+    mesh: Mesh,
+    *,
+    dtype: str,
+    remat: str = "none",
+    kernel: str = "auto",
+    adapters: LoraConfig | None = None,
+) -> Model:
+    """A model whose parameters are split over `mesh` by the table; no memory yet.
+
+    What attends is chosen here, for the devices of the mesh: `attention.choose`.
+    `adapters` describes those beside the linear layers, None = none.
+    """
+    chosen = attention.XLA
+    if isinstance(shape, DecoderConfig):
+        chosen = attention.choose(shape, mesh, dtype=dtype, name=kernel)
+    graphdef, shapes = lm.create(
+        shape,
+        dtype=dtype,
+        remat=remat,
+        kernel=chosen,
+        unroll=mesh.devices.flat[0].platform == "cpu" and remat == "none",
+        adapters=adapters,
+    )
+    shardings = sharding.param_shardings(shapes, mesh)
+    abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        shapes,
+        shardings,
+    )
+    return Model(shape=shape, graphdef=graphdef, abstract=abstract, shardings=shardings)
+
+
+def load_model(path: str, mesh: Mesh, *, dtype: str) -> tuple[Model, Any]:
+    """A model and its parameters from a Hugging Face folder or hub name."""
+    model = make_model(hf.read_config(path), mesh, dtype=dtype)
+    return model, hf.load_params(path, model.shape, shardings=model.shardings)
+
+
+def student_shape(config: Config, tokenizer: Any) -> Shape:
+    """The student's shape: its own, its folder's, or the teacher's with fewer layers.
+
+    Raises:
+      ValueError: a layer the teacher lacks, or ids that the student's vocabulary lacks.
+    """
+    student = config.student
+    if student.init == "folder":
+        shape = hf.read_config(student.path)
+    elif student.init == "teacher_layers":
+        shape = teacher_shape(config, tokenizer)
+        shape = lm.kept_layers(shape, student_layers(config, shape))
+    else:
+        own = student.t5 if student.architecture == "t5" else student.decoder
+        shape = with_vocabulary(own, tokenizer)
+    if isinstance(shape, T5Config) and student.dropout >= 0:
+        shape = dataclasses.replace(shape, dropout=student.dropout)
+    if shape.vocab_size < len(tokenizer):
+        raise ValueError(
+            f"student vocab_size={shape.vocab_size} is below the tokenizer's "
+            f"{len(tokenizer)}: use student.decoder.vocab_size=0 or the student's own "
+            "tokenizer"
+        )
+    return shape
+
+
+def student_layers(config: Config, teacher: Shape) -> dict[str, tuple[int, ...]]:
+    """The teacher's layers that the student keeps, by their stack.
+
+    Raises:
+      ValueError: a layer the teacher lacks.
+    """
+    student = config.student
+    found = {"layers": ("keep_layers", student.keep_layers)}
+    if isinstance(teacher, T5Config):
+        encoder = student.keep_encoder_layers or range(teacher.num_encoder_layers)
+        found = {
+            "decoder/layers": ("keep_layers", student.keep_layers),
+            "encoder/layers": ("keep_encoder_layers", tuple(encoder)),
+        }
+    numbers = lm.stacks(teacher)
+    for stack, (name, layers) in found.items():
+        if not set(layers) <= set(range(numbers[stack])):
+            raise ValueError(
+                f"student.{name}={layers}: the teacher has {stack} 0 to "
+                f"{numbers[stack] - 1}"
+            )
+    return {stack: layers for stack, (_, layers) in found.items()}
+
+
+def student_params(config: Config, model: Model, teacher: str) -> Callable[[], Any]:
+    """How to make the student's initial parameters, sharded."""
+    student, shardings = config.student, lora.without(model.shardings)
+    folder = student.path if student.init == "folder" else teacher
+    init = jax.jit(
+        lambda key: lm.init_params(model.shape, key), out_shardings=shardings
+    )
+
+    def make() -> Any:
+        if student.init == "random":
+            return init(jax.random.key(config.seed))
+        layers = None
+        if student.init == "teacher_layers":
+            layers = student_layers(config, hf.read_config(folder))
+        return hf.load_params(
+            folder, model.shape, shardings=shardings, keep_layers=layers
+        )
+
+    key = jax.random.fold_in(jax.random.key(config.seed), 2)
+    return lambda: lora.beside(make(), model.abstract, key)
+
+
+def shared_vocab_size(shape: Shape, teacher: Any) -> int | None:
+    """Vocabulary rows of the student that the teacher has too; None = all.
+
+    Args:
+      shape: the student's.
+      teacher: a cache or a shape, with `vocab_size`; None = no teacher.
+
+    Raises:
+      ValueError: the teacher's ids do not fit the student's vocabulary.
+    """
+    if teacher is None or teacher.vocab_size == shape.vocab_size:
+        return None
+    if teacher.vocab_size > shape.vocab_size:
+        raise ValueError(
+            f"the student's vocab_size={shape.vocab_size} is below the teacher's "
+            f"{teacher.vocab_size}: its ids need at least as many rows"
+        )
+    return teacher.vocab_size
