@@ -1,7 +1,3 @@
-"""kdjax: distils language models in JAX against precomputed teacher outputs."""
-
-from kdjax.runtime import malloc
+"""Distillation of language models in JAX against precomputed teacher outputs."""
 
 __version__ = "0.1.0"
-
-malloc.restart_with_huge_pages()  # of a command alone, before JAX is imported

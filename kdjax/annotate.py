@@ -9,9 +9,7 @@ import pathlib
 from absl import flags
 
 from kdjax import cli
-from kdjax.annotation import annotate
 from kdjax.config import Config
-from kdjax.parallel import distributed
 from kdjax.runtime.console import print_table
 
 flags.declare_key_flag("json")
@@ -19,6 +17,9 @@ flags.declare_key_flag("json")
 
 def run(config: Config, workdir: pathlib.Path) -> None:
     """Annotates, prints what was kept, and writes the report where asked."""
+    from kdjax.annotation import annotate
+    from kdjax.parallel import distributed
+
     report = annotate.annotate(config, workdir)
     if distributed.is_main():
         counts = {name: report[name] for name in ("rows", "kept", "dropped")}

@@ -10,29 +10,29 @@
 FOLDER holds a manifest.json: DIR/cache/train and DIR/cache/eval of a run.
 """
 
+from __future__ import annotations
+
 import pathlib
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from kdjax import cli
 from kdjax.config import Config
-from kdjax.data import tokenizer as tokenizers
-from kdjax.experiment.data import load_data
-from kdjax.models import hf
 from kdjax.runtime.console import print_table, progress
-from kdjax.teacher import cache as cache_lib
-from kdjax.teacher import describe, merge_export
-from kdjax.teacher.importers import convert
-from kdjax.teacher.manifest import Manifest
+
+if TYPE_CHECKING:
+    from kdjax.teacher.manifest import Manifest
 
 for _name in ("config", "workdir"):
     flags.declare_key_flag(_name)
 _OUT = flags.DEFINE_string("out", None, "New folder (merge, import) or file (export).")
 _PNG = flags.DEFINE_string("png", None, "Where info draws what it prints.")
-_LAYOUT = flags.DEFINE_enum(
-    "layout", None, sorted(convert.LAYOUTS), "Who wrote the files that import reads."
+_LAYOUT = flags.DEFINE_string(
+    "layout",
+    None,
+    "Who wrote what import reads: vllm, sglang, distillkit, axolotl, maxtext.",
 )
 _SPLIT = flags.DEFINE_enum(
     "split", "train", ["train", "eval"], "Examples of the config that import covers."
@@ -44,6 +44,9 @@ _TEACHER = flags.DEFINE_string(
 
 def info(folders: list[str]) -> None:
     """Prints and draws what a cache holds."""
+    from kdjax.teacher import cache as cache_lib
+    from kdjax.teacher import describe
+
     (folder,) = _counted(folders, 1)
     cache = cache_lib.open_cache(folder)
     with progress(cache.num_tokens, "read") as advance:
@@ -65,6 +68,8 @@ def info(folders: list[str]) -> None:
 
 def verify(folders: list[str]) -> None:
     """Checks a cache; exit code 0 only if all of it is right."""
+    from kdjax.teacher import cache as cache_lib
+
     (folder,) = _counted(folders, 1)
     cache = cache_lib.open_cache(folder)
     with progress(cache.num_tokens, "verify") as advance:
@@ -74,6 +79,9 @@ def verify(folders: list[str]) -> None:
 
 def export(folders: list[str]) -> None:
     """Writes a cache as Parquet."""
+    from kdjax.teacher import cache as cache_lib
+    from kdjax.teacher import merge_export
+
     (folder,) = _counted(folders, 1)
     num_rows = merge_export.export(cache_lib.open_cache(folder), _out())
     print(f"exported {num_rows} records to {_out()}")
@@ -81,6 +89,9 @@ def export(folders: list[str]) -> None:
 
 def merge(folders: list[str]) -> None:
     """Writes one cache of several."""
+    from kdjax.teacher import cache as cache_lib
+    from kdjax.teacher import merge_export
+
     caches = [
         cache_lib.open_cache(folder) for folder in _counted(folders, 2, more=True)
     ]
@@ -91,9 +102,17 @@ def merge(folders: list[str]) -> None:
 
 def import_(files: list[str]) -> None:
     """Writes a cache of another tool's teacher outputs."""
+    from kdjax.experiment.data import load_data
+    from kdjax.models import hf
+    from kdjax.teacher import cache as cache_lib
+    from kdjax.teacher import merge_export
+    from kdjax.teacher.importers import convert
+
     (path,) = _counted(files, 1)
-    if _LAYOUT.value is None:
-        raise ValueError(f"--layout is missing: use one of {sorted(convert.LAYOUTS)}")
+    if _LAYOUT.value not in convert.LAYOUTS:
+        raise ValueError(
+            f"--layout={_LAYOUT.value or ''}: use one of {sorted(convert.LAYOUTS)}"
+        )
     config = cli.given_config()
     layout = convert.LAYOUTS[_LAYOUT.value]
     data = load_data(config, splits=(_SPLIT.value,))
@@ -124,6 +143,9 @@ def import_(files: list[str]) -> None:
 def _manifest(
     config: Config, tokenizer: Any, vocab_size: int, missing: tuple[str, ...]
 ) -> Manifest:
+    from kdjax.data import tokenizer as tokenizers
+    from kdjax.teacher.manifest import Manifest
+
     teacher = _TEACHER.value or config.teacher.path or "unknown"
     return Manifest(
         kind="top_k",

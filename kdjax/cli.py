@@ -1,4 +1,9 @@
-"""What all verbs share: flags, errors of one line, and the working directory."""
+"""Flags, one-line errors and process settings of the commands.
+
+Only the commands import this module. It imports neither JAX nor the library, and the
+commands import theirs where they run: help and flag errors come at once, and a process
+is replaced by one with huge pages before anything is loaded.
+"""
 
 import os
 import pathlib
@@ -8,21 +13,19 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from kdjax import config as config_lib
 from kdjax.config import Config
-from kdjax.experiment import resume
-from kdjax.experiment import validate as validate_lib
-from kdjax.parallel import distributed
 from kdjax.runtime import files, malloc
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
     None,
-    "Experiment: FILE.py or FILE.py:argument; --config.part.field=value overrides it.",
+    "Experiment: FILE.py, or the name of a config that comes with kdjax, and what "
+    "follows a colon is its argument: quickstart:smoke. --config.part.field=value "
+    "overrides a field.",
 )
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where the run writes; runs/<name of the config> by default."
@@ -39,19 +42,17 @@ STEP = flags.DEFINE_integer(
 def run(
     main: Callable[[Any, pathlib.Path], None],
     *,
-    kind: type = Config,
-    validate: Callable[[Any], Any] = validate_lib.validate,
+    validate: Callable[[Any], None] | None = None,
     keep_compiled: bool = True,
 ) -> None:
-    """Parses the flags, validates the config and calls `main(config, workdir)`.
+    """Parse the flags, validate the config and call `main(config, workdir)`.
 
     What the user can mend (ValueError, a missing file) becomes one line on stderr and
     exit code 1; a bug keeps its traceback.
 
     Args:
-      main: the verb.
-      kind: what get_config returns.
-      validate: checks it.
+      main: the command.
+      validate: checks what get_config returned; by default it must be a valid Config.
       keep_compiled: what is compiled is kept on disk and read by later runs; False
         where the compilation itself is measured.
     """
@@ -59,9 +60,14 @@ def run(
     def start(arguments: list[str]) -> None:
         if arguments:
             raise ValueError(f"arguments {arguments} are not flags: use --name=value")
-        config = given_config(kind, validate)
+        config = given_config(validate)
+
+        import jax
+
+        from kdjax.parallel import distributed
+
         distributed.start()
-        malloc.give_back_after_compiling()
+        malloc.trim_after_compile()
         if keep_compiled:
             _keep_compiled()
         else:
@@ -75,76 +81,133 @@ def run(
 
 
 def run_actions(main: Callable[[list[str]], None]) -> None:
-    """Parses the flags, calls `main` with the other arguments; errors as in `run`."""
+    """Parse the flags, call `main` with the other arguments; errors as in `run`."""
+    malloc.reexec_with_huge_pages()
+    # Transformers reads tokenizers; that PyTorch is missing is no news.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
     def parse(argv: list[str]) -> list[str]:
+        argv = [_config_argument(argument) for argument in argv]
         try:
             return flags.FLAGS(argv)
         except _FLAG_ERRORS as error:
             raise SystemExit(_line(_flag_error(error, argv))) from None
 
     def guarded(argv: list[str]) -> None:
-        logging.set_verbosity(logging.WARNING)
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)
+        logging.info("GLIBC_TUNABLES=%r", os.environ.get("GLIBC_TUNABLES", ""))
         try:
             main(argv[1:])
         except (ValueError, FileNotFoundError) as error:
             if os.environ.get("KDJAX_TRACEBACK"):
                 raise
-            distributed.abandon(_line(str(error)))
+            _abandon(_line(str(error)))
             raise SystemExit(_line(str(error))) from None
         except Exception:
-            distributed.abandon(traceback.format_exc())
+            _abandon(traceback.format_exc())
             raise
 
     app.run(guarded, flags_parser=parse)
 
 
-def _keep_compiled() -> None:
-    """JAX's persistent compilation cache, unless JAX_COMPILATION_CACHE_DIR names one.
+def _abandon(message: str) -> None:
+    """End one of several processes at once, if it is one of several."""
+    if "jax" in sys.modules:
+        from kdjax.parallel import distributed
 
-    JAX_ENABLE_COMPILATION_CACHE=false turns it off.
+        distributed.abandon(message)
+
+
+def config_files() -> dict[str, pathlib.Path]:
+    """Return the configs that come with kdjax, by name: quickstart, compare/kinship."""
+    package = pathlib.Path(__file__).parent
+    folder = package / "configs"  # of a wheel
+    if not folder.is_dir():
+        folder = package.parent / "configs"  # of a checkout
+    return {
+        file.relative_to(folder).with_suffix("").as_posix(): file
+        for file in sorted(folder.rglob("*.py"))
+    }
+
+
+def _config_argument(argument: str) -> str:
+    """Return a command-line argument, --config=NAME as --config=FILE."""
+    match = re.fullmatch(r"(--?config=)([^:]+)(:.*)?", argument)
+    if not match or match[2].endswith(".py") or pathlib.Path(match[2]).is_file():
+        return argument
+    files = config_files()
+    if match[2] not in files:
+        raise SystemExit(
+            _line(
+                f"{argument}: no such config: give a FILE.py, or one of {list(files)}"
+            )
+        )
+    return f"{match[1]}{files[match[2]]}{match[3] or ''}"
+
+
+def _keep_compiled() -> None:
+    """Turn on JAX's persistent compilation cache, unless the user has.
+
+    JAX_COMPILATION_CACHE_DIR names another folder; JAX_ENABLE_COMPILATION_CACHE=false
+    turns it off.
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
+
+    import jax
+
     base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     folder = pathlib.Path(base) / "kdjax" / "compiled"
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", _COMPILED_BYTES)
 
 
-def given_config(
-    kind: type = Config, validate: Callable[[Any], Any] = validate_lib.validate
-) -> Any:
-    """The config of --config, else the one that --workdir ran with, validated.
+def given_config(validate: Callable[[Any], None] | None = None) -> Any:
+    """Return the validated config of --config, else of the run in --workdir.
+
+    Args:
+      validate: as in `run`.
 
     Raises:
-      ValueError: there is none, it is of another kind, or it says what cannot be.
+      ValueError: there is none, it is of another type, or a field is invalid.
     """
-    config = _given(kind)
-    validate(config)
+    config = _CONFIG.value
+    if config is None:
+        file = pathlib.Path(_WORKDIR.value or "") / CONFIG
+        if validate is not None:
+            raise ValueError("--config is missing: give --config=compare/NAME")
+        if not _WORKDIR.value or not file.is_file():
+            raise ValueError(
+                "--config is missing: give --config=NAME, --config=FILE.py, or the "
+                "--workdir of a run"
+            )
+        config = config_lib.from_json(file.read_text())
+    (validate or _validate)(config)
     return config
 
 
-def _given(kind: type) -> Any:
-    config = _CONFIG.value
-    if config is None and kind is Config:
-        file = pathlib.Path(_WORKDIR.value or "") / CONFIG
-        if not _WORKDIR.value or not file.is_file():
-            raise ValueError(
-                "--config is missing: give --config=configs/NAME.py, or the --workdir "
-                "of a run"
-            )
-        return config_lib.from_json(file.read_text())
-    if config is None:
-        raise ValueError("--config is missing: give --config=configs/compare/NAME.py")
-    if isinstance(config, kind):
-        return config
+def _validate(config: Any) -> None:
+    from kdjax.experiment import validate
+
+    check_type(config, Config)
+    validate.validate(config)
+
+
+def check_type(config: Any, expected: type) -> None:
+    """Check what get_config returned.
+
+    Raises:
+      ValueError: there is no such file, or it returns another type.
+    """
+    if isinstance(config, expected):
+        return
     file = config_flags.get_config_filename(flags.FLAGS["config"])
-    if not pathlib.Path(file).is_file():
+    if not pathlib.Path(file.split(":")[0]).is_file():
         raise ValueError(f"--config={file}: no such file; give the path of a config")
     raise ValueError(
-        f"get_config of --config must return a {kind.__module__}.{kind.__name__}, not "
-        f"{type(config).__name__}"
+        f"get_config of --config must return a {expected.__module__}."
+        f"{expected.__name__}, not {type(config).__name__}"
     )
 
 
@@ -160,6 +223,9 @@ def claim(folder: pathlib.Path, config: Config) -> None:
       ValueError: another config has run there; the fields that differ are named.
     """
     check_owner(folder, config)
+
+    from kdjax.parallel import distributed
+
     distributed.barrier("claim")
     if distributed.is_main():
         write_config(folder, config)
@@ -171,6 +237,8 @@ def check_owner(folder: pathlib.Path, config: Config) -> None:
     Raises:
       ValueError: one has; the fields that differ are named.
     """
+    from kdjax.experiment import resume
+
     file = folder / CONFIG
     if file.exists():
         changed = resume.differences(config_lib.from_json(file.read_text()), config)

@@ -4,17 +4,20 @@ Every combination of levels is a run of its own with each seed (docs/compare.md)
 anywhere and started again it goes on; then results.csv and report.html are written.
 """
 
+from __future__ import annotations
+
 import json
 import pathlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from kdjax import cli
-from kdjax.comparison import grid, results, runner
-from kdjax.comparison.grid import Comparison, Item
 from kdjax.runtime import files
 from kdjax.runtime.console import print_table, progress
+
+if TYPE_CHECKING:
+    from kdjax.comparison.grid import Comparison, Item
 
 _JOBS = flags.DEFINE_integer(
     "jobs", 1, "Processes side by side on this machine.", lower_bound=1
@@ -33,6 +36,8 @@ flags.declare_key_flag("json")
 
 def run(comparison: Comparison, workdir: pathlib.Path) -> None:
     """Does what the flags say; exit code 1 if a run of it failed."""
+    from kdjax.comparison import grid, results, runner
+
     workdir = workdir.resolve()
     items = grid.items(comparison, workdir)
     # What is shared is named after all that decides its content.
@@ -63,6 +68,8 @@ def _chosen(items: list[Item], stage: str, workdir: pathlib.Path) -> list[Item]:
     Raises:
       ValueError: an index without a run, or a run before what it needs.
     """
+    from kdjax.comparison import runner
+
     runs = [item for item in items if item.is_run]
     if _INDEX.value is not None:
         if stage != "run" or _INDEX.value >= len(runs):
@@ -86,6 +93,8 @@ def _chosen(items: list[Item], stage: str, workdir: pathlib.Path) -> list[Item]:
 
 def _run(items: list[Item], workdir: pathlib.Path) -> list[Item]:
     """Runs items; those that failed."""
+    from kdjax.comparison import runner
+
     todo = [item for item in items if not runner.finished(item, workdir)]
     failed: list[Item] = []
     for item in todo:
@@ -115,5 +124,12 @@ def _write_list(items: list[Item], workdir: pathlib.Path) -> None:
     files.write_atomically(workdir / "runs.jsonl", "\n".join(lines) + "\n")
 
 
+def _validate(comparison: Comparison) -> None:
+    from kdjax.comparison import grid
+
+    cli.check_type(comparison, grid.Comparison)
+    grid.runs(comparison)
+
+
 if __name__ == "__main__":
-    cli.run(run, kind=Comparison, validate=grid.runs)
+    cli.run(run, validate=_validate)

@@ -8,24 +8,20 @@ and writes faithfulness.json beside its generations; --simulator adds LAS, and a
 trains the simulator.
 """
 
+from __future__ import annotations
+
 import pathlib
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from kdjax import cli
 from kdjax.config import Config
-from kdjax.evaluation import faithfulness, simulator
-from kdjax.evaluation.scorer import Scorer, match_rates
-from kdjax.experiment.data import load_data
-from kdjax.experiment.models import load_model
-from kdjax.experiment.teacher import teacher_folder
-from kdjax.models.lm import Shape
-from kdjax.parallel import distributed, sharding
 from kdjax.runtime import files
 from kdjax.runtime.console import print_table
-from kdjax.teacher import build as build_lib
-from kdjax.training.checkpoint import load_student
-from kdjax.training.meter import evaluation_row
+
+if TYPE_CHECKING:
+    from kdjax.models.lm import Shape
 
 _MODEL = flags.DEFINE_string(
     "model", "student", '"student", "teacher", or a Hugging Face folder.'
@@ -50,6 +46,14 @@ def score(
 def _score(
     config: Config, workdir: pathlib.Path, name: str, step: int | None
 ) -> tuple[dict[str, float], Shape]:
+    from kdjax.evaluation.scorer import Scorer, match_rates
+    from kdjax.experiment.data import load_data
+    from kdjax.experiment.models import load_model
+    from kdjax.experiment.teacher import teacher_folder
+    from kdjax.parallel import sharding
+    from kdjax.teacher import build as build_lib
+    from kdjax.training.checkpoint import load_student
+
     mesh = sharding.make_mesh(config.mesh)
     data = load_data(config, splits=("eval",))
     cache = build_lib.open_split(config, data, workdir, "eval")
@@ -67,6 +71,10 @@ def _score(
 
 def run(config: Config, workdir: pathlib.Path) -> None:
     """Evaluates one model, prints a table and writes the metrics where asked."""
+    from kdjax.evaluation import simulator
+    from kdjax.parallel import distributed
+    from kdjax.training.meter import evaluation_row
+
     if _SIMULATOR.value:
         simulator.train_simulator(config, pathlib.Path(_SIMULATOR.value))
     if _FAITHFULNESS.value:
@@ -83,6 +91,9 @@ def run(config: Config, workdir: pathlib.Path) -> None:
 
 
 def _explain(config: Config, workdir: pathlib.Path) -> None:
+    from kdjax.evaluation import faithfulness
+    from kdjax.parallel import distributed
+
     folder = pathlib.Path(_SIMULATOR.value) if _SIMULATOR.value else None
     found = faithfulness.measure(config, workdir, simulator=folder)
     if distributed.is_main():

@@ -12,12 +12,6 @@ from absl import flags
 
 from kdjax import cli
 from kdjax.config import Config
-from kdjax.experiment import model_card, provenance
-from kdjax.experiment.data import load_tokenizer
-from kdjax.experiment.teacher import teacher_folder
-from kdjax.models import hf, lora
-from kdjax.parallel import distributed, sharding
-from kdjax.training.checkpoint import Checkpoints, load_student
 
 _OUT = flags.DEFINE_string("out", None, "New folder; <workdir>/export by default.")
 flags.declare_key_flag("step")
@@ -38,6 +32,13 @@ def write(
 
     Adapters are multiplied and added into their kernels: the result is a plain model.
     """
+    from kdjax.experiment import model_card, provenance
+    from kdjax.experiment.data import load_tokenizer
+    from kdjax.experiment.teacher import teacher_folder
+    from kdjax.models import hf, lora
+    from kdjax.parallel import distributed, sharding
+    from kdjax.training.checkpoint import load_student
+
     mesh = sharding.make_mesh(config.mesh)
     tokenizer = load_tokenizer(config)
     model, params = load_student(config, workdir, mesh, tokenizer, step=step)
@@ -52,6 +53,8 @@ def write(
 
 
 def _newest(workdir: pathlib.Path) -> int:
+    from kdjax.training.checkpoint import Checkpoints
+
     checkpoints = Checkpoints(workdir / "checkpoints")
     step = checkpoints.latest_step()
     checkpoints.close()
@@ -67,6 +70,8 @@ def _summary(workdir: pathlib.Path, step: int) -> dict[str, Any] | None:
 
 def run(config: Config, workdir: pathlib.Path) -> None:
     """Exports what the flags say."""
+    from kdjax.parallel import distributed
+
     out = pathlib.Path(_OUT.value or workdir / "export")
     write(config, workdir, out, step=cli.STEP.value, dtype=_DTYPE.value)
     if distributed.is_main():

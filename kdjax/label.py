@@ -9,15 +9,16 @@ import pathlib
 
 from kdjax import cli
 from kdjax.config import Config
-from kdjax.experiment.data import load_data
-from kdjax.experiment.teacher import teacher_folder
-from kdjax.parallel import distributed
 from kdjax.runtime.console import print_table
-from kdjax.teacher import build as build_lib
 
 
 def run(config: Config, workdir: pathlib.Path) -> None:
     """Labels what is missing and prints what the caches hold."""
+    from kdjax.experiment.data import load_data
+    from kdjax.experiment.teacher import teacher_folder
+    from kdjax.parallel import distributed
+    from kdjax.teacher import build as build_lib
+
     teacher_path = teacher_folder(config, workdir)
     if not (config.teacher.path or pathlib.Path(teacher_path).is_dir()):
         raise ValueError(

@@ -5,37 +5,19 @@ teacher's outputs are cached (unless they are), the student is trained on them, 
 are evaluated. Killed anywhere and started again with the same command it continues.
 """
 
+from __future__ import annotations
+
 import pathlib
+from typing import TYPE_CHECKING
 
 from absl import flags
-from jax.sharding import Mesh
 
 from kdjax import cli
 from kdjax.config import Config
-from kdjax.evaluation.scorer import Scorer, match_rates, score_teacher
-from kdjax.experiment import methods, provenance
-from kdjax.experiment.data import load_data
-from kdjax.experiment.models import (
-    load_model,
-    make_model,
-    student_params,
-    student_shape,
-)
-from kdjax.experiment.rows import make_plan
-from kdjax.experiment.teacher import (
-    has_teacher,
-    teacher_config,
-    teacher_folder,
-    teacher_shape,
-)
-from kdjax.models import hf
-from kdjax.parallel import distributed, sharding
 from kdjax.runtime.console import print_table
-from kdjax.teacher import build as build_lib
-from kdjax.training import trainable
-from kdjax.training.loop import fit
-from kdjax.training.meter import evaluation_row, report_origins, run_summary
-from kdjax.training.program import check_teacher
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
 
 _UNTIL = flags.DEFINE_enum(
     "until", "end", ("teacher", "end"), "Stop when this is trained, or evaluated."
@@ -44,6 +26,13 @@ _UNTIL = flags.DEFINE_enum(
 
 def train_teacher(config: Config, workdir: pathlib.Path, mesh: Mesh) -> None:
     """Trains the built-in task's teacher and exports it, unless that was done."""
+    from kdjax.experiment.data import load_data
+    from kdjax.experiment.models import make_model, student_params, student_shape
+    from kdjax.experiment.teacher import teacher_config, teacher_folder
+    from kdjax.models import hf
+    from kdjax.parallel import distributed
+    from kdjax.training.loop import fit
+
     folder = pathlib.Path(teacher_folder(config, workdir))
     if config.teacher.path or (folder / "config.json").is_file():
         return
@@ -71,6 +60,24 @@ def run(config: Config, workdir: pathlib.Path, *, until: str = "end") -> None:
       workdir: its own.
       until: "teacher" stops when the teacher is trained.
     """
+    from kdjax.evaluation.scorer import Scorer, match_rates, score_teacher
+    from kdjax.experiment import methods, provenance
+    from kdjax.experiment.data import load_data
+    from kdjax.experiment.models import (
+        load_model,
+        make_model,
+        student_params,
+        student_shape,
+    )
+    from kdjax.experiment.rows import make_plan
+    from kdjax.experiment.teacher import has_teacher, teacher_folder, teacher_shape
+    from kdjax.parallel import distributed, sharding
+    from kdjax.teacher import build as build_lib
+    from kdjax.training import trainable
+    from kdjax.training.loop import fit
+    from kdjax.training.meter import evaluation_row, report_origins, run_summary
+    from kdjax.training.program import check_teacher
+
     cli.claim(workdir, config)
     mesh = sharding.make_mesh(config.mesh)
     data = load_data(config)

@@ -105,7 +105,7 @@ def workload(case: dict, folder: pathlib.Path) -> Workload:
 def run(folder: pathlib.Path, mode: str, steps: int) -> None:
     """Times one mode and prints its line."""
     before = peak_rss()
-    malloc.give_back_after_compiling()  # as commands do
+    malloc.trim_after_compile()  # as commands do
     case = read(str(folder))
     load = workload(case, folder)
     model, shardings = load.model, load.model.shardings

@@ -57,7 +57,7 @@ def call(python: str, script: str, *arguments: str, timeout: int) -> dict[str, A
     # Peers' environments have no kdjax, and need none; ours may be a checkout.
     path = os.pathsep.join([str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")])
     # Ours runs as our commands do. In the environment, GLIBC_TUNABLES is for all.
-    own = malloc.environment() if script == "ours.py" else {}
+    own = malloc.huge_page_environment() if script == "ours.py" else {}
     try:
         done = subprocess.run(
             [python, str(HERE / script), *arguments],

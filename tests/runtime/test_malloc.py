@@ -1,6 +1,8 @@
-"""Commands ask for huge pages; nothing else is started anew."""
+"""Commands ask for huge pages; no other process is replaced."""
 
+import importlib.machinery
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -26,14 +28,14 @@ print(sum([faults() for _ in range(4)][1:]))
 FREED = """
 import ctypes, sys
 import jax, jax.numpy as jnp
-from kdjax import allocator
+from kdjax.runtime import malloc
 
 def resident():
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * 4 / 1024
 
-if sys.argv[1] == "give back":
-    allocator.give_back_after_compiling()
+if sys.argv[1] == "trim":
+    malloc.trim_after_compile()
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
 blocks = [libc.malloc(2**16) for _ in range(1600)]  # 100 MiB
@@ -53,16 +55,16 @@ needs_huge_pages = pytest.mark.skipif(
 
 
 def run(*arguments: str, folder: object = ".", **environment: str) -> str:
-    kept = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
-    done = subprocess.run(
+    inherited = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+    process = subprocess.run(
         [sys.executable, *arguments],
-        env=kept | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"} | environment,
+        env=inherited | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"} | environment,
         cwd=folder,
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    assert process.returncode == 0, process.stderr
+    return process.stdout
 
 
 @needs_huge_pages
@@ -74,57 +76,71 @@ def test_a_step_has_fewer_page_faults():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="malloc is not glibc's")
-def test_what_compiling_has_freed_goes_back():
-    kept, given = (float(run("-c", FREED, how)) for how in ("keep", "give back"))
-    assert kept < 20 < 80 < given, (kept, given)
+def test_memory_freed_by_the_compiler_is_trimmed():
+    kept, trimmed = (float(run("-c", FREED, how)) for how in ("keep", "trim"))
+    assert kept < 20 < 80 < trimmed, (kept, trimmed)
+
+
+COMMAND = """
+import os, sys
+from kdjax.runtime import malloc
+print("started", os.environ.get("GLIBC_TUNABLES"), *sys.argv[1:], sep="|", flush=True)
+malloc.reexec_with_huge_pages()
+"""
 
 
 @needs_huge_pages
 @pytest.mark.parametrize(
-    ("arguments", "environment", "expected"),
+    ("arguments", "environment", "tunables"),
     [
-        (("-m", "kdjax.shown", "-m", "x y"), {}, HUGE),
-        (("-u", "-m", "kdjax.shown"), {"GLIBC_TUNABLES": "a=b"}, f"a=b:{HUGE}"),
-        (("-m", "kdjax.shown"), {"KDJAX_HUGE_PAGES": "0"}, None),
+        (("-m", "kdjax.command", "-m", "x y"), {}, [None, HUGE]),
+        (("-u", "-m", "kdjax.command"), {"GLIBC_TUNABLES": "a"}, ["a", f"a:{HUGE}"]),
+        (("-m", "kdjax.command"), {"KDJAX_HUGE_PAGES": "0"}, [None]),
         (
-            ("-m", "kdjax.shown"),
+            ("-m", "kdjax.command"),
             {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"},
-            "glibc.malloc.hugetlb=0",
+            ["glibc.malloc.hugetlb=0"],
         ),
-        (("-c", "import kdjax, os; print(os.environ.get('GLIBC_TUNABLES'))"), {}, None),
+        (("kdjax/command.py",), {}, [None]),
     ],
 )
-def test_commands_alone_are_started_anew(tmp_path, arguments, environment, expected):
-    # A command that does nothing but tell: a module of the package's name, beside it.
+def test_only_commands_are_replaced(tmp_path, arguments, environment, tunables):
+    # A command that only says how it was started, in a package of the same name.
     package = tmp_path / "kdjax"
     package.mkdir()
-    source = os.path.dirname(malloc.__file__)
-    for name in ("__init__.py", "allocator.py"):
-        (package / name).symlink_to(os.path.join(source, name))
-    (package / "shown.py").write_text(
-        "import os, sys\n"
-        "print(os.environ.get('GLIBC_TUNABLES'))\n"
-        "print(*sys.argv[1:], sep='|')\n"
-    )
-    shown = run(*arguments, folder=tmp_path, **environment).splitlines()
-    assert shown[0] == str(expected)
+    (package / "__init__.py").touch()
+    (package / "command.py").write_text(COMMAND)
+    source = pathlib.Path(malloc.__file__).parent
+    (package / "runtime").symlink_to(source, target_is_directory=True)
+    environment = {"PYTHONPATH": str(tmp_path), **environment}
+    lines = run(*arguments, folder=tmp_path, **environment).splitlines()
+    assert [line.split("|")[1] for line in lines] == [str(t) for t in tunables]
     if "x y" in arguments:
-        assert shown[1] == "-m|x y"
+        assert lines[1].endswith("|-m|x y")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "found"),
+    ("arguments", "main", "expected"),
     [
-        (["python", "-m", "kdjax.train", "--config=c.py"], True),
-        (["python", "-X", "dev", "-m", "kdjax.train"], True),
-        (["python", "-m", "pytest", "-m", "kdjax.train"], False),
-        (["python", "-m"], False),
-        (["python", "script.py"], False),
-        (["python"], False),
+        (["python", "-m", "kdjax.train", "--config=c.py"], "kdjax.train", True),
+        (["python", "-X", "dev", "-m", "kdjax.train"], "kdjax.train", True),
+        (["python", "-m", "kdjax", "train"], "kdjax.train", True),
+        (["python", "/venv/bin/kdjax", "train"], "kdjax.train", True),
+        # A fork that has become a command, and commands called within a test.
+        (["python", "-m", "kdjax.comparison.forks"], "kdjax.train", False),
+        (["python", "-m", "pytest", "-m", "kdjax.train"], "pytest.__main__", False),
+        (["python", "-m", "pytest", "-m", "kdjax.train"], "kdjax.train", False),
+        (["python", "-m"], None, False),
+        (["python", "script.py"], None, False),
+        (["python"], None, False),
     ],
 )
-def test_what_a_command_is(arguments, found):
-    assert malloc._is_command(arguments) == found
+def test_a_command_is_the_module_that_was_started(
+    monkeypatch, arguments, main, expected
+):
+    spec = main and importlib.machinery.ModuleSpec(main, None)
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
+    assert malloc._is_command(arguments) == expected
 
 
 def test_other_systems_have_none(monkeypatch):

@@ -105,7 +105,7 @@ def test_a_run_evaluates_exports_and_returns_the_averages(tmp_path, monkeypatch)
         returned[config.name] = fit(config, **keywords)
         return returned[config.name]
 
-    monkeypatch.setattr(train, "fit", keep)
+    monkeypatch.setattr(loop, "fit", keep)
     train.run(config, run)
     summary = json.loads((run / "summary.json").read_text())["student"]
     assert paths_in(run / "checkpoints") == {"step", "params", "opt_state", "ema"}
