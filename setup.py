@@ -23,6 +23,7 @@ test = [
     *annotate,
     "pytest>=8",
     "pytest-xdist>=3.6",
+    "filelock>=3.12",  # runs that workers share
     "beartype>=0.19",
     "tensorboard>=2.18",
     "tensorflow-datasets>=4.9",

@@ -52,8 +52,31 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory) -> pathlib.Path:
+    """Where finished runs are that all workers of a session share."""
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+
+
+def _shared_run(name: str):
+    @pytest.fixture(scope="session", name=f"{name}_run")
+    def run(shared_folder):
+        from tests import helpers
+
+        return helpers.finish_run(name, shared_folder)
+
+    return run
+
+
+# Config and workdir of a finished run, to be read alone: `helpers.copy_run`.
+decoder_run, lora_run, t5_run = map(_shared_run, ("decoder", "lora", "t5"))
+
+
 @pytest.fixture(scope="module", autouse=True)
-def _programs_go_with_their_file():
+def _programs_are_dropped_before_memory_maps_run_out():
     """A compiled program takes some memory maps, of which Linux grants 65,530."""
     yield
-    jax.clear_caches()
+    maps = pathlib.Path("/proc/self/maps")
+    if not maps.exists() or maps.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()

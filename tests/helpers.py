@@ -4,14 +4,17 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 from typing import Any, NamedTuple
 
+import filelock
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from kdjax import config as config_lib
+from kdjax import train
 from kdjax.config import (
     CacheConfig,
     Config,
@@ -19,20 +22,22 @@ from kdjax.config import (
     DecoderConfig,
     EvalConfig,
     KinshipConfig,
+    LoraConfig,
     MeshConfig,
     MethodConfig,
     OptimConfig,
     StudentConfig,
+    T5Config,
     TeacherConfig,
     TrainConfig,
 )
 from kdjax.data import loader
-from kdjax.experiment.data import Data, load_data
+from kdjax.experiment.data import Data, load_data, load_tokenizer
 from kdjax.experiment.models import Model, make_model, student_params, student_shape
 from kdjax.experiment.rows import make_plan
 from kdjax.parallel import sharding
 from kdjax.teacher.codec import Record
-from kdjax.training import program
+from kdjax.training import checkpoint, meter, program
 from tests import xla_flags
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -42,6 +47,7 @@ ENVIRONMENT = {
     "PYTHONPATH": str(ROOT),
     "XLA_FLAGS": xla_flags.EIGHT_DEVICES,
 }
+NUM_GOLDEN = 20  # steps of shared runs, whose losses are in tests/golden
 DECODER = DecoderConfig(
     width=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=64
 )
@@ -150,35 +156,86 @@ def step_config(*, optim=None, lora=None, decoder=UNTIED, **train):
 
 
 class TrainSteps:
-    """A few steps of a run, with what was before, between and after them."""
+    """The first steps of a run, with what was before, between and after them.
 
-    def __init__(self, config, *, num=2, mesh=None, devices=None, poison=()):
-        mesh, data, self.model, plan = set_up(config, mesh=mesh, devices=devices)
-        self.made = program.Program(config, self.model, mesh)
-        cache = FakeCache(data.train, self.model.shape.vocab_size)
-        current = self.made.init(student_params(config, self.model, ""))
+    Args:
+      config: the run; its first steps alone are computed.
+      num: of steps.
+      mesh: axes, all on `data` by default.
+      devices: of the mesh, all by default.
+      poison: steps whose batch has weights that are not finite.
+      cache: the teacher's records; random ones by default.
+      teacher: a model and its parameters, where it runs in the step.
+    """
+
+    def __init__(
+        self,
+        config,
+        *,
+        num=2,
+        mesh=None,
+        devices=None,
+        poison=(),
+        cache=None,
+        teacher=None,
+    ):
+        self.config = config
+        mesh, data, self.model, self.plan = set_up(config, mesh=mesh, devices=devices)
+        self.views = data.views
+        model, params = teacher or (None, None)
+        frozen = () if teacher is None else (params,)
+        self.made = program.Program(config, self.model, mesh, teacher=model)
+        if cache is None:
+            cache = FakeCache(data.train, self.model.shape.vocab_size)
+        current = self.made.init(
+            student_params(config, self.model, config.teacher.path)
+        )
         self.states = [jax.tree.map(np.array, current)]
         self.metrics = []
         for index in range(num):
+            temperature = self.made.temperature(index)
             batch = loader.make_batch(
-                plan,
+                self.plan,
                 index,
                 terms=self.made.terms(index),
                 cache=cache,
-                temperature=2.0,
+                temperature=temperature,
                 rows=sharding.local_rows(mesh, self.made.num_rows),
+                online=teacher is not None,
+                dropout=self.made.dropout,
             )
             if index in poison:
                 batch["hard_weights"] *= np.float32(np.nan)
             self.batch = sharding.global_batch(batch, mesh, self.made.num_rows)
             self.pointers = pointers(current.params)
-            current, metrics = self.made.step(current, self.batch)
+            step = self.made.step_at(temperature)
+            current, metrics = step(current, self.batch, *frozen)
             self.metrics.append(jax.tree.map(np.asarray, metrics))
             self.states.append(jax.tree.map(np.array, current))
         self.last = current
 
     def params(self, number):
         return flatten_dict(self.states[number].params, sep="/")
+
+    @property
+    def losses(self):
+        return [float(metrics["loss"]) for metrics in self.metrics]
+
+    def lines(self):
+        """What the loop writes to metrics.jsonl about these steps."""
+        rows = []
+
+        class Rows:
+            def write(self, step, scalars):
+                rows.append({"step": step} | scalars)
+
+        spared = program.untrained(self.config, self.model.abstract)
+        reporter = meter.Meter(
+            self.config, self.model.shape, self.plan, self.views, Rows(), spared
+        )
+        for index, metrics in enumerate(self.metrics):
+            reporter.report(index + 1, metrics)
+        return rows
 
 
 def pointers(params):
@@ -187,6 +244,98 @@ def pointers(params):
         path: [part.data.unsafe_buffer_pointer() for part in x.addressable_shards]
         for path, x in flat.items()
     }
+
+
+def decoder_run(folder: pathlib.Path) -> Config:
+    """A decoder on soft labels of the built-in teacher, which it trains."""
+    return small_config(
+        name="decoder",
+        teacher={"steps": 60},
+        train={"steps": NUM_GOLDEN, "save_every": 10},
+    )
+
+
+def taught(folder: pathlib.Path, *, cache: str = "decoder", **changes) -> Config:
+    """A small config with the teacher, and the cache, of a shared run."""
+    config = small_config(**changes)
+    config.teacher.path = str(folder / "decoder" / "teacher")
+    if cache:
+        config.cache.path = str(folder / cache / "cache")
+    return config
+
+
+def lora_run(folder: pathlib.Path) -> Config:
+    """Adapters on a layer of that teacher, and averages, with its cache."""
+    return taught(
+        folder,
+        name="lora",
+        student={
+            "init": "teacher_layers",
+            "keep_layers": (1,),
+            "lora": LoraConfig(rank=4, alpha=32.0),
+        },
+        optim={"ema_decay": 0.9},
+        train={"steps": NUM_GOLDEN, "save_every": 10},
+    )
+
+
+T5 = T5Config(
+    width=32,
+    num_encoder_layers=2,
+    num_decoder_layers=1,
+    num_heads=4,
+    head_dim=8,
+    mlp_width=64,
+    dropout=0.1,
+)
+
+
+def t5_run(folder: pathlib.Path) -> Config:
+    """A T5 student of that teacher, on all four views, with dropout."""
+    return taught(
+        folder,
+        cache="t5",
+        name="t5",
+        method={"name": "multitask_counterfactual"},
+        student={"architecture": "t5", "t5": T5},
+        train={
+            "steps": NUM_GOLDEN,
+            "save_every": 10,
+            "row_length": 40,
+            "encoder_row_length": 96,
+        },
+    )
+
+
+# Runs that are made once a session; tests read them (`conftest.shared_run`).
+RUNS = {"decoder": decoder_run, "lora": lora_run, "t5": t5_run}
+
+
+def finish_run(name: str, folder: pathlib.Path) -> tuple[Config, pathlib.Path]:
+    """Makes a shared run, and those that it needs, unless that was done."""
+    if name != "decoder":
+        finish_run("decoder", folder)
+    config, workdir = RUNS[name](folder), folder / name
+    folder.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(folder / f"{name}.lock"):
+        if not (workdir / "summary.json").exists():
+            train.run(config, workdir)
+    return config, workdir
+
+
+def copy_run(workdir: pathlib.Path, copy: pathlib.Path, *, unfinished: bool = False):
+    """A copy that may be changed; `unfinished` is without its last checkpoint."""
+    shutil.copytree(workdir, copy)
+    if unfinished:
+        shutil.rmtree(copy / "checkpoints" / str(NUM_GOLDEN))
+        (copy / "summary.json").unlink()
+    return copy
+
+
+def load_student(config: Config, workdir: pathlib.Path) -> tuple[Model, Any]:
+    """The student of a run and its parameters at the newest checkpoint."""
+    mesh = sharding.make_mesh(config.mesh)
+    return checkpoint.load_student(config, workdir, mesh, load_tokenizer(config))
 
 
 def summary(workdir: pathlib.Path) -> dict[str, Any]:
