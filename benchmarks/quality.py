@@ -30,7 +30,7 @@ from kdjax.losses.chunk_label import chunk_label
 from kdjax.runtime.console import print_table, progress
 from kdjax.teacher import cache as cache_lib
 from kdjax.teacher import sampling
-from kdjax.teacher.cache import Cache, Manifest, Record
+from kdjax.teacher.cache import Manifest, Record, TeacherCache
 
 _OUT = flags.DEFINE_string("out", None, "Caches, runs and results.", required=True)
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1"], "Seeds.")
@@ -69,7 +69,9 @@ def settings(cache: str) -> dict[str, object]:
     return {"cache.kind": kind, name: number}
 
 
-def derive(dense: Cache, folder: pathlib.Path, *, kind: str, number: int) -> None:
+def derive(
+    dense: TeacherCache, folder: pathlib.Path, *, kind: str, number: int
+) -> None:
     """Writes the cache that labelling would have, from the whole rows of the teacher.
 
     Args:
@@ -123,7 +125,7 @@ def _reduced(key: bytes, record: Record, label, manifest: Manifest) -> Record:
     shape = (num_tokens, len(manifest.temperatures), manifest.num_rounds, manifest.k)
     points = np.zeros((padded, shape[1], manifest.num_rounds * manifest.k), np.float32)
     if manifest.kind == "sampled":
-        points[:num_tokens] = sampling.points(key, *shape).reshape(
+        points[:num_tokens] = sampling.stratified_uniforms(key, *shape).reshape(
             num_tokens, shape[1], -1
         )
     found: dict[str, list[np.ndarray]] = {}
@@ -136,7 +138,7 @@ def _reduced(key: bytes, record: Record, label, manifest: Manifest) -> Record:
     record = record._replace(kind=manifest.kind)
     if manifest.kind == "top_k":
         return record._replace(ids=of["ids_NK"], log_probs=of["log_probs_NK"])
-    ids, counts = sampling.count(of["drawn_ids_NSP"].reshape(shape))
+    ids, counts = sampling.count_draws(of["drawn_ids_NSP"].reshape(shape))
     return record._replace(
         ids=ids, counts=counts, log_probs=np.zeros((num_tokens, 0), np.float32)
     )
@@ -185,7 +187,7 @@ def main(argv: list[str]) -> None:
     for cache in {ARMS[arm][0] for arm in _ARMS.value} - {"", "dense"}:
         for split in ("train", "eval"):
             kind, number = small(cache, split)
-            rows = cache_lib.open_cache(out / "dense" / split)
+            rows = cache_lib.load_cache(out / "dense" / split)
             derive(rows, out / cache / split, kind=kind, number=number)
     found: dict[str, list[dict]] = {arm: [] for arm in _ARMS.value}
     for seed, arm in itertools.product(_SEEDS.value, _ARMS.value):

@@ -43,7 +43,7 @@ def other_formats(k: int, vocab_size: int) -> dict[str, float]:
     }
 
 
-def read_all(cache: cache_lib.Cache, keys: list[bytes]) -> float:
+def read_all(cache: cache_lib.TeacherCache, keys: list[bytes]) -> float:
     """Seconds for one pass."""
     start = time.perf_counter()
     for key in keys:
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
     """Reads, prints and writes."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    cache = cache_lib.open_cache(argv[1])
+    cache = cache_lib.load_cache(argv[1])
     keys = list(cache)
     rng = np.random.default_rng(0)
     first = read_all(cache, keys)

@@ -1,10 +1,10 @@
-"""Looks into teacher caches and moves them: python -m kdjax.cache ACTION ...
+"""Teacher cache tools: python -m kdjax.cache ACTION ...
 
     info FOLDER [--png=FILE]               what is in it, with a histogram of entropies
     verify FOLDER                          reads and checks everything
-    export FOLDER --out=FILE.parquet       one row a record, for other tools
+    export FOLDER --out=FILE.parquet       one row per record, for other tools
     merge FOLDER FOLDER ... --out=FOLDER   one cache of disjoint examples
-    import PATH --layout=NAME --config=FILE.py --split=train --out=FOLDER
+    import PATH --format=NAME --config=FILE.py --split=train --out=FOLDER
                                            another tool's teacher outputs as a cache
 
 FOLDER holds a manifest.json: DIR/cache/train and DIR/cache/eval of a run.
@@ -29,11 +29,12 @@ for _name in ("config", "workdir"):
     flags.declare_key_flag(_name)
 _OUT = flags.DEFINE_string("out", None, "New folder (merge, import) or file (export).")
 _PNG = flags.DEFINE_string("png", None, "Where info draws what it prints.")
-_LAYOUT = flags.DEFINE_string(
-    "layout",
+_FORMAT = flags.DEFINE_string(
+    "format",
     None,
-    "Who wrote what import reads: vllm, sglang, distillkit, axolotl, maxtext.",
+    "Tool that wrote what import reads: vllm, sglang, distillkit, axolotl, maxtext.",
 )
+_LAYOUT = flags.DEFINE_string("layout", None, "Renamed: use --format.")
 _SPLIT = flags.DEFINE_enum(
     "split", "train", ["train", "eval"], "Examples of the config that import covers."
 )
@@ -43,57 +44,57 @@ _TEACHER = flags.DEFINE_string(
 
 
 def info(folders: list[str]) -> None:
-    """Prints and draws what a cache holds."""
+    """Print and plot statistics of a cache."""
     from kdjax.teacher import cache as cache_lib
     from kdjax.teacher import describe
 
-    (folder,) = _counted(folders, 1)
-    cache = cache_lib.open_cache(folder)
+    (folder,) = _check_count(folders, 1)
+    cache = cache_lib.load_cache(folder)
     with progress(cache.num_tokens, "read") as advance:
-        found = describe.describe(cache, advance=advance)
+        summary = describe.summarize(cache, advance=advance)
     rows = [
         {"": name, "value": value}
-        for name, value in found.items()
+        for name, value in summary.items()
         if not isinstance(value, dict | list)
     ]
     for name, unit in (("entropy", "T="), ("mass", "first ")):
-        for place, value in found.get(name, {}).items():
-            rows.append({"": f"{name}, {unit}{place}", "value": value})
+        for column, value in summary.get(name, {}).items():
+            rows.append({"": f"{name}, {unit}{column}", "value": value})
     print_table(folder, rows)
-    for line in describe.histogram_lines(found):
+    for line in describe.histogram_lines(summary):
         print(line)
     if _PNG.value:
-        describe.draw(found, _PNG.value)
+        describe.plot(summary, _PNG.value)
 
 
 def verify(folders: list[str]) -> None:
-    """Checks a cache; exit code 0 only if all of it is right."""
+    """Check a cache; exit code 0 only if all of it is right."""
     from kdjax.teacher import cache as cache_lib
 
-    (folder,) = _counted(folders, 1)
-    cache = cache_lib.open_cache(folder)
+    (folder,) = _check_count(folders, 1)
+    cache = cache_lib.load_cache(folder)
     with progress(cache.num_tokens, "verify") as advance:
-        found = cache_lib.verify(cache, advance=advance)
-    print_table(f"{folder}: verified", [found])
+        totals = cache_lib.verify(cache, advance=advance)
+    print_table(f"{folder}: verified", [totals])
 
 
 def export(folders: list[str]) -> None:
-    """Writes a cache as Parquet."""
+    """Write a cache as Parquet."""
     from kdjax.teacher import cache as cache_lib
     from kdjax.teacher import merge_export
 
-    (folder,) = _counted(folders, 1)
-    num_rows = merge_export.export(cache_lib.open_cache(folder), _out())
+    (folder,) = _check_count(folders, 1)
+    num_rows = merge_export.export(cache_lib.load_cache(folder), _out())
     print(f"exported {num_rows} records to {_out()}")
 
 
 def merge(folders: list[str]) -> None:
-    """Writes one cache of several."""
+    """Write one cache of several."""
     from kdjax.teacher import cache as cache_lib
     from kdjax.teacher import merge_export
 
     caches = [
-        cache_lib.open_cache(folder) for folder in _counted(folders, 2, more=True)
+        cache_lib.load_cache(folder) for folder in _check_count(folders, 2, more=True)
     ]
     with progress(sum(c.num_records for c in caches), "merge") as advance:
         manifest = merge_export.merge(caches, _out(), advance=advance)
@@ -101,43 +102,47 @@ def merge(folders: list[str]) -> None:
 
 
 def import_(files: list[str]) -> None:
-    """Writes a cache of another tool's teacher outputs."""
+    """Write a cache of another tool's teacher outputs."""
     from kdjax.experiment.data import load_data
     from kdjax.models import hf
     from kdjax.teacher import cache as cache_lib
     from kdjax.teacher import merge_export
     from kdjax.teacher.importers import convert
 
-    (path,) = _counted(files, 1)
-    if _LAYOUT.value not in convert.LAYOUTS:
+    (path,) = _check_count(files, 1)
+    if _LAYOUT.value is not None:
+        raise ValueError(f"--layout was renamed: use --format={_LAYOUT.value}")
+    if _FORMAT.value not in convert.FORMATS:
         raise ValueError(
-            f"--layout={_LAYOUT.value or ''}: use one of {sorted(convert.LAYOUTS)}"
+            f"--format={_FORMAT.value or ''}: use one of {sorted(convert.FORMATS)}"
         )
     config = cli.given_config()
-    layout = convert.LAYOUTS[_LAYOUT.value]
+    file_format = convert.FORMATS[_FORMAT.value]
     data = load_data(config, splits=(_SPLIT.value,))
     segments = data.train if _SPLIT.value == "train" else data.evaluation
     # Ids of a padded vocabulary may be among the stored ones.
     vocab_size = len(data.tokenizer)
     if config.teacher.path:
         vocab_size = hf.read_config(hf.resolve(config.teacher.path)).vocab_size
-    rows = layout.read(path, k=min(config.cache.k, vocab_size), vocab_size=vocab_size)
+    rows = file_format.read(
+        path, k=min(config.cache.k, vocab_size), vocab_size=vocab_size
+    )
     num_tokens = sum(len(segment.target_ids) for segment in segments)
     with progress(num_tokens, f"import {_SPLIT.value}") as advance:
-        manifest = merge_export.import_rows(
+        manifest = merge_export.import_sequences(
             rows,
             segments,
             _out(),
-            _manifest(config, data.tokenizer, vocab_size, layout.missing),
+            _manifest(config, data.tokenizer, vocab_size, file_format.missing),
             shard_size=config.cache.shard_size,
             advance=advance,
         )
     try:
-        found = cache_lib.verify(cache_lib.open_cache(_out()))
-    except ValueError:  # what was refused must not be trained on
+        totals = cache_lib.verify(cache_lib.load_cache(_out()))
+    except ValueError:  # a cache that was refused must not be trained on
         (pathlib.Path(_out()) / cache_lib.MANIFEST).unlink()
         raise
-    print_table(f"imported {manifest.data} into {_out()}", [found])
+    print_table(f"imported {manifest.data} into {_out()}", [totals])
 
 
 def _manifest(
@@ -154,16 +159,16 @@ def _manifest(
         temperatures=(1.0,),
         tokenizer_fingerprint=tokenizers.fingerprint(tokenizer),
         teacher_path=teacher,
-        teacher_fingerprint=f"{_LAYOUT.value}:{teacher}",
+        teacher_fingerprint=f"{_FORMAT.value}:{teacher}",
         missing=missing,
         data=f"{config.data.source} {config.data.path} {_SPLIT.value}",
     )
 
 
-def _counted(names: list[str], count: int, *, more: bool = False) -> list[str]:
+def _check_count(names: list[str], count: int, *, more: bool = False) -> list[str]:
     if len(names) < count or (len(names) > count and not more):
-        wanted = f"{count}{' or more' if more else ''}"
-        raise ValueError(f"{names} given, {wanted} wanted: see --helpshort")
+        expected = f"{count}{' or more' if more else ''}"
+        raise ValueError(f"{names} given, {expected} wanted: see --helpshort")
     return names
 
 
@@ -183,7 +188,7 @@ ACTIONS = {
 
 
 def run(arguments: list[str]) -> None:
-    """Does what the first argument says with the others."""
+    """Run the action that the first argument names on the others."""
     if not arguments or arguments[0] not in ACTIONS:
         raise ValueError(
             f"action={' '.join(arguments[:1])!r} is unknown: use one of {list(ACTIONS)}"

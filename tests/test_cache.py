@@ -18,7 +18,7 @@ from kdjax.experiment.data import load_data
 from kdjax.teacher import cache as cache_lib
 from kdjax.teacher import describe, merge_export
 from kdjax.teacher.importers import convert
-from kdjax.teacher.importers.convert import Rows
+from kdjax.teacher.importers.convert import ImportedSequence
 from tests import helpers
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -39,7 +39,7 @@ def finished(tmp_path_factory) -> tuple[Config, pathlib.Path]:
 
 
 def cache_of(workdir, split="train"):
-    return cache_lib.open_cache(workdir / "cache" / split)
+    return cache_lib.load_cache(workdir / "cache" / split)
 
 
 def command(*arguments):
@@ -66,13 +66,15 @@ def whole_sequences(config, cache, *, shift=0):
         tokens = segment.ids
         hits = ids == tokens[:, None]
         targets = np.where(hits, log_probs, -np.inf).max(axis=1)
-        yield Rows(tokens.astype(np.int32), ids, log_probs, targets.astype(np.float32))
+        yield ImportedSequence(
+            tokens.astype(np.int32), ids, log_probs, targets.astype(np.float32)
+        )
 
 
 def test_describe_sums_up_the_records(finished):
     _, workdir = finished
     cache = cache_of(workdir)
-    found = describe.describe(cache)
+    found = describe.summarize(cache)
     read = [cache.read(key) for key in cache]
     nll = -np.concatenate([r.target_log_probs for r in read]).mean()
     assert found["teacher_nll"] == pytest.approx(nll, rel=1e-4)
@@ -119,7 +121,7 @@ def test_merge_copies_every_record(finished, tmp_path):
     _, workdir = finished
     parts = [cache_of(workdir), cache_of(workdir, "eval")]
     merge_export.merge(parts, tmp_path / "both")
-    both = cache_lib.open_cache(tmp_path / "both")
+    both = cache_lib.load_cache(tmp_path / "both")
     assert both.num_tokens == sum(part.num_tokens for part in parts)
     for part in parts:
         for key in part:
@@ -129,7 +131,7 @@ def test_merge_copies_every_record(finished, tmp_path):
     other = dataclasses.replace(parts[1].manifest, teacher_fingerprint="other")
     with pytest.raises(ValueError, match="teacher_fingerprint='other'"):
         merge_export.merge(
-            [parts[0], cache_lib.Cache(parts[1].folder, other)], tmp_path / "no"
+            [parts[0], cache_lib.TeacherCache(parts[1].folder, other)], tmp_path / "no"
         )
 
 
@@ -146,16 +148,14 @@ def write_axolotl(path, sequences):
 
 
 @pytest.mark.parametrize(
-    ("layout", "suffix", "write"),
+    ("tool", "suffix", "write"),
     [
         ("vllm", "jsonl", convert.write_vllm),
         ("distillkit", "parquet", convert.write_distillkit),
         ("axolotl", "jsonl", write_axolotl),
     ],
 )
-def test_import_gives_the_losses_of_the_cache(
-    finished, tmp_path, layout, suffix, write
-):
+def test_import_gives_the_losses_of_the_cache(finished, tmp_path, tool, suffix, write):
     config, workdir = finished
     file = tmp_path / f"dump.{suffix}"
     write(file, whole_sequences(config, cache_of(workdir)))
@@ -167,7 +167,7 @@ def test_import_gives_the_losses_of_the_cache(
     )
     out = tmp_path / "cache" / "train"
     done = command(
-        "import", file, f"--layout={layout}", f"--config={data}", f"--out={out}"
+        "import", file, f"--format={tool}", f"--config={data}", f"--out={out}"
     )
     assert done.returncode == 0, done.stderr
     os.symlink(workdir / "cache" / "eval", tmp_path / "cache" / "eval")
@@ -185,11 +185,11 @@ def test_import_gives_the_losses_of_the_cache(
             [json.loads(s)["loss"] for s in lines.splitlines() if '"loss"' in s]
         )
     np.testing.assert_allclose(*losses, rtol=1e-3)
-    if layout == "axolotl":
+    if tool == "axolotl":
         with pytest.raises(ValueError, match="tail='bucket' needs the mass outside"):
-            cache_lib.open_cache(out, tail="bucket")
+            cache_lib.load_cache(out, tail="bucket")
         with pytest.raises(ValueError, match=r"temperature=2\.0 was not declared"):
-            cache_lib.open_cache(out, temperatures=(2.0,))
+            cache_lib.load_cache(out, temperatures=(2.0,))
 
 
 def test_an_import_finds_what_is_read_before_the_target(tmp_path):
@@ -209,7 +209,7 @@ def test_an_import_finds_what_is_read_before_the_target(tmp_path):
         ids = np.argsort(-log_probs, axis=-1).astype(np.int32)
         log_probs = np.take_along_axis(log_probs, ids, -1).astype(np.float32)
         hits = np.where(ids == tokens[:, None], log_probs, -np.inf).max(axis=1)
-        sequences.append(Rows(tokens, ids, log_probs, hits))
+        sequences.append(ImportedSequence(tokens, ids, log_probs, hits))
     manifest = cache_lib.Manifest(
         kind="top_k",
         k=vocab_size,
@@ -220,10 +220,10 @@ def test_an_import_finds_what_is_read_before_the_target(tmp_path):
         teacher_fingerprint="t",
         missing=("entropy",),
     )
-    merge_export.import_rows(
+    merge_export.import_sequences(
         sequences, segments, tmp_path / "c", manifest, shard_size=16
     )
-    cache = cache_lib.open_cache(tmp_path / "c")
+    cache = cache_lib.load_cache(tmp_path / "c")
     for segment, rows in zip(segments, sequences, strict=True):
         record, num = cache.read(segment.key), len(segment.target_ids)
         np.testing.assert_array_equal(record.ids[:, 0], rows.ids[-num:, 0])
@@ -240,7 +240,7 @@ def test_an_import_of_shifted_rows_is_refused(finished, tmp_path, shift):
         cache.manifest, shards=(), missing=("tail_mass", "entropy", "target_log_probs")
     )
     out = tmp_path / "cache"
-    merge_export.import_rows(
+    merge_export.import_sequences(
         whole_sequences(config, cache, shift=shift),
         load_data(config).train,
         out,
@@ -248,7 +248,7 @@ def test_an_import_of_shifted_rows_is_refused(finished, tmp_path, shift):
         shard_size=16,
     )
     with pytest.raises(ValueError, match="the cache is shifted by one"):
-        cache_lib.verify(cache_lib.open_cache(out))
+        cache_lib.verify(cache_lib.load_cache(out))
 
 
 def test_sequences_without_tokens_must_be_as_many_as_examples(finished, tmp_path):
@@ -259,7 +259,7 @@ def test_sequences_without_tokens_must_be_as_many_as_examples(finished, tmp_path
     ]
     segments = load_data(config).train
     with pytest.raises(ValueError, match="matched by their place"):
-        merge_export.import_rows(
+        merge_export.import_sequences(
             sequences + sequences[:1],
             segments,
             tmp_path / "c",
@@ -274,6 +274,6 @@ def test_import_names_the_example_without_a_sequence(finished, tmp_path):
     sequences = list(whole_sequences(config, cache))[1:]
     segments = load_data(config).train
     with pytest.raises(ValueError, match=r"no sequence has its tokens \(1 such of"):
-        merge_export.import_rows(
+        merge_export.import_sequences(
             sequences, segments, tmp_path / "c", cache.manifest, shard_size=16
         )

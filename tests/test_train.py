@@ -198,9 +198,9 @@ def test_draws_train_the_student_and_held_out_measures_stay_exact(finished, tmp_
         )
         train.run(config, tmp_path / kind)
         found[kind] = summary(tmp_path / kind)["student"]
-        cache = cache_lib.open_cache(tmp_path / kind / "cache" / "train")
+        cache = cache_lib.load_cache(tmp_path / kind / "cache" / "train")
         assert cache.kind == kind
-        assert cache_lib.open_cache(tmp_path / kind / "cache" / "eval").kind == "top_k"
+        assert cache_lib.load_cache(tmp_path / kind / "cache" / "eval").kind == "top_k"
         assert cache_lib.verify(cache)["tokens"] == cache.num_tokens
     assert found["sampled"]["nll"] == pytest.approx(found["top_k"]["nll"], rel=0.02)
     assert found["sampled"]["kl"] > 0

@@ -97,7 +97,7 @@ def workload(case: dict, folder: pathlib.Path) -> Workload:
         mesh=mesh,
         model=make_model(shape(case, "student"), mesh, dtype="float32"),
         plan=plan,
-        cache=cache.open_cache(folder / "cache"),
+        cache=cache.load_cache(folder / "cache"),
         source="real",
     )
 

@@ -26,7 +26,7 @@ from kdjax.models.lm import Shape
 from kdjax.parallel import sharding
 from kdjax.teacher import build as build_lib
 from kdjax.teacher import label, synthetic
-from kdjax.teacher.cache import Cache
+from kdjax.teacher.cache import TeacherCache
 from kdjax.training import program
 from kdjax.training.state import TrainState
 
@@ -41,7 +41,7 @@ class Workload:
     mesh: Mesh
     model: Model
     plan: loader.BatchPlan
-    cache: Cache | None  # None without soft terms
+    cache: TeacherCache | None  # None without soft terms
     source: str  # "real" or "synthetic": where tokens and cache come from
 
 
@@ -273,7 +273,7 @@ def batch_bytes(batch: loader.Batch) -> dict[str, int]:
     return {"batch_bytes": sum(sizes.values()), "teacher_bytes": soft}
 
 
-def cache_bytes(cache: Cache) -> int:
+def cache_bytes(cache: TeacherCache) -> int:
     """Bytes of the shards on disk."""
     names = [shard.name for shard in cache.manifest.shards]
     return sum((cache.folder / name).stat().st_size for name in names)

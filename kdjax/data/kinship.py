@@ -75,7 +75,7 @@ def answer_of(chain: tuple[str, ...]) -> str | None:
     """The word for X to Y, given the words of the facts from X to Y in order.
 
     Returns:
-        The relation word, in X's gender, or None where the chain has no single answer.
+      The relation word, in X's gender, or None where the chain has no single answer.
     """
     words = _conclusions(chain)
     return words[-1] if words else None

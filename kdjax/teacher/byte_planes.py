@@ -32,39 +32,39 @@ _LEVEL = 6  # of Zstandard: beyond it a record is not smaller
 _threads = threading.local()  # Zstandard contexts must not be shared by threads
 
 
-class Reader:
-    """Takes frames from `data`, one after another."""
+class FrameReader:
+    """Sequential reader of the frames of a bytes object."""
 
     def __init__(self, data: bytes, offset: int) -> None:
-        """Start at `offset`."""
+        """Start reading at `offset`."""
         self._data, self._offset = data, offset
         if not hasattr(_threads, "decompressor"):
             _threads.decompressor = zstandard.ZstdDecompressor()
 
-    def frame(self) -> bytes:
+    def next_frame(self) -> bytes:
         """Return the contents of the next frame."""
         (length,) = _LENGTH.unpack_from(self._data, self._offset)
         start = self._offset + _LENGTH.size
         self._offset = start + length
         return _threads.decompressor.decompress(self._data[start : self._offset])
 
-    def plane(self, size: int) -> UInt8[np.ndarray, "size"]:
+    def next_plane(self, size: int) -> UInt8[np.ndarray, "size"]:
         """Return a plane of exactly `size` bytes."""
-        plane = np.frombuffer(self.frame(), np.uint8)
+        plane = np.frombuffer(self.next_frame(), np.uint8)
         if len(plane) != size:
             raise ValueError(f"a plane has {len(plane)} bytes, {size} are wanted")
         return plane
 
-    def end(self) -> None:
-        """Raise ValueError unless everything was read."""
+    def check_end(self) -> None:
+        """Raise ValueError unless all bytes were read."""
         if self._offset != len(self._data):
             raise ValueError(
                 f"{len(self._data)} bytes, {self._offset} of them are frames"
             )
 
 
-def frame(data: bytes) -> bytes:
-    """Return one frame; equal data gives equal bytes."""
+def pack_frame(data: bytes) -> bytes:
+    """Compress into one frame; equal data gives equal bytes."""
     if not hasattr(_threads, "compressor"):
         _threads.compressor = zstandard.ZstdCompressor(
             level=_LEVEL, write_content_size=True, write_checksum=False
@@ -74,24 +74,24 @@ def frame(data: bytes) -> bytes:
 
 
 def pack_integers(values: Integer[np.ndarray, "N"], *, num_bytes: int) -> bytes:
-    """Return `num_bytes` planes of unsigned integers, lowest first, a frame each."""
+    """Pack unsigned integers into `num_bytes` planes, lowest first, a frame each."""
     rows = np.ascontiguousarray(values, "<u4").view(np.uint8).reshape(-1, 4)
-    return b"".join(frame(rows[:, i].tobytes()) for i in range(num_bytes))
+    return b"".join(pack_frame(rows[:, i].tobytes()) for i in range(num_bytes))
 
 
 def unpack_integers(
-    reader: Reader, num: int, *, num_bytes: int
+    reader: FrameReader, num: int, *, num_bytes: int
 ) -> Integer[np.ndarray, "N"]:
-    """Return what `pack_integers` packed: uint16 of two planes, uint32 otherwise."""
+    """Unpack integers of `pack_integers`: uint16 of two planes, uint32 otherwise."""
     dtype = np.dtype("<u2" if num_bytes == 2 else "<u4")
     rows = np.zeros((num, dtype.itemsize), np.uint8)
     for i in range(num_bytes):
-        rows[:, i] = reader.plane(num)
+        rows[:, i] = reader.next_plane(num)
     return rows.view(dtype)[:, 0]
 
 
 def pack_floats(values: Float32[np.ndarray, "N"], *, num_bytes: int) -> bytes:
-    """Return planes of float32; of 3 bytes, rounded to a relative error of 2^-16."""
+    """Pack float32 into planes; 3 of them round to a relative error of 2^-16."""
     bits = np.ascontiguousarray(values, "<f4").view("<u4")
     if num_bytes == 3:  # to the nearest, ties to even; infinities and NaN stay so
         rounded = (bits + np.uint32(0x7F) + ((bits >> 8) & 1)) >> 8
@@ -100,21 +100,25 @@ def pack_floats(values: Float32[np.ndarray, "N"], *, num_bytes: int) -> bytes:
 
 
 def unpack_floats(
-    reader: Reader, num: int, *, num_bytes: int
+    reader: FrameReader, num: int, *, num_bytes: int
 ) -> Float32[np.ndarray, "N"]:
-    """Return what `pack_floats` packed."""
+    """Unpack floats of `pack_floats`."""
     bits = unpack_integers(reader, num, num_bytes=num_bytes)
     return (bits << np.uint32(8 * (4 - num_bytes))).view("<f4")
 
 
 class IdCoder:
-    """Packs vocabulary ids, the frequent ones into fewer bits."""
+    """Codec of vocabulary ids with fewer bits for the frequent ones."""
 
     def __init__(self, order: Int32[np.ndarray, "L"], vocab_size: int) -> None:
-        """Take the ids by descending frequency; others of the vocabulary may come.
+        """Build the rank tables.
+
+        Args:
+          order: ids by descending frequency; other ids may be packed too.
+          vocab_size: every id is below it.
 
         Raises:
-            ValueError: more ids than symbols can name.
+          ValueError: more ids than symbols can name.
         """
         if len(order) + vocab_size > _LIMIT:
             raise ValueError(
@@ -124,14 +128,14 @@ class IdCoder:
         self.order, self.vocab_size = order.astype(np.int32), vocab_size
 
     @classmethod
-    def of(cls, ids: Integer[np.ndarray, "..."], vocab_size: int) -> "IdCoder":
-        """Return the coder for ids as frequent as these; negative ones are ignored."""
+    def from_ids(cls, ids: Integer[np.ndarray, "..."], vocab_size: int) -> "IdCoder":
+        """Return the coder for this sample of ids; negative ones are ignored."""
         counts = np.bincount(ids[ids >= 0].ravel(), minlength=vocab_size)
         order = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
         return cls(order, vocab_size)
 
     def pack(self, ids: Integer[np.ndarray, "N"]) -> bytes:
-        """Return the symbols' frame and the bit groups' frame."""
+        """Pack ids into the frame of symbols and the frame of low bits."""
         ranks_V = len(self.order) + np.arange(self.vocab_size)
         ranks_V[self.order] = np.arange(len(self.order))
         ranks = ranks_V[ids]
@@ -144,14 +148,14 @@ class IdCoder:
             low[widths == 8].astype(np.uint8),
             low[widths == 16].astype("<u2"),
         )
-        return frame(symbols.astype(np.uint8).tobytes()) + frame(
+        return pack_frame(symbols.astype(np.uint8).tobytes()) + pack_frame(
             b"".join(group.tobytes() for group in groups)
         )
 
-    def unpack(self, reader: Reader, num: int) -> Int32[np.ndarray, "N"]:
-        """Return what `pack` packed."""
-        symbols = reader.plane(num)
-        groups = np.frombuffer(reader.frame(), np.uint8)
+    def unpack(self, reader: FrameReader, num: int) -> Int32[np.ndarray, "N"]:
+        """Unpack ids of `pack`."""
+        symbols = reader.next_plane(num)
+        groups = np.frombuffer(reader.next_frame(), np.uint8)
         ranks, widths = _BASES[symbols], _WIDTHS[symbols]
         rows4, rows8, rows16 = (np.flatnonzero(widths == w) for w in (4, 8, 16))
         ends = np.cumsum([(len(rows4) + 1) // 2, len(rows8), 2 * len(rows16)])

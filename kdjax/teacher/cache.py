@@ -1,4 +1,4 @@
-"""The teacher cache: what the teacher said about every target token, on disk.
+"""The teacher cache: the teacher's distribution of every target token, on disk.
 
 A cache is a folder: `manifest.json` and ArrayRecord shards. A record belongs to one
 (example, view) and is keyed by its content (16 bytes), so shuffling, packing, batch
@@ -6,7 +6,7 @@ size and mesh may change after labelling. Row i of a record is the teacher's
 distribution for target token i.
 
 Labelling calls `write_shard` for every index not in `complete_shards`, then `finish`
-once; training calls `open_cache` and `Cache.read`.
+once; training calls `load_cache` and `TeacherCache.read`.
 """
 
 import dataclasses
@@ -29,18 +29,18 @@ from kdjax.teacher.manifest import (
     MANIFEST,
     Manifest,
     Shard,
+    check_identity,
     read_manifest,
-    refuse_other_identity,
     write_manifest,
 )
-from kdjax.teacher.record_checks import Alignment
+from kdjax.teacher.record_checks import AlignmentCheck
 from kdjax.teacher.shards import (
     KEY_BYTES,
     DamagedShardError,
     check_record,
     check_shard,
     complete_shards,
-    damage,
+    damage_message,
     open_reader,
     read_index,
     read_payload,
@@ -51,14 +51,14 @@ from kdjax.teacher.shards import (
 __all__ = [
     "KEY_BYTES",
     "MANIFEST",
-    "Cache",
     "DamagedShardError",
     "Manifest",
     "Record",
     "Shard",
+    "TeacherCache",
     "complete_shards",
     "finish",
-    "open_cache",
+    "load_cache",
     "read_manifest",
     "shard_name",
     "verify",
@@ -72,22 +72,22 @@ _MAX_OPEN = 256  # shards held open at a time: a process may have 1,024 files
 def finish(
     folder: str | os.PathLike, manifest: Manifest, *, num_shards: int
 ) -> Manifest:
-    """Write `manifest.json`, last and atomically, and return what it says.
+    """Check all shards, write `manifest.json` atomically and return the manifest.
 
     Args:
-        folder: the cache, with all its shards.
-        manifest: its `shards` and `versions` are filled here.
-        num_shards: of the whole cache.
+      folder: the cache, with all its shards.
+      manifest: of the cache; its `shards` and `versions` are filled here.
+      num_shards: of the whole cache.
 
     Raises:
-        ValueError: a shard is missing, damaged or labelled with something else.
+      ValueError: a shard is missing, damaged or labelled with something else.
     """
     folder = pathlib.Path(folder)
     shards = []
     for index in range(num_shards):
         path = folder / shard_name(index, num_shards)
         entry = read_index(path)
-        refuse_other_identity(path, entry.identity, manifest)
+        check_identity(path, entry.identity, manifest)
         shards.append(
             Shard(
                 name=path.name,
@@ -109,7 +109,7 @@ def finish(
     return manifest
 
 
-def open_cache(
+def load_cache(
     folder: str | os.PathLike,
     *,
     tokenizer_fingerprint: str | None = None,
@@ -119,36 +119,36 @@ def open_cache(
     num_rounds: int | None = None,
     temperatures: Iterable[float] = (),
     tail: str | None = None,
-) -> "Cache":
-    """Open a finished cache; what is given must be what the cache holds.
+) -> "TeacherCache":
+    """Open a finished cache, checking the properties that are given.
 
     Args:
-        folder: the cache.
-        tokenizer_fingerprint: None is not checked, here and below.
-        vocab_size: of the teacher.
-        kind: "top_k", "sampled" or "dense".
-        k: pairs per token, or draws a round; not checked in a dense cache.
-        num_rounds: of a sampled cache.
-        temperatures: each must have been declared when labelling.
-        tail: policy for what is not stored; some need the tail's mass.
+      folder: of the cache.
+      tokenizer_fingerprint: expected one; None is not checked, here and below.
+      vocab_size: of the teacher.
+      kind: "top_k", "sampled" or "dense".
+      k: pairs per token, or draws per round; not checked in a dense cache.
+      num_rounds: of a sampled cache.
+      temperatures: each must have been declared when labelling.
+      tail: policy for what is not stored; some need the tail's mass.
 
     Raises:
-        ValueError: naming the field, what was found, what was wanted, the remedy.
+      ValueError: the cache is unfinished, or differs; names field, values, remedy.
     """
     manifest = read_manifest(folder)
-    wanted = {
+    expected = {
         "tokenizer_fingerprint": tokenizer_fingerprint,
         "vocab_size": vocab_size,
         "kind": kind,
         "k": None if manifest.kind == "dense" else k,
         "num_rounds": num_rounds if manifest.kind == "sampled" else None,
     }
-    for name, value in wanted.items():
-        found = getattr(manifest, name)
-        if value is not None and value != found:
+    for name, value in expected.items():
+        actual = getattr(manifest, name)
+        if value is not None and value != actual:
             raise ValueError(
-                f"{name}={value!r} is wanted, the cache {folder!s} has {found!r}: "
-                f"ask for {found!r}, or label again into another folder"
+                f"{name}={value!r} is wanted, the cache {folder!s} has {actual!r}: "
+                f"ask for {actual!r}, or label again into another folder"
             )
     for temperature in temperatures:
         if temperature not in manifest.temperatures:
@@ -163,19 +163,18 @@ def open_cache(
             f"of {folder!s} ({manifest.teacher_fingerprint}) did not give: use "
             "'renormalize_teacher' or 'renormalize_both'"
         )
-    return Cache(pathlib.Path(folder), manifest)
+    return TeacherCache(pathlib.Path(folder), manifest)
 
 
-class Cache:
+class TeacherCache:
     """A finished cache, open for reading: random access, safe under threads.
 
-    All indices are read when the first key is looked up, each checked by itself. No
-    record of a shard is believed before the checksum of the whole file was compared,
-    once, at its first record.
+    The indices of all shards are read when the first key is looked up. The checksum of
+    a shard's file is compared once, before its first record is read.
     """
 
     def __init__(self, folder: pathlib.Path, manifest: Manifest) -> None:
-        """Use `open_cache`, which checks the manifest."""
+        """Use `load_cache`, which checks the manifest."""
         self.folder = folder
         self.manifest = manifest
         self._readers: dict[int, Any] = {}
@@ -189,9 +188,7 @@ class Cache:
 
     @property
     def k(self) -> int:
-        """Pairs stored per target token; the vocabulary in a dense cache; the draws of
-        a round in a sampled one.
-        """
+        """Pairs per target token; dense: vocab_size; sampled: draws per round."""
         return self.manifest.k
 
     @property
@@ -215,14 +212,14 @@ class Cache:
         return self.manifest.num_tokens
 
     def has(self, key: bytes) -> bool:
-        """Whether there is a record for this 16-byte content key."""
+        """Return True if there is a record for this 16-byte content key."""
         return key in self._index[0]
 
     def read(self, key: bytes) -> Record:
         """Return the record of a key.
 
         Raises:
-            ValueError: no such record, or it is damaged (naming file and record).
+          ValueError: no such record, or it is damaged (naming file and record).
         """
         locations, coders = self._index
         if key not in locations:
@@ -241,10 +238,10 @@ class Cache:
                 temperatures=self.temperatures,
             )
         except codec.DECODE_ERRORS as error:
-            raise DamagedShardError(damage(path, row)) from error
+            raise DamagedShardError(damage_message(path, row)) from error
 
     def __iter__(self) -> Iterator[bytes]:
-        """All keys, shard by shard."""
+        """Iterate over all keys, shard by shard."""
         return iter(self._index[0])
 
     @functools.cached_property
@@ -258,16 +255,16 @@ class Cache:
         for number, shard in enumerate(self.manifest.shards):
             path = self.folder / shard.name
             entry = read_index(path)
-            refuse_other_identity(path, entry.identity, self.manifest)
+            check_identity(path, entry.identity, self.manifest)
             if entry.digest != shard.digest:  # another shard of the same cache
-                raise DamagedShardError(damage(path, None))
+                raise DamagedShardError(damage_message(path, None))
             coders.append(entry.coder)
             for row, key in enumerate(entry.keys):
                 locations.setdefault(key, (number, row))
         return locations, coders
 
     def _checked_reader(self, shard: int) -> Any:
-        """Return the reader; the whole file is checked before its first record."""
+        """Return the reader of a shard, whose file is checked the first time."""
         if shard not in self._checked:
             entry = self.manifest.shards[shard]
             _check_file(self.folder / entry.name, entry)
@@ -286,10 +283,14 @@ class Cache:
             return reader
 
 
+# Former names, which `build` still uses.
+Cache, open_cache = TeacherCache, load_cache
+
+
 def verify(
-    cache: Cache, *, advance: Callable[[int], None] = lambda num_tokens: None
+    cache: TeacherCache, *, advance: Callable[[int], None] = lambda num_tokens: None
 ) -> dict[str, float]:
-    """Read everything: checksums, shapes and sums of every record, and its targets.
+    """Read and check everything: checksums, shapes, probability sums, alignment.
 
     A row is the distribution for its own token: the stored log-probability of the token
     that came must be the row's. Where the origin did not give it, rows must on average
@@ -297,17 +298,17 @@ def verify(
     position fail.
 
     Args:
-        cache: an open cache.
-        advance: told the target tokens of every record read.
+      cache: an open cache.
+      advance: called with the target tokens of every record read.
 
     Returns:
-        "shards", "records" and "tokens" that were read, and "teacher_nll", nats a
-        target token (NaN where the origin did not give it).
+      "shards", "records" and "tokens" that were read, and "teacher_nll", nats per
+      target token (NaN where the origin did not give it).
 
     Raises:
-        ValueError: naming the file, and the record where one is at fault.
+      ValueError: naming the file, and the record where one is at fault.
     """
-    num_tokens, total, alignment = 0, 0.0, Alignment()
+    num_tokens, total, alignment = 0, 0.0, AlignmentCheck()
     known = "target_log_probs" not in cache.manifest.missing
     for shard in cache.manifest.shards:
         path = cache.folder / shard.name
@@ -316,18 +317,18 @@ def verify(
         for row, key in enumerate(check_shard(path).keys):
             record = cache.read(key)
             num_in_shard += record.num_tokens
-            check_record(key, record, cache.manifest, known={})
-            if problem := record_checks.problem(record, cache.manifest):
-                raise ValueError(f"record {row} of {path}: {problem}")
+            check_record(key, record, cache.manifest, seen={})
+            if error := record_checks.find_error(record, cache.manifest):
+                raise ValueError(f"record {row} of {path}: {error}")
             total -= float(record.target_log_probs.sum(dtype=np.float64))
             if not known:
                 alignment.add(record)
             advance(record.num_tokens)
         if num_in_shard != shard.num_tokens:
-            raise DamagedShardError(damage(path, None))
+            raise DamagedShardError(damage_message(path, None))
         num_tokens += num_in_shard
-    if problem := alignment.problem():
-        raise ValueError(f"cache {cache.folder!s}: {problem}")
+    if error := alignment.find_error():
+        raise ValueError(f"cache {cache.folder!s}: {error}")
     return {
         "shards": len(cache.manifest.shards),
         "records": cache.num_records,
@@ -337,10 +338,10 @@ def verify(
 
 
 def _check_file(path: pathlib.Path, entry: Shard) -> None:
-    """Raise DamagedShardError, naming the record if one can be named."""
+    """Raise DamagedShardError, naming the record if one can be named, on a mismatch."""
     if _checksum(path) != entry.checksum:
         check_shard(path)
-        raise DamagedShardError(damage(path, None))
+        raise DamagedShardError(damage_message(path, None))
 
 
 def _checksum(path: pathlib.Path) -> str:

@@ -1,4 +1,4 @@
-"""The bytes of one teacher record: `encode` and `decode`, two pure functions.
+"""Encoding of one teacher record as bytes: `encode` and `decode`, two pure functions.
 
 A record is a header (uint32 T, uint32 K, uint16 S, uint16 R) and the frames below, in
 this order; `planes` says how arrays and ids become frames. Arrays of tokens are stored
@@ -50,17 +50,17 @@ class Record(NamedTuple):
     """The teacher's distribution for each of T target tokens (nats).
 
     Attributes:
-        ids: vocabulary ids, -1 in unused slots. top_k: [T, K] by descending
-            probability; sampled: [T, S, R, K], the distinct ids of each round by
-            descending count; dense: empty, column v is id v.
-        log_probs: log-probabilities at temperature 1 under the full softmax, never
-            renormalised; -inf in unused slots. sampled: empty.
-        target_ids: the tokens that came.
-        target_log_probs: their log-probability at temperature 1.
-        log_z: log sum_v p_v^(1/T) for each declared temperature T.
-        entropy: entropy of the teacher at each declared temperature.
-        counts: how often each id was drawn; empty unless sampled.
-        kind: "top_k", "sampled" or "dense".
+      ids: vocabulary ids, -1 in unused slots. top_k: [T, K] by descending
+        probability; sampled: [T, S, R, K], the distinct ids of each round by
+        descending count; dense: empty, column v is id v.
+      log_probs: log-probabilities at temperature 1 under the full softmax, never
+        renormalised; -inf in unused slots. sampled: empty.
+      target_ids: the realised tokens.
+      target_log_probs: their log-probability at temperature 1.
+      log_z: log sum_v p_v^(1/T) for each declared temperature T.
+      entropy: entropy of the teacher at each declared temperature.
+      counts: how often each id was drawn; empty unless sampled.
+      kind: "top_k", "sampled" or "dense".
     """
 
     ids: Int32[np.ndarray, "T ..."]
@@ -79,18 +79,18 @@ class Record(NamedTuple):
 
 
 def encode(record: Record, coder: IdCoder, *, temperatures: tuple[float, ...]) -> bytes:
-    """Return the bytes of `record`: equal records give equal bytes.
+    """Encode a record; equal records give equal bytes.
 
     Args:
-        record: its `log_z` has a column for each of `temperatures`.
-        coder: of the shard.
-        temperatures: those declared when labelling.
+      record: its `log_z` has a column for each of `temperatures`.
+      coder: of the shard.
+      temperatures: those declared when labelling.
 
     Raises:
-        ValueError: a NaN, a row without any stored pair, an id outside the
-            vocabulary, or fields whose shapes do not agree.
+      ValueError: a NaN, a row without any stored pair, an id outside the
+        vocabulary, or fields whose shapes do not agree.
     """
-    check(record, vocab_size=coder.vocab_size)
+    validate(record, vocab_size=coder.vocab_size)
     log_z_TS = record.log_z
     num_pairs, num_rounds = 0, 0
     if record.kind == "sampled":
@@ -101,7 +101,7 @@ def encode(record: Record, coder: IdCoder, *, temperatures: tuple[float, ...]) -
         parts = [byte_planes.pack_floats(record.log_probs.T.ravel(), num_bytes=4)]
     else:
         num_pairs = record.log_probs.shape[1]
-        codes_TK = _codes(record.log_probs)
+        codes_TK = _quantize(record.log_probs)
         deltas_TK = np.diff(codes_TK, axis=1, prepend=np.uint16(0))  # modulo 2^16
         # An unused slot is marked by its code; the id written there is the cheapest.
         free = coder.order[0] if len(coder.order) else 0
@@ -110,7 +110,7 @@ def encode(record: Record, coder: IdCoder, *, temperatures: tuple[float, ...]) -
             byte_planes.pack_integers(deltas_TK.T.ravel(), num_bytes=2),
             coder.pack(ids_TK.T.ravel()),
         ]
-        log_z_TS = _masses(record.log_probs, temperatures)
+        log_z_TS = _log_masses(record.log_probs, temperatures)
         log_z_TS[:, 1:] -= record.log_z
     scalars_TX = np.concatenate(
         [log_z_TS, record.target_log_probs[:, None], record.entropy], axis=1
@@ -125,19 +125,19 @@ def encode(record: Record, coder: IdCoder, *, temperatures: tuple[float, ...]) -
     return header + b"".join(parts)
 
 
-def num_tokens(data: bytes) -> int:
-    """Return how many target tokens an encoded record is of."""
+def read_num_tokens(data: bytes) -> int:
+    """Return the number of target tokens of an encoded record."""
     return _HEADER.unpack_from(data)[0]
 
 
 def decode(
     data: bytes, coder: IdCoder, *, kind: str, temperatures: tuple[float, ...]
 ) -> Record:
-    """Return the record that `encode` wrote, within the rounding described above."""
+    """Decode a record of `encode`, exact to the rounding described above."""
     num_tokens, num_pairs, num_temperatures, num_rounds = _HEADER.unpack_from(data)
     if num_temperatures != len(temperatures):
         raise ValueError(f"{num_temperatures} temperatures, {temperatures} are wanted")
-    reader = byte_planes.Reader(data, _HEADER.size)
+    reader = byte_planes.FrameReader(data, _HEADER.size)
     num_stored = num_tokens * num_pairs
     num_scalars = 1 + 2 * num_temperatures + (kind == "top_k")
     log_probs_TK = np.zeros((num_tokens, 0), np.float32)
@@ -158,13 +158,13 @@ def decode(
         ids[codes_TK == _EMPTY] = -1
     target_ids = coder.unpack(reader, num_tokens)
     scalars = byte_planes.unpack_floats(reader, num_tokens * num_scalars, num_bytes=3)
-    reader.end()
+    reader.check_end()
     scalars_TX = _rows(scalars, num_tokens, num_scalars)
     num_sums = num_temperatures + (kind == "top_k")
     log_z_TS = scalars_TX[:, :num_sums]
     if kind == "top_k":
-        log_probs_TK += log_z_TS[:, :1] - _masses(log_probs_TK, ())
-        log_z_TS = _masses(log_probs_TK, temperatures)[:, 1:] - log_z_TS[:, 1:]
+        log_probs_TK += log_z_TS[:, :1] - _log_masses(log_probs_TK, ())
+        log_z_TS = _log_masses(log_probs_TK, temperatures)[:, 1:] - log_z_TS[:, 1:]
         log_z_TS[:, [t == 1.0 for t in temperatures]] = 0.0  # by definition
     return Record(
         ids=ids,
@@ -195,7 +195,7 @@ def _pack_draws(record: Record, coder: IdCoder) -> list[bytes]:
 
 
 def _unpack_draws(
-    reader: byte_planes.Reader, coder: IdCoder, shape: tuple[int, int, int, int]
+    reader: byte_planes.FrameReader, coder: IdCoder, shape: tuple[int, int, int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
     num_used = byte_planes.unpack_integers(reader, int(np.prod(shape[:3])), num_bytes=2)
     used_SRTK = np.arange(shape[3]) < num_used.reshape(*shape[:3], 1)
@@ -208,7 +208,7 @@ def _unpack_draws(
     return ids.transpose(order), counts.transpose(order)
 
 
-def check(record: Record, *, vocab_size: int) -> None:
+def validate(record: Record, *, vocab_size: int) -> None:
     """Raise ValueError unless `record` can be encoded."""
     num_tokens = record.num_tokens
     if not (
@@ -287,15 +287,15 @@ def _check_ids(ids: np.ndarray, name: str, vocab_size: int) -> None:
         )
 
 
-def _codes(log_probs_TK: Float32[np.ndarray, "T K"]) -> UInt16[np.ndarray, "T K"]:
-    """Round to the grid; a log-probability above 0 by float error becomes 0."""
+def _quantize(log_probs_TK: Float32[np.ndarray, "T K"]) -> UInt16[np.ndarray, "T K"]:
+    """Round log-probabilities to codes; one above 0 by float error becomes 0."""
     empty_TK = np.isneginf(log_probs_TK)
     magnitudes_TK = np.maximum(-np.where(empty_TK, 0, log_probs_TK), 0)
     codes_TK = np.rint(_GRID * np.log1p(magnitudes_TK, dtype=np.float64))
     return np.where(empty_TK, _EMPTY, codes_TK).astype(np.uint16)
 
 
-def _masses(
+def _log_masses(
     log_probs_TK: Float32[np.ndarray, "T K"], temperatures: tuple[float, ...]
 ) -> Float32[np.ndarray, "T 1+S"]:
     """Return log sum_k p_k^(1/t) for t = 1 and each temperature, summed in float64.

@@ -1,4 +1,4 @@
-"""What is in a teacher cache: sizes, captured mass, entropies.
+"""Statistics of a teacher cache: sizes, captured mass, entropies.
 
 Shapes: T target tokens of a record, K stored pairs.
 """
@@ -16,18 +16,24 @@ _EDGES = np.linspace(0, 8, 33)  # nats, of the histogram of entropies
 _BAR = 40  # characters of the longest bar
 
 
-def describe(
-    cache: cache_lib.Cache, *, advance: Callable[[int], None] = lambda num_tokens: None
+def summarize(
+    cache: cache_lib.TeacherCache,
+    *,
+    advance: Callable[[int], None] = lambda num_tokens: None,
 ) -> dict[str, Any]:
-    """Reads all records and returns what they hold.
+    """Compute statistics over all records.
+
+    Args:
+      cache: an open cache.
+      advance: called with the target tokens of every record read.
 
     Returns:
       "kind", "k", "records", "tokens", "bytes", "bytes_per_token", "bytes_per_pair"
-      (top_k), "teacher_nll" (nats a target token), "entropy" (nats, by temperature),
+      (top_k), "teacher_nll" (nats per target token), "entropy" (nats, by temperature),
       "mass" (mean probability of the first 1, 2, 4, ... pairs; top_k),
-      "distinct_ids" (mean a token, temperature and round; sampled) and "histogram":
+      "distinct_ids" (mean per token, temperature and round; sampled) and "histogram":
       target tokens by entropy at the first temperature, in bins between "edges".
-      What the origin could not give is left out.
+      Statistics that the origin does not give are left out.
     """
     manifest = cache.manifest
     widths = [2**i for i in range(manifest.k.bit_length()) if 2**i < manifest.k]
@@ -52,7 +58,7 @@ def describe(
     num_bytes = sum(
         (cache.folder / shard.name).stat().st_size for shard in manifest.shards
     )
-    found: dict[str, Any] = {
+    summary: dict[str, Any] = {
         "kind": manifest.kind,
         "k": manifest.k,
         "records": cache.num_records,
@@ -61,22 +67,22 @@ def describe(
         "bytes_per_token": num_bytes / num_tokens,
     }
     if manifest.kind == "top_k":
-        found["bytes_per_pair"] = num_bytes / num_tokens / manifest.k
-        found["mass"] = dict(zip(widths, (mass / num_tokens).tolist(), strict=True))
+        summary["bytes_per_pair"] = num_bytes / num_tokens / manifest.k
+        summary["mass"] = dict(zip(widths, (mass / num_tokens).tolist(), strict=True))
     if manifest.kind == "sampled":
-        found["distinct_ids"] = distinct / num_tokens
+        summary["distinct_ids"] = distinct / num_tokens
     if "target_log_probs" not in manifest.missing:
-        found["teacher_nll"] = float(nll) / num_tokens
+        summary["teacher_nll"] = float(nll) / num_tokens
     if "entropy" not in manifest.missing:
         means = (entropy / num_tokens).tolist()
-        found["entropy"] = dict(zip(manifest.temperatures, means, strict=True))
-        found |= {"histogram": histogram.tolist(), "edges": _EDGES.tolist()}
-    return found
+        summary["entropy"] = dict(zip(manifest.temperatures, means, strict=True))
+        summary |= {"histogram": histogram.tolist(), "edges": _EDGES.tolist()}
+    return summary
 
 
-def histogram_lines(found: dict[str, Any]) -> list[str]:
-    """The histogram of entropies as text; empty if there is none."""
-    counts = found.get("histogram")
+def histogram_lines(summary: dict[str, Any]) -> list[str]:
+    """Format the histogram of entropies as text; empty if there is none."""
+    counts = summary.get("histogram")
     if not counts:
         return []
     total, peak = sum(counts), max(counts, default=0)
@@ -85,22 +91,23 @@ def histogram_lines(found: dict[str, Any]) -> list[str]:
         f"{low:5.2f} to {high:5.2f} nats {count / total:7.2%} "
         f"{'#' * round(_BAR * count / peak)}"
         for low, high, count in zip(
-            found["edges"][: last + 1],
-            found["edges"][1 : last + 2],
+            summary["edges"][: last + 1],
+            summary["edges"][1 : last + 2],
             counts[: last + 1],
             strict=True,
         )
     ]
 
 
-def draw(found: dict[str, Any], path: str | os.PathLike) -> None:
-    """Draws the histogram of entropies and the mass captured by the first pairs."""
+def plot(summary: dict[str, Any], path: str | os.PathLike) -> None:
+    """Plot the histogram of entropies and the mass captured by the first pairs."""
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     left, right = figure.subplots(1, 2)
-    if "histogram" in found:
-        left.stairs(found["histogram"], found["edges"], fill=True)
+    if "histogram" in summary:
+        left.stairs(summary["histogram"], summary["edges"], fill=True)
     left.set(xlabel="teacher entropy, nats", ylabel="target tokens")
-    if "mass" in found:
-        right.semilogx(list(found["mass"]), list(found["mass"].values()), "o-", base=2)
-    right.set(xlabel="stored pairs a token", ylabel="mean probability captured")
+    if "mass" in summary:
+        mass = summary["mass"]
+        right.semilogx(list(mass), list(mass.values()), "o-", base=2)
+    right.set(xlabel="stored pairs per token", ylabel="mean probability captured")
     figure.savefig(path, dpi=120)

@@ -1,8 +1,8 @@
-"""Filling a teacher cache: the teacher scores every target token of some segments.
+"""Labelling: the teacher scores the target tokens of segments into a cache.
 
 Shards are lists of consecutive segments, packed into rows of one length, so there is
 one compiled shape. Each process labels its own shards on its own devices and writes
-them itself; nothing but the end is waited for.
+them itself; they meet at the end alone.
 """
 
 import dataclasses
@@ -24,12 +24,12 @@ LabelStep = Callable[[dict[str, Any]], dict[str, jax.Array]]
 
 
 def missing(folder: pathlib.Path) -> bool:
-    """Whether the cache still has to be labelled, or labelled to its end."""
+    """Return True if the cache has no manifest: it is not, or not fully, labelled."""
     return not (folder / cache.MANIFEST).is_file()
 
 
 def shards(segments: Sequence[Segment], shard_size: int) -> list[list[Segment]]:
-    """The segments of each shard; equal content (equal keys) is labelled once."""
+    """Split segments into shards; equal content (equal keys) is labelled once."""
     unique = list({segment.key: segment for segment in segments}.values())
     return [unique[i : i + shard_size] for i in range(0, len(unique), shard_size)]
 
@@ -44,35 +44,37 @@ def label(
     rows: Mapping[str, Any] | None = None,
     advance: Callable[[int], None] = lambda num_tokens: None,
 ) -> dict[str, float]:
-    """Labels the shards that are not there yet; killed anywhere, it continues.
+    """Label the shards that are incomplete; killed anywhere, it continues.
 
     Args:
-      segments: what to label, in the data's order.
+      segments: to label, in the data's order.
       folder: the cache.
       manifest: its description, without shards.
       config: shard, batch and row sizes.
       label_step: batch [1, B, T] -> arrays of `losses.fused_head.label`, tokens first.
-      rows: how the teacher reads rows, keywords of `BatchPlan`; None = as one that only
-        decodes.
-      advance: told the target tokens of every finished batch and skipped shard.
+      rows: row lengths as keywords of `BatchPlan`; None = those of a decoder-only
+        teacher.
+      advance: called with the target tokens of every finished batch and skipped shard.
 
     Returns:
-      "tokens" (target tokens labelled now), "positions" (what the teacher computed,
-      padding included) and "seconds" (first compiled batch not counted) of this
-      process.
+      "tokens" (target tokens labelled), "positions" (computed by the teacher, padding
+      included) and "seconds", all of this process and without its first batch, which
+      compiles.
     """
-    parts = shards(segments, config.shard_size)
+    all_shards = shards(segments, config.shard_size)
     complete = cache.complete_shards(folder, manifest)
     clock = _Clock()
     rows = rows or {"row_length": config.row_length}
-    for index, part in enumerate(parts):
+    for index, shard in enumerate(all_shards):
         if index % jax.process_count() != jax.process_index():
             continue
         if index in complete:
-            advance(sum(len(segment.target_ids) for segment in part))
+            advance(sum(len(segment.target_ids) for segment in shard))
             continue
-        found = _label_shard(part, manifest, config, label_step, rows, clock, advance)
-        cache.write_shard(folder, index, len(parts), found, manifest)
+        records = _label_shard(
+            shard, manifest, config, label_step, rows, clock, advance
+        )
+        cache.write_shard(folder, index, len(all_shards), records, manifest)
     return clock.totals()
 
 
@@ -85,7 +87,7 @@ def _label_shard(
     clock: "_Clock",
     advance: Callable[[int], None],
 ) -> Iterator[tuple[bytes, Record]]:
-    """Records of one shard, in the order in which its rows were packed."""
+    """Yield the records of one shard, in the order in which its rows were packed."""
     plan = loader.BatchPlan(
         segments, batch_size=config.batch_size, shuffle=False, **rows
     )
@@ -95,7 +97,7 @@ def _label_shard(
     for step in range(plan.steps_per_epoch(0)):
         batch = loader.make_batch(plan, step, terms=())
         if manifest.kind == "sampled":
-            batch["points"] = _points(plan, step, manifest)
+            batch["points"] = _uniforms(plan, step, manifest)
         computed = label_step(batch)
         if pending is not None:
             yield from _unpack(plan, *pending, manifest, clock, advance)
@@ -104,22 +106,22 @@ def _label_shard(
         yield from _unpack(plan, *pending, manifest, clock, advance)
 
 
-def _points(plan: Any, step: int, manifest: cache.Manifest) -> np.ndarray:
-    """Where to look up the draws of a batch: [1, B, T, S, R * n]; 0 in padding."""
+def _uniforms(plan: Any, step: int, manifest: cache.Manifest) -> np.ndarray:
+    """Return the uniforms of a batch's draws: [1, B, T, S, R * n]; 0 in padding."""
     num_temperatures = len(manifest.temperatures)
-    num_points = manifest.num_rounds * manifest.k
-    shape = (plan.batch_size, plan.row_length, num_temperatures, num_points)
-    found = np.zeros(shape, np.float32)
+    num_uniforms = manifest.num_rounds * manifest.k
+    shape = (plan.batch_size, plan.row_length, num_temperatures, num_uniforms)
+    uniforms = np.zeros(shape, np.float32)
     for row, items in enumerate(plan.batch(step)):
         for at in loader.placements(plan, items):
-            found[row, at.target] = sampling.points(
+            uniforms[row, at.target] = sampling.stratified_uniforms(
                 at.segment.key,
                 len(at.segment.target_ids),
                 num_temperatures,
                 manifest.num_rounds,
                 manifest.k,
-            ).reshape(-1, num_temperatures, num_points)
-    return found[None]
+            ).reshape(-1, num_temperatures, num_uniforms)
+    return uniforms[None]
 
 
 def _unpack(
@@ -139,37 +141,37 @@ def _unpack(
     for row, items in enumerate(plan.batch(step)):
         for at in loader.placements(plan, items):
             num_tokens += len(at.segment.target_ids)
-            of = {name: array[row, at.target] for name, array in arrays.items()}
-            yield at.segment.key, _record(of, at.segment, manifest)
+            outputs = {name: array[row, at.target] for name, array in arrays.items()}
+            yield at.segment.key, _record(outputs, at.segment, manifest)
     clock.add(num_tokens, plan.batch_size * plan.row_length)
     advance(num_tokens)
 
 
 def _record(
-    of: dict[str, np.ndarray], segment: Segment, manifest: cache.Manifest
+    outputs: dict[str, np.ndarray], segment: Segment, manifest: cache.Manifest
 ) -> Record:
-    """The record of one segment from its rows of the computed arrays."""
+    """Build the record of one segment from its rows of the computed arrays."""
     num_tokens = len(segment.target_ids)
     record = Record(
-        ids=of.get("ids_NK", np.zeros((num_tokens, 0), np.int32)),
-        log_probs=of.get("log_probs_NK", np.zeros((num_tokens, 0), np.float32)),
+        ids=outputs.get("ids_NK", np.zeros((num_tokens, 0), np.int32)),
+        log_probs=outputs.get("log_probs_NK", np.zeros((num_tokens, 0), np.float32)),
         target_ids=segment.target_ids.astype(np.int32),
-        target_log_probs=of["target_log_probs_N"],
-        log_z=of["log_z_NS"],
-        entropy=of["entropy_NS"],
+        target_log_probs=outputs["target_log_probs_N"],
+        log_z=outputs["log_z_NS"],
+        entropy=outputs["entropy_NS"],
         kind=manifest.kind,
     )
     if manifest.kind != "sampled":
         return record
-    drawn = of["drawn_ids_NSP"]
+    drawn = outputs["drawn_ids_NSP"]
     shape = (*drawn.shape[:2], manifest.num_rounds, manifest.k)
-    ids, counts = sampling.count(drawn.reshape(shape))
+    ids, counts = sampling.count_draws(drawn.reshape(shape))
     return record._replace(ids=ids, counts=counts)
 
 
 @dataclasses.dataclass(slots=True)
 class _Clock:
-    """Tokens and seconds; the first batch holds the compilation and is left out."""
+    """Counter of tokens and seconds, without the first batch, which compiles."""
 
     tokens: int = 0
     positions: int = 0

@@ -1,4 +1,4 @@
-"""The manifest of a teacher cache: what it holds and what made it."""
+"""The manifest of a teacher cache: contents and provenance."""
 
 import dataclasses
 import hashlib
@@ -16,7 +16,7 @@ MISSING = ("tail_mass", "entropy", "target_log_probs")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shard:
-    """One file of a cache."""
+    """One ArrayRecord file of a cache."""
 
     name: str  # file name in the cache folder
     num_records: int
@@ -27,17 +27,17 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a cache holds and what made it."""
+    """Contents and provenance of a cache."""
 
     kind: str  # "top_k", "sampled" or "dense"
-    k: int  # pairs stored per target token; dense: vocab_size; sampled: draws a round
+    k: int  # pairs per target token; dense: vocab_size; sampled: draws per round
     num_rounds: int = 0  # sampled: independent rounds of draws
     vocab_size: int  # ids are below it
     temperatures: tuple[float, ...]  # those with exact log_z and entropy
     tokenizer_fingerprint: str  # of the tokenizer that made the target ids
     teacher_path: str  # where the teacher was
     teacher_fingerprint: str  # of its config and weights
-    missing: tuple[str, ...] = ()  # of MISSING: what the origin could not give
+    missing: tuple[str, ...] = ()  # of MISSING: fields that the origin did not give
     data: str = ""  # the labelled examples, in words
     content: str = ""  # digest of their keys, in order
     dtype: str = "float32"  # in which the teacher computed
@@ -57,7 +57,7 @@ class Manifest:
         return sum(shard.num_tokens for shard in self.shards)
 
     def identity(self) -> dict[str, Any]:
-        """The fields that every shard of one cache must share, as JSON values.
+        """Return the fields that all shards of a cache must share, as JSON values.
 
         Teachers and data that were moved are the same: fingerprint and content count.
         """
@@ -71,7 +71,7 @@ def read_manifest(folder: str | os.PathLike) -> Manifest:
     """Read `manifest.json`.
 
     Raises:
-        ValueError: there is none, or this version cannot read it.
+      ValueError: there is none, or this version cannot read it.
     """
     path = pathlib.Path(folder) / MANIFEST
     if not path.is_file():
@@ -83,14 +83,14 @@ def read_manifest(folder: str | os.PathLike) -> Manifest:
         fields = json.loads(path.read_text())
         version = fields.get("format_version")
     except (ValueError, AttributeError) as error:
-        raise ValueError(_edited(path)) from error
+        raise ValueError(_damage_message(path)) from error
     if version != FORMAT_VERSION:
         raise ValueError(
             f"format_version={version} of {path}: this version reads "
             f"{FORMAT_VERSION}; label again"
         )
     if fields.pop("checksum", None) != _checksum(fields):
-        raise ValueError(_edited(path))
+        raise ValueError(_damage_message(path))
     del fields["num_records"], fields["num_tokens"]
     for name in ("temperatures", "missing"):
         fields[name] = tuple(fields[name])
@@ -112,20 +112,20 @@ def _checksum(fields: dict[str, Any]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def _edited(path: pathlib.Path) -> str:
+def _damage_message(path: pathlib.Path) -> str:
     return (
         f"{path} was damaged or edited: delete it and start labelling again, which "
         "keeps the shards and writes it anew"
     )
 
 
-def refuse_other_identity(
-    path: pathlib.Path, found: dict[str, Any], manifest: Manifest
+def check_identity(
+    path: pathlib.Path, identity: dict[str, Any], manifest: Manifest
 ) -> None:
     """Raise ValueError if the shard at `path` was labelled with something else."""
     for name, value in manifest.identity().items():
-        if found.get(name) != value:
+        if identity.get(name) != value:
             raise ValueError(
                 f"{name}={value!r} is wanted, {path} was labelled with "
-                f"{found.get(name)!r}: label into another folder, or delete this one"
+                f"{identity.get(name)!r}: label into another folder, or delete this one"
             )

@@ -1,4 +1,4 @@
-"""Teacher caches in and out: merged, exported, or made of another tool's outputs.
+"""Merging and exporting teacher caches, and importing other tools' outputs.
 
 Shapes: L tokens of a sequence, T target tokens, K stored pairs, S temperatures.
 """
@@ -18,23 +18,23 @@ from kdjax.data.views import Segment
 from kdjax.teacher import cache as cache_lib
 from kdjax.teacher import shards
 from kdjax.teacher.codec import Record
-from kdjax.teacher.importers.convert import Rows
+from kdjax.teacher.importers.convert import ImportedSequence
 from kdjax.teacher.manifest import Manifest
 
 
 def merge(
-    caches: Sequence[cache_lib.Cache],
+    caches: Sequence[cache_lib.TeacherCache],
     out: str | os.PathLike,
     *,
     advance: Callable[[int], None] = lambda num_records: None,
 ) -> Manifest:
-    """Writes one cache of all records of several; their bytes are copied.
+    """Write one cache of the records of several, whose bytes are copied.
 
     Args:
       caches: of the same teacher, tokenizer, kind, k and temperatures, without common
         examples.
       out: a new folder.
-      advance: told the records of every shard that was written.
+      advance: called with the records of every shard written.
 
     Raises:
       ValueError: caches that differ, or share an example.
@@ -42,12 +42,12 @@ def merge(
     first = caches[0].manifest
     seen: dict[bytes, str] = {}
     for cache in caches:
-        for name, wanted in first.identity().items():
-            found = cache.manifest.identity()[name]
-            if name not in ("content", "shard_size") and found != wanted:
+        for name, expected in first.identity().items():
+            actual = cache.manifest.identity()[name]
+            if name not in ("content", "shard_size") and actual != expected:
                 raise ValueError(
-                    f"{name}={found!r} of {cache.folder!s} differs from {wanted!r} of "
-                    f"{caches[0].folder!s}: only caches labelled alike can be merged"
+                    f"{name}={actual!r} of {cache.folder!s} differs from {expected!r} "
+                    f"of {caches[0].folder!s}: only caches labelled alike can be merged"
                 )
         for key in cache:
             if key in seen:
@@ -56,7 +56,7 @@ def merge(
                     "caches of disjoint examples"
                 )
             seen[key] = str(cache.folder)
-    new_folder(out)
+    make_folder(out)
     manifest = dataclasses.replace(
         first,
         data=" and ".join(cache.manifest.data for cache in caches),
@@ -74,8 +74,8 @@ def merge(
     return cache_lib.finish(out, manifest, num_shards=len(sources))
 
 
-def new_folder(folder: str | os.PathLike) -> None:
-    """Makes a folder.
+def make_folder(folder: str | os.PathLike) -> None:
+    """Make a new folder.
 
     Raises:
       ValueError: there is something in it.
@@ -86,8 +86,8 @@ def new_folder(folder: str | os.PathLike) -> None:
         raise ValueError(f"out={folder!s} is not empty: name a new folder")
 
 
-def export(cache: cache_lib.Cache, out: str | os.PathLike) -> int:
-    """Writes a Parquet file, one row a record, and returns the number of rows.
+def export(cache: cache_lib.TeacherCache, out: str | os.PathLike) -> int:
+    """Write a Parquet file, one row per record, and return the number of rows.
 
     Columns: key (hex), target_ids [T], target_log_probs [T], log_z and entropy [T][S],
     and by kind ids and log_probs [T][K] without unused slots, log_probs [T][V], or ids
@@ -107,15 +107,15 @@ def export(cache: cache_lib.Cache, out: str | os.PathLike) -> int:
     scratch = tempfile.mkdtemp(prefix="kdjax-export-")
     try:
         try:
-            found = datasets.Dataset.from_generator(
+            dataset = datasets.Dataset.from_generator(
                 rows, features=_features(cache.kind), cache_dir=scratch
             )
         except datasets.exceptions.DatasetGenerationError as error:
             if isinstance(error.__cause__, ValueError):  # a damaged record
                 raise error.__cause__ from None
             raise
-        found.to_parquet(os.fspath(out))
-        return len(found)
+        dataset.to_parquet(os.fspath(out))
+        return len(dataset)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -164,8 +164,8 @@ def _features(kind: str) -> datasets.Features:
     )
 
 
-def import_rows(
-    sequences: Iterable[Rows],
+def import_sequences(
+    sequences: Iterable[ImportedSequence],
     segments: Sequence[Segment],
     out: str | os.PathLike,
     manifest: Manifest,
@@ -173,7 +173,7 @@ def import_rows(
     shard_size: int,
     advance: Callable[[int], None] = lambda num_tokens: None,
 ) -> Manifest:
-    """Writes a cache of what another tool's teacher said about these segments.
+    """Write a cache of another tool's teacher outputs for these segments.
 
     A sequence belongs to the segment with its token ids (prompt to target); one
     without token ids to the segment at its place in the data.
@@ -184,43 +184,43 @@ def import_rows(
       out: a new folder.
       manifest: its kind is top_k, its temperatures (1.0,).
       shard_size: records of a shard.
-      advance: told the target tokens of every segment found.
+      advance: called with the target tokens of every segment matched.
 
     Raises:
       ValueError: a segment without a sequence, or without a row for a target token;
         sequences that do not fit.
     """
-    new_folder(out)
+    make_folder(out)
     by_tokens: dict[bytes, list[int]] = {}
     for index, segment in enumerate(segments):
         by_tokens.setdefault(segment.ids.tobytes(), []).append(index)
-    found: dict[int, Record] = {}
-    num_placed = 0
+    records: dict[int, Record] = {}
+    num_in_order = 0
     for number, rows in enumerate(sequences):
         if rows.token_ids is None:
-            num_placed += 1
-            places = [number] if number < len(segments) else []
+            num_in_order += 1
+            matches = [number] if number < len(segments) else []
         else:
             # A tool may have appended an end of sequence to the tokens it was given.
             tokens = rows.token_ids.astype(np.int32)
-            places = by_tokens.get(tokens.tobytes(), [])
-            places = places or by_tokens.get(tokens[:-1].tobytes(), [])
-        for index in places:
-            found[index] = _record(rows, segments[index], manifest)
-            advance(found[index].num_tokens)
-    if num_placed not in (0, len(segments)):
+            matches = by_tokens.get(tokens.tobytes(), [])
+            matches = matches or by_tokens.get(tokens[:-1].tobytes(), [])
+        for index in matches:
+            records[index] = _record(rows, segments[index], manifest)
+            advance(records[index].num_tokens)
+    if num_in_order not in (0, len(segments)):
         raise ValueError(
-            f"{num_placed} sequences without token ids for {len(segments)} examples: "
+            f"{num_in_order} sequences without token ids for {len(segments)} examples: "
             "they are matched by their place, so there must be one for each, in order"
         )
-    absent = [s for i, s in enumerate(segments) if i not in found]
+    absent = [s for i, s in enumerate(segments) if i not in records]
     if absent:
         raise ValueError(
             f"example {absent[0].example_id!r}: no sequence has its tokens "
             f"({len(absent)} such of {len(segments)}): run the teacher on these very "
             "prompts and targets, with this tokenizer"
         )
-    unique = {segments[i].key: record for i, record in sorted(found.items())}
+    unique = {segments[i].key: record for i, record in sorted(records.items())}
     pairs = list(unique.items())
     parts = [pairs[i : i + shard_size] for i in range(0, len(pairs), shard_size)]
     for index, part in enumerate(parts):
@@ -228,8 +228,8 @@ def import_rows(
     return cache_lib.finish(out, manifest, num_shards=len(parts))
 
 
-def _record(rows: Rows, segment: Segment, manifest: Manifest) -> Record:
-    """The rows of the segment's target tokens as a record at temperature 1."""
+def _record(rows: ImportedSequence, segment: Segment, manifest: Manifest) -> Record:
+    """Build a record at temperature 1 of the rows of the segment's target tokens."""
     num_tokens = len(segment.target_ids)
     start = len(segment.ids) - num_tokens
     length = len(rows.ids)
@@ -241,8 +241,8 @@ def _record(rows: Rows, segment: Segment, manifest: Manifest) -> Record:
             f"{where}: its sequence has {length} rows for {start} prompt and "
             f"{num_tokens} target tokens: run the teacher on these very tokens"
         )
-    chosen = slice(start, start + num_tokens)
-    ids_TK, log_probs_TK = rows.ids[chosen], rows.log_probs[chosen]
+    targets = slice(start, start + num_tokens)
+    ids_TK, log_probs_TK = rows.ids[targets], rows.log_probs[targets]
     empty_T = (ids_TK < 0).all(axis=1)
     if empty_T.any():
         raise ValueError(
@@ -251,7 +251,7 @@ def _record(rows: Rows, segment: Segment, manifest: Manifest) -> Record:
         )
     is_target_TK = ids_TK == segment.target_ids[:, None]
     stored_T = np.where(is_target_TK, log_probs_TK, -np.inf).max(axis=1)
-    target_T = rows.target_log_probs[chosen]
+    target_T = rows.target_log_probs[targets]
     target_T = np.where(np.isnan(target_T), stored_T, target_T)
     unknown_T = np.isneginf(target_T)
     if "target_log_probs" not in manifest.missing and unknown_T.any():

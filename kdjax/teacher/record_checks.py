@@ -1,4 +1,4 @@
-"""Whether a record can be what a teacher said about its own target tokens.
+"""Plausibility checks of records: probability mass, and alignment with target tokens.
 
 Shapes: T target tokens, K stored pairs, S temperatures, R rounds.
 """
@@ -18,21 +18,21 @@ _IMPOSSIBLE = np.log(1e-12)  # chance below which draws refute a probability
 _SHIFTED = "rows may be shifted against their tokens; label or import again"
 
 
-def problem(record: Record, manifest: Manifest) -> str:
-    """Return what is wrong with `record`, "" if nothing is."""
+def find_error(record: Record, manifest: Manifest) -> str:
+    """Return a description of the first implausible value of `record`, or ""."""
     if record.kind == "sampled":
-        return _draws(record, manifest)
-    return _rows(record, manifest)
+        return _check_draws(record, manifest)
+    return _check_rows(record, manifest)
 
 
-def _rows(record: Record, manifest: Manifest) -> str:
+def _check_rows(record: Record, manifest: Manifest) -> str:
     log_probs_TK = record.log_probs
     with np.errstate(invalid="ignore"):  # unused slots: -inf minus -inf
         ascends = (np.diff(log_probs_TK, axis=1) > 1e-3).any()
     if record.kind == "top_k" and ascends:
         return "log-probabilities do not descend"
     if "target_log_probs" in manifest.missing:
-        return _masses(record, manifest)
+        return _check_mass(record, manifest)
     rows = np.arange(record.num_tokens)
     target_T = record.target_log_probs
     if record.kind == "dense":
@@ -44,14 +44,14 @@ def _rows(record: Record, manifest: Manifest) -> str:
     slack_T = _STEP * (1 - target_T)
     wrong_T = is_stored_T & (np.abs(stored_T - target_T) > slack_T)
     # A token that is not stored cannot be likelier than the least likely one that is.
-    wrong_T |= ~is_stored_T & (target_T > _last(log_probs_TK) + slack_T)
-    return _refuse(
+    wrong_T |= ~is_stored_T & (target_T > _least_log_probs(log_probs_TK) + slack_T)
+    return _token_error(
         wrong_T, "the stored row gives the token that came another"
-    ) or _masses(record, manifest)
+    ) or _check_mass(record, manifest)
 
 
-def _masses(record: Record, manifest: Manifest) -> str:
-    """Whether the stored probabilities of some row sum to more than 1."""
+def _check_mass(record: Record, manifest: Manifest) -> str:
+    """Return an error if the probabilities of a row sum to more than 1, or ""."""
     # Other tools round log-probabilities, some to bfloat16.
     limit = 1.02 if manifest.missing else 1.001
     for column, temperature in enumerate((1.0, *manifest.temperatures)):
@@ -67,13 +67,13 @@ def _masses(record: Record, manifest: Manifest) -> str:
     return ""
 
 
-def _last(log_probs_TK: np.ndarray) -> np.ndarray:
-    """Least stored log-probability of each row; 0 (no limit) in a row not filled."""
+def _least_log_probs(log_probs_TK: np.ndarray) -> np.ndarray:
+    """Return each row's least stored log-probability; 0 (no limit) if not filled."""
     last_T = log_probs_TK[:, -1]
     return np.where(np.isneginf(last_T), 0.0, last_T)
 
 
-def _draws(record: Record, manifest: Manifest) -> str:
+def _check_draws(record: Record, manifest: Manifest) -> str:
     if "target_log_probs" in manifest.missing:
         return ""
     temperatures = np.asarray(manifest.temperatures)
@@ -88,26 +88,26 @@ def _draws(record: Record, manifest: Manifest) -> str:
         share_TS * (np.log(share_TS) - np.log(p_TS))
         + (1 - share_TS) * (np.log1p(-share_TS) - np.log1p(-p_TS))
     )
-    return _refuse(
+    return _token_error(
         (log_chance_TS < _IMPOSSIBLE).any(axis=1), "the draws give the token another"
     )
 
 
-def _refuse(wrong_T: Bool[np.ndarray, "T"], what: str) -> str:
+def _token_error(wrong_T: Bool[np.ndarray, "T"], what: str) -> str:
     if not wrong_T.any():
         return ""
     return f"{what} probability at target token {int(wrong_T.argmax())}: {_SHIFTED}"
 
 
-class Alignment:
-    """Whether rows fit the tokens they are stored for better than the neighbours.
+class AlignmentCheck:
+    """Test for rows that are shifted by one position against their tokens.
 
     Other tools store the row that predicts a token at the token, or one before: a cache
     whose rows give the next or the previous token more probability is shifted.
     """
 
-    _FEWEST = 32  # tokens below which nothing is said
-    _MARGIN = 0.3  # nats a token: less may be chance, or a teacher that knows nothing
+    _MIN_TOKENS = 32  # fewer tokens give no verdict
+    _MARGIN = 0.3  # nats per token: less may be chance, or a teacher that knows nothing
 
     def __init__(self) -> None:
         """Start without any token."""
@@ -115,31 +115,32 @@ class Alignment:
         self._num_tokens = 0
 
     def add(self, record: Record) -> None:
-        """Counts a record whose rows are known (sampled: at the first temperature)."""
+        """Add a record (sampled: its rows at the first temperature)."""
         if record.num_tokens < 3:
             return
-        for place, shift in enumerate((-1, 0, 1)):
+        for column, shift in enumerate((-1, 0, 1)):
             rows = slice(1 + shift, record.num_tokens - 1 + shift)
-            self._totals[place] += _log_probs(record, rows).sum()
+            self._totals[column] += _log_probs(record, rows).sum()
         self._num_tokens += record.num_tokens - 2
 
-    def problem(self) -> str:
-        """What is wrong, "" if nothing is or too little was seen."""
-        if self._num_tokens < self._FEWEST:
+    def find_error(self) -> str:
+        """Return a description of the shift, "" if there is none or too little data."""
+        if self._num_tokens < self._MIN_TOKENS:
             return ""
         nats = (self._totals - self._totals[1]) / self._num_tokens
         best = int(nats.argmax())
         if nats[best] < self._MARGIN:
             return ""
-        where = ("previous", "", "next")[best]
+        neighbour = ("previous", "", "next")[best]
         return (
             f"rows give their tokens {nats[best]:.2f} nats less than the rows of the "
-            f"{where} token would: the cache is shifted by one; label or import again"
+            f"{neighbour} token would: the cache is shifted by one; label or import "
+            "again"
         )
 
 
 def _log_probs(record: Record, rows: slice) -> np.ndarray:
-    """Log-probability of the tokens but the first and last, by other tokens' rows."""
+    """Return the log-probabilities of all but the end tokens under these rows."""
     targets = record.target_ids[1:-1]
     if record.kind == "dense":
         return np.maximum(record.log_probs[rows][np.arange(len(targets)), targets], -30)
@@ -149,5 +150,5 @@ def _log_probs(record: Record, rows: slice) -> np.ndarray:
         return np.log((hits + 0.5) / (counts.sum(axis=1) + 1))
     hits_TK = record.ids[rows] == targets[:, None]
     floor = math.log(1e-4)
-    found = np.where(hits_TK, record.log_probs[rows], -np.inf).max(axis=1)
-    return np.maximum(found, floor)
+    log_probs_T = np.where(hits_TK, record.log_probs[rows], -np.inf).max(axis=1)
+    return np.maximum(log_probs_T, floor)

@@ -1,4 +1,4 @@
-"""Draws from the teacher's distribution: which random numbers, and how they count.
+"""Stratified draws from the teacher's distribution.
 
 The n draws of a token at one temperature are stratified: draw i is the id at
 (i + U_i) / n of the cumulative distribution, U_i uniform in [0, 1). The expected count
@@ -16,10 +16,10 @@ import numpy as np
 from jaxtyping import Float32, Int32
 
 
-def points(
+def stratified_uniforms(
     key: bytes, num_tokens: int, num_temperatures: int, num_rounds: int, num_draws: int
 ) -> Float32[np.ndarray, "T S R n"]:
-    """Return where to look up the draws of a record: ascending numbers in [0, 1).
+    """Return ascending uniforms in [0, 1) for inverse-CDF sampling of one record.
 
     A function of the record's content key alone: neither packing, nor the order of
     examples, nor the number of processes changes what is drawn.
@@ -27,17 +27,17 @@ def points(
     seed = int.from_bytes(hashlib.blake2b(key, digest_size=16).digest(), "little")
     generator = np.random.Generator(np.random.Philox(seed))
     shape = (num_tokens, num_temperatures, num_rounds, num_draws)
-    found = np.arange(num_draws) + generator.random(shape)
-    return np.minimum(found / num_draws, np.float32(1 - 2**-24)).astype(np.float32)
+    strata = np.arange(num_draws) + generator.random(shape)
+    return np.minimum(strata / num_draws, np.float32(1 - 2**-24)).astype(np.float32)
 
 
-def count(
+def count_draws(
     ids: Int32[np.ndarray, "T S R n"],
 ) -> tuple[Int32[np.ndarray, "T S R n"], Int32[np.ndarray, "T S R n"]]:
-    """Return the distinct ids by descending count (-1 in unused slots), and the counts.
+    """Count draws: distinct ids by descending count (-1 in unused slots), and counts.
 
     Args:
-        ids: what was drawn, ascending along the last axis.
+      ids: the draws, ascending along the last axis.
     """
     num_draws = ids.shape[-1]
     rows = ids.reshape(-1, num_draws)

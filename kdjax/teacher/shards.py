@@ -1,9 +1,9 @@
-"""The shards of a teacher cache: ArrayRecord files that can be judged by themselves.
+"""The shards of a teacher cache: self-describing ArrayRecord files.
 
 The last record of a shard is its index: keys, token counts, a digest of the records,
-the order of ids they are coded with and what the shard was labelled with. So a shard is
-known to be whole or not before there is a manifest, and labelling that was killed
-continues where it stopped.
+the order of ids they are coded with and the identity of the labelling run. So a shard
+can be checked before there is a manifest, and labelling that was killed continues where
+it stopped.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from kdjax.runtime import files
 from kdjax.teacher import byte_planes, codec
 from kdjax.teacher.byte_planes import IdCoder
 from kdjax.teacher.codec import Record
-from kdjax.teacher.manifest import MANIFEST, Manifest, refuse_other_identity
+from kdjax.teacher.manifest import MANIFEST, Manifest, check_identity
 
 KEY_BYTES = 16
 _ORDER_TOKENS = 4096  # the order of ids is made from so many tokens of the shard
@@ -34,8 +34,8 @@ _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # random access
 _READER_BUFFER = 1 << 16  # bytes, for each open shard
 
 
-class Index(NamedTuple):
-    """The last record of a shard."""
+class ShardIndex(NamedTuple):
+    """Index of a shard, its last record."""
 
     keys: tuple[bytes, ...]
     num_tokens: int
@@ -45,7 +45,7 @@ class Index(NamedTuple):
 
 
 class DamagedShardError(ValueError):
-    """A shard does not hold what was written; the message names file and record."""
+    """Mismatch of a shard with its checksums; the message names file and record."""
 
 
 def shard_name(index: int, num_shards: int) -> str:
@@ -60,26 +60,26 @@ def write_shard(
     records: Iterable[tuple[bytes, Record]],
     manifest: Manifest,
 ) -> None:
-    """Write one shard whole: temporary file, fsync, rename.
+    """Write one shard atomically: temporary file, fsync, rename.
 
     The same records give the same bytes.
 
     Args:
-        folder: the cache; made if it does not exist.
-        index: of this shard, from 0.
-        num_shards: of the whole cache.
-        records: (16-byte key, record) pairs; consumed as a stream.
-        manifest: of the cache; its `shards` are not used.
+      folder: the cache; made if it does not exist.
+      index: of this shard, from 0.
+      num_shards: of the whole cache.
+      records: (16-byte key, record) pairs; consumed as a stream.
+      manifest: of the cache; its `shards` are not used.
 
     Raises:
-        ValueError: a record that does not fit the manifest, or a repeated key.
+      ValueError: a record that does not fit the manifest, or a repeated key.
     """
     coder, records = _with_coder(records, manifest.vocab_size)
     keys: dict[bytes, None] = {}
 
     def payloads() -> Iterator[tuple[bytes, bytes, int]]:
         for key, record in records:
-            check_record(key, record, manifest, known=keys)
+            check_record(key, record, manifest, seen=keys)
             keys[key] = None
             payload = codec.encode(record, coder, temperatures=manifest.temperatures)
             yield key, payload, record.num_tokens
@@ -100,7 +100,7 @@ def copy_shard(
     def payloads() -> Iterator[tuple[bytes, bytes, int]]:
         for row, key in enumerate(entry.keys):
             payload = read_payload(reader, source, row, key=key)
-            yield key, payload, codec.num_tokens(payload)
+            yield key, payload, codec.read_num_tokens(payload)
 
     _write(folder, index, num_shards, payloads(), entry.coder, manifest)
 
@@ -113,7 +113,7 @@ def _write(
     coder: IdCoder,
     manifest: Manifest,
 ) -> None:
-    """Write (key, bytes, tokens) of every record, then the index."""
+    """Write records of (key, bytes, number of tokens), then the index."""
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / shard_name(index, num_shards)
@@ -127,7 +127,9 @@ def _write(
             digest.update(key + payload)
             writer.write(_CRC.pack(_crc(key, payload)) + payload)
         payload = _pack_index(
-            Index(tuple(keys), total, digest.hexdigest(), manifest.identity(), coder)
+            ShardIndex(
+                tuple(keys), total, digest.hexdigest(), manifest.identity(), coder
+            )
         )
         writer.write(_CRC.pack(_crc(b"", payload)) + payload)
         writer.close()
@@ -143,7 +145,7 @@ def _write(
 def _with_coder(
     records: Iterable[tuple[bytes, Record]], vocab_size: int
 ) -> tuple[IdCoder, Iterator[tuple[bytes, Record]]]:
-    """Return the coder made from the first tokens, and all records."""
+    """Build the id coder from the first tokens; return it and all records."""
     records = iter(records)
     first, num_tokens = [], 0
     for pair in records:
@@ -156,21 +158,21 @@ def _with_coder(
         [np.r_[r.target_ids, r.ids.ravel()] for _, r in first] or [[0]]
     )
     # What leaves the vocabulary is refused, by name, when its record is written.
-    coder = IdCoder.of(used[used < vocab_size], vocab_size)
+    coder = IdCoder.from_ids(used[used < vocab_size], vocab_size)
     return coder, itertools.chain(first, records)
 
 
 def complete_shards(
     folder: str | os.PathLike, manifest: Manifest | None = None
 ) -> set[int]:
-    """Return the indices of the shards that are whole; every record is checked.
+    """Return the indices of the complete shards; every record is checked.
 
     Damaged shards are not in it, so that labelling writes them again. Unfinished
     ones never are: they have another name.
 
     Raises:
-        ValueError: a whole shard was labelled with something else than `manifest`
-            says, or the shards belong to caches of different numbers of shards.
+      ValueError: a complete shard was labelled with something else than `manifest`
+        says, or the shards belong to caches of different numbers of shards.
     """
     complete, totals = set(), set()
     for path in sorted(pathlib.Path(folder).glob("shard-*-of-*.array_record")):
@@ -180,7 +182,7 @@ def complete_shards(
         except DamagedShardError:
             continue
         if manifest is not None:
-            refuse_other_identity(path, entry.identity, manifest)
+            check_identity(path, entry.identity, manifest)
         complete.add(index)
         totals.add(total)
     if len(totals) > 1:
@@ -191,7 +193,7 @@ def complete_shards(
     return complete
 
 
-def _pack_index(entry: Index) -> bytes:
+def _pack_index(entry: ShardIndex) -> bytes:
     fields = entry._asdict() | {"keys": len(entry.keys)}
     coder = fields.pop("coder")
     header = json.dumps(fields | {"order": len(coder.order)}, sort_keys=True).encode()
@@ -199,39 +201,39 @@ def _pack_index(entry: Index) -> bytes:
     return _LENGTH.pack(len(header)) + header + b"".join(entry.keys) + order
 
 
-def read_index(path: pathlib.Path, reader: Any | None = None) -> Index:
-    """Return the index of the shard at `path`, opened here or before."""
+def read_index(path: pathlib.Path, reader: Any | None = None) -> ShardIndex:
+    """Read the index of the shard at `path`, through `reader` if it is open."""
     reader = reader or open_reader(path)
     payload = read_payload(reader, path, reader.num_records() - 1, key=b"")
     try:
         return _unpack_index(payload, reader.num_records() - 1)
     except (*codec.DECODE_ERRORS, KeyError, TypeError) as error:
-        raise DamagedShardError(damage(path, None)) from error
+        raise DamagedShardError(damage_message(path, None)) from error
 
 
-def _unpack_index(payload: bytes, num_records: int) -> Index:
+def _unpack_index(payload: bytes, num_records: int) -> ShardIndex:
     start = _LENGTH.size + _LENGTH.unpack_from(payload)[0]
     fields = json.loads(payload[_LENGTH.size : start])
     num_keys, end = fields.pop("keys"), start + num_records * KEY_BYTES
     if num_keys != num_records or end > len(payload):
         raise ValueError(f"{num_keys} keys for {num_records} records")
     keys = [payload[i : i + KEY_BYTES] for i in range(start, end, KEY_BYTES)]
-    frames = byte_planes.Reader(payload, end)
+    frames = byte_planes.FrameReader(payload, end)
     order = byte_planes.unpack_integers(frames, fields.pop("order"), num_bytes=4)
-    frames.end()
+    frames.check_end()
     coder = IdCoder(order, fields["identity"]["vocab_size"])
-    return Index(keys=tuple(keys), coder=coder, **fields)
+    return ShardIndex(keys=tuple(keys), coder=coder, **fields)
 
 
-def check_shard(path: pathlib.Path) -> Index:
-    """Return the index after reading every record of the shard."""
+def check_shard(path: pathlib.Path) -> ShardIndex:
+    """Read and check every record of a shard and return its index."""
     reader = open_reader(path)
     entry = read_index(path, reader)
     digest = hashlib.blake2b(digest_size=16)
     for row, key in enumerate(entry.keys):
         digest.update(key + read_payload(reader, path, row, key=key))
     if digest.hexdigest() != entry.digest:
-        raise DamagedShardError(damage(path, None))
+        raise DamagedShardError(damage_message(path, None))
     return entry
 
 
@@ -246,8 +248,8 @@ def open_reader(path: pathlib.Path) -> Any:
         if reader.ok() and reader.num_records():
             return reader
     except (RuntimeError, ValueError) as error:
-        raise DamagedShardError(damage(path, None)) from error
-    raise DamagedShardError(damage(path, None))
+        raise DamagedShardError(damage_message(path, None)) from error
+    raise DamagedShardError(damage_message(path, None))
 
 
 def _crc(key: bytes, payload: bytes) -> int:
@@ -255,31 +257,31 @@ def _crc(key: bytes, payload: bytes) -> int:
 
 
 def read_payload(reader: Any, path: pathlib.Path, row: int, *, key: bytes) -> bytes:
-    """Return the bytes of record `row`, whose key is `key`, checked."""
+    """Read and check the bytes of record `row`, whose key is `key`."""
     try:
         (data,) = reader.read([row])
     except (RuntimeError, ValueError, IndexError) as error:
-        raise DamagedShardError(damage(path, row)) from error
+        raise DamagedShardError(damage_message(path, row)) from error
     payload = data[_CRC.size :]
     if len(data) < _CRC.size or _CRC.unpack_from(data)[0] != _crc(key, payload):
-        raise DamagedShardError(damage(path, row))
+        raise DamagedShardError(damage_message(path, row))
     return payload
 
 
-def damage(path: pathlib.Path, row: int | None) -> str:
-    """Return the message of a damaged file (`row` None) or record."""
-    where = "" if row is None else f"record {row} of "
+def damage_message(path: pathlib.Path, row: int | None) -> str:
+    """Return the error message for a damaged file (`row` None) or record."""
+    record = "" if row is None else f"record {row} of "
     return (
-        f"{where}{path} is damaged: delete the file and {MANIFEST}, then label again; "
+        f"{record}{path} is damaged: delete the file and {MANIFEST}, then label again; "
         "the other shards are kept"
     )
 
 
 def check_record(
-    key: bytes, record: Record, manifest: Manifest, *, known: dict[bytes, None]
+    key: bytes, record: Record, manifest: Manifest, *, seen: dict[bytes, None]
 ) -> None:
     """Raise ValueError if a record does not belong in the cache of `manifest`."""
-    if len(key) != KEY_BYTES or key in known:
+    if len(key) != KEY_BYTES or key in seen:
         raise ValueError(
             f"key={key.hex()} must be {KEY_BYTES} bytes and come once in a shard"
         )
@@ -288,15 +290,15 @@ def check_record(
             f"key={key.hex()}: a record of kind {record.kind!r} in a cache of kind "
             f"{manifest.kind!r}"
         )
-    shape = {"k": manifest.k, "temperatures": len(manifest.temperatures)}
-    found = {"k": manifest.k, "temperatures": record.log_z.shape[1]}
+    expected = {"k": manifest.k, "temperatures": len(manifest.temperatures)}
+    actual = {"k": manifest.k, "temperatures": record.log_z.shape[1]}
     if record.kind == "sampled":
-        shape["rounds"], found["rounds"] = manifest.num_rounds, record.ids.shape[2]
+        expected["rounds"], actual["rounds"] = manifest.num_rounds, record.ids.shape[2]
         if record.num_tokens:
-            found["k"] = int(record.counts[0, 0, 0].sum())
+            actual["k"] = int(record.counts[0, 0, 0].sum())
     else:
-        found["k"] = record.log_probs.shape[1]
-    if shape != found:
+        actual["k"] = record.log_probs.shape[1]
+    if expected != actual:
         raise ValueError(
-            f"key={key.hex()}: the record has {found}, the manifest says {shape}"
+            f"key={key.hex()}: the record has {actual}, the manifest says {expected}"
         )

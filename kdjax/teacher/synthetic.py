@@ -1,6 +1,6 @@
-"""Random tokens and a teacher that never was: a cache to measure with, not to learn.
+"""Synthetic segments and teacher caches for benchmarks.
 
-Bytes, shapes and reading are those of a real cache; the numbers in it are drawn. Ids
+Bytes, shapes and reading are those of a real cache; the numbers in it are random. Ids
 are drawn with a density of about 1 / id, as in text, so that they pack as ids of text.
 
 Shapes: T target tokens, K stored pairs.
@@ -14,7 +14,7 @@ from jaxtyping import Int32
 
 from kdjax.data.views import Segment
 from kdjax.teacher import cache
-from kdjax.teacher.cache import Cache, Manifest, Record
+from kdjax.teacher.cache import Manifest, Record, TeacherCache
 
 _SHARD_SIZE = 64  # records
 _DECAY = 1.2  # the r-th most probable id has about r^-1.2 of the first one's share
@@ -30,7 +30,7 @@ def make_segments(
     num_views: int = 1,
     seed: int,
 ) -> list[Segment]:
-    """Segments of random tokens, each of which fills one row.
+    """Make segments of random tokens, each of which fills one row.
 
     `prompt_length` tokens of prompt, 1 for decoder-only models, and `row_length` target
     tokens: every position is trained on.
@@ -60,16 +60,16 @@ def write_cache(
     k: int,
     temperatures: tuple[float, ...],
     seed: int,
-) -> Cache:
-    """Writes and opens a cache of random rows for `segments`.
+) -> TeacherCache:
+    """Write and open a cache of random rows for `segments`.
 
     Every row is a distribution: K pairs and a flat tail, log Z and entropy exact.
 
     Args:
-      folder: an empty one.
+      folder: empty folder to write.
       segments: with distinct keys.
       vocab_size: of the teacher.
-      k: pairs a token; at most the vocabulary.
+      k: pairs per token; at most the vocabulary.
       temperatures: those declared.
       seed: of the rows.
     """
@@ -91,10 +91,10 @@ def write_cache(
         for start in range(0, len(segments), _SHARD_SIZE)
     ]
     for index, part in enumerate(parts):
-        found = ((s.key, _record(rng, s.target_ids, manifest)) for s in part)
-        cache.write_shard(folder, index, len(parts), found, manifest)
+        records = ((s.key, _record(rng, s.target_ids, manifest)) for s in part)
+        cache.write_shard(folder, index, len(parts), records, manifest)
     cache.finish(folder, manifest, num_shards=len(parts))
-    return cache.open_cache(folder)
+    return cache.load_cache(folder)
 
 
 def _record(
@@ -137,8 +137,8 @@ def _record(
 def _ids(
     rng: np.random.Generator, num_tokens: int, k: int, vocab_size: int
 ) -> Int32[np.ndarray, "T K"]:
-    """Ids with a density of about 1 / (1 + id), distinct in a row, in random order."""
-    room = vocab_size - k  # what is left when K ids are kept apart
-    spread = np.exp(rng.uniform(0, np.log(room + 1), (num_tokens, k)))
-    ids = np.sort(np.minimum(spread.astype(np.int32) - 1, room), axis=1)
+    """Draw ids of density about 1 / (1 + id), distinct in a row, in random order."""
+    num_free = vocab_size - k  # gaps left when K ids are distinct
+    spread = np.exp(rng.uniform(0, np.log(num_free + 1), (num_tokens, k)))
+    ids = np.sort(np.minimum(spread.astype(np.int32) - 1, num_free), axis=1)
     return rng.permuted(ids + np.arange(k, dtype=np.int32), axis=1)

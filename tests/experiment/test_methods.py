@@ -122,7 +122,7 @@ def test_a_run_with_all_four_views(place, tmp_path):
     wrong = [segment for segment in data.train if segment.view == 3]
     assert len(wrong) == 24 * 4
     assert all(len(s.prefix_ids) > 0 for s in wrong) == (place == "decoder")
-    cache = cache_lib.open_cache(tmp_path / "cache" / "train")
+    cache = cache_lib.load_cache(tmp_path / "cache" / "train")
     assert cache.num_records == len({segment.key for segment in data.train})
     summary = json.loads((tmp_path / "summary.json").read_text())["student"]
     names = {name for name in summary if "/" in name}

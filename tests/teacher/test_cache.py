@@ -77,7 +77,7 @@ def _write_cache(folder, manifest=MANIFEST, *, num_shards=3):
 
 
 def _round_trip(record, *, vocab_size=VOCAB_SIZE):
-    coder = IdCoder.of(record.target_ids, vocab_size)
+    coder = IdCoder.from_ids(record.target_ids, vocab_size)
     return codec.decode(
         codec.encode(record, coder, temperatures=TEMPERATURES),
         coder,
@@ -209,7 +209,9 @@ def test_encode_refuses(change, message):
     change(record)
     with pytest.raises(ValueError, match=message):
         codec.encode(
-            record, IdCoder.of(record.target_ids, VOCAB_SIZE), temperatures=TEMPERATURES
+            record,
+            IdCoder.from_ids(record.target_ids, VOCAB_SIZE),
+            temperatures=TEMPERATURES,
         )
 
 
@@ -220,7 +222,7 @@ def test_random_pairs_take_less_than_three_bytes():
         record = make_record(rng, 64, vocab_size=49152, k=64, scale=2.5)
         num_bytes += len(
             codec.encode(
-                record, IdCoder.of(record.ids, 49152), temperatures=TEMPERATURES
+                record, IdCoder.from_ids(record.ids, 49152), temperatures=TEMPERATURES
             )
         )
         num_pairs += record.ids.size
@@ -230,7 +232,7 @@ def test_random_pairs_take_less_than_three_bytes():
 @pytest.mark.parametrize("manifest", [MANIFEST, DENSE], ids=["top_k", "dense"])
 def test_write_finish_open_read(tmp_path, manifest):
     pairs = _write_cache(tmp_path, manifest)
-    cache = cache_lib.open_cache(
+    cache = cache_lib.load_cache(
         tmp_path,
         tokenizer_fingerprint="tokenizer",
         vocab_size=VOCAB_SIZE,
@@ -257,7 +259,7 @@ def test_write_finish_open_read(tmp_path, manifest):
 
 def test_threads_read_the_same(tmp_path):
     pairs = _write_cache(tmp_path) * 20
-    cache = cache_lib.open_cache(tmp_path)
+    cache = cache_lib.load_cache(tmp_path)
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(cache.read, [key for key, _ in pairs]))
     for (_, record), got in zip(pairs, found, strict=True):
@@ -277,13 +279,13 @@ def test_threads_read_the_same(tmp_path):
 def test_open_cache_names_what_differs(tmp_path, wanted, message):
     _write_cache(tmp_path, num_shards=1)
     with pytest.raises(ValueError, match=message):
-        cache_lib.open_cache(tmp_path, **wanted)
+        cache_lib.load_cache(tmp_path, **wanted)
 
 
 def test_an_unfinished_or_newer_cache_is_refused(tmp_path):
     cache_lib.write_shard(tmp_path, 0, 2, _pairs(0), MANIFEST)
     with pytest.raises(ValueError, match="not finished"):
-        cache_lib.open_cache(tmp_path)
+        cache_lib.load_cache(tmp_path)
     with pytest.raises(ValueError, match=r"shard-00001-of-00002.* missing"):
         cache_lib.finish(tmp_path, MANIFEST, num_shards=2)
     cache_lib.write_shard(tmp_path, 1, 2, _pairs(1), MANIFEST)
@@ -291,7 +293,7 @@ def test_an_unfinished_or_newer_cache_is_refused(tmp_path):
     path = tmp_path / cache_lib.MANIFEST
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 99}))
     with pytest.raises(ValueError, match="format_version=99"):
-        cache_lib.open_cache(tmp_path)
+        cache_lib.load_cache(tmp_path)
 
 
 def test_shards_of_another_teacher_are_refused(tmp_path):
@@ -315,7 +317,7 @@ def test_another_size_of_shards_is_refused(tmp_path):
 def test_many_shards_are_read_with_few_files_open(tmp_path, monkeypatch):
     monkeypatch.setattr(cache_lib, "_MAX_OPEN", 2)
     pairs = _write_cache(tmp_path, num_shards=5)
-    cache = cache_lib.open_cache(tmp_path)
+    cache = cache_lib.load_cache(tmp_path)
     for key, record in pairs + pairs[::-1]:
         np.testing.assert_array_equal(cache.read(key).ids, record.ids)
     assert len(cache._readers) == 2
@@ -376,7 +378,7 @@ def test_damage_anywhere_is_found(tmp_path):
         damaged[position] ^= 0x10
         path.write_bytes(damaged)
         with pytest.raises(cache_lib.DamagedShardError, match="shard-00001-of-00003"):
-            cache_lib.verify(cache_lib.open_cache(tmp_path))
+            cache_lib.verify(cache_lib.load_cache(tmp_path))
     for length in (0, 10, len(original) // 2, len(original) - 1):
         path.write_bytes(original[:length])
         assert cache_lib.complete_shards(tmp_path, MANIFEST) == {0, 2}
@@ -391,6 +393,6 @@ def test_a_damaged_record_is_named_when_it_is_read(tmp_path):
     data = bytearray(path.read_bytes())
     data[data.index(payload) + 20] ^= 1
     path.write_bytes(data)
-    cache = cache_lib.open_cache(tmp_path)
+    cache = cache_lib.load_cache(tmp_path)
     with pytest.raises(cache_lib.DamagedShardError, match=r"record 2 of .*shard-00000"):
         cache.read(pairs[1][0])

@@ -68,7 +68,7 @@ def fill(folder: pathlib.Path) -> None:
     cache_lib.finish(folder, MANIFEST, num_shards=num_shards)
 
 
-def files(folder: pathlib.Path) -> dict[str, bytes]:
+def contents(folder: pathlib.Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
@@ -118,7 +118,7 @@ def test_killed_at_thirty_points_it_ends_with_the_same_bytes(tmp_path, monkeypat
         return process.exitcode
 
     assert start(tmp_path / "whole", -1) == 0
-    num_events, whole = report.get(), files(tmp_path / "whole")
+    num_events, whole = report.get(), contents(tmp_path / "whole")
     assert num_events >= NUM_KILLS
     labelled = []
     original = label.cache.write_shard
@@ -134,13 +134,13 @@ def test_killed_at_thirty_points_it_ends_with_the_same_bytes(tmp_path, monkeypat
     for last in rng.choice(num_events, NUM_KILLS, replace=False):
         folder = tmp_path / f"killed{last}"
         assert start(folder, int(last)) == -signal.SIGKILL
-        before = files(folder)
+        before = contents(folder)
         complete = {n: b for n, b in before.items() if n.endswith(".array_record")}
         labelled.clear()
         fill(folder)
         again = {cache_lib.shard_name(index, len(whole) - 1) for index in labelled}
         assert not again & complete.keys()
-        assert files(folder) == whole
+        assert contents(folder) == whole
 
 
 def damage(folder: pathlib.Path, rng: np.random.Generator) -> str:
@@ -181,14 +181,14 @@ def damage(folder: pathlib.Path, rng: np.random.Generator) -> str:
 
 def test_three_hundred_damages_are_all_refused(tmp_path):
     fill(tmp_path)
-    whole = files(tmp_path)
+    whole = contents(tmp_path)
     rng = np.random.default_rng(0)
     for number in range(NUM_DAMAGES):
         where = damage(tmp_path, rng)
-        if files(tmp_path) == whole:
+        if contents(tmp_path) == whole:
             continue
         with pytest.raises(ValueError, match=where):
-            cache = cache_lib.open_cache(tmp_path)
+            cache = cache_lib.load_cache(tmp_path)
             for key in cache:
                 cache.read(key)
             raise AssertionError(f"damage {number} at {where} was not noticed")
@@ -196,4 +196,4 @@ def test_three_hundred_damages_are_all_refused(tmp_path):
             path.unlink()
         for name, content in whole.items():
             (tmp_path / name).write_bytes(content)
-    cache_lib.verify(cache_lib.open_cache(tmp_path))
+    cache_lib.verify(cache_lib.load_cache(tmp_path))

@@ -59,7 +59,7 @@ def test_decoded_rows_are_the_teachers(smollm2, real_data):
         log_z=found["log_z_NS"],
         entropy=found["entropy_NS"],
     )
-    coder = IdCoder.of(record.ids, vocab_size)
+    coder = IdCoder.from_ids(record.ids, vocab_size)
     data = codec.encode(record, coder, temperatures=TEMPERATURES)
     decoded = codec.decode(data, coder, kind="top_k", temperatures=TEMPERATURES)
     np.testing.assert_array_equal(decoded.ids, record.ids)

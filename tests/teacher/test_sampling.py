@@ -32,7 +32,7 @@ def labelled(num_tokens=6, *, k=None, drawn=False, num_rounds=NUM_ROUNDS, seed=0
     rng = np.random.default_rng(seed)
     logits_TV = (2 * rng.normal(size=(num_tokens, VOCAB_SIZE))).astype(np.float32)
     targets_T = rng.integers(0, VOCAB_SIZE, num_tokens).astype(np.int32)
-    points = sampling.points(
+    points = sampling.stratified_uniforms(
         b"key", num_tokens, len(TEMPERATURES), num_rounds, NUM_DRAWS
     ).reshape(num_tokens, len(TEMPERATURES), -1)
     found = jax.tree.map(
@@ -54,7 +54,7 @@ def labelled(num_tokens=6, *, k=None, drawn=False, num_rounds=NUM_ROUNDS, seed=0
     none = np.zeros((num_tokens, 0), np.int32)
     if drawn:
         shape = (num_tokens, len(TEMPERATURES), num_rounds, NUM_DRAWS)
-        ids, counts = sampling.count(found["drawn_ids_NSP"].reshape(shape))
+        ids, counts = sampling.count_draws(found["drawn_ids_NSP"].reshape(shape))
         return codec.Record(
             ids=ids,
             counts=counts,
@@ -71,16 +71,18 @@ def labelled(num_tokens=6, *, k=None, drawn=False, num_rounds=NUM_ROUNDS, seed=0
 
 
 def test_points_depend_on_the_key_alone_and_lie_in_their_strata():
-    points = sampling.points(b"a", 5, 2, 3, 8)
-    np.testing.assert_array_equal(points, sampling.points(b"a", 5, 2, 3, 8))
-    assert (points != sampling.points(b"b", 5, 2, 3, 8)).any()
+    points = sampling.stratified_uniforms(b"a", 5, 2, 3, 8)
+    np.testing.assert_array_equal(
+        points, sampling.stratified_uniforms(b"a", 5, 2, 3, 8)
+    )
+    assert (points != sampling.stratified_uniforms(b"b", 5, 2, 3, 8)).any()
     strata = np.floor(points * 8).astype(int)
     assert (strata == np.arange(8)).all() and points.dtype == np.float32
 
 
 def test_count():
     ids = np.array([[1, 3, 3, 7], [2, 2, 2, 2], [0, 1, 2, 3]], np.int32)
-    found, counts = sampling.count(ids[:, None, None])
+    found, counts = sampling.count_draws(ids[:, None, None])
     assert found[:, 0, 0].tolist() == [[3, 1, 7, -1], [2, -1, -1, -1], [0, 1, 2, 3]]
     assert counts[:, 0, 0].tolist() == [[2, 1, 1, 0], [4, 0, 0, 0], [1, 1, 1, 1]]
 
@@ -172,7 +174,7 @@ def test_strata_are_no_noisier_than_independent_draws():
 
 def test_records_of_draws_come_back():
     record = labelled(drawn=True, num_rounds=3)
-    coder = IdCoder.of(record.ids, VOCAB_SIZE)
+    coder = IdCoder.from_ids(record.ids, VOCAB_SIZE)
     found = codec.decode(
         codec.encode(record, coder, temperatures=TEMPERATURES),
         coder,
@@ -191,21 +193,21 @@ def test_rows_shifted_by_one_token_are_noticed(kind):
         40, k=8 if kind == "top_k" else None, drawn=kind == "sampled", seed=5
     )
     manifest = MANIFEST
-    assert record_checks.problem(record, manifest) == ""
+    assert record_checks.find_error(record, manifest) == ""
     for shift in (1, -1):
         shifted = record._replace(
             ids=np.roll(record.ids, shift, axis=0),
             log_probs=np.roll(record.log_probs, shift, axis=0),
             counts=np.roll(record.counts, shift, axis=0),
         )
-        assert "shifted against" in record_checks.problem(shifted, manifest)
+        assert "shifted against" in record_checks.find_error(shifted, manifest)
         moved = record._replace(target_ids=np.roll(record.target_ids, shift))
-        assert "shifted against" in record_checks.problem(moved, manifest)
+        assert "shifted against" in record_checks.find_error(moved, manifest)
 
 
 @pytest.mark.parametrize("kind", ["top_k", "dense"])
 def test_a_wrong_log_z_is_noticed(kind):
     record = labelled(20, k=8 if kind == "top_k" else None)
-    assert record_checks.problem(record, MANIFEST) == ""
+    assert record_checks.find_error(record, MANIFEST) == ""
     wrong = record._replace(log_z=record.log_z - np.float32([0, 0.9]))
-    assert "at temperature 2.0 sum to" in record_checks.problem(wrong, MANIFEST)
+    assert "at temperature 2.0 sum to" in record_checks.find_error(wrong, MANIFEST)

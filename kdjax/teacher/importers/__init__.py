@@ -1,1 +1,1 @@
-"""Other tools' teacher outputs, read as records."""
+"""Importers of other tools' teacher outputs."""

@@ -1,9 +1,8 @@
-"""Teacher outputs in the layouts of other tools, read and written as `Rows`.
+"""File formats of other tools, read and written as checked sequences.
 
-`LAYOUTS` has the tools by name, and says what each of them cannot tell: nothing is made
-up for it.
+`FORMATS` has the formats by name of the tool, and the fields that each of them lacks.
 
-Shape suffixes: L tokens of a sequence, M pairs of a row as stored, K pairs as wanted.
+Shape suffixes: L tokens of a sequence, M pairs of a row as stored, K pairs of a row.
 """
 
 import dataclasses
@@ -20,13 +19,13 @@ from jaxtyping import Bool, Float32, Int32, Shaped
 
 from kdjax.teacher.importers import formats
 from kdjax.teacher.importers.files import Path, refuse
-from kdjax.teacher.importers.formats import Stored
+from kdjax.teacher.importers.formats import RawSequence
 
 _SLACK = 1e-3  # nats above 0 that are taken for rounding
 _GROUP = 256  # sequences of a parquet row group
 
 
-class Rows(NamedTuple):
+class ImportedSequence(NamedTuple):
     """One sequence of L tokens; row i is the teacher's distribution for token i.
 
     A row that the origin does not give is empty: all its ids are -1. The first one is,
@@ -40,37 +39,38 @@ class Rows(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Layout:
-    """How a tool stores teacher outputs."""
+class Format:
+    """A tool's file format for teacher outputs."""
 
-    stored: Callable[[Path], Iterator[Stored]]
-    # What is not known for every token: "tail_mass" (1 - the sum of the stored
-    # probabilities is not what the others have), "entropy", "target_log_probs".
+    read_raw: Callable[[Path], Iterator[RawSequence]]
+    # Fields that are unknown for some token: "tail_mass" (the stored probabilities are
+    # normalised over the stored ids alone), "entropy", "target_log_probs".
     missing: tuple[str, ...]
-    write: Callable[[Path, Iterable[Rows]], None] | None = None
+    write: Callable[[Path, Iterable[ImportedSequence]], None] | None = None
 
-    def read(self, path: Path, *, k: int, vocab_size: int) -> Iterator[Rows]:
-        """Yield the sequences of a file, or of a folder's files by name.
+    def read(
+        self, path: Path, *, k: int, vocab_size: int
+    ) -> Iterator[ImportedSequence]:
+        """Yield the checked sequences of a file, or of a folder's files by name.
 
         Args:
-            path: the file or folder.
-            k: pairs kept of each row, the most probable; where there are fewer, slots
-                stay unused.
-            vocab_size: every id is below it.
+          path: the file or folder.
+          k: most probable pairs per row; where there are fewer, slots stay unused.
+          vocab_size: every id is below it.
 
         Raises:
-            ValueError: one line with file, line or row, what was found, what is
-                needed; when the sequence is reached.
+          ValueError: file, line or row, the value found and the one needed; raised
+            when the sequence is reached.
         """
         if k < 1:
             raise ValueError(f"k={k} pairs of each row: use 1 or more")
-        for stored in self.stored(path):
-            yield _rows(stored, k, vocab_size)
+        for raw in self.read_raw(path):
+            yield _checked(raw, k, vocab_size)
 
 
-def _rows(stored: Stored, k: int, vocab_size: int) -> Rows:
-    """Return what is stored, checked, sorted and cut to k pairs."""
-    where, ids_LM, log_probs_LM, token_ids, targets = stored
+def _checked(raw: RawSequence, k: int, vocab_size: int) -> ImportedSequence:
+    """Check and sort the rows of a sequence and cut them to k pairs."""
+    where, ids_LM, log_probs_LM, token_ids, targets = raw
     if targets is None:
         targets = np.full(len(ids_LM), math.nan)
     too_high = f"a log-probability of at most {_SLACK}"
@@ -93,7 +93,7 @@ def _rows(stored: Stored, k: int, vocab_size: int) -> Rows:
     log_probs_LK = np.take_along_axis(log_probs_LM, order_LK, 1)
     ids_LK = np.take_along_axis(np.where(used_LM, ids_LM, -1), order_LK, 1)
     unused = ((0, 0), (0, k - order_LK.shape[1]))
-    return Rows(
+    return ImportedSequence(
         token_ids=None if token_ids is None else token_ids.astype(np.int32),
         ids=np.pad(ids_LK, unused, constant_values=-1).astype(np.int32),
         log_probs=np.pad(
@@ -115,14 +115,14 @@ def _refuse_first(
         refuse(f"{where}, token {row}", str(values_LM[row, columns[0]]), needed)
 
 
-def write_vllm(path: Path, sequences: Iterable[Rows]) -> None:
-    """Write dumps of vLLM's offline outputs, one JSON object a line.
+def write_vllm(path: Path, sequences: Iterable[ImportedSequence]) -> None:
+    """Write dumps of vLLM's offline outputs, one JSON object per line.
 
-    What rank a token has that is not among the stored ones is not known: the lowest is
-    written that leaves a gap.
+    The rank of a token that is not among the stored ones is unknown: the lowest one
+    that leaves a gap is written.
 
     Raises:
-        ValueError: a sequence lacks something that every such dump has.
+      ValueError: a sequence lacks something that every such dump has.
     """
     with open(path, "w", encoding="utf-8") as file:
         for number, rows in enumerate(sequences):
@@ -152,14 +152,14 @@ def write_vllm(path: Path, sequences: Iterable[Rows]) -> None:
             file.write(json.dumps(answer) + "\n")
 
 
-def write_distillkit(path: Path, sequences: Iterable[Rows]) -> None:
+def write_distillkit(path: Path, sequences: Iterable[ImportedSequence]) -> None:
     """Write a parquet file of DistillKit's raw rows.
 
     An unused slot becomes id 0 at -inf. Log-probabilities of tokens that are not among
-    the stored pairs are lost: the layout has no place for them.
+    the stored pairs are lost: the format has no field for them.
 
     Raises:
-        ValueError: a sequence without token ids, or with a row for its first token.
+      ValueError: a sequence without token ids, or with a row for its first token.
     """
     names = {
         "input_ids": pa.list_(pa.uint64()),
@@ -181,32 +181,32 @@ def write_distillkit(path: Path, sequences: Iterable[Rows]) -> None:
             writer.write_table(pa.Table.from_pylist(samples, schema))
 
 
-def _known_tokens(where: str, rows: Rows) -> list[int]:
+def _known_tokens(where: str, rows: ImportedSequence) -> list[int]:
     if rows.token_ids is None or (rows.ids[0] >= 0).any():
         needed = "token ids, and no row for the first of them"
         refuse(where, "a sequence from within a text", needed)
     return rows.token_ids.tolist()
 
 
-# Entropy needs every probability, and no layout has more than the largest.
-LAYOUTS: dict[str, Layout] = {
+# Entropy needs every probability, and no format has more than the largest.
+FORMATS: dict[str, Format] = {
     # Without token ids in the file the tokens outside the top k are known all the same.
-    "vllm": Layout(stored=formats.read_vllm, missing=("entropy",), write=write_vllm),
-    "sglang": Layout(stored=formats.read_sglang, missing=("entropy",)),
+    "vllm": Format(read_raw=formats.read_vllm, missing=("entropy",), write=write_vllm),
+    "sglang": Format(read_raw=formats.read_sglang, missing=("entropy",)),
     # A token that is not among the stored pairs has no log-probability anywhere.
-    "distillkit": Layout(
-        stored=formats.read_distillkit,
+    "distillkit": Format(
+        read_raw=formats.read_distillkit,
         missing=("entropy", "target_log_probs"),
         write=write_distillkit,
     ),
     # The file says neither what its numbers are normalised over nor what came.
-    "axolotl": Layout(
-        stored=formats.read_axolotl,
+    "axolotl": Format(
+        read_raw=formats.read_axolotl,
         missing=("tail_mass", "entropy", "target_log_probs"),
     ),
     # Logits without their sum over the vocabulary: only ratios are known.
-    "maxtext": Layout(
-        stored=formats.read_maxtext,
+    "maxtext": Format(
+        read_raw=formats.read_maxtext,
         missing=("tail_mass", "entropy", "target_log_probs"),
     ),
 }

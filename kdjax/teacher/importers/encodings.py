@@ -1,4 +1,4 @@
-"""Bytes that other tools store: packed log-probabilities and tf.Example messages.
+"""Decoders of packed log-probabilities (DistillKit) and tf.Example messages.
 
 Compressed log-probabilities (DistillKit) are, for each row of k in descending order:
 the first exact_k as floats; coefficients of a curve through the others; and for each
@@ -45,7 +45,7 @@ class ResidualBin(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Compression:
-    """What `compression_config.yaml` says; the names are the file's."""
+    """Contents of `compression_config.yaml`; the names are the file's."""
 
     d: int  # vocabulary
     k: int  # pairs per row
@@ -81,10 +81,10 @@ class Compression:
 
 
 def read_compression(path: str | os.PathLike) -> Compression:
-    """Return what a `compression_config.yaml` says.
+    """Read a `compression_config.yaml`.
 
     Raises:
-        ValueError: naming the file, what was found and what is needed.
+      ValueError: naming the file, the value found and the one needed.
     """
     path = pathlib.Path(path)
     if not path.is_file():
@@ -147,7 +147,7 @@ def _compression(values: Any) -> Compression:
 def unpack_bits(
     data_TB: UInt8[np.ndarray, "T B"], num_bits: int, count: int
 ) -> Int64[np.ndarray, "T {count}"]:
-    """Return `count` integers of `num_bits` from each row, highest bits first."""
+    """Unpack `count` integers of `num_bits` from each row, highest bits first."""
     bits = np.unpackbits(data_TB, axis=1, count=count * num_bits)
     bits_TKb = bits.reshape(len(data_TB), count, num_bits)
     values_TK = np.zeros((len(data_TB), count), np.int64)
@@ -159,14 +159,14 @@ def unpack_bits(
 def decode_log_probs(
     data_TB: UInt8[np.ndarray, "T B"], compression: Compression
 ) -> Float32[np.ndarray, "T K"]:
-    """Return the log-probabilities of compressed rows, in nats.
+    """Decode the log-probabilities of compressed rows, in nats.
 
     Summed in float32. A curve of 16-bit coefficients is rounded as the writer rounds
     it, because the residuals are distances from the rounded one.
 
     Args:
-        data_TB: rows of `compression.log_prob_bytes` bytes.
-        compression: how they were written.
+      data_TB: rows of `compression.log_prob_bytes` bytes.
+      compression: of the file.
     """
     at, num_rows = 0, len(data_TB)
 
@@ -222,10 +222,10 @@ def _curve(
 
 
 def parse_example(data: bytes) -> dict[str, np.ndarray | list[bytes]]:
-    """Return the features of a serialised tf.Example: float32, int64 or bytes lists.
+    """Parse the features of a serialised tf.Example: float32, int64 or bytes lists.
 
     Raises:
-        ValueError: the bytes are no tf.Example; says what was found.
+      ValueError: the bytes are no tf.Example.
     """
     features = [value for number, _, value in _fields(memoryview(data)) if number == 1]
     result = {}
@@ -290,7 +290,7 @@ def _message(value: Any) -> memoryview:
 
 
 def _varint(data: memoryview, at: int) -> tuple[int, int]:
-    """Return the unsigned integer that starts at `at`, and where it ends."""
+    """Decode the unsigned integer that starts at `at`; return it and its end."""
     value = 0
     for place, byte in enumerate(data[at : at + _MAX_VARINT]):
         value |= (byte & 127) << 7 * place
@@ -300,7 +300,7 @@ def _varint(data: memoryview, at: int) -> tuple[int, int]:
 
 
 def _varints(data: memoryview) -> Int64[np.ndarray, " n"]:
-    """Return packed int64 values; thousands of them, so without a loop."""
+    """Decode packed int64 values; thousands of them, so without a loop."""
     octets = np.frombuffer(data, np.uint8)
     if not len(octets):
         return np.zeros(0, np.int64)

@@ -1,6 +1,6 @@
-"""Files of other tools, one sequence at a time: JSON lines, parquet, ArrayRecord.
+"""Streaming readers of JSON lines, Parquet and ArrayRecord files.
 
-Every sequence comes with a text that says where it is, for errors.
+Every item comes with its place, as text for errors.
 """
 
 import json
@@ -16,14 +16,14 @@ from array_record.python import array_record_module
 Path = str | os.PathLike
 
 _BATCH = 16  # sequences read from parquet at a time
-_LONGEST = 80  # characters of what is quoted in an error
+_MAX_QUOTED = 80  # characters quoted in an error
 
 
-def refuse(where: str, found: Any, needed: str) -> NoReturn:
-    """Raise ValueError: one line that says where, what was found, what is needed."""
-    text = " ".join((found if isinstance(found, str) else repr(found)).split())
-    if len(text) > _LONGEST:
-        text = text[: _LONGEST - 3] + "..."
+def refuse(where: str, actual: Any, needed: str) -> NoReturn:
+    """Raise ValueError with a place, the value found there and the one needed."""
+    text = " ".join((actual if isinstance(actual, str) else repr(actual)).split())
+    if len(text) > _MAX_QUOTED:
+        text = text[: _MAX_QUOTED - 3] + "..."
     raise ValueError(f"{where}: found {text}, needed {needed}")
 
 
@@ -32,10 +32,10 @@ def files(path: Path, *suffixes: str) -> list[pathlib.Path]:
     path = pathlib.Path(path)
     if path.is_file():
         return [path]
-    found = sorted(p for p in path.glob("*") if p.suffix in suffixes)
-    if not found:
+    paths = sorted(p for p in path.glob("*") if p.suffix in suffixes)
+    if not paths:
         refuse(str(path), "no file", f"one, or a folder of {' or '.join(suffixes)}")
-    return found
+    return paths
 
 
 def json_objects(file: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -44,10 +44,10 @@ def json_objects(file: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
         for number, line in enumerate(lines, 1):
             where = f"{file} line {number}"
             try:
-                found = json.loads(line) if line.strip() else []
+                value = json.loads(line) if line.strip() else []
             except (json.JSONDecodeError, UnicodeDecodeError) as error:
                 refuse(where, str(error), "a JSON object")
-            for item in found if isinstance(found, list) else [found]:
+            for item in value if isinstance(value, list) else [value]:
                 if not isinstance(item, dict):
                     refuse(where, item, "a JSON object")
                 yield where, item

@@ -1,7 +1,7 @@
-"""What files of other tools say about the tokens of a sequence: a reader for each.
+"""Readers of other tools' teacher outputs, one function per format.
 
-Some tools store for a token what the teacher expected there, some what it expects
-after it. Here a row always stands for its own token. Numbers are handed on as stored;
+Some tools store at a token the distribution for that token, some the one for the next
+token. Here row i is the distribution for token i. Numbers are passed on as stored;
 `convert` checks them, sorts them and cuts them to size.
 
 Shape suffixes: L tokens of a sequence, T rows as stored, M pairs of a row as stored, B
@@ -40,8 +40,8 @@ _COMPRESSED = {
 }
 
 
-class Stored(NamedTuple):
-    """One sequence as an origin has it."""
+class RawSequence(NamedTuple):
+    """One sequence with the numbers as stored."""
 
     where: str  # file and line, row or record, for errors
     ids: Int64[np.ndarray, "L M"]
@@ -50,8 +50,8 @@ class Stored(NamedTuple):
     target_log_probs: Float64[np.ndarray, "L"] | None = None  # NaN where unknown
 
 
-def read_vllm(path: Path) -> Iterator[Stored]:
-    """Read outputs of vLLM with `prompt_logprobs`, one JSON object a line.
+def read_vllm(path: Path) -> Iterator[RawSequence]:
+    """Read outputs of vLLM with `prompt_logprobs`, one JSON object per line.
 
     An object is a dumped `RequestOutput` or an answer of the HTTP server, which has a
     sequence in each choice (completions) or in itself (chat). Entry i is for token i,
@@ -70,10 +70,10 @@ def read_vllm(path: Path) -> Iterator[Stored]:
                 )
 
 
-def _vllm(where: str, part: Any, answer: dict[str, Any]) -> Stored:
+def _vllm(where: str, part: Any, answer: dict[str, Any]) -> RawSequence:
     rows = _list(where, part, "prompt_logprobs")
-    found = part.get("prompt_token_ids") or answer.get("prompt_token_ids")
-    token_ids = None if found is None else _integers(where, found, len(rows))
+    values = part.get("prompt_token_ids") or answer.get("prompt_token_ids")
+    token_ids = None if values is None else _integers(where, values, len(rows))
     _first_is_null(where, rows[0])
     best: list[Pairs] = [()]
     targets = [math.nan]
@@ -83,19 +83,19 @@ def _vllm(where: str, part: Any, answer: dict[str, Any]) -> Stored:
             refuse(place, rows[row], "entries by token id")
         entries = [_vllm_entry(place, *item) for item in rows[row].items()]
         entries.sort(key=operator.itemgetter(2))
-        # The token that came is there even if it is not among the best; then its rank
+        # The realised token is there even if it is not among the best; then its rank
         # leaves a gap. Otherwise only its id says which entry it is.
         outside = [e for number, e in enumerate(entries, 1) if e[2] > number]
         if len(outside) > 1:
             refuse(place, [e[2] for e in entries], "ranks 1, 2, ... with one gap only")
         best.append([e[:2] for e in entries if e not in outside])
-        came = outside
+        targeted = outside
         if token_ids is not None:
-            came = [e for e in entries if e[0] == token_ids[row]]
-            if not came:
+            targeted = [e for e in entries if e[0] == token_ids[row]]
+            if not targeted:
                 refuse(place, [e[0] for e in entries], f"token {token_ids[row]} too")
-        targets.append(came[0][1] if came else math.nan)
-    return Stored(where, *_padded(where, best), token_ids, np.asarray(targets))
+        targets.append(targeted[0][1] if targeted else math.nan)
+    return RawSequence(where, *_padded(where, best), token_ids, np.asarray(targets))
 
 
 def _vllm_entry(where: str, key: str, value: Any) -> tuple[int, float, int]:
@@ -108,10 +108,10 @@ def _vllm_entry(where: str, key: str, value: Any) -> tuple[int, float, int]:
         refuse(where, {key: value}, "an id with numbers logprob and rank")
 
 
-def read_sglang(path: Path) -> Iterator[Stored]:
-    """Read answers of SGLang's `/generate`, an object or a list of them a line.
+def read_sglang(path: Path) -> Iterator[RawSequence]:
+    """Read answers of SGLang's `/generate`, an object or a list of them per line.
 
-    Asked for with `return_logprob`, `top_logprobs_num` and `logprob_start_len=0`; a
+    Requested with `return_logprob`, `top_logprobs_num` and `logprob_start_len=0`; a
     later start gives the later tokens only. Entry i is for token i, over the whole
     vocabulary.
     """
@@ -134,7 +134,7 @@ def read_sglang(path: Path) -> Iterator[Stored]:
                     pairs.append([_sglang_pair(place, entry) for entry in entries])
             token_ids = _integers(where, [token[0] for token in tokens], len(own))
             targets = np.asarray([token[1] for token in tokens], np.float64)
-            yield Stored(where, *_padded(where, pairs), token_ids, targets)
+            yield RawSequence(where, *_padded(where, pairs), token_ids, targets)
 
 
 def _sglang_pair(where: str, entry: Any, *, first: bool = False) -> tuple[int, float]:
@@ -146,13 +146,13 @@ def _sglang_pair(where: str, entry: Any, *, first: bool = False) -> tuple[int, f
         refuse(where, entry, "[logprob, id, text]")
 
 
-def read_axolotl(path: Path) -> Iterator[Stored]:
+def read_axolotl(path: Path) -> Iterator[RawSequence]:
     """Read data sets of axolotl's KD plugin, both versions, jsonl or parquet.
 
     Tokens are not stored: row i stands for the i-th of the last L tokens of the text,
-    and null or an empty list for a row that was not captured. The numbers are what was
-    captured. The plugin normalises them over the stored ids and changes temperature
-    whenever it reads them; what they are over the file does not say.
+    and null or an empty list for a row that was not captured. The plugin normalises the
+    numbers over the stored ids and changes temperature whenever it reads them; the file
+    does not say what they are normalised over.
     """
     for file in files.files(path, ".jsonl", ".parquet"):
         for where, sample in _axolotl_samples(file):
@@ -171,7 +171,7 @@ def read_axolotl(path: Path) -> Iterator[Stored]:
                     _axolotl_row(f"{where}, token {i}", *lists)
                     for i, lists in enumerate(zip(ids, rows, strict=True))
                 ]
-            yield Stored(where, *_padded(where, pairs))
+            yield RawSequence(where, *_padded(where, pairs))
 
 
 def _axolotl_samples(file: Any) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -205,7 +205,7 @@ def _axolotl_row(where: str, ids: Any, log_probs: Any) -> Pairs:
         refuse(where, (ids, log_probs), "as many ids as log-probabilities")
 
 
-def read_distillkit(path: Path) -> Iterator[Stored]:
+def read_distillkit(path: Path) -> Iterator[RawSequence]:
     """Read parquet files of DistillKit, compressed or raw.
 
     Row t is for token t + 1, over the whole vocabulary; a last row that stands for a
@@ -237,11 +237,11 @@ def read_distillkit(path: Path) -> Iterator[Stored]:
             if len(ids_TM) not in (len(tokens_L) - 1, len(tokens_L)):
                 needed = f"{len(tokens_L) - 1}: one for each token but the first"
                 refuse(where, f"{len(ids_TM)} rows", needed)
-            stored = _next_token(where, tokens_L, ids_TM, log_probs_TM)
-            came_LM = (stored.ids == tokens_L[:, None]) & ~np.isneginf(stored.log_probs)
-            targets = np.where(came_LM, stored.log_probs, 0).sum(1)
-            targets[~came_LM.any(1)] = math.nan
-            yield stored._replace(target_log_probs=targets)
+            raw = _next_token(where, tokens_L, ids_TM, log_probs_TM)
+            is_target_LM = (raw.ids == tokens_L[:, None]) & ~np.isneginf(raw.log_probs)
+            targets = np.where(is_target_LM, raw.log_probs, 0).sum(1)
+            targets[~is_target_LM.any(1)] = math.nan
+            yield raw._replace(target_log_probs=targets)
 
 
 def _matrix(where: str, rows: pa.ListArray | None) -> Shaped[np.ndarray, "T M"]:
@@ -259,17 +259,19 @@ def _decompressed(
     log_probs_TB: UInt8[np.ndarray, "T B"],
     compression: encodings.Compression,
 ) -> tuple[np.ndarray, np.ndarray]:
-    found = (ids_TB.shape[1], log_probs_TB.shape[1])
+    widths = (ids_TB.shape[1], log_probs_TB.shape[1])
     needed = (compression.id_bytes, compression.log_prob_bytes)
-    if len(ids_TB) and found != needed:
-        refuse(where, f"rows of {found} bytes", f"{needed}, as compression_config.yaml")
+    if len(ids_TB) and widths != needed:
+        refuse(
+            where, f"rows of {widths} bytes", f"{needed}, as compression_config.yaml"
+        )
     return (
         encodings.unpack_bits(ids_TB, compression.id_bits, compression.k),
         encodings.decode_log_probs(log_probs_TB, compression).astype(np.float64),
     )
 
 
-def read_maxtext(path: Path) -> Iterator[Stored]:
+def read_maxtext(path: Path) -> Iterator[RawSequence]:
     """Read ArrayRecord files of tf.Example that MaxText saves for a teacher.
 
     Row t holds logits for token t + 1, which are normalised here over the stored ids:
@@ -304,8 +306,8 @@ def _maxtext_arrays(where: str, record: bytes) -> tuple[np.ndarray, ...]:
     inputs, ids, logits = (np.asarray(example[name]) for name in _MAXTEXT)
     length = len(inputs)
     if not len(ids) or len(ids) != len(logits) or len(ids) % max(length, 1):
-        found = f"{len(ids)} top_k_indices, {len(logits)} top_k_logits"
-        refuse(where, found, f"the same number of both for each of {length} inputs")
+        actual = f"{len(ids)} top_k_indices, {len(logits)} top_k_logits"
+        refuse(where, actual, f"the same number of both for each of {length} inputs")
     segments = example.get("inputs_segmentation", np.ones(length, np.int64))
     if not isinstance(segments, np.ndarray) or segments.shape != inputs.shape:
         refuse(where, f"{len(segments)} inputs_segmentation", f"{length}, as inputs")
@@ -315,10 +317,10 @@ def _maxtext_arrays(where: str, record: bytes) -> tuple[np.ndarray, ...]:
 
 def _next_token(
     where: str, token_ids: np.ndarray, ids_TM: np.ndarray, log_probs_TM: np.ndarray
-) -> Stored:
-    """Move rows to the token they stand for, the next one; the first gets none."""
+) -> RawSequence:
+    """Move rows to the next token, which they predict; the first token gets none."""
     width, rows = ids_TM.shape[1], len(token_ids) - 1
-    return Stored(
+    return RawSequence(
         where,
         np.concatenate([np.full((1, width), -1), ids_TM[:rows]]),
         np.concatenate([np.full((1, width), -math.inf), log_probs_TM[:rows]]),
@@ -346,18 +348,18 @@ def _first_is_null(where: str, row: Any) -> None:
 
 
 def _list(where: str, values: Any, name: str) -> list[Any]:
-    found = values.get(name) if isinstance(values, dict) else None
-    if not isinstance(found, list) or not found:
+    items = values.get(name) if isinstance(values, dict) else None
+    if not isinstance(items, list) or not items:
         names = sorted(values) if isinstance(values, dict) else values
-        refuse(where, names if found is None else found, f"a list {name}, not empty")
-    return found
+        refuse(where, names if items is None else items, f"a list {name}, not empty")
+    return items
 
 
 def _integers(where: str, values: Any, length: int) -> Int64[np.ndarray, " L"]:
     try:
-        found = np.asarray([operator.index(value) for value in values], np.int64)
+        integers = np.asarray([operator.index(value) for value in values], np.int64)
     except (OverflowError, TypeError):
         refuse(where, values, "token ids")
-    if len(found) != length:
-        refuse(where, f"{length} rows", f"{len(found)}: one for each token")
-    return found
+    if len(integers) != length:
+        refuse(where, f"{length} rows", f"{len(integers)}: one for each token")
+    return integers

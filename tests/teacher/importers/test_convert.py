@@ -1,7 +1,7 @@
 """Layouts of other tools: every row stands for its token, or the file is refused.
 
 The fixtures are written by hand from what the tools' sources write; only the two
-layouts that are written here too have round trips.
+formats that are written here too have round trips.
 """
 
 import json
@@ -16,14 +16,14 @@ import yaml
 from array_record.python import array_record_module
 
 from kdjax.teacher.importers import encodings
-from kdjax.teacher.importers.convert import LAYOUTS, Rows
+from kdjax.teacher.importers.convert import FORMATS, ImportedSequence
 
 VOCAB_SIZE, K = 100, 3
 INF = math.inf
 
 
 def read(name, path, *, k=K, vocab_size=VOCAB_SIZE):
-    return list(LAYOUTS[name].read(path, k=k, vocab_size=vocab_size))
+    return list(FORMATS[name].read(path, k=k, vocab_size=vocab_size))
 
 
 def write_lines(path, *objects):
@@ -33,13 +33,13 @@ def write_lines(path, *objects):
 
 def assert_rows(rows, *, token_ids, ids, log_probs, targets):
     """Exact, with NaN equal to NaN, and of the declared types."""
-    wanted = Rows(
+    wanted = ImportedSequence(
         None if token_ids is None else np.asarray(token_ids, np.int32),
         np.asarray(ids, np.int32),
         np.asarray(log_probs, np.float32),
         np.asarray(targets, np.float32),
     )
-    for name, found, value in zip(Rows._fields, rows, wanted, strict=True):
+    for name, found, value in zip(ImportedSequence._fields, rows, wanted, strict=True):
         if value is None:
             assert found is None
             continue
@@ -186,7 +186,7 @@ def test_what_is_not_json_or_not_there_is_refused(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(VLLM) + '\n\n{"prompt_logprobs": [nul\n')
     assert_refused("vllm", path, "line 3: found Expecting value.*needed a JSON object")
-    for name in LAYOUTS:
+    for name in FORMATS:
         assert_refused(
             name, tmp_path / "none", "found no file, needed one, or a folder"
         )
@@ -690,7 +690,7 @@ def test_damaged_files_are_refused(tmp_path):
     path.write_bytes(b'{"prompt_logprobs": "\xff"}')
     assert_refused("vllm", path, "line 1: found .*decode byte.*needed a JSON object")
     rows = [make_rows(0, length=1000)]
-    LAYOUTS["distillkit"].write(path, rows)
+    FORMATS["distillkit"].write(path, rows)
     whole = bytearray(path.read_bytes())
     whole[100:4000] = bytes(3900)
     path.write_bytes(whole)
@@ -704,8 +704,8 @@ def test_rounding_above_zero_becomes_zero(tmp_path):
     assert rows.log_probs[1, 0] == 0 and rows.target_log_probs[1] == 0
 
 
-def test_what_a_layout_misses_is_said():
-    missing = {name: set(layout.missing) for name, layout in LAYOUTS.items()}
+def test_every_format_names_its_missing_fields():
+    missing = {name: set(tool.missing) for name, tool in FORMATS.items()}
     assert missing == {
         "vllm": {"entropy"},
         "sglang": {"entropy"},
@@ -725,14 +725,14 @@ def make_rows(seed, *, length, vocab_size=VOCAB_SIZE, k=K):
     log_probs_LK = np.take_along_axis(log_probs_LV, ids_LK, 1).astype(np.float32)
     targets_L = log_probs_LV[np.arange(length), token_ids].astype(np.float32)
     ids_LK[0], log_probs_LK[0], targets_L[0] = -1, -INF, math.nan
-    return Rows(token_ids, ids_LK, log_probs_LK, targets_L)
+    return ImportedSequence(token_ids, ids_LK, log_probs_LK, targets_L)
 
 
 @pytest.mark.parametrize("name", ["vllm", "distillkit"])
 def test_what_is_written_is_read_again(tmp_path, name):
     sequences = [make_rows(seed, length=seed + 1) for seed in range(300)]
     path = tmp_path / "a.out"
-    LAYOUTS[name].write(path, iter(sequences))
+    FORMATS[name].write(path, iter(sequences))
     found = read(name, path)
     assert len(found) == len(sequences)
     for rows, wanted in zip(found, sequences, strict=True):
@@ -753,20 +753,20 @@ def test_unused_slots_survive_the_round_trip(tmp_path):
     rows = make_rows(0, length=4)
     rows.ids[2, 1:], rows.log_probs[2, 1:] = -1, -INF
     for name in ("vllm", "distillkit"):
-        LAYOUTS[name].write(tmp_path / name, [rows])
+        FORMATS[name].write(tmp_path / name, [rows])
         (found,) = read(name, tmp_path / name)
         np.testing.assert_array_equal(found.ids, rows.ids)
         np.testing.assert_array_equal(found.log_probs, rows.log_probs)
 
 
-def test_what_a_layout_cannot_hold_is_not_written(tmp_path):
+def test_what_a_format_cannot_hold_is_not_written(tmp_path):
     rows = make_rows(0, length=4)
     for name in ("vllm", "distillkit"):
-        write = LAYOUTS[name].write
+        write = FORMATS[name].write
         with pytest.raises(ValueError, match=r"sequence 0: .*needed token ids"):
             write(tmp_path / "a", [rows._replace(token_ids=None)])
         with pytest.raises(ValueError, match=r"sequence 1: .*no row for the first"):
             write(tmp_path / "a", [rows, rows._replace(ids=rows.ids[1:])])
     unknown = rows._replace(target_log_probs=np.full(4, math.nan, np.float32))
     with pytest.raises(ValueError, match=r"sequence 0, token 1: .*of its token"):
-        LAYOUTS["vllm"].write(tmp_path / "a", [unknown])
+        FORMATS["vllm"].write(tmp_path / "a", [unknown])
