@@ -1,4 +1,4 @@
-"""Compiles a training step for devices nobody has to own, and says what it needs.
+"""Ahead-of-time plan of a training step: memory, collectives, least time.
 
     python -m kdjax.plan --config=configs/plan_llama_1b.py --topology=v5e:16x16
 
@@ -18,7 +18,7 @@ from absl import flags
 
 from kdjax import cli
 from kdjax.aot import compile, topology
-from kdjax.aot.compile import Forecast
+from kdjax.aot.compile import StepReport
 from kdjax.config import Config
 from kdjax.models import flops
 from kdjax.parallel import sharding
@@ -50,7 +50,7 @@ def plan(
     effort: float = -1.0,
     devices: Sequence[jax.Device] | None = None,
 ) -> dict[str, Any]:
-    """The report of one config on one topology, as plain values.
+    """Plan one config on one topology; return the report as plain values.
 
     Args:
       config: the run.
@@ -78,26 +78,26 @@ def plan(
         "recomputed_flops": repeated,
     }
     try:
-        found = compile.compile_step(config, devices, effort=effort)
-    except compile.TooBig as error:
+        step = compile.compile_step(config, devices, effort=effort)
+    except compile.DoesNotFit as error:
         needs = {"needed_bytes": error.used, "compile_seconds": error.seconds}
         report |= {"fits": False} | needs
         if search and chip:
             report["remedies"] = _remedies(config, mesh, devices, chip, effort)
         return report
     report |= {
-        "fits": None if chip is None else found.memory["peak"] <= chip.hbm_bytes,
-        "compile_seconds": found.seconds,
-        "attention": found.attention,
-        "memory_bytes": found.memory,
-        "collectives": _collectives(found),
-        "warnings": _warnings(found),
-        "compiler_flops_loops_once": found.compiler_flops,
-        "written_bytes": found.written,
+        "fits": None if chip is None else step.memory["peak"] <= chip.hbm_bytes,
+        "compile_seconds": step.seconds,
+        "attention": step.attention,
+        "memory_bytes": step.memory,
+        "collectives": _collectives(step),
+        "warnings": _warnings(step),
+        "compiler_flops_loops_once": step.compiler_flops,
+        "written_bytes": step.written_bytes,
     }
     if chip is None:
         return report
-    bound = compile.bound(found, chip)
+    bound = compile.time_bound(step, chip)
     tokens = config.train.batch_size * config.train.row_length
     report["hbm_bytes"] = chip.hbm_bytes
     report["bound"] = {
@@ -110,17 +110,17 @@ def plan(
     }
     if search:
         report["largest_batch_size"] = compile.largest_batch(
-            found, devices, chip.hbm_bytes, effort=effort
+            step, devices, chip.hbm_bytes, effort=effort
         )
     return report
 
 
-def _collectives(found: Forecast) -> list[dict[str, Any]]:
-    """One row for the collectives that are alike, the most bytes sent first."""
+def _collectives(step: StepReport) -> list[dict[str, Any]]:
+    """Group equal collectives into rows, the most bytes sent first."""
     rows: dict[tuple, dict[str, Any]] = {}
     sent: dict[tuple, float] = defaultdict(float)
-    for c in found.collectives:
-        trips = compile.trips(c, found)
+    for c in step.collectives:
+        trips = compile.num_trips(c, step)
         arrays = [f"{dtype}{list(dims)}" for dtype, dims in c.shapes]
         what = ", ".join(arrays[:2]) + (f" +{len(arrays) - 2}" if arrays[2:] else "")
         if compile.in_head_loop(c):
@@ -140,7 +140,7 @@ def _collectives(found: Forecast) -> list[dict[str, Any]]:
                 "count": 0,
                 "bytes": c.num_bytes,
                 "sent_bytes_per_step": 0.0,
-                "logits": compile.is_logits(c, found),
+                "logits": compile.is_logits(c, step),
             },
         )
         row["count"] += trips
@@ -149,13 +149,13 @@ def _collectives(found: Forecast) -> list[dict[str, Any]]:
     return sorted(rows.values(), key=lambda row: -row["sent_bytes_per_step"])
 
 
-def _warnings(found: Forecast) -> list[str]:
+def _warnings(step: StepReport) -> list[str]:
     warnings = []
-    for c in found.collectives:
-        if compile.is_logits(c, found):
+    for c in step.collectives:
+        if compile.is_logits(c, step):
             warnings.append(f"{c.kind} {c.name} communicates logits: {c.shapes}")
         elif compile.in_head_loop(c) and not compile.is_per_token(c):
-            warnings.append(f"{c.kind} {c.name} runs once a chunk of the head")
+            warnings.append(f"{c.kind} {c.name} runs once per chunk of the head")
     return warnings
 
 
@@ -166,9 +166,9 @@ def _remedies(
     chip: flops.Chip,
     effort: float,
 ) -> list[dict[str, Any]]:
-    """Changes in turn, each compiled on top of those before, until one fits."""
+    """Compile changes in turn, each on top of those before, until one fits."""
     tried: list[dict[str, Any]] = []
-    for change, changed in compile.remedies(config, mesh):
+    for change, changed in compile.memory_remedies(config, mesh):
         state = compile.state_bytes(changed, devices)
         row: dict[str, Any] = {"change": change, "state_bytes": state, "fits": False}
         tried.append(row)
@@ -176,17 +176,17 @@ def _remedies(
             row["needed_bytes"] = state
             continue
         try:
-            found = compile.compile_step(changed, devices, effort=effort)
-        except compile.TooBig as error:
+            step = compile.compile_step(changed, devices, effort=effort)
+        except compile.DoesNotFit as error:
             row["needed_bytes"] = error.used
             continue
-        row |= {"fits": True, "needed_bytes": found.memory["peak"]}
+        row |= {"fits": True, "needed_bytes": step.memory["peak"]}
         break
     return tried
 
 
 def show(report: dict[str, Any]) -> None:
-    """Prints the report."""
+    """Print the report."""
     title = f"{report['config']} on {report['topology']}"
     mesh = " ".join(f"{axis}={n}" for axis, n in report["mesh"].items())
     rows = [
@@ -206,14 +206,14 @@ def show(report: dict[str, Any]) -> None:
             ("least seconds, products", f"{bound['compute_seconds']:.4f}"),
             ("least seconds, memory", f"{bound['hbm_seconds']:.4f}"),
             ("least seconds, links", f"{bound['ici_seconds']:.4f}"),
-            ("least seconds a step", f"{bound['seconds']:.4f}"),
+            ("least seconds per step", f"{bound['seconds']:.4f}"),
             ("tokens/s at most", f"{bound['tokens_per_second']:,.0f}"),
             ("MFU at most", f"{bound['mfu']:.1%}"),
         ]
     if "largest_batch_size" in report:
         rows.append(("largest batch (line)", f"{report['largest_batch_size']} rows"))
     if "needed_bytes" in report:
-        rows.append(("needs", f"{_size(report['needed_bytes'])} a device"))
+        rows.append(("needs", f"{_size(report['needed_bytes'])} per device"))
     rows.append(("compiled in", f"{report['compile_seconds']:.0f} s"))
     print_table(title, [{"what": what, "value": value} for what, value in rows])
     if "memory_bytes" in report:
@@ -247,20 +247,20 @@ def _readable(row: dict[str, Any]) -> dict[str, Any]:
         "arrays": row["arrays"],
         "where": row["where"],
         "devices": row["devices"],
-        "a step": row["count"],
+        "per step": row["count"],
         "bytes": _size(row["bytes"]),
-        "sent a step": _size(row["sent_bytes_per_step"]),
+        "sent per step": _size(row["sent_bytes_per_step"]),
     }
 
 
 def _size(num_bytes: float) -> str:
-    """A number of bytes for the eye."""
+    """Format a number of bytes."""
     power = min(3, max(0, int(math.log2(max(num_bytes, 1)) // 10)))
     return f"{num_bytes / 2 ** (10 * power):.4g} {('B', 'KiB', 'MiB', 'GiB')[power]}"
 
 
 def run(config: Config, workdir: pathlib.Path) -> None:
-    """Prints the report and writes it where asked."""
+    """Print the report and write it to --json."""
     del workdir  # nothing is run
     if _TOPOLOGY.value is None:
         raise ValueError("--topology is missing: give for example --topology=v5e:16x16")

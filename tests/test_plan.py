@@ -42,51 +42,51 @@ def config(**changes):
 
 
 @pytest.fixture(scope="module")
-def found():
+def step():
     return compile.compile_step(config(), jax.devices())
 
 
-def fake(found, gib, **changes):
-    """A forecast that needs `gib` GiB."""
-    return dataclasses.replace(found, memory={"peak": int(gib * GIB)}, **changes)
+def fake(step, gib, **changes):
+    """A report that needs `gib` GiB."""
+    return dataclasses.replace(step, memory={"peak": int(gib * GIB)}, **changes)
 
 
-def test_memory_by_kind(found):
+def test_memory_by_kind(step):
     params = flops.params_count(SHAPE)
     norms = (2 * SHAPE.num_layers + 1) * SHAPE.width
     held = 4 * ((params - norms) // 4 + norms)  # split over fsdp, norms everywhere
-    assert found.memory["parameters"] == held
-    assert found.memory["optimizer state"] == 2 * held + 2 * 4  # and two counters
+    assert step.memory["parameters"] == held
+    assert step.memory["optimizer state"] == 2 * held + 2 * 4  # and two counters
     pairs = 8 * (4 + 4)  # k ids and log-probabilities
-    assert found.memory["batch"] == 2 * 64 * (5 * 4 + 2 * 4 + 4 + pairs)
+    assert step.memory["batch"] == 2 * 64 * (5 * 4 + 2 * 4 + 4 + pairs)
     arguments = ("parameters", "optimizer state", "batch")
-    step = 4
-    assert found.memory["arguments"] == step + sum(found.memory[k] for k in arguments)
-    assert found.memory["aliased"] <= found.memory["outputs"]
-    assert found.memory["peak"] > found.memory["arguments"] / 2
-    assert found.written > 0 and found.compiler_flops > 0
+    counter = 4
+    assert step.memory["arguments"] == counter + sum(step.memory[k] for k in arguments)
+    assert step.memory["aliased"] <= step.memory["outputs"]
+    assert step.memory["peak"] > step.memory["arguments"] / 2
+    assert step.written_bytes > 0 and step.compiler_flops > 0
 
 
-def test_the_fused_head_communicates_no_logits(found):
-    assert found.head_chunks == 128 // 16
-    assert found.collectives and {c.kind for c in found.collectives} >= {"all-gather"}
-    assert not [c for c in found.collectives if compile.is_logits(c, found)]
-    assert not [c for c in found.collectives if compile.in_head_loop(c)]
-    gathers = [c for c in found.collectives if ("f32", (320, 32)) in c.shapes]
+def test_the_fused_head_communicates_no_logits(step):
+    assert step.head_chunks == 128 // 16
+    assert step.collectives and {c.kind for c in step.collectives} >= {"all-gather"}
+    assert not [c for c in step.collectives if compile.is_logits(c, step)]
+    assert not [c for c in step.collectives if compile.in_head_loop(c)]
+    gathers = [c for c in step.collectives if ("f32", (320, 32)) in c.shapes]
     assert gathers  # of the head's weight: [V, D] is not logits
 
 
 def test_a_split_vocabulary_exchanges_numbers_of_tokens_alone():
     mesh = MeshConfig(data=2, fsdp=2, tensor=2)
-    found = compile.compile_step(config(mesh=mesh), jax.devices())
-    assert found.head_chunks == 256 // 16
-    inside = [c for c in found.collectives if compile.in_head_loop(c)]
+    step = compile.compile_step(config(mesh=mesh), jax.devices())
+    assert step.head_chunks == 256 // 16
+    inside = [c for c in step.collectives if compile.in_head_loop(c)]
     assert inside and all(compile.is_per_token(c) for c in inside)
-    assert not [c for c in found.collectives if compile.is_logits(c, found)]
-    assert not plan._warnings(found)
+    assert not [c for c in step.collectives if compile.is_logits(c, step)]
+    assert not plan._warnings(step)
 
 
-def test_logits_of_an_unfused_head_are_flagged(found):
+def test_logits_of_an_unfused_head_are_flagged(step):
     """The check can fail: here the width is split, so logits are summed whole."""
     mesh = sharding.make_mesh(config().mesh, devices=jax.devices())
 
@@ -101,9 +101,9 @@ def test_logits_of_an_unfused_head_are_flagged(found):
     arguments = array((3, 16, 32), None, None, "fsdp"), array((320, 32), None, "fsdp")
     text = jax.jit(scan).lower(*arguments).compile().as_text()
     collectives = hlo.collectives(hlo.parse(text))
-    flagged = [c for c in collectives if compile.is_logits(c, found)]
+    flagged = [c for c in collectives if compile.is_logits(c, step)]
     assert [(c.kind, c.trips) for c in flagged] == [("all-reduce", 3)]
-    report = plan._warnings(dataclasses.replace(found, collectives=tuple(flagged)))
+    report = plan._warnings(dataclasses.replace(step, collectives=tuple(flagged)))
     assert len(report) == 1 and "communicates logits" in report[0]
 
 
@@ -122,32 +122,32 @@ def test_logits_of_an_unfused_head_are_flagged(found):
         ((16, 32), True, False),
     ],
 )
-def test_what_counts_as_logits(found, dims, in_loop, expected):
+def test_what_counts_as_logits(step, dims, in_loop, expected):
     loop = hlo.Loop("while", "jit(step)/shard_map/while", None)
     loops = (loop,) if in_loop else ()
     collective = hlo.Collective("all-reduce", "x", "", (("f32", dims),), 0, 2, loops)
-    found = dataclasses.replace(found, mesh={"data": 1, "fsdp": 4, "tensor": 2})
-    assert compile.is_logits(collective, found) is expected
-    assert compile.trips(collective, found) == (8 if in_loop else 1)
+    step = dataclasses.replace(step, mesh={"data": 1, "fsdp": 4, "tensor": 2})
+    assert compile.is_logits(collective, step) is expected
+    assert compile.num_trips(collective, step) == (8 if in_loop else 1)
 
 
-def test_bound_by_hand(found):
+def test_bound_by_hand(step):
     chip = flops.Chip(peak=1e12, hbm_bytes=GIB, hbm_rate=1e9, ici_rate=1e8)
     loop = hlo.Loop("while", "", 3)
     shapes = (("f32", (1000,)),)
     sent = hlo.Collective("all-gather", "x", "", shapes, 4000, 4, (loop,))
-    known = dataclasses.replace(found, written=500, collectives=(sent,))
+    known = dataclasses.replace(step, written_bytes=500, collectives=(sent,))
     useful, repeated = compile.model_flops(known.config, SHAPE)
     tokens = {"num_tokens": 16 * 64, "row_length": 64}
     forward = flops.forward_flops(SHAPE, **tokens, num_head_tokens=0)
     assert useful == 3 * flops.forward_flops(SHAPE, **tokens, num_head_tokens=1024)
     assert repeated == 0
-    bound = compile.bound(known, chip)
+    bound = compile.time_bound(known, chip)
     assert bound.compute == pytest.approx(useful / 8 / 1e12)
     assert bound.hbm == pytest.approx(2 * 500 / 1e9)
     assert bound.ici == pytest.approx(3 * 3000 / 1e8)
     assert bound.seconds == bound.ici
-    full = compile.replace(known.config, train={"remat": "full"})
+    full = compile.replace_fields(known.config, train={"remat": "full"})
     assert compile.model_flops(full, SHAPE) == (useful, forward)
 
 
@@ -160,30 +160,30 @@ def test_bound_by_hand(found):
         (4.5, 6.0, 16),
     ],
 )
-def test_largest_batch_is_on_a_line(found, monkeypatch, limit, needed, expected):
+def test_largest_batch_is_on_a_line(step, monkeypatch, limit, needed, expected):
     def compiled(config, devices, *, effort):
         assert config.train.batch_size == 32 and effort == -1.0
         if needed is None:
-            raise compile.TooBig(12.0 * GIB, 1.0)
-        return fake(found, needed)
+            raise compile.DoesNotFit(12.0 * GIB, 1.0)
+        return fake(step, needed)
 
     one_row = config(
         train={"batch_size": 16, "num_microbatches": 2, "row_length": 64}
     )  # 16 rows are one row of each of 8 devices in each of 2 microbatches
     monkeypatch.setattr(compile, "compile_step", compiled)
-    first = fake(found, 4.0, config=one_row)
+    first = fake(step, 4.0, config=one_row)
     best = compile.largest_batch(first, jax.devices(), limit * GIB, effort=-1.0)
     assert best == expected
 
 
-def test_remedies_stack_up_until_one_fits(found, monkeypatch):
+def test_remedies_stack_up_until_one_fits(step, monkeypatch):
     tried = []
 
     def compiled(config, devices, *, effort):
         tried.append(config)
         if config.train.num_microbatches == 1:
-            raise compile.TooBig(20.0 * GIB, 1.0)
-        return fake(found, 9.0)
+            raise compile.DoesNotFit(20.0 * GIB, 1.0)
+        return fake(step, 9.0)
 
     monkeypatch.setattr(compile, "compile_step", compiled)
     report = plan.plan(config(), "v5e:2x4", devices=jax.devices())
@@ -198,16 +198,16 @@ def test_remedies_stack_up_until_one_fits(found, monkeypatch):
 
 def test_every_remedy_changes_something():
     mesh = sharding.make_mesh(config().mesh, devices=jax.devices())
-    names = [name for name, _ in compile.remedies(config(), mesh)]
+    names = [name for name, _ in compile.memory_remedies(config(), mesh)]
     assert names == [
         "train.remat=full",
         "train.num_microbatches=2",
         "mesh.data=1 mesh.fsdp=8",
         "optim.name=adafactor",
     ]
-    last = compile.remedies(config(), mesh)[-1][1]
+    last = compile.memory_remedies(config(), mesh)[-1][1]
     mesh = sharding.make_mesh(last.mesh, devices=jax.devices())
-    assert compile.remedies(last, mesh) == []
+    assert compile.memory_remedies(last, mesh) == []
     devices = jax.devices()
     assert compile.state_bytes(last, devices) < compile.state_bytes(config(), devices)
 
@@ -221,8 +221,8 @@ def test_every_remedy_changes_something():
     ],
 )
 def test_what_the_compiler_says_is_too_big(message, gib):
-    assert compile._needed(message) == pytest.approx(gib * GIB, rel=1e-3)
-    assert compile._needed("INTERNAL: something else") is None
+    assert compile._needed_bytes(message) == pytest.approx(gib * GIB, rel=1e-3)
+    assert compile._needed_bytes("INTERNAL: something else") is None
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What a training step needs on devices nobody has to own, from its compilation."""
+"""Ahead-of-time compilation of the training step: memory, collectives, least time."""
 
 import dataclasses
 import math
@@ -22,15 +22,15 @@ from kdjax.training import program, trainable
 
 _HEAD_LOOP = "shard_map/while"  # the fused head's scan, as JAX names it
 _NUMBER = r"([\d.]+)([KMGT]?)"
-_TOO_BIG = (
+_DOES_NOT_FIT = (
     rf"Used {_NUMBER}B? of [\d.]+\w* hbm",
     rf"\({_NUMBER}B?\) exceeds available HBM",
 )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Forecast:
-    """One compiled training step; bytes are of one device."""
+class StepReport:
+    """Measures of one compiled training step; bytes are per device."""
 
     config: Config
     shape: Shape
@@ -40,22 +40,22 @@ class Forecast:
     memory: dict[str, int]  # bytes by kind
     collectives: tuple[hlo.Collective, ...]
     head_chunks: int  # trips of the head's loop where no token is padding
-    written: int  # bytes written to main memory
+    written_bytes: int  # bytes written to main memory
     compiler_flops: float  # of cost_analysis: bodies of loops are counted once
     seconds: float  # of compiling
 
 
-class TooBig(ValueError):
-    """The compiler found no way to fit the program into the device's memory."""
+class DoesNotFit(ValueError):
+    """The program needs more memory than the device has, says the compiler."""
 
     def __init__(self, used: float, seconds: float):
-        """Bytes that it would need at least, and how long finding out took."""
-        super().__init__(f"needs {used / 2**30:.2f} GiB a device")
+        """Set the bytes needed at least, and the seconds that compiling took."""
+        super().__init__(f"needs {used / 2**30:.2f} GiB per device")
         self.used, self.seconds = used, seconds
 
 
 def plannable_shape(config: Config) -> Shape:
-    """The student's shape without data or tokenizer.
+    """Return the student's shape without data or tokenizer.
 
     Raises:
       ValueError: the config leaves the vocabulary to the tokenizer, or the teacher runs
@@ -78,23 +78,23 @@ def plannable_shape(config: Config) -> Shape:
 
 def compile_step(
     config: Config, devices: Sequence[jax.Device], *, effort: float = 0.0
-) -> Forecast:
-    """Compiles the training step of a config for some devices.
+) -> StepReport:
+    """Compile the training step of a config for some devices.
 
     The teacher is taken to have the student's vocabulary.
 
     Args:
       config: the run.
-      devices: real or described.
+      devices: real ones, or those of a topology.
       effort: of the TPU compiler, 0 as in a run, down to -1 for a quick answer.
 
     Raises:
-      TooBig: it does not fit.
+      DoesNotFit: it does not fit.
       ValueError: the mesh does not suit the devices, or the batch the mesh.
     """
     mesh = sharding.make_mesh(config.mesh, devices=devices)
     shape, train = plannable_shape(config), config.train
-    check_rows(config, mesh)
+    check_batch(config, mesh)
     model = make_model(
         shape,
         mesh,
@@ -102,23 +102,23 @@ def compile_step(
         remat=train.remat,
         adapters=config.student.lora,
     )
-    made = program.Program(config, model, mesh)
+    built = program.Program(config, model, mesh)
     batch = program.abstract_batch(config, shape, mesh, vocab_size=shape.vocab_size)
-    step: Any = made.step  # a jitted function
+    step: Any = built.step  # a jitted function
     tpu = devices[0].platform == "tpu"
     start = time.perf_counter()
     try:
-        compiled = step.lower(made.abstract, batch).compile(
+        compiled = step.lower(built.abstract, batch).compile(
             compiler_options={"exec_time_optimization_effort": effort} if tpu else {}
         )
     except jax.errors.JaxRuntimeError as error:
-        used = _needed(str(error))
+        used = _needed_bytes(str(error))
         if used is None:
             raise
-        raise TooBig(used, time.perf_counter() - start) from None
+        raise DoesNotFit(used, time.perf_counter() - start) from None
     seconds = time.perf_counter() - start
     module = hlo.parse(compiled.as_text())
-    rows = made.num_rows
+    rows = built.num_rows
     chunk = program.chunk_size(config, model)
     # A tensor axis splits the head's vocabulary, not its tokens.
     shares = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -130,16 +130,16 @@ def compile_step(
     kernel = attention.XLA
     if isinstance(shape, DecoderConfig):
         kernel = attention.choose(shape, mesh, dtype=train.dtype)
-    return Forecast(
+    return StepReport(
         config=config,
         shape=shape,
         num_devices=mesh.size,
         mesh=dict(mesh.shape),
         attention=attention.used(kernel, train.row_length),
         memory={
-            "parameters": bytes_of(made.abstract.params),
-            "optimizer state": bytes_of(made.abstract.opt_state),
-            "averages": bytes_of(made.abstract.ema),
+            "parameters": bytes_of(built.abstract.params),
+            "optimizer state": bytes_of(built.abstract.opt_state),
+            "averages": bytes_of(built.abstract.ema),
             "batch": bytes_of(batch),
             "arguments": stats.argument_size_in_bytes,
             "outputs": stats.output_size_in_bytes,
@@ -150,17 +150,17 @@ def compile_step(
         },
         collectives=tuple(hlo.collectives(module)),
         head_chunks=chunks,
-        written=hlo.written_bytes(module, unknown_trips=chunks),
+        written_bytes=hlo.written_bytes(module, unknown_trips=chunks),
         compiler_flops=float((compiled.cost_analysis() or {}).get("flops", 0.0)),
         seconds=seconds,
     )
 
 
-def check_rows(config: Config, mesh: Mesh) -> None:
-    """Refuses a batch whose rows cannot be split over the mesh.
+def check_batch(config: Config, mesh: Mesh) -> None:
+    """Check that the rows of a batch split evenly over mesh and microbatches.
 
     Raises:
-      ValueError: with a batch size that can.
+      ValueError: they do not; names a batch size that does.
     """
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     step = parts * config.train.num_microbatches
@@ -173,30 +173,30 @@ def check_rows(config: Config, mesh: Mesh) -> None:
 
 
 def bytes_of(tree: Any) -> int:
-    """Bytes that one device holds of a tree of described arrays."""
+    """Return the bytes that one device holds of a tree of abstract arrays."""
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
         for x in jax.tree.leaves(tree)
     )
 
 
-def _needed(message: str) -> float | None:
-    """Bytes a compiler says a program needs, None if that is not its complaint."""
-    for pattern in _TOO_BIG:
-        if found := re.search(pattern, message):
-            return float(found[1]) * 2.0 ** (10 * "_KMGT".index(found[2] or "_"))
+def _needed_bytes(message: str) -> float | None:
+    """Parse the bytes needed from an out-of-memory message; None for another one."""
+    for pattern in _DOES_NOT_FIT:
+        if match := re.search(pattern, message):
+            return float(match[1]) * 2.0 ** (10 * "_KMGT".index(match[2] or "_"))
     return None
 
 
-def is_logits(collective: hlo.Collective, forecast: Forecast) -> bool:
-    """Whether an array with a vocabulary and a token dimension is communicated.
+def is_logits(collective: hlo.Collective, report: StepReport) -> bool:
+    """Return True if an array with a vocabulary and a token dimension is communicated.
 
     The head's weight and its gradient are not: [V, D], a part of the width, or [D, V].
     A part of the vocabulary, as a tensor axis may hold it, counts as one.
     """
-    width, vocab_size = forecast.shape.width, forecast.shape.vocab_size
-    vocabularies = {vocab_size, math.ceil(vocab_size / forecast.mesh["tensor"])}
-    parts = {width // n for n in range(1, forecast.num_devices + 1) if width % n == 0}
+    width, vocab_size = report.shape.width, report.shape.vocab_size
+    vocabularies = {vocab_size, math.ceil(vocab_size / report.mesh["tensor"])}
+    parts = {width // n for n in range(1, report.num_devices + 1) if width % n == 0}
     for _, dims in collective.shapes:
         for axis in (i for i, dim in enumerate(dims) if dim in vocabularies):
             before, after = math.prod(dims[:axis]), math.prod(dims[axis + 1 :])
@@ -207,80 +207,81 @@ def is_logits(collective: hlo.Collective, forecast: Forecast) -> bool:
 
 
 def in_head_loop(collective: hlo.Collective) -> bool:
-    """Whether it runs once a chunk of the fused head."""
+    """Return True if it runs once per chunk of the fused head."""
     return any(_HEAD_LOOP in loop.op_name for loop in collective.loops)
 
 
 def is_per_token(collective: hlo.Collective) -> bool:
-    """Whether nothing but numbers of tokens is exchanged: vectors, no matrices."""
+    """Return True if all arrays communicated are vectors: per-token scalars."""
     return all(sum(dim > 1 for dim in dims) <= 1 for _, dims in collective.shapes)
 
 
-def trips(collective: hlo.Collective, forecast: Forecast) -> int:
-    """How often it runs a step, where no token is padding."""
+def num_trips(collective: hlo.Collective, report: StepReport) -> int:
+    """Return how often it runs per step, if no token is padding."""
     return math.prod(
-        forecast.head_chunks if loop.trips is None else loop.trips
+        report.head_chunks if loop.trips is None else loop.trips
         for loop in collective.loops
     )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Bound:
-    """The least time of a step; each resource alone, in seconds."""
+class TimeBound:
+    """Lower bounds on the time of a step, in seconds, one per resource."""
 
-    compute: float  # products, recomputed ones included, at the peak rate
-    hbm: float  # what the step writes, once written and once read
-    ici: float  # what it sends, over all links of a chip at once
+    compute: float  # FLOPs, recomputed ones included, at the peak rate
+    hbm: float  # bytes written, each once written and once read
+    ici: float  # bytes sent, over all links of a chip at once
 
     @property
     def seconds(self) -> float:
-        """All three overlap perfectly."""
+        """The bound if all three overlap perfectly."""
         return max(self.compute, self.hbm, self.ici)
 
 
 def model_flops(config: Config, shape: Shape) -> tuple[int, int]:
-    """FLOPs of a step that are useful, and those that only recompute, on all devices.
+    """Return the useful and the recomputed FLOPs of a step, on all devices.
 
     Recomputing whole layers (remat="full") repeats their forward pass.
     """
     sizes = flops_kwargs(shape, config.train)
     _, params = lm.create(shape, adapters=config.student.lora)
-    spared = program.untrained(config, params)
-    useful = flops.train_flops(shape, **sizes | spared)
+    frozen_kwargs = program.untrained(config, params)
+    useful = flops.train_flops(shape, **sizes | frozen_kwargs)
     if config.train.remat != "full":
         return useful, 0
     return useful, flops.forward_flops(shape, **sizes | {"num_head_tokens": 0})
 
 
-def bound(forecast: Forecast, chip: flops.Chip) -> Bound:
-    """Lower bound on the time of a step on TPU chips."""
-    work = sum(model_flops(forecast.config, forecast.shape))
-    sent = sum(c.wire_bytes * trips(c, forecast) for c in forecast.collectives)
-    return Bound(
-        compute=work / forecast.num_devices / chip.peak,
-        hbm=2 * forecast.written / chip.hbm_rate,
+def time_bound(report: StepReport, chip: flops.Chip) -> TimeBound:
+    """Return lower bounds on the time of a step on TPU chips."""
+    work = sum(model_flops(report.config, report.shape))
+    sent = sum(c.wire_bytes * num_trips(c, report) for c in report.collectives)
+    return TimeBound(
+        compute=work / report.num_devices / chip.peak,
+        hbm=2 * report.written_bytes / chip.hbm_rate,
         ici=sent / chip.ici_rate,
     )
 
 
 def largest_batch(
-    first: Forecast, devices: Sequence[jax.Device], limit: float, *, effort: float
+    first: StepReport, devices: Sequence[jax.Device], limit: float, *, effort: float
 ) -> int:
-    """The largest batch_size that fits, by a line through two compilations.
+    """Extrapolate the largest batch_size that fits from two compilations.
 
-    The second has twice the rows; that it does not fit is a point of the line as well.
+    The second has twice the rows. Where it does not fit, the bytes that the compiler
+    says it needs are the second point of the line.
 
     Args:
       first: the step as configured, which fits.
       devices: those it was compiled for.
-      limit: bytes of a device.
+      limit: memory of a device, bytes.
       effort: of the compiler.
     """
     config = first.config
-    twice = replace(config, train={"batch_size": 2 * config.train.batch_size})
+    twice = replace_fields(config, train={"batch_size": 2 * config.train.batch_size})
     try:
         peak = float(compile_step(twice, devices, effort=effort).memory["peak"])
-    except TooBig as error:
+    except DoesNotFit as error:
         peak = max(error.used, limit + 1)
     mesh = sharding.make_mesh(config.mesh, devices=devices)
     step = mesh.shape["data"] * mesh.shape["fsdp"] * config.train.num_microbatches
@@ -289,8 +290,8 @@ def largest_batch(
     return step * (rows + int((limit - first.memory["peak"]) // slope))
 
 
-def remedies(config: Config, mesh: Mesh) -> list[tuple[str, Config]]:
-    """Changes that save memory and keep the numbers, each on top of those before it.
+def memory_remedies(config: Config, mesh: Mesh) -> list[tuple[str, Config]]:
+    """List changes that save memory and keep the numbers, each on top of the last.
 
     The last, Adafactor, is another optimizer and changes what is learned.
     """
@@ -304,17 +305,17 @@ def remedies(config: Config, mesh: Mesh) -> list[tuple[str, Config]]:
         (f"mesh.data=1 mesh.fsdp={parts}", {"mesh": {"data": 1, "fsdp": parts}}),
         ("optim.name=adafactor", {"optim": {"name": "adafactor"}}),
     ]
-    found: list[tuple[str, Config]] = []
+    remedies: list[tuple[str, Config]] = []
     for name, change in changes:
-        before = found[-1][1] if found else config
-        after = replace(before, **change)
+        before = remedies[-1][1] if remedies else config
+        after = replace_fields(before, **change)
         if after != before and not ("mesh" in change and mesh.shape["data"] == 1):
-            found.append((name, after))
-    return found
+            remedies.append((name, after))
+    return remedies
 
 
-def replace(config: Config, **parts: dict[str, Any]) -> Config:
-    """A config with some fields of some parts changed."""
+def replace_fields(config: Config, **parts: dict[str, Any]) -> Config:
+    """Return a config with some fields of some parts changed."""
     return dataclasses.replace(
         config,
         **{
@@ -325,7 +326,7 @@ def replace(config: Config, **parts: dict[str, Any]) -> Config:
 
 
 def state_bytes(config: Config, devices: Sequence[jax.Device]) -> int:
-    """Parameters, optimizer state and gradients of one device; nothing is compiled."""
+    """Return the bytes of state and gradients on one device, without compiling."""
     mesh = sharding.make_mesh(config.mesh, devices=devices)
     model = make_model(
         plannable_shape(config),
@@ -333,6 +334,6 @@ def state_bytes(config: Config, devices: Sequence[jax.Device]) -> int:
         dtype=config.train.dtype,
         adapters=config.student.lora,
     )
-    made = program.Program(config, model, mesh)
-    trained, _ = trainable.split(made.abstract.params, made.frozen)
-    return bytes_of(made.abstract) + bytes_of(trained)
+    built = program.Program(config, model, mesh)
+    trained, _ = trainable.split(built.abstract.params, built.frozen)
+    return bytes_of(built.abstract) + bytes_of(trained)

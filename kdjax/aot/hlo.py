@@ -1,4 +1,4 @@
-"""Reads the text of a compiled program: its collectives, its loops, what it writes.
+"""Parser of optimised HLO text: collectives, loops and bytes written.
 
 The text is that of `compiled.as_text()`: optimised HLO of one device, where a shape is
 the part that this device holds. A loop's body appears once, so whatever is counted here
@@ -63,9 +63,9 @@ class Instruction:
 
     @property
     def op_name(self) -> str:
-        """What it was made from, as JAX names it."""
-        found = re.search(r'op_name="([^"]*)"', self.text)
-        return found[1] if found else ""
+        """The JAX operation that it was lowered from."""
+        match = re.search(r'op_name="([^"]*)"', self.text)
+        return match[1] if match else ""
 
     @property
     def operands(self) -> list[str]:
@@ -74,9 +74,9 @@ class Instruction:
         return re.findall(r"%([\w.-]+)", inside)
 
     def attribute(self, name: str) -> str:
-        """A computation that is named by an attribute."""
-        found = re.search(rf"\b{name}=%?([\w.-]+)", self.text)
-        return found[1] if found else ""
+        """Return the computation that an attribute names, "" if there is none."""
+        match = re.search(rf"\b{name}=%?([\w.-]+)", self.text)
+        return match[1] if match else ""
 
 
 @dataclass(slots=True)
@@ -110,7 +110,7 @@ class Collective:
 
     @property
     def trips(self) -> int | None:
-        """How often it runs a step; None if that depends on data."""
+        """Runs per step; None if that depends on data."""
         return _product(self.loops)
 
     @property
@@ -129,7 +129,7 @@ class Collective:
 
 
 def parse(text: str) -> Module:
-    """The computations of a program's text.
+    """Parse the computations of a program's text.
 
     Raises:
       ValueError: the text has no entry computation.
@@ -142,8 +142,8 @@ def parse(text: str) -> Module:
                 module.entry = head[2]
         elif line.rstrip() == "}":  # an attribute may end a line of its own with "}}"
             current = None
-        elif current is not None and (found := _INSTRUCTION.match(line)):
-            instruction = _instruction(found[2], found[3], is_root=bool(found[1]))
+        elif current is not None and (match := _INSTRUCTION.match(line)):
+            instruction = _instruction(match[2], match[3], is_root=bool(match[1]))
             current[instruction.name] = instruction
     if not module.entry:
         raise ValueError("the text has no ENTRY computation: is it optimised HLO?")
@@ -155,22 +155,22 @@ def _instruction(name: str, rest: str, *, is_root: bool) -> Instruction:
     if opcode is None:
         raise ValueError(f"cannot read the instruction {name} = {rest[:80]}")
     start = rest.index(opcode[1] + "(")
-    found = _SHAPE.findall(rest[:start])
+    arrays = _SHAPE.findall(rest[:start])
     shapes = tuple(
-        (t, tuple(int(d) for d in dims.split(",") if d)) for t, dims, _ in found
+        (t, tuple(int(d) for d in dims.split(",") if d)) for t, dims, _ in arrays
     )
     # S(n) in a layout is a memory of the core: vector memory, scalars, semaphores.
-    in_hbm = tuple(not re.search(r"S\((?!0\))\d+\)", layout) for *_, layout in found)
+    in_hbm = tuple(not re.search(r"S\((?!0\))\d+\)", layout) for *_, layout in arrays)
     return Instruction(name, opcode[1], shapes, in_hbm, rest[start:], is_root)
 
 
 def _without_layouts(text: str) -> str:
-    """Layouts hold words with parentheses, "{1,0:T(8,128)}": blank them."""
+    """Blank the layouts, which hold words with parentheses, as "{1,0:T(8,128)}"."""
     return re.sub(r"\{[^{}]*\}", lambda m: " " * len(m[0]), text)
 
 
 def size(shapes: tuple[Shape, ...]) -> int:
-    """Bytes of some arrays."""
+    """Return the bytes of some arrays."""
     return sum(math.ceil(_bits(dtype) * math.prod(dims) / 8) for dtype, dims in shapes)
 
 
@@ -186,7 +186,7 @@ def _product(loops: tuple[Loop, ...]) -> int | None:
 
 
 def walk(module: Module) -> Iterator[tuple[str, Instruction, tuple[Loop, ...]]]:
-    """Every instruction that runs: its computation, itself, the loops around it."""
+    """Yield every instruction that runs, between its computation and its loops."""
 
     def visit(name: str, loops: tuple[Loop, ...]):
         for instruction in module.computations[name].values():
@@ -208,7 +208,7 @@ def walk(module: Module) -> Iterator[tuple[str, Instruction, tuple[Loop, ...]]]:
 
 
 def _trips(module: Module, computation: str, loop: Instruction) -> int | None:
-    """The compiler's count, or the n of a condition i < n where i starts at 0."""
+    """Return the compiler's trip count, or n of a condition i < n with i from 0."""
     if known := _TRIPS.search(loop.text):
         return int(known[1])
     condition = module.computations[loop.attribute("condition")]
@@ -227,7 +227,7 @@ def _trips(module: Module, computation: str, loop: Instruction) -> int | None:
 
 
 def _operand(module: Module, computation: str, name: str, index: int) -> int | None:
-    """The constant that is element `index` of a tuple, through copies of it."""
+    """Return the constant that is element `index` of a tuple, through copies."""
     instructions = module.computations[computation]
     made = instructions.get(name)
     if made is None or made.opcode != "tuple":
@@ -240,12 +240,12 @@ def _operand(module: Module, computation: str, name: str, index: int) -> int | N
 
 
 def collectives(module: Module) -> list[Collective]:
-    """All communication, each once however often it runs.
+    """List all collectives, each once however often it runs.
 
     An asynchronous one is listed where it starts. A TPU may spread one over several
     fusions that share its channel: it is listed once.
     """
-    found: list[Collective] = []
+    results: list[Collective] = []
     channels: dict[tuple, str] = {}  # where each was seen first
     for computation, instruction, loops in walk(module):
         kind = instruction.opcode.removesuffix("-start")
@@ -263,7 +263,7 @@ def collectives(module: Module) -> list[Collective]:
             kind = "reduce-scatter"  # a TPU's fusion of all-reduce and slice
         elif kind == "reduce-scatter":
             shapes = _before_scattering(instruction.text, shapes, group)
-        found.append(
+        results.append(
             Collective(
                 kind,
                 instruction.name,
@@ -274,11 +274,11 @@ def collectives(module: Module) -> list[Collective]:
                 loops,
             )
         )
-    return found
+    return results
 
 
 def _results_of_start(shapes: tuple[Shape, ...]) -> tuple[Shape, ...]:
-    """A start returns (operands, results, contexts): the results."""
+    """Return the results of a start, which is (operands, results, contexts)."""
     arrays = tuple(s for s in shapes if not (s[0] == "u32" and s[1] in ((), (1,))))
     return arrays[len(arrays) // 2 :] if len(arrays) > 1 else arrays
 
@@ -297,21 +297,21 @@ def _before_scattering(
 
 
 def _group_size(text: str) -> int:
-    """Devices of one replica group, in the three notations of the text."""
-    if found := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
-        return len(found[1].split(","))
-    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", text):
-        return int(found[2])
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", text):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
+    """Parse the devices per replica group, in the three notations of the text."""
+    if match := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
+        return len(match[1].split(","))
+    if match := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", text):
+        return int(match[2])
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", text):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
         # 'a' is a whole axis, 'a':(2)4 a part of 4 of it.
-        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2])
+        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", match[2])
         return math.prod(int(part or sizes[axis]) for axis, part in axes)
     return 0
 
 
 def written_bytes(module: Module, *, unknown_trips: int = 1) -> int:
-    """Bytes written to main memory in one run, loops multiplied.
+    """Return the bytes written to main memory in one run, loops multiplied.
 
     What is updated in place counts as the part that is updated; what stays in a core's
     own memory, and what is inside a fusion, does not count.
@@ -331,7 +331,7 @@ def written_bytes(module: Module, *, unknown_trips: int = 1) -> int:
 
 
 def _fused(module: Module) -> set[str]:
-    """Computations whose instructions are not run one by one."""
+    """Return the computations whose instructions are not run one by one."""
     return {
         called
         for instructions in module.computations.values()

@@ -1,4 +1,4 @@
-"""Devices nobody has to own: TPU slices as the compiler sees them, virtual CPUs."""
+"""Topologies to compile for: descriptions of TPU slices, and virtual CPUs."""
 
 import contextlib
 import importlib.util
@@ -19,7 +19,7 @@ _EXAMPLES = "v5e:16x16, v6e:16x16, v5p:4x4x4, v4:2x2x1 or cpu:8"
 
 
 def devices(topology: str) -> Sequence[jax.Device]:
-    """Devices to compile for; call it before anything else asks JAX for devices.
+    """Return the devices of a topology; call it before JAX lists its devices.
 
     Args:
       topology: "v5e:16x16" (generation and chips along each dimension of the torus), or
@@ -28,12 +28,12 @@ def devices(topology: str) -> Sequence[jax.Device]:
     Raises:
       ValueError: an unknown topology, or the compiler for TPUs is not installed.
     """
-    found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", topology)
-    if found is None:
+    match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", topology)
+    if match is None:
         raise ValueError(f"--topology={topology!r} is unknown: use {_EXAMPLES}")
     # A machine that has libtpu but no TPU would look for one.
     jax.config.update("jax_platforms", "cpu")
-    name, sizes = found[1], [int(n) for n in found[2].split("x")]
+    name, sizes = match[1], [int(n) for n in match[2].split("x")]
     if name == "cpu":
         return _cpus(topology, sizes)
     flops.chip(name)
@@ -65,7 +65,7 @@ def devices(topology: str) -> Sequence[jax.Device]:
 
 
 def _check_compiler(topology: str) -> None:
-    """Raises ValueError without the libtpu that belongs to the installed JAX.
+    """Raise ValueError without the libtpu that belongs to the installed JAX.
 
     With another one some programs compile and cannot be read, others mean other things.
     """
@@ -74,11 +74,11 @@ def _check_compiler(topology: str) -> None:
             f"--topology={topology!r} needs the compiler for TPUs, which is not "
             "installed: pip install 'jax[tpu]'"
         )
-    wanted = next(
+    required = next(
         (
-            found[1]
+            match[1]
             for line in metadata.requires("jax") or ()
-            if (found := re.match(r"libtpu==([\d.]+)\.\*", line))
+            if (match := re.match(r"libtpu==([\d.]+)\.\*", line))
         ),
         "",
     )
@@ -86,10 +86,10 @@ def _check_compiler(topology: str) -> None:
         version = metadata.version("libtpu")
     except metadata.PackageNotFoundError:
         return  # a nightly one, whose user knows better
-    if wanted and not version.startswith(f"{wanted}."):
+    if required and not version.startswith(f"{required}."):
         raise ValueError(
             f"--topology={topology!r}: libtpu {version} is not the one for jax "
-            f"{jax.__version__}, which is {wanted}: pip install 'jax[tpu]'"
+            f"{jax.__version__}, which is {required}: pip install 'jax[tpu]'"
         )
 
 
@@ -97,10 +97,10 @@ def _cpus(topology: str, sizes: list[int]) -> Sequence[jax.Device]:
     number = math.prod(sizes)
     with contextlib.suppress(RuntimeError):  # one that runs may have enough devices
         jax.config.update("jax_num_cpu_devices", number)
-    found = jax.devices("cpu")
-    if len(found) < number:
+    cpus = jax.devices("cpu")
+    if len(cpus) < number:
         raise ValueError(
-            f"--topology={topology!r}: this process has {len(found)} CPU devices: set "
+            f"--topology={topology!r}: this process has {len(cpus)} CPU devices: set "
             f"XLA_FLAGS=--xla_force_host_platform_device_count={number}"
         )
-    return found[:number]
+    return cpus[:number]
