@@ -24,7 +24,7 @@ from kdjax.config import Config
 from kdjax.experiment.rows import flops_kwargs
 from kdjax.models import flops
 from kdjax.parallel import distributed, sharding
-from kdjax.runtime import files
+from kdjax.runtime import chips, files
 from kdjax.runtime.console import print_table, progress
 from kdjax.teacher import build as build_lib
 from kdjax.training import program
@@ -207,7 +207,7 @@ def _rate(
     measured = matmul_flops * num_devices / samples["matmul"].median
     listed = None
     if device.platform != "cpu":
-        listed = flops.peak_flops(device, train.dtype)
+        listed = chips.peak_flops(device, train.dtype)
     peak = listed * num_devices if listed else measured
     step = samples["step"].median
     return {

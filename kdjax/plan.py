@@ -22,6 +22,7 @@ from kdjax.aot.compile import StepReport
 from kdjax.config import Config
 from kdjax.models import flops
 from kdjax.parallel import sharding
+from kdjax.runtime import chips
 from kdjax.runtime.console import print_table
 
 _TOPOLOGY = flags.DEFINE_string(
@@ -61,7 +62,7 @@ def plan(
     """
     devices = topology.devices(name) if devices is None else devices
     generation = name.split(":")[0]
-    chip = None if generation == "cpu" else flops.chip(generation)
+    chip = None if generation == "cpu" else chips.find_chip(generation)
     mesh = sharding.make_mesh(config.mesh, devices=devices)
     shape = compile.plannable_shape(config)
     useful, repeated = compile.model_flops(config, shape)
@@ -163,7 +164,7 @@ def _remedies(
     config: Config,
     mesh: jax.sharding.Mesh,
     devices: Sequence[jax.Device],
-    chip: flops.Chip,
+    chip: chips.Chip,
     effort: float,
 ) -> list[dict[str, Any]]:
     """Compile changes in turn, each on top of those before, until one fits."""

@@ -18,6 +18,7 @@ from kdjax.aot import compile, hlo, topology
 from kdjax.config import DecoderConfig, MeshConfig, StudentConfig
 from kdjax.models import flops
 from kdjax.parallel import sharding
+from kdjax.runtime import chips
 from tests import helpers, xla_flags
 
 SHAPE = DecoderConfig(
@@ -132,7 +133,7 @@ def test_what_counts_as_logits(step, dims, in_loop, expected):
 
 
 def test_bound_by_hand(step):
-    chip = flops.Chip(peak=1e12, hbm_bytes=GIB, hbm_rate=1e9, ici_rate=1e8)
+    chip = chips.Chip(peak=1e12, hbm_bytes=GIB, hbm_rate=1e9, ici_rate=1e8)
     loop = hlo.Loop("while", "", 3)
     shapes = (("f32", (1000,)),)
     sent = hlo.Collective("all-gather", "x", "", shapes, 4000, 4, (loop,))

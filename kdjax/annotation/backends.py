@@ -106,7 +106,7 @@ class Local:
         shape = self._model.shape
         if isinstance(shape, T5Config):
             return loader.ended(ids, shape.eos_id)
-        limit = lm.room(shape, self._annotate.max_new_tokens)
+        limit = lm.max_prompt_length(shape, self._annotate.max_new_tokens)
         if len(ids) > limit:
             raise ValueError(
                 f"example {request.id!r}: its {request.step} prompt has {len(ids)} "

@@ -18,6 +18,7 @@ from kdjax.experiment.rows import flops_kwargs
 from kdjax.models import attention, flops, lm
 from kdjax.models.lm import Shape
 from kdjax.parallel import sharding
+from kdjax.runtime import chips
 from kdjax.training import program, trainable
 
 _HEAD_LOOP = "shard_map/while"  # the fused head's scan, as JAX names it
@@ -129,13 +130,13 @@ def compile_step(
     peak = getattr(stats, "peak_memory_in_bytes", 0) or parts
     kernel = attention.XLA
     if isinstance(shape, DecoderConfig):
-        kernel = attention.choose(shape, mesh, dtype=train.dtype)
+        kernel = attention.select_kernel(shape, mesh, dtype=train.dtype)
     return StepReport(
         config=config,
         shape=shape,
         num_devices=mesh.size,
         mesh=dict(mesh.shape),
-        attention=attention.used(kernel, train.row_length),
+        attention=attention.kernel_name(kernel, train.row_length),
         memory={
             "parameters": bytes_of(built.abstract.params),
             "optimizer state": bytes_of(built.abstract.opt_state),
@@ -252,7 +253,7 @@ def model_flops(config: Config, shape: Shape) -> tuple[int, int]:
     return useful, flops.forward_flops(shape, **sizes | {"num_head_tokens": 0})
 
 
-def time_bound(report: StepReport, chip: flops.Chip) -> TimeBound:
+def time_bound(report: StepReport, chip: chips.Chip) -> TimeBound:
     """Return lower bounds on the time of a step on TPU chips."""
     work = sum(model_flops(report.config, report.shape))
     sent = sum(c.wire_bytes * num_trips(c, report) for c in report.collectives)

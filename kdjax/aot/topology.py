@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from kdjax.models import flops
+from kdjax.runtime import chips
 
 _SHAPES = {"v4": 3, "v5p": 3, "v5e": 2, "v6e": 2}  # dimensions of a slice
 _EXAMPLES = "v5e:16x16, v6e:16x16, v5p:4x4x4, v4:2x2x1 or cpu:8"
@@ -36,7 +36,7 @@ def devices(topology: str) -> Sequence[jax.Device]:
     name, sizes = match[1], [int(n) for n in match[2].split("x")]
     if name == "cpu":
         return _cpus(topology, sizes)
-    flops.chip(name)
+    chips.find_chip(name)
     if len(sizes) != _SHAPES[name] or min(sizes) < 1:
         raise ValueError(
             f"--topology={topology!r}: a {name} slice has {_SHAPES[name]} dimensions, "

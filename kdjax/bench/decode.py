@@ -48,7 +48,7 @@ def measure(
         lambda key: lm.init_params(shape, key), out_shardings=model.shardings
     )(jax.random.key(0))
     new_tokens = config.evaluation.max_new_tokens
-    length = min(config.data.max_prompt, lm.room(shape, new_tokens))
+    length = min(config.data.max_prompt, lm.max_prompt_length(shape, new_tokens))
     decode: Any = generate.make_generate(
         shape,
         model.graphdef,

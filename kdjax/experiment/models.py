@@ -36,12 +36,12 @@ def make_model(
 ) -> Model:
     """A model whose parameters are split over `mesh` by the table; no memory yet.
 
-    What attends is chosen here, for the devices of the mesh: `attention.choose`.
+    What attends is chosen here, for the devices of the mesh: `attention.select_kernel`.
     `adapters` describes those beside the linear layers, None = none.
     """
     chosen = attention.XLA
     if isinstance(shape, DecoderConfig):
-        chosen = attention.choose(shape, mesh, dtype=dtype, name=kernel)
+        chosen = attention.select_kernel(shape, mesh, dtype=dtype, name=kernel)
     graphdef, shapes = lm.create(
         shape,
         dtype=dtype,
@@ -76,7 +76,7 @@ def student_shape(config: Config, tokenizer: Any) -> Shape:
         shape = hf.read_config(student.path)
     elif student.init == "teacher_layers":
         shape = teacher_shape(config, tokenizer)
-        shape = lm.kept_layers(shape, student_layers(config, shape))
+        shape = lm.select_layers(shape, student_layers(config, shape))
     else:
         own = student.t5 if student.architecture == "t5" else student.decoder
         shape = with_vocabulary(own, tokenizer)

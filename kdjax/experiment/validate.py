@@ -31,8 +31,8 @@ from kdjax.config import (
 )
 from kdjax.experiment import methods, validate_annotate
 from kdjax.models import t5
+from kdjax.models.decoder_shape import check_shape
 from kdjax.models.hf import families
-from kdjax.models.shape_checks import check
 
 
 def _one_of(value: str, name: str, allowed: tuple[str, ...]) -> None:
@@ -344,7 +344,7 @@ def _check_layer_map(config: Config) -> None:
 
 def _check_t5(shape: T5Config) -> None:
     try:
-        t5.check(dataclasses.replace(shape, vocab_size=shape.vocab_size or 1))
+        t5.check_shape(dataclasses.replace(shape, vocab_size=shape.vocab_size or 1))
     except ValueError as error:
         raise ValueError(f"student.t5.{error}") from None
 
@@ -353,7 +353,7 @@ def _check_decoder(shape: DecoderConfig, name: str) -> None:
     """The shape is one that the decoder runs and that its family can export."""
     known = dataclasses.replace(shape, vocab_size=shape.vocab_size or 1)
     try:
-        check(known)
+        check_shape(known)
         families.write(known)
     except ValueError as error:
         raise ValueError(f"{name}.{error}") from None

@@ -12,10 +12,10 @@
 
 A layer may see a window of the last tokens only, and cap its scores by tanh. xla and
 splash do both; cudnn has windows, as part of the mask, but no cap. Layers of two sizes
-of window (0 = none is one) run in one scan: splash has a kernel for each and chooses.
+of window (0, none, counts as one) run in one scan: splash has a kernel for each.
 
 All give the same numbers up to rounding. The kernel is chosen once, when a model is
-made; rows whose length it does not take are attended to by xla, which `used` says.
+made; rows of a length that it does not support fall back to xla (`kernel_name`).
 Decoding with a cache is always xla: its rows are one token long.
 
 Shapes: B rows, T time, S key/value time, H query heads, G key/value heads, K per head.
@@ -44,7 +44,7 @@ _ROWS_SPEC = PartitionSpec(("data", "fsdp"), None)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Kernel:
-    """What attends: a static part of a model."""
+    """An attention kernel, a static part of a model."""
 
     name: str = "xla"  # "xla", "splash" or "cudnn"
     mesh: Mesh | None = None  # (data, fsdp, tensor); needed by splash and cudnn
@@ -52,35 +52,35 @@ class Kernel:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Rule:
-    """How scores are made: a static part of a model."""
+class ScoreOptions:
+    """Scale, softcap and windows of the scores, a static part of a model."""
 
     scalar: float = 0.0  # scores are divided by its root; 0 = head_dim
     softcap: float = 0.0  # scores stay within +-this; 0 = no cap
     windows: tuple[int, ...] = (0,)  # sizes that layers have, ascending; 0 = all tokens
 
     def scale(self, head_dim: int) -> float:
-        """What multiplies the products of queries and keys."""
+        """Return the factor of the products of queries and keys."""
         return (self.scalar or head_dim) ** -0.5
 
 
 XLA = Kernel()
-PLAIN = Rule()
+DEFAULT_OPTIONS = ScoreOptions()
 
 
-def rule_of(shape: DecoderConfig) -> Rule:
-    """How a model makes its scores."""
-    return Rule(
+def score_options(shape: DecoderConfig) -> ScoreOptions:
+    """Return the score options of a model."""
+    return ScoreOptions(
         scalar=shape.query_scalar,
         softcap=shape.attention_softcap,
         windows=tuple(sorted(set(shape.windows))) or (0,),
     )
 
 
-def choose(
+def select_kernel(
     shape: DecoderConfig, mesh: Mesh, *, dtype: str, name: str = "auto"
 ) -> Kernel:
-    """The kernel of a model on a mesh.
+    """Select the attention kernel of a model on a mesh.
 
     Args:
       shape: of the model.
@@ -95,25 +95,25 @@ def choose(
     device = mesh.devices.flat[0]
     if name == "auto":
         name = {"tpu": "splash", "gpu": "cudnn"}.get(device.platform, "xla")
-        if _obstacle(name, shape, mesh, dtype):
+        if _unsupported_reason(name, shape, mesh, dtype):
             name = "xla"
     if name not in _ROW_MULTIPLE:
         known = ["auto", *_ROW_MULTIPLE]
         raise ValueError(f"attention={name!r} is unknown: use one of {known}")
-    if obstacle := _obstacle(name, shape, mesh, dtype):
-        raise ValueError(f"attention={name!r}: {obstacle}: use attention='xla'")
+    if reason := _unsupported_reason(name, shape, mesh, dtype):
+        raise ValueError(f"attention={name!r}: {reason}: use attention='xla'")
     if name == "xla":
         return XLA
     return Kernel(name=name, mesh=mesh, interpret=device.platform == "cpu")
 
 
-def used(kernel: Kernel, row_length: int) -> str:
-    """The name of what attends to rows of `row_length` tokens."""
+def kernel_name(kernel: Kernel, row_length: int) -> str:
+    """Return the name of the kernel that runs on rows of `row_length` tokens."""
     return "xla" if row_length % _ROW_MULTIPLE[kernel.name] else kernel.name
 
 
-def _obstacle(name: str, shape: DecoderConfig, mesh: Mesh, dtype: str) -> str:
-    """Why a kernel cannot run a model, "" if it can."""
+def _unsupported_reason(name: str, shape: DecoderConfig, mesh: Mesh, dtype: str) -> str:
+    """Return why a kernel cannot run a model, "" if it can."""
     if name == "xla" or name not in _ROW_MULTIPLE:
         return ""
     device, head_dim = mesh.devices.flat[0], shape.head_dim
@@ -146,26 +146,28 @@ def _has_flash(device: jax.Device) -> bool:
 
 
 def within_segments(
-    kernel: Kernel, segments_BT: Int[Array, "B T"], rule: Rule = PLAIN
+    kernel: Kernel,
+    segments_BT: Int[Array, "B T"],
+    options: ScoreOptions = DEFAULT_OPTIONS,
 ) -> Attend:
-    """Causal attention between tokens of the same segment, padding (0) included.
+    """Make causal attention between tokens of one segment, padding (0) included.
 
     Args:
-      kernel: from `choose`.
+      kernel: from `select_kernel`.
       segments_BT: 0 for padding, 1, 2, ... for the examples packed in a row.
-      rule: how scores are made. Distances in a row are distances in a segment.
+      options: of the scores. Distances in a row are distances in a segment.
 
     Returns:
-      (query_BTHK, key_BTGK, value_BTGK) -> mixed_BTHK; with rules of several windows
+      (query_BTHK, key_BTGK, value_BTGK) -> mixed_BTHK; with options of several windows
       it also takes the layer's, `window=`, an int32 scalar.
     """
-    name = used(kernel, segments_BT.shape[1])
+    name = kernel_name(kernel, segments_BT.shape[1])
     if name == "xla":
-        return where(*_causal(segments_BT), rule)
+        return masked(*_causal(segments_BT), options)
     local = functools.partial(_splash, interpret=kernel.interpret)
     # The partitioner cannot look into a kernel: rows and heads are split by hand.
     mapped = jax.shard_map(
-        functools.partial(local if name == "splash" else _cudnn, rule=rule),
+        functools.partial(local if name == "splash" else _cudnn, options=options),
         mesh=kernel.mesh,
         in_specs=(_HEADS_SPEC, _HEADS_SPEC, _HEADS_SPEC, _ROWS_SPEC, PartitionSpec()),
         out_specs=_HEADS_SPEC,
@@ -178,32 +180,36 @@ def within_segments(
     return attend_by_kernel
 
 
-def where(
-    mask_BTS: Bool[Array, "B T S"], distance_BTS: Int[Array, "B T S"], rule: Rule
+def masked(
+    mask_BTS: Bool[Array, "B T S"],
+    distance_BTS: Int[Array, "B T S"],
+    options: ScoreOptions,
 ) -> Attend:
-    """Attention, by xla, where the mask is true and the layer's window reaches.
+    """Make attention, by xla, within a mask and the layer's window.
 
     Args:
-      mask_BTS: who may see whom, whatever the window.
-      distance_BTS: by how many tokens the key is before the query.
-      rule: how scores are made.
+      mask_BTS: whether a query may attend to a key, windows aside.
+      distance_BTS: tokens from the key to the query.
+      options: of the scores.
 
     Returns:
       As `within_segments`.
     """
 
-    def attend_where(query, key, value, window=None):
-        mask = _windowed(mask_BTS, distance_BTS, rule, window)
-        return attend(query, key, value, mask[:, None], rule)
+    def attend_masked(query, key, value, window=None):
+        mask = _windowed(mask_BTS, distance_BTS, options, window)
+        return attend(query, key, value, mask[:, None], options)
 
-    return attend_where
+    return attend_masked
 
 
-def _windowed(mask_BTS, distance_BTS, rule: Rule, window) -> Bool[Array, "B T S"]:
-    """The mask of a layer: `window` is its own where layers differ in theirs."""
-    if window is None and rule.windows == (0,):
+def _windowed(
+    mask_BTS, distance_BTS, options: ScoreOptions, window
+) -> Bool[Array, "B T S"]:
+    """Return the mask of a layer; `window` is given where layers differ in theirs."""
+    if window is None and options.windows == (0,):
         return mask_BTS
-    size = rule.windows[0] if window is None else window
+    size = options.windows[0] if window is None else window
     return mask_BTS & _reaches(distance_BTS, size)
 
 
@@ -212,14 +218,14 @@ def attend(
     key_BSGK: Float[Array, "B S G K"],
     value_BSGK: Float[Array, "B S G K"],
     mask_B1TS: Bool[Array, "B 1 T S"],
-    rule: Rule = PLAIN,
+    options: ScoreOptions = DEFAULT_OPTIONS,
     *,
     bias_BHTS: Float[Array, "#B H T S"] | None = None,
     drop: Callable[[Array], Array] | None = None,
 ) -> Float[Array, "B T H K"]:
-    """Softmax attention where the mask is true, softmax in float32.
+    """Apply softmax attention within a mask, the softmax in float32.
 
-    Scores are made by `rule`; its windows are part of the mask.
+    Windows of `options` are not applied: they are part of the mask.
 
     The H / G query heads that share a key head become rows of one matrix product. On a
     CPU that halves the time of `jax.nn.dot_product_attention` with its gradient.
@@ -230,12 +236,12 @@ def attend(
       value_BSGK: as the keys.
       mask_B1TS: what each query may read. A query that may read nothing gets the mean
         of all values, which keeps padding finite.
-      rule: how scores are made.
+      options: of the scores.
       bias_BHTS: added to the scaled products, in float32.
       drop: applied to the weights after the softmax.
     """
     num_rows, time, _, head_dim = query_BTHK.shape
-    weights = _weights(query_BTHK, key_BSGK, mask_B1TS, rule, bias_BHTS)
+    weights = _weights(query_BTHK, key_BSGK, mask_B1TS, options, bias_BHTS)
     _, groups, shared, _, _ = weights.shape
     weights = weights if drop is None else drop(weights)
     value = value_BSGK.transpose(0, 2, 1, 3)
@@ -249,17 +255,17 @@ def mean_weights(
     query_BTHK: Float[Array, "B T H K"],
     key_BTGK: Float[Array, "B T G K"],
     segments_BT: Int[Array, "B T"],
-    rule: Rule = PLAIN,
+    options: ScoreOptions = DEFAULT_OPTIONS,
     window: Int[Array, ""] | None = None,
 ) -> Float[Array, "B T T"]:
-    """The weights of `within_segments`, averaged over the heads.
+    """Compute the weights of `within_segments`, averaged over the heads.
 
     The backward pass computes the heads' weights again instead of keeping them.
     """
-    mask_BTT = _windowed(*_causal(segments_BT), rule, window)
+    mask_BTT = _windowed(*_causal(segments_BT), options, window)
 
     def mean(query_BTHK: Array, key_BTGK: Array) -> Array:
-        weights = _weights(query_BTHK, key_BTGK, mask_BTT[:, None], rule)
+        weights = _weights(query_BTHK, key_BTGK, mask_BTT[:, None], options)
         return weights.mean((1, 2))
 
     return jax.checkpoint(mean, prevent_cse=False)(query_BTHK, key_BTGK)
@@ -269,10 +275,10 @@ def _weights(
     query_BTHK: Array,
     key_BSGK: Array,
     mask_B1TS: Array,
-    rule: Rule,
+    options: ScoreOptions,
     bias_BHTS: Array | None = None,
 ) -> Array:
-    """Softmax of the scores where the mask is true, float32 [B, G, H / G, T, S]."""
+    """Compute the masked softmax of the scores, float32 [B, G, H / G, T, S]."""
     num_rows, time, num_heads, head_dim = query_BTHK.shape
     groups = key_BSGK.shape[2]
     shared = num_heads // groups
@@ -284,9 +290,9 @@ def _weights(
         key_BSGK.transpose(0, 2, 1, 3),
         preferred_element_type=jnp.float32,
     )
-    scores = scores * rule.scale(head_dim)
-    if rule.softcap:
-        scores = rule.softcap * jnp.tanh(scores / rule.softcap)
+    scores = scores * options.scale(head_dim)
+    if options.softcap:
+        scores = options.softcap * jnp.tanh(scores / options.softcap)
     scores = scores.reshape(num_rows, groups, shared, time, -1)
     if bias_BHTS is not None:
         scores += bias_BHTS.reshape(-1, *scores.shape[1:])
@@ -297,7 +303,7 @@ def _weights(
 def _causal(
     segments_BT: Int[Array, "B T"],
 ) -> tuple[Bool[Array, "B T T"], Int[Array, "1 T T"]]:
-    """Who may see whom in packed rows, and by how many tokens the key is before."""
+    """Return the causal mask of packed rows, and the tokens from key to query."""
     distance_1TS = _distances(segments_BT.shape[1])[None]
     return _same(segments_BT) & (distance_1TS >= 0), distance_1TS
 
@@ -316,9 +322,16 @@ def _reaches(distance: Int[Array, "..."], window: Array | int) -> Bool[Array, ".
 
 
 def _splash(
-    query_BTHK, key_BTGK, value_BTGK, segments_BT, window, *, rule: Rule, interpret
+    query_BTHK,
+    key_BTGK,
+    value_BTGK,
+    segments_BT,
+    window,
+    *,
+    options: ScoreOptions,
+    interpret,
 ) -> Array:
-    """Blocks of scores in vector memory; each key head serves H / G query heads.
+    """Run splash attention: blocks of scores in vector memory, key heads shared.
 
     Source: `jax.experimental.pallas.ops.tpu.splash_attention`.
     """
@@ -343,7 +356,7 @@ def _splash(
         kernel = splash.make_splash_mha_single_device(
             splash.MultiHeadMask([mask] * num_heads),
             block_sizes=sizes,
-            attn_logits_soft_cap=rule.softcap or None,
+            attn_logits_soft_cap=options.softcap or None,
             interpret=interpret,
         )
         return jax.vmap(
@@ -353,7 +366,7 @@ def _splash(
         )(query, key, value, segments_BT)
 
     # The kernel takes scaled queries; the factor is exact only in float32.
-    scaled = query_BTHK.astype(jnp.float32) * rule.scale(head_dim)
+    scaled = query_BTHK.astype(jnp.float32) * options.scale(head_dim)
     arrays = (
         *(
             x.transpose(0, 2, 1, 3)
@@ -361,29 +374,29 @@ def _splash(
         ),
         segments_BT,
     )
-    kernels = [functools.partial(mix, size) for size in rule.windows]
+    kernels = [functools.partial(mix, size) for size in options.windows]
     if window is None:
         mixed_BHTK = kernels[0](*arrays)
     else:  # masks are static: a kernel for each of the two sizes
-        mixed_BHTK = jax.lax.cond(window == rule.windows[0], *kernels, *arrays)
+        mixed_BHTK = jax.lax.cond(window == options.windows[0], *kernels, *arrays)
     return mixed_BHTK.transpose(0, 2, 1, 3)
 
 
 def _cudnn(
-    query_BTHK, key_BTGK, value_BTGK, segments_BT, window, *, rule: Rule
+    query_BTHK, key_BTGK, value_BTGK, segments_BT, window, *, options: ScoreOptions
 ) -> Array:
-    """CuDNN's flash attention; the blocks above the diagonal are skipped.
+    """Run cuDNN's flash attention; the blocks above the diagonal are skipped.
 
     A window is part of the mask, which there is anyway; its blocks are not skipped.
     """
     distance_1TT = _distances(segments_BT.shape[1])[None]
-    mask_BTT = _windowed(_same(segments_BT), distance_1TT, rule, window)
+    mask_BTT = _windowed(_same(segments_BT), distance_1TT, options, window)
     return jax.nn.dot_product_attention(
         query_BTHK,
         key_BTGK,
         value_BTGK,
         mask=mask_BTT[:, None],
-        scale=rule.scale(query_BTHK.shape[-1]),
+        scale=options.scale(query_BTHK.shape[-1]),
         is_causal=True,
         implementation="cudnn",
     )

@@ -46,7 +46,7 @@ def make_generate(
       eos_id: token that ends a row; -1 = none does.
       pad_id: fills a row after its end.
       top_p: see `generate.make_generate`; of the scores' softmax.
-      num_shared: of `generate.Shared`.
+      num_shared: of `generate.SharedPrefix`.
 
     Returns:
       Jitted `generate(params, prompts_2BP, lengths_2B, weight, key, temperature,
@@ -63,7 +63,7 @@ def make_generate(
     def call(params, prompts_2BP, lengths_2B, weight, key, temperature, *shared):
         weight = jnp.asarray(weight, jnp.float32)
         temperature = jnp.asarray(temperature, jnp.float32)
-        hidden_2BD, first_2B, cache = lm.start(
+        hidden_2BD, first_2B, cache = lm.prefill(
             config,
             graphdef,
             params,
@@ -157,11 +157,13 @@ def generate_texts(
                     "least one token"
                 )
         longest = max(len(ids) for side in sides for ids in side)
-        width = generate.prompt_shape(longest, lm.room(config, max_new_tokens))
+        width = generate.prompt_shape(
+            longest, lm.max_prompt_length(config, max_new_tokens)
+        )
         # Rows without a prompt stand between the two sides.
         none: list[Sequence[int]] = [[]] * (batch_size - len(chosen))
         both = [*sides[0], *none, *sides[1], *none]
-        shared = generate.find_shared(config, both, 2 * batch_size, width)
+        shared = generate.find_shared_prefix(config, both, 2 * batch_size, width)
         if (kind := (width, *shared.kind)) not in compiled:
             compiled[kind] = make_generate(
                 config,

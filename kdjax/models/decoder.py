@@ -11,8 +11,8 @@ so that one `jax.lax.scan` runs them and one path names a parameter in all layer
 
 and where a family has them layers/attention/{query,key,value,out}/bias,
 layers/mlp/{gate,up,down}/bias, layers/attention/{query,key}_norm/scale [L, K],
-layers/{attention,mlp}_post_norm/scale [L, D]. What differs between layers, the window
-and the kind of rotary positions, is a number a layer, scanned along with them.
+layers/{attention,mlp}_post_norm/scale [L, D]. Settings that differ between layers, the
+window and the kind of rotary positions, are numbers per layer, scanned along with them.
 
 The forward pass stops at the hidden states: logits belong to the fused head of
 `losses.fused_head`, which never holds them all. Shapes: B rows, T time, S cache slots,
@@ -31,7 +31,8 @@ from kdjax.config import DTYPES, REMATS, DecoderConfig, LoraConfig
 from kdjax.losses.options import PLAIN, LogitRule
 from kdjax.models import attention, lora, rotary
 from kdjax.models.attention import Kernel
-from kdjax.models.capture import NOTHING, Watch, Watched, keep, room
+from kdjax.models.capture import NO_CAPTURE, Capture, CapturedOutputs, allocate, store
+from kdjax.models.decoder_shape import check_choice, check_shape
 from kdjax.models.layers import (
     MLP,
     Attention,
@@ -41,7 +42,6 @@ from kdjax.models.layers import (
     recomputing,
     scan_layers,
 )
-from kdjax.models.shape_checks import check, one_of
 
 Params = dict  # nested: name -> dict or array
 Cache = dict[str, Array]  # "key", "value": [L, B, S, G, K]
@@ -64,15 +64,15 @@ class Block(nnx.Module):
             self.attention_post_norm, self.mlp_post_norm = norm(), norm()
 
     def __call__(self, x_BTD, angles, attend):
-        """One layer."""
+        """Apply one layer."""
         attended = self.attention(self.attention_norm(x_BTD), angles, attend)
         if self.has_post_norms:
             attended = self.attention_post_norm(attended)
         x_BTD = x_BTD + attended
-        made = self.mlp(self.mlp_norm(x_BTD))
+        mlp_out = self.mlp(self.mlp_norm(x_BTD))
         if self.has_post_norms:
-            made = self.mlp_post_norm(made)
-        return x_BTD + made
+            mlp_out = self.mlp_post_norm(mlp_out)
+        return x_BTD + mlp_out
 
 
 class Decoder(nnx.Module):
@@ -94,7 +94,7 @@ class Decoder(nnx.Module):
         self.num_layers = config.num_layers
         self.embedding_scale = config.width**0.5 if config.scale_embeddings else 1.0
         self.logit_rule = LogitRule(softcap=config.final_softcap or None)
-        self.rule = attention.rule_of(config)
+        self.score_options = attention.score_options(config)
         self.ropes = rotary.ropes(config)
         self.windows, self.rotary = config.windows, config.rotary
         self.rotary_kinds = rotary.kinds(config)
@@ -110,21 +110,28 @@ class Decoder(nnx.Module):
             self.head = Head(*shape, std=config.init_std, rngs=rngs)
 
     def __call__(
-        self, tokens_BT, positions_BT, attend, cache=None, *, watch=NOTHING, mean=None
+        self,
+        tokens_BT,
+        positions_BT,
+        attend,
+        cache=None,
+        *,
+        capture=NO_CAPTURE,
+        mean=None,
     ):
-        """Hidden states after the final norm, the updated cache, and what is watched.
+        """Compute hidden states, the updated cache, and the captured outputs.
 
-        `mean` makes attention weights of query and key, for a `watch` that wants them.
+        `mean` computes attention weights from query and key, for a `capture` of them.
         """
         block_graphdef, stacked = nnx.split(self.layers)
         all_angles = rotary.angles(self.ropes, positions_BT)
         x_BTD = self.embed(tokens_BT, jnp.dtype(self.dtype))
         if self.embedding_scale != 1.0:
             x_BTD *= jnp.asarray(self.embedding_scale, x_BTD.dtype)
-        watched, slots_L = room(watch, x_BTD, num_layers=self.num_layers)
+        captured, slots_L = allocate(capture, x_BTD, num_layers=self.num_layers)
 
         def body(carry, layer):
-            x_BTD, watched, cache = carry
+            x_BTD, captured, cache = carry
             block_params, number, own, slot = layer
             block, seen = nnx.merge(block_graphdef, block_params), []
             angles, window = all_angles, {}
@@ -137,31 +144,31 @@ class Decoder(nnx.Module):
                 nonlocal cache
                 seen.append((query, key))
                 if cache is not None:
-                    cache = _written(cache, number, positions_BT, key, value)
+                    cache = _updated_cache(cache, number, positions_BT, key, value)
                     key, value = _read(cache, number, query.dtype)
                 return attend(query, key, value, **window)
 
             x_BTD = block(x_BTD, angles, mix)
-            watched = keep(watched, slot, x_BTD, lambda: mean(*seen[0], **window))
-            return (x_BTD, watched, cache), None
+            captured = store(captured, slot, x_BTD, lambda: mean(*seen[0], **window))
+            return (x_BTD, captured, cache), None
 
         numbers_L = jnp.arange(self.num_layers)
         layers = (stacked, numbers_L, self._per_layer(), slots_L)
-        (x_BTD, watched, cache), _ = scan_layers(
+        (x_BTD, captured, cache), _ = scan_layers(
             recomputing(body, self.remat),
-            (x_BTD, watched, cache),
+            (x_BTD, captured, cache),
             layers,
             unroll=self.unroll,
         )
-        return self.norm(x_BTD), cache, watched
+        return self.norm(x_BTD), cache, captured
 
     def _per_layer(self) -> dict[str, Int[Array, "L"]]:
-        """What differs between the layers; {} where they are alike."""
+        """Return the settings that differ between layers, int32 [L]; {} if none do."""
         own = {}
         if len(self.rotary_kinds) > 1:
             numbers = [self.rotary_kinds.index(kind) for kind in self.rotary]
             own["rotary"] = jnp.asarray(numbers, jnp.int32)
-        if len(self.rule.windows) > 1:
+        if len(self.score_options.windows) > 1:
             own["window"] = jnp.asarray(self.windows, jnp.int32)
         return own
 
@@ -182,7 +189,7 @@ def create(
       dtype: compute dtype, "float32" or "bfloat16"; parameters are float32.
       remat: what the backward pass recomputes: "none"; "dots" (everything but matmuls
         with parameters); "full" (whole layers, keeping their inputs).
-      kernel: what attends within packed rows, from `attention.choose`.
+      kernel: of attention within packed rows, from `attention.select_kernel`.
       unroll: write out the layers where they are few, as suits a CPU; see
         `layers.scan_layers`.
       adapters: low-rank ones beside the linear layers (`lora`); None = none.
@@ -194,9 +201,9 @@ def create(
     Raises:
       ValueError: a config that describes no model, or adapters of no layer.
     """
-    check(config)
-    one_of("dtype", dtype, DTYPES)
-    one_of("remat", remat, REMATS)
+    check_shape(config)
+    check_choice("dtype", dtype, DTYPES)
+    check_choice("remat", remat, REMATS)
 
     def make() -> Decoder:
         rngs = nnx.Rngs(params=0)
@@ -211,12 +218,12 @@ def create(
 
 
 def init_params(config: DecoderConfig, key: Array) -> Params:
-    """Random float32 parameters: normal(0, init_std), norms 1.
+    """Draw random float32 parameters: normal(0, init_std), norms 1.
 
     Pure, so that `jax.jit(init_params, static...)` with `out_shardings` makes each
     device draw its own slice: wrap it as `lambda key: init_params(config, key)`.
     """
-    check(config)
+    check_shape(config)
     rngs = nnx.Rngs(params=key)
     model = Decoder(
         config, dtype="float32", remat="none", kernel=attention.XLA, rngs=rngs
@@ -231,7 +238,7 @@ def hidden_states(
     positions_BT: Int[Array, "B T"],
     segments_BT: Int[Array, "B T"],
 ) -> Float[Array, "B T D"]:
-    """Hidden states after the final norm, for packed rows.
+    """Compute hidden states after the final norm for packed rows.
 
     Args:
       graphdef: from `create`.
@@ -245,24 +252,24 @@ def hidden_states(
     Returns:
       Hidden states in the compute dtype.
     """
-    return watched_states(
-        graphdef, params, tokens_BT, positions_BT, segments_BT, watch=NOTHING
+    return captured_states(
+        graphdef, params, tokens_BT, positions_BT, segments_BT, capture=NO_CAPTURE
     )[0]
 
 
-def watched_states(
+def captured_states(
     graphdef: nnx.GraphDef,
     params: Params,
     tokens_BT: Int[Array, "B T"],
     positions_BT: Int[Array, "B T"],
     segments_BT: Int[Array, "B T"],
     *,
-    watch: Watch,
-) -> tuple[Float[Array, "B T D"], Watched | None]:
-    """Hidden states as `hidden_states`, and outputs of single layers.
+    capture: Capture,
+) -> tuple[Float[Array, "B T D"], CapturedOutputs | None]:
+    """Compute hidden states as `hidden_states`, and capture outputs of single layers.
 
-    Only the layers that are watched take memory. Attention weights are computed beside
-    the attention kernel, for those layers alone.
+    Only captured layers take memory. Attention weights are computed beside the
+    attention kernel, for those layers alone.
 
     Args:
       graphdef: from `create`.
@@ -270,21 +277,24 @@ def watched_states(
       tokens_BT: as in `hidden_states`, like the next two.
       positions_BT: see there.
       segments_BT: see there.
-      watch: the layers; none give None.
+      capture: the layers.
+
+    Returns:
+      Hidden states, and the captured outputs; None for a capture of no layers.
     """
     model = nnx.merge(graphdef, params)
-    attend = attention.within_segments(model.kernel, segments_BT, model.rule)
+    attend = attention.within_segments(model.kernel, segments_BT, model.score_options)
     mean = functools.partial(
-        attention.mean_weights, segments_BT=segments_BT, rule=model.rule
+        attention.mean_weights, segments_BT=segments_BT, options=model.score_options
     )
-    hidden_BTD, _, watched = model(
-        tokens_BT, positions_BT, attend, watch=watch, mean=mean
+    hidden_BTD, _, captured = model(
+        tokens_BT, positions_BT, attend, capture=capture, mean=mean
     )
-    return hidden_BTD, watched
+    return hidden_BTD, captured
 
 
 def head_weight(params: Params) -> Float[Array, "V D"]:
-    """The output weight: the embedding if tied, else the head's own."""
+    """Return the output weight: the embedding if tied, else the head's own."""
     head = params.get("head")
     return params["embed"]["embedding"] if head is None else head["weight"]
 
@@ -292,7 +302,7 @@ def head_weight(params: Params) -> Float[Array, "V D"]:
 def logits(
     params: Params, hidden: Float[Array, "... D"], *, rule: LogitRule = PLAIN
 ) -> Float[Array, "... V"]:
-    """All logits in float32: for generation and tests; training uses the fused head.
+    """Compute all logits in float32, for generation; training uses the fused head.
 
     Args:
       params: of the model.
@@ -309,9 +319,9 @@ def logits(
 def init_cache(
     config: DecoderConfig, batch_size: int, max_length: int, dtype: str
 ) -> Cache:
-    """Zeroed keys [L, B, G, K, max_length] and values [L, B, G, max_length, K].
+    """Return zeroed keys [L, B, G, K, max_length] and values [L, B, G, max_length, K].
 
-    Laid out as products with the queries of one token read them.
+    The layouts are those that products with the queries of one token read.
     """
     rows = (config.num_layers, batch_size, config.num_kv_heads)
     return {
@@ -321,17 +331,17 @@ def init_cache(
 
 
 def num_slots(cache: Cache) -> int:
-    """Tokens of a row that a cache has room for."""
+    """Return the number of tokens per row that a cache can hold."""
     return cache["key"].shape[-1]
 
 
 def pick_rows(cache: Cache, rows_B: Int[Array, "B"]) -> Cache:
-    """The cache of some rows, in this order, each as often as it is named."""
+    """Select rows of a cache in this order, each as often as it is named."""
     return jax.tree.map(lambda x: x[:, rows_B], cache)
 
 
 def extend_cache(cache: Cache, max_length: int) -> Cache:
-    """The cache with zeroed slots added up to `max_length`."""
+    """Pad a cache with zeroed slots up to `max_length`."""
     more, rows = (0, max_length - num_slots(cache)), [(0, 0)] * 3
     return {
         "key": jnp.pad(cache["key"], [*rows, (0, 0), more]),
@@ -339,11 +349,11 @@ def extend_cache(cache: Cache, max_length: int) -> Cache:
     }
 
 
-def _written(cache: Cache, number, slots_BT, key_BTGK, value_BTGK) -> Cache:
-    """The cache with a layer's keys and values of new tokens at their slots.
+def _updated_cache(cache: Cache, number, slots_BT, key_BTGK, value_BTGK) -> Cache:
+    """Write a layer's keys and values of new tokens at their slots.
 
-    It is the scan's carry and not one of its outputs, so that it is written in place. A
-    slot beyond it is dropped.
+    The cache is the scan's carry and not one of its outputs, so that it is updated in
+    place. A slot beyond its end is dropped.
     """
     rows_B1 = jnp.arange(slots_BT.shape[0])[:, None]
     places = {
@@ -358,7 +368,7 @@ def _written(cache: Cache, number, slots_BT, key_BTGK, value_BTGK) -> Cache:
 
 
 def _read(cache: Cache, number, dtype) -> tuple[Array, Array]:
-    """A layer's keys and values, [B, S, G, K]."""
+    """Return a layer's keys and values, [B, S, G, K]."""
     key_BGKS, value_BGSK = (cache[n][number].astype(dtype) for n in ("key", "value"))
     return key_BGKS.transpose(0, 3, 1, 2), value_BGSK.transpose(0, 2, 1, 3)
 
@@ -370,7 +380,7 @@ def decode(
     positions_BT: Int[Array, "B T"],
     cache: Cache,
 ) -> tuple[Float[Array, "B T D"], Cache]:
-    """Hidden states of the next tokens of each row, reading and extending the cache.
+    """Compute hidden states of new tokens per row, reading and extending the cache.
 
     The slot of a token in the cache is its position, and a token reads slots up to its
     own. So rows may stand at different positions, and what right padding wrote beyond a
@@ -383,7 +393,7 @@ def decode(
     model = nnx.merge(graphdef, params)
     slots_11S = jnp.arange(num_slots(cache))[None, None, :]
     positions_BT1 = positions_BT[:, :, None]
-    attend = attention.where(
-        slots_11S <= positions_BT1, positions_BT1 - slots_11S, model.rule
+    attend = attention.masked(
+        slots_11S <= positions_BT1, positions_BT1 - slots_11S, model.score_options
     )
     return model(tokens_BT, positions_BT, attend, cache)[:2]

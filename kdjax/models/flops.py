@@ -1,82 +1,19 @@
-"""Floating-point work of a model, and the rate of the device that does it.
+"""Number of parameters and floating-point operations of a model, and MFU.
 
 Only matrix products are counted, a multiply-add as two operations; norms, rotary
 positions, softmax and the optimizer are left out, as is usual for model FLOPs
 utilisation (MFU). Recomputation (remat) is not useful work and is not counted.
 """
 
-import time
-from dataclasses import dataclass
-
-import jax
-import jax.numpy as jnp
-
 from kdjax.config import DecoderConfig, T5Config
-
-# Dense peak, FLOP/s of one jax device, from the makers' data sheets (no sparsity).
-# Keys are looked for in `device.device_kind`, lower case, first hit. TPU v4 and v5p
-# chips are one device each. float32 is the rate of XLA's default float32 matmul
-# (TF32 on NVIDIA GPUs, one bfloat16 pass on TPU).
-_PEAK_FLOPS = {
-    "tpu v6": {"bfloat16": 918e12, "float32": 918e12},
-    "tpu v5p": {"bfloat16": 459e12, "float32": 459e12},
-    "tpu v5 lite": {"bfloat16": 197e12, "float32": 197e12},
-    "tpu v5e": {"bfloat16": 197e12, "float32": 197e12},
-    "tpu v5": {"bfloat16": 459e12, "float32": 459e12},
-    "tpu v4 lite": {"bfloat16": 138e12, "float32": 138e12},
-    "tpu v4": {"bfloat16": 275e12, "float32": 275e12},
-    "b200": {"bfloat16": 2250e12, "float32": 1125e12},
-    "h200": {"bfloat16": 989e12, "float32": 494e12},
-    "h100 pcie": {"bfloat16": 756e12, "float32": 378e12},
-    "h100": {"bfloat16": 989e12, "float32": 494e12},
-    "a100": {"bfloat16": 312e12, "float32": 156e12},
-    "l40s": {"bfloat16": 362e12, "float32": 183e12},
-    "l40": {"bfloat16": 181e12, "float32": 90e12},
-    "l4": {"bfloat16": 121e12, "float32": 60e12},
-    "v100": {"float32": 15.7e12},
-    "t4": {"float32": 8.1e12},
-}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Chip:
-    """What bounds a step on one TPU chip."""
-
-    peak: float  # bfloat16 FLOP/s
-    hbm_bytes: float  # of main memory that a program gets
-    hbm_rate: float  # bytes/s between it and the core
-    ici_rate: float  # bytes/s sent over all links to neighbours together
-
-
-# Source: the pages "TPU v4", "TPU v5e", "TPU v5p" and "TPU v6e" of
-# cloud.google.com/tpu/docs, "Key chip specifications"; "Interchip Interconnect BW" of
-# 2400, 1600, 4800 and 3584 Gbps, one way, over 8. Of a capacity of 32, 16, 95 and 32 GB
-# the compiler of libtpu 0.0.42 grants programs the bytes below.
-_CHIPS = {
-    "v4": Chip(peak=275e12, hbm_bytes=30.75 * 2**30, hbm_rate=1228e9, ici_rate=300e9),
-    "v5e": Chip(peak=197e12, hbm_bytes=15.75 * 2**30, hbm_rate=819e9, ici_rate=200e9),
-    "v5p": Chip(peak=459e12, hbm_bytes=95.74 * 2**30, hbm_rate=2765e9, ici_rate=600e9),
-    "v6e": Chip(peak=918e12, hbm_bytes=31.25 * 2**30, hbm_rate=1640e9, ici_rate=448e9),
-}
-
-
-def chip(name: str) -> Chip:
-    """A TPU generation, by the name that its topologies begin with.
-
-    Raises:
-      ValueError: it is not in the table.
-    """
-    if name not in _CHIPS:
-        raise ValueError(f"chip {name!r} is unknown: use one of {list(_CHIPS)}")
-    return _CHIPS[name]
 
 
 def matmul_params(config: DecoderConfig | T5Config) -> int:
-    """Number of weights that multiply every token: all but norms and the look-up.
+    """Count the weights that multiply every token: all but norms and the look-up.
 
     L (2 D H Dh + 2 D Hkv Dh + 3 D F) + V D: query and output, key and value, the
     three products of the gated MLP, and the head (tied or not, it is multiplied once).
-    T5: both of its stacks, of whose tokens each has its own number.
+    T5: of both stacks, whose numbers of tokens differ.
     """
     head = config.vocab_size * config.width
     if isinstance(config, T5Config):
@@ -92,10 +29,11 @@ def matmul_params(config: DecoderConfig | T5Config) -> int:
 
 
 def _t5_layers(config: T5Config) -> tuple[int, int, int]:
-    """Weights of a layer: the encoder's, the decoder's, its keys and values of memory.
+    """Count the weights of encoder layer, decoder layer, and cross keys and values.
 
-    4 D H Dh + m D F, m = 3 with a gate, else 2; 2 D H Dh more for queries and output of
-    the attention to the encoder's result, whose keys and values are of its tokens.
+    4 D H Dh + m D F, m = 3 with a gate, else 2. A decoder layer has 2 D H Dh more for
+    queries and output of its cross-attention; keys and values multiply the encoder's
+    tokens and are counted apart.
     """
     attention = 2 * config.width * config.num_heads * config.head_dim
     mlp = (3 if config.gated else 2) * config.width * config.mlp_width
@@ -103,12 +41,12 @@ def _t5_layers(config: T5Config) -> tuple[int, int, int]:
 
 
 def params_count(config: DecoderConfig | T5Config) -> int:
-    """Number of parameters: matmul weights, norm scales, biases, the look-up.
+    """Count all parameters: matmul weights, norm scales, biases, the look-up.
 
     A layer has 2 D scales, 4 D with post norms and 2 Dh more with those of queries and
     keys; one norm of D is last. A tied look-up is the head, which is counted already.
-    T5: 2 D scales an encoder's layer, 3 D a decoder's, and H biases of N buckets and a
-    last norm in both stacks.
+    T5: 2 D scales per encoder layer, 3 D per decoder layer, and per stack N buckets of
+    H biases and a last norm.
     """
     lookup = 0 if config.tie_embeddings else config.vocab_size * config.width
     width, head_dim = config.width, config.head_dim
@@ -135,22 +73,22 @@ def forward_flops(
     num_encoder_tokens: int = 0,
     encoder_row_length: int = 0,
 ) -> int:
-    """FLOPs of one forward pass over rows of `row_length` tokens.
+    """Compute the FLOPs of one forward pass over rows of `row_length` tokens.
 
     2 (P - V D) num_tokens + 2 V D num_head_tokens + 4 L H Dh row_length num_tokens:
     P matmul weights; scores and weighted values each cost 2 H Dh per pair of
     positions. All row_length^2 pairs are counted: a causal or packed mask, or a
-    window, does not spare a dense attention its products. T5 adds the same of its
+    window, saves a dense attention no products. T5 adds the same of its
     encoder, and the decoder's attention to encoder_row_length positions.
 
     Args:
-        config: the model.
-        num_tokens: positions in the batch, padding included; with an encoder, the
-            decoder's.
-        row_length: positions of one row.
-        num_head_tokens: positions that the head is applied to.
-        num_encoder_tokens: positions of the encoder.
-        encoder_row_length: positions of one of its rows.
+      config: the model.
+      num_tokens: positions in the batch, padding included; with an encoder, the
+        decoder's.
+      row_length: positions of one row.
+      num_head_tokens: positions that the head is applied to.
+      num_encoder_tokens: positions of the encoder.
+      encoder_row_length: positions of one of its rows.
     """
     head = 2 * config.vocab_size * config.width * num_head_tokens
     pair = 4 * config.num_heads * config.head_dim  # of positions, in one layer
@@ -176,57 +114,23 @@ def train_flops(
     trains_head: bool = True,
     **sizes: int,
 ) -> int:
-    """FLOPs of a training step: three times the forward pass.
+    """Compute the FLOPs of a training step: three times the forward pass.
 
     Each product of the forward pass has two in the backward pass, one for the
     gradient of each operand. That of a weight that is not trained is never computed.
 
     Args:
-        config: the model.
-        num_frozen: weights that multiply every token and are not trained, the head
-            aside; of those that multiply the encoder's tokens the next.
-        num_frozen_encoder: see there.
-        trains_head: whether the output weight is trained.
-        **sizes: as in `forward_flops`.
+      config: the model.
+      num_frozen: weights that multiply every (decoder) token and are not trained,
+        without the head.
+      num_frozen_encoder: the same of the encoder's tokens.
+      trains_head: whether the output weight is trained.
+      **sizes: as in `forward_flops`.
     """
     head = 0 if trains_head else config.vocab_size * config.width
-    spared = num_frozen * sizes["num_tokens"] + head * sizes["num_head_tokens"]
-    spared += num_frozen_encoder * sizes.get("num_encoder_tokens", 0)
-    return 3 * forward_flops(config, **sizes) - 2 * spared
-
-
-def peak_flops(device: jax.Device, dtype: str = "bfloat16") -> float | None:
-    """Peak FLOP/s of one device: the data sheet's, or measured on a CPU.
-
-    Args:
-        device: of `jax.devices()`.
-        dtype: of the operands, "float32" or "bfloat16".
-
-    Returns:
-        FLOP/s, or None for a device or dtype that is not in the table. On a CPU the
-        float32 rate of all cores over the number of its (virtual) devices.
-    """
-    if device.platform == "cpu":
-        return measured_cpu_flops() / jax.local_device_count("cpu")
-    kind = device.device_kind.lower()
-    for name, peaks in _PEAK_FLOPS.items():
-        if name in kind:
-            return peaks.get(dtype)
-    return None
-
-
-def measured_cpu_flops(*, size: int = 2048, num_trials: int = 3) -> float:
-    """Best FLOP/s of a float32 matrix product on the CPU, over `num_trials`."""
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        matrix = jnp.ones((size, size), jnp.float32)
-        product = jax.jit(jnp.matmul).lower(matrix, matrix).compile()
-        product(matrix, matrix).block_until_ready()
-        seconds = []
-        for _ in range(num_trials):
-            start = time.perf_counter()
-            product(matrix, matrix).block_until_ready()
-            seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / min(seconds)
+    skipped = num_frozen * sizes["num_tokens"] + head * sizes["num_head_tokens"]
+    skipped += num_frozen_encoder * sizes.get("num_encoder_tokens", 0)
+    return 3 * forward_flops(config, **sizes) - 2 * skipped
 
 
 def mfu(
@@ -236,7 +140,7 @@ def mfu(
     num_devices: int,
     peak: float | None,
 ) -> float | None:
-    """Model FLOPs utilisation: useful FLOP/s over the peak of all devices.
+    """Compute the model FLOPs utilisation: useful FLOP/s over the peak of all devices.
 
     flops_per_step / (seconds_per_step num_devices peak); None without a peak.
 

@@ -46,11 +46,11 @@ def make_generate(
       top_k: sample among the k most probable tokens; 0 = all.
       top_p: sample among the fewest most probable tokens whose probabilities (at the
         sampling temperature) sum to at least p; 1 = all.
-      num_shared: of `Shared`.
+      num_shared: of `SharedPrefix`.
 
     Returns:
       Jitted `generate(params, prompts_BP, lengths_B, key, temperature, *shared) ->
-      tokens_BN`, int32; shared are the arrays of `Shared` where num_shared is not 0.
+      tokens_BN`, int32; shared: `SharedPrefix.arrays` where num_shared is not 0.
       Prompts are right padded (with any id); a row of length 0 stays empty: all
       `pad_id`. Temperature 0 takes the most probable token; the end token is included.
       `key` may be an array of B keys: a row's draws then hang on its own key alone.
@@ -71,7 +71,7 @@ def make_generate(
         )
         temperature = jnp.asarray(temperature, jnp.float32)
         num_rows = prompts_BP.shape[0]
-        hidden_BD, first_B, cache = lm.start(
+        hidden_BD, first_B, cache = lm.prefill(
             config,
             graphdef,
             params,
@@ -222,9 +222,9 @@ def generate_texts(
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         longest = len(prompts[chosen[-1]])
-        width = prompt_shape(longest, lm.room(config, max_new_tokens))
+        width = prompt_shape(longest, lm.max_prompt_length(config, max_new_tokens))
         rows = [prompts[i] for i in chosen]
-        shared = find_shared(config, rows, batch_size, width)
+        shared = find_shared_prefix(config, rows, batch_size, width)
         if (kind := (width, *shared.kind)) not in compiled:
             compiled[kind] = make_generate(
                 config,
@@ -269,7 +269,7 @@ def padded(
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Shared:
+class SharedPrefix:
     """Groups of prompts that begin alike: what they share is read once a group."""
 
     num_tokens: int = 0  # that the prompts of a group share; 0 = nothing is
@@ -281,9 +281,9 @@ class Shared:
         return self.num_tokens, *(len(array) for array in self.arrays[:1])
 
 
-def find_shared(
+def find_shared_prefix(
     config: lm.Shape, prompts: Sequence[Sequence[int]], num_rows: int, width: int
-) -> Shared:
+) -> SharedPrefix:
     """The groups that leave the fewest pieces of prompts to be read.
 
     Args:
@@ -292,9 +292,9 @@ def find_shared(
       num_rows: of the batch.
       width: to which prompts are padded.
     """
-    piece = lm.piece_size(config, width)
+    piece = lm.prefill_chunk_size(config, width)
     num_pieces = -(-width // piece)
-    best, fewest = Shared(), num_pieces * num_rows
+    best, fewest = SharedPrefix(), num_pieces * num_rows
     shortest = min((len(prompt) for prompt in prompts if prompt), default=0)
     # The last token of a prompt is its own: what follows it is wanted.
     for shared in range(1, (shortest - 1) // piece + 1):
@@ -310,7 +310,7 @@ def find_shared(
         read = shared * len(leaders) + (num_pieces - shared) * num_rows
         if read < fewest:
             rows = np.array([*leaders.values()], np.int32)
-            best = Shared(num_tokens=shared * piece, arrays=(rows, groups))
+            best = SharedPrefix(num_tokens=shared * piece, arrays=(rows, groups))
             fewest = read
     return best
 
@@ -340,7 +340,7 @@ def check(
         raise ValueError(
             f"max_prompt={max_prompt}, max_new_tokens={max_new_tokens}: use at least 1"
         )
-    if (limit := lm.room(config, max_new_tokens)) < max_prompt:
+    if (limit := lm.max_prompt_length(config, max_new_tokens)) < max_prompt:
         raise ValueError(
             f"max_prompt={max_prompt} + max_new_tokens={max_new_tokens} exceeds the "
             f"model's max_length={limit + max_new_tokens}: shorten one of them"

@@ -1,10 +1,11 @@
-"""A language model of either kind, as the steps and verbs call it.
+"""One interface to decoder-only and encoder-decoder language models.
 
 Decoder-only models read prompt and target in one row; those with an encoder (T5) read
 the prompt there. What differs between them is here and in how rows are laid out:
 batches of the second kind have `encoder_tokens` and `encoder_segments`.
 
-Shapes: B rows, P prompt time (right padded), T time, D width, V vocabulary.
+Shapes: B rows, G groups, P prompt time (right padded), C time of a chunk, T time,
+D width, V vocabulary.
 """
 
 import dataclasses
@@ -19,13 +20,12 @@ from jaxtyping import Array, Float, Int
 
 from kdjax.config import DecoderConfig, LoraConfig, T5Config
 from kdjax.losses.options import LogitRule
-from kdjax.models import attention, decoder, t5
-from kdjax.models import shape_checks as decoder_shape
+from kdjax.models import attention, decoder, decoder_shape, t5
 
 Shape = DecoderConfig | T5Config
 Params = dict  # nested: name -> dict or array
 
-_PIECE, _MOST_PIECES = 256, 8  # fewest tokens of a prompt's pieces, and most pieces
+_MIN_CHUNK, _MAX_CHUNKS = 256, 8  # tokens per prefill chunk; chunks per prompt
 
 
 def create(
@@ -56,14 +56,14 @@ def create(
 
 
 def init_params(shape: Shape, key: Array) -> Params:
-    """Random float32 parameters, pure."""
+    """Draw random float32 parameters; a pure function."""
     if isinstance(shape, T5Config):
         return t5.init_params(shape, key)
     return decoder.init_params(shape, key)
 
 
 def stacks(shape: Shape) -> dict[str, int]:
-    """Path of each stack of layers among the parameters, and how many it has."""
+    """Return path -> number of layers for each stack among the parameters."""
     if not isinstance(shape, T5Config):
         return {"layers": shape.num_layers}
     return {
@@ -73,20 +73,20 @@ def stacks(shape: Shape) -> dict[str, int]:
 
 
 def reads_encoder(path: str) -> bool:
-    """Whether a T5's kernel multiplies the encoder's tokens, not the decoder's."""
+    """Return whether a T5 kernel multiplies the encoder's tokens, not the decoder's."""
     cross = ("decoder/layers/cross/key", "decoder/layers/cross/value")
     return path.startswith(("encoder/", *cross))
 
 
-def kept_layers(shape: Shape, layers: Mapping[str, Sequence[int]]) -> Shape:
-    """The shape of a model made of some layers of another.
+def select_layers(shape: Shape, layers: Mapping[str, Sequence[int]]) -> Shape:
+    """Return the shape of a model made of some layers of another.
 
     Args:
       shape: the other's.
       layers: path of a stack -> its layers, in this order.
     """
     if not isinstance(shape, T5Config):
-        return decoder_shape.kept_layers(shape, layers["layers"])
+        return decoder_shape.select_layers(shape, layers["layers"])
     return dataclasses.replace(
         shape,
         num_encoder_layers=len(layers["encoder/layers"]),
@@ -95,14 +95,14 @@ def kept_layers(shape: Shape, layers: Mapping[str, Sequence[int]]) -> Shape:
 
 
 def dropout(shape: Shape) -> float:
-    """The rate in training; decoder-only models have none."""
+    """Return the dropout rate in training; decoder-only models have none."""
     return shape.dropout if isinstance(shape, T5Config) else 0.0
 
 
 def hidden_states(
     graphdef: nnx.GraphDef, params: Params, rows: dict[str, Any]
 ) -> Float[Array, "B T D"]:
-    """Hidden states after the final norm, in the compute dtype, for packed rows.
+    """Compute hidden states after the final norm for packed rows, in the compute dtype.
 
     Args:
       graphdef: from `create`.
@@ -125,12 +125,12 @@ def hidden_states(
 
 
 def head_weight(params: Params) -> Float[Array, "V D"]:
-    """The output weight: the embedding if tied, else the head's own."""
+    """Return the output weight: the embedding if tied, else the head's own."""
     return decoder.head_weight(params)
 
 
 def logit_rule(graphdef: nnx.GraphDef, params: Params) -> LogitRule:
-    """How a model makes its logits: what every call of a head is given.
+    """Return how a model makes its logits, an argument of every fused-head call.
 
     Args:
       graphdef: the model's structure.
@@ -142,25 +142,25 @@ def logit_rule(graphdef: nnx.GraphDef, params: Params) -> LogitRule:
 def logits(
     graphdef: nnx.GraphDef, params: Params, hidden: Float[Array, "... D"]
 ) -> Float[Array, "... V"]:
-    """All logits in float32: for generation and tests; training uses the fused head."""
+    """Compute all logits in float32, for generation; training uses the fused head."""
     return decoder.logits(params, hidden, rule=logit_rule(graphdef, params))
 
 
-def room(shape: Shape, max_new_tokens: int) -> int:
-    """The longest prompt that leaves room for so many new tokens."""
+def max_prompt_length(shape: Shape, max_new_tokens: int) -> int:
+    """Return the longest prompt, in tokens, that `max_new_tokens` still fit after."""
     if isinstance(shape, T5Config):
         return sys.maxsize  # positions are relative, and prompts have rows of their own
     return shape.max_length - max_new_tokens
 
 
-def piece_size(shape: Shape, max_prompt: int) -> int:
-    """Tokens that `start` reads at once: of long prompts an eighth, all by encoders."""
+def prefill_chunk_size(shape: Shape, max_prompt: int) -> int:
+    """Return the tokens per prefill chunk: an eighth of a long prompt, all in T5."""
     if isinstance(shape, T5Config):
         return max_prompt
-    return max(_PIECE, -(-max_prompt // _MOST_PIECES))
+    return max(_MIN_CHUNK, -(-max_prompt // _MAX_CHUNKS))
 
 
-def start(
+def prefill(
     shape: Shape,
     graphdef: nnx.GraphDef,
     params: Params,
@@ -171,7 +171,7 @@ def start(
     num_shared: int = 0,
     groups: Sequence[Int[Array, "_"]] = (),
 ) -> tuple[Float[Array, "B D"], Int[Array, "B"], dict]:
-    """Read prompts.
+    """Run the model over prompts, chunk by chunk, and fill its key/value cache.
 
     Args:
       shape: of the model.
@@ -180,10 +180,10 @@ def start(
       prompts_BP: right padded.
       lengths_B: 0 where there is no prompt.
       max_new_tokens: that `decode` will read.
-      num_shared: whole pieces of tokens that the prompts of a group begin with, fewer
-        than any prompt has; they are read once a group (not by an encoder, which sees
-        what comes after them too).
-      groups: where num_shared is not 0, a row of each group [G] and the group of each
+      num_shared: length in tokens, a multiple of the chunk size and less than any
+        prompt's, of the prefix that the prompts of a group share; it is read once per
+        group (not in T5, whose encoder also sees what follows).
+      groups: if num_shared is not 0, one row of each group [G] and the group of each
         row [B].
 
     Returns:
@@ -195,7 +195,7 @@ def start(
     if isinstance(shape, T5Config):
         segments_BP = (time_P[None, :] < lengths_B[:, None]).astype(jnp.int32)
         prompts = t5.Rows(prompts_BP, segments_BP)
-        cache = t5.start(
+        cache = t5.prefill(
             shape, graphdef, params, prompts, max_length=max_new_tokens + 1
         )
         first_B1 = jnp.full((num_rows, 1), shape.start_id, jnp.int32)
@@ -206,12 +206,12 @@ def start(
     dtype = nnx.merge(graphdef, params).dtype
     last_B = jnp.maximum(lengths_B - 1, 0)
     hidden_BD = jnp.zeros((num_rows, shape.width), dtype)
-    # Piece by piece: none has scores for what comes after it, nor whole rows of them.
-    piece = piece_size(shape, max_prompt)
+    # By chunks: no scores of later tokens are computed, nor held for whole rows.
+    chunk = prefill_chunk_size(shape, max_prompt)
     read_GP = prompts_BP[groups[0]] if num_shared else prompts_BP
     cache = decoder.init_cache(shape, read_GP.shape[0], 0, dtype)
-    for begin in range(0, max_prompt, piece):
-        stop = min(begin + piece, max_prompt)
+    for begin in range(0, max_prompt, chunk):
+        stop = min(begin + chunk, max_prompt)
         if begin and begin == num_shared:
             read_GP, cache = prompts_BP, decoder.pick_rows(cache, groups[1])
         hidden_BCD, cache = decoder.decode(
@@ -221,11 +221,11 @@ def start(
             jnp.broadcast_to(time_P[begin:stop], (read_GP.shape[0], stop - begin)),
             decoder.extend_cache(cache, stop),
         )
-        if stop <= num_shared:  # nobody's last token
+        if stop <= num_shared:  # no prompt ends here
             continue
-        place_B = jnp.clip(last_B - begin, 0, stop - begin - 1)[:, None, None]
-        found_BD = jnp.take_along_axis(hidden_BCD, place_B, axis=1)[:, 0]
-        hidden_BD = jnp.where((last_B >= begin)[:, None], found_BD, hidden_BD)
+        column_B11 = jnp.clip(last_B - begin, 0, stop - begin - 1)[:, None, None]
+        last_BD = jnp.take_along_axis(hidden_BCD, column_B11, axis=1)[:, 0]
+        hidden_BD = jnp.where((last_B >= begin)[:, None], last_BD, hidden_BD)
     cache = decoder.extend_cache(cache, max_prompt + max_new_tokens)
     return hidden_BD, lengths_B, cache
 
@@ -237,7 +237,7 @@ def decode(
     position_B: Int[Array, "B"],
     cache: dict,
 ) -> tuple[Float[Array, "B D"], dict]:
-    """Hidden states of one more token of each row, and the cache with it."""
+    """Compute hidden states of one more token per row, and the extended cache."""
     model = t5 if "encoded" in cache else decoder
     hidden_B1D, cache = model.decode(
         graphdef, params, token_B[:, None], position_B[:, None], cache

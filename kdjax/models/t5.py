@@ -35,8 +35,8 @@ from jaxtyping import Array, Float, Int
 from kdjax.config import DTYPES, REMATS, LoraConfig, T5Config
 from kdjax.losses.options import LogitRule
 from kdjax.models import lora
+from kdjax.models.decoder_shape import check_choice
 from kdjax.models.layers import Embedding, Head
-from kdjax.models.shape_checks import one_of
 from kdjax.models.t5_layers import Memory, Reads, Stack, attending, split_keys
 
 Params = dict  # nested: name -> dict or array
@@ -114,9 +114,9 @@ def create(
     Raises:
       ValueError: a config that describes no model, or adapters of no layer.
     """
-    check(config)
-    one_of("dtype", dtype, DTYPES)
-    one_of("remat", remat, REMATS)
+    check_shape(config)
+    check_choice("dtype", dtype, DTYPES)
+    check_choice("remat", remat, REMATS)
 
     def make() -> T5:
         rngs = nnx.Rngs(params=0)
@@ -138,7 +138,7 @@ def init_params(config: T5Config, key: Array) -> Params:
 
     Source: transformers, `T5PreTrainedModel._init_weights`, after Mesh TensorFlow.
     """
-    check(config)
+    check_shape(config)
     model = T5(config, dtype="float32", remat="none", rngs=nnx.Rngs(params=key))
     params = nnx.to_pure_dict(nnx.state(model))
     return jax.tree.map(lambda leaf: config.init_factor * leaf, params)
@@ -202,7 +202,7 @@ def init_cache(
     return {name: jnp.zeros(shape, dtype) for name in ("key", "value")}
 
 
-def start(
+def prefill(
     config: T5Config,
     graphdef: nnx.GraphDef,
     params: Params,
@@ -270,7 +270,7 @@ def _distances(length: int) -> Int[Array, "1 T T"]:
     return (column[None, :] - column[:, None])[None]
 
 
-def check(config: T5Config) -> None:
+def check_shape(config: T5Config) -> None:
     """Raise ValueError, naming a field, for a config that describes no model."""
     layers = ("num_encoder_layers", "num_decoder_layers")
     for name in ("vocab_size", "width", *layers, "num_heads", "head_dim", "mlp_width"):

@@ -18,7 +18,7 @@ from kdjax.config import T5Config
 from kdjax.models import attention
 from kdjax.models.layers import Linear, RMSNorm, normal, recomputing, scan_layers
 
-_UNSCALED = attention.Rule(scalar=1.0)
+_UNSCALED = attention.ScoreOptions(scalar=1.0)
 Memory = dict[str, Array]  # "key", "value": [B, S, H, K], what a layer attends to
 
 
@@ -280,7 +280,7 @@ def attending(
     return functools.partial(
         attention.attend,
         mask_B1TS=mask_BTS[:, None],
-        rule=_UNSCALED,
+        options=_UNSCALED,
         bias_BHTS=bias_BHTS,
     )
 

@@ -22,6 +22,7 @@ from kdjax.losses import fused_head
 from kdjax.models import flops, hf
 from kdjax.models.lm import Shape
 from kdjax.parallel import distributed, sharding
+from kdjax.runtime import chips
 from kdjax.runtime.console import progress
 from kdjax.teacher import cache as cache_lib
 from kdjax.teacher import label
@@ -272,7 +273,7 @@ def _print_speed(config: Config, split: str, totals: dict[str, float], shape: Sh
         num_encoder_tokens=num_tokens * length // rows["row_length"],
         encoder_row_length=length,
     )
-    peak = flops.peak_flops(jax.devices()[0])
+    peak = chips.peak_flops(jax.devices()[0])
     share = flops.mfu(
         computed,
         seconds_per_step=totals["seconds"],

@@ -20,7 +20,7 @@ from kdjax.experiment import methods, provenance
 from kdjax.experiment.rows import flops_kwargs
 from kdjax.models import flops
 from kdjax.models.lm import Shape
-from kdjax.runtime import files
+from kdjax.runtime import chips, files
 from kdjax.runtime.console import print_table
 from kdjax.runtime.metrics_writer import MetricsWriter
 from kdjax.training import trainable
@@ -57,7 +57,7 @@ class Meter:
         self._soft_name = "kl" if divergence == "forward_kl" else divergence
         sizes = flops_kwargs(shape, config.train) | dict(untrained)
         self._flops = flops.train_flops(shape, **sizes)
-        self._peak = flops.peak_flops(jax.devices()[0], config.train.dtype)
+        self._peak = chips.peak_flops(jax.devices()[0], config.train.dtype)
         self._waited = 0.0  # seconds for data since the last line
         self._tokens = self._targets = self._steps = self._skipped = 0
         self._since: float | None = None  # the first step compiles: not timed

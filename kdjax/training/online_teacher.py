@@ -35,22 +35,22 @@ class Matching(NamedTuple):
     attention: bool
 
     @property
-    def teacher_watch(self) -> decoder.Watch:
+    def teacher_capture(self) -> decoder.Capture:
         """The teacher's layers, each once."""
-        return decoder.Watch(tuple(sorted(set(self.teacher_layers))), self.attention)
+        return decoder.Capture(tuple(sorted(set(self.teacher_layers))), self.attention)
 
-    def of_teacher(self, watched: decoder.Watched) -> decoder.Watched:
+    def of_teacher(self, captured: decoder.CapturedOutputs) -> decoder.CapturedOutputs:
         """The teacher's outputs, one for each layer of the student."""
-        layers = self.teacher_watch.layers
+        layers = self.teacher_capture.layers
         places = jnp.asarray([layers.index(x) for x in self.teacher_layers])
-        return jax.tree.map(lambda x: x[places], watched)
+        return jax.tree.map(lambda x: x[places], captured)
 
 
 class FromTeacher(NamedTuple):
     """What the teacher says of a microbatch."""
 
     rows: fused_head.Teacher | fused_head.LiveTeacher | None
-    watched: decoder.Watched | None = None
+    captured: decoder.CapturedOutputs | None = None
 
 
 def compared(
@@ -97,29 +97,29 @@ def ask(
       temperature: of the soft term.
       chunk_size: tokens of a chunk of the head.
     """
-    watched = None
+    captured = None
     if matching is None:
         # A teacher in its own right has no dropout.
         read = {name: x for name, x in rows.items() if name != "dropout_keys"}
         hidden_BTE = lm.hidden_states(teacher.graphdef, params, read)
     else:
-        hidden_BTE, watched = decoder.watched_states(
+        hidden_BTE, captured = decoder.captured_states(
             teacher.graphdef,
             params,
             rows["tokens"],
             rows["positions"],
             rows["segments"],
-            watch=matching.teacher_watch,
+            capture=matching.teacher_capture,
         )
-        watched = watched and matching.of_teacher(watched)
+        captured = captured and matching.of_teacher(captured)
     if not teacher.soft:
-        return FromTeacher(None, watched)
+        return FromTeacher(None, captured)
     hidden_NE = hidden_BTE.reshape(-1, hidden_BTE.shape[-1])
     weight_VE = lm.head_weight(params)
     if teacher.num_pairs is None:
         missing = num_rows - weight_VE.shape[0]
         weight_VE = jnp.pad(weight_VE, ((0, missing), (0, 0)))
-        return FromTeacher(fused_head.LiveTeacher(hidden_NE, weight_VE), watched)
+        return FromTeacher(fused_head.LiveTeacher(hidden_NE, weight_VE), captured)
     found = fused_head.sharded_label(
         mesh,
         hidden_NE,
@@ -138,4 +138,4 @@ def ask(
         log_probs_NK=found["log_probs_NK"],
         log_z_N=found["log_z_NS"][:, 0],
     )
-    return FromTeacher(pairs, watched)
+    return FromTeacher(pairs, captured)

@@ -108,15 +108,15 @@ def make_train_step(
     ) -> tuple[jax.Array, Any]:
         params, projection_nDE = state.split(trainable.merged(kept, trained))
         if matching is None:
-            hidden_BTD, watched = lm.hidden_states(graphdef, params, rows), None
+            hidden_BTD, captured = lm.hidden_states(graphdef, params, rows), None
         else:
-            hidden_BTD, watched = decoder.watched_states(
+            hidden_BTD, captured = decoder.captured_states(
                 graphdef,
                 params,
                 rows["tokens"],
                 rows["positions"],
                 rows["segments"],
-                watch=decoder.Watch(matching.student_layers, matching.attention),
+                capture=decoder.Capture(matching.student_layers, matching.attention),
             )
         num_rows, length, width = hidden_BTD.shape
         total, tokens = fused_head.sharded_fused_loss(
@@ -134,7 +134,7 @@ def make_train_step(
         )
         if matching is not None:
             compared = online_teacher.compared(
-                matching, watched, said.watched, projection_nDE
+                matching, captured, said.captured, projection_nDE
             )
             for name, each_BT in compared.items():
                 weights_BT = rows[f"{name}_weights"]

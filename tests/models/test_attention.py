@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from kdjax.config import DecoderConfig, MeshConfig
 from kdjax.experiment.models import make_model
 from kdjax.models import attention, decoder
-from kdjax.models.attention import Kernel, Rule
+from kdjax.models.attention import Kernel, ScoreOptions
 from kdjax.parallel import sharding
 
 SHAPE = DecoderConfig(
@@ -76,8 +76,10 @@ def test_splash_is_attend_on_packed_rows(shape, length):
         for key, h in zip(keys, heads, strict=True)
     ]
     segments_BT = packed(4, length)
-    kernel = attention.choose(SHAPE, mesh_of(*shape), dtype="float32", name="splash")
-    assert attention.used(kernel, length) == "splash" and kernel.interpret
+    kernel = attention.select_kernel(
+        SHAPE, mesh_of(*shape), dtype="float32", name="splash"
+    )
+    assert attention.kernel_name(kernel, length) == "splash" and kernel.interpret
     splash = attention.within_segments(kernel, segments_BT)
     plain = attention.within_segments(attention.XLA, segments_BT)
     actual = values_and_grads(splash, *arrays)
@@ -89,13 +91,13 @@ def test_splash_is_attend_on_packed_rows(shape, length):
 @pytest.mark.parametrize(
     ("name", "rule", "window"),
     [
-        ("splash", Rule(windows=(100,), softcap=2.0, scalar=20), None),
-        ("splash", Rule(windows=(0, 100), softcap=2.0), 100),
-        ("splash", Rule(windows=(0, 100)), 0),
-        ("splash", Rule(windows=(60, 100)), 60),
-        ("cudnn", Rule(windows=(100,), scalar=20), None),
-        ("cudnn", Rule(windows=(0, 100)), 100),
-        ("cudnn", Rule(windows=(0, 100)), 0),
+        ("splash", ScoreOptions(windows=(100,), softcap=2.0, scalar=20), None),
+        ("splash", ScoreOptions(windows=(0, 100), softcap=2.0), 100),
+        ("splash", ScoreOptions(windows=(0, 100)), 0),
+        ("splash", ScoreOptions(windows=(60, 100)), 60),
+        ("cudnn", ScoreOptions(windows=(100,), scalar=20), None),
+        ("cudnn", ScoreOptions(windows=(0, 100)), 100),
+        ("cudnn", ScoreOptions(windows=(0, 100)), 0),
     ],
 )
 def test_windows_caps_and_scales_are_those_of_attend(name, rule, window, monkeypatch):
@@ -175,9 +177,9 @@ def test_a_model_on_a_mesh_learns_alike(remat, windows):
 
 def test_rows_that_do_not_fill_blocks_take_xla():
     kernel = Kernel(name="splash", mesh=mesh_of(1, 1, 1), interpret=True)
-    assert attention.used(kernel, 128) == "splash"
-    assert attention.used(kernel, 200) == "xla"
-    assert attention.used(Kernel(name="cudnn"), 129) == "xla"
+    assert attention.kernel_name(kernel, 128) == "splash"
+    assert attention.kernel_name(kernel, 200) == "xla"
+    assert attention.kernel_name(Kernel(name="cudnn"), 129) == "xla"
     arrays = [jax.random.normal(jax.random.key(n), (1, 200, 2, 64)) for n in range(3)]
     segments_BT = packed(1, 200)
     np.testing.assert_array_equal(
@@ -217,17 +219,17 @@ def test_auto_takes_what_devices_and_model_allow(platform, changes, name):
     )
     dtype = changes.pop("dtype", "bfloat16")
     shape = dataclasses.replace(SHAPE, **changes)
-    kernel = attention.choose(shape, mesh, dtype=dtype)
+    kernel = attention.select_kernel(shape, mesh, dtype=dtype)
     assert (kernel.name, kernel.interpret) == (name, False)
     if name == "xla" and platform != "cpu":
         insisted = {"tpu": "splash", "gpu": "cudnn"}[platform]
         with pytest.raises(ValueError, match=f"attention='{insisted}': .*use"):
-            attention.choose(shape, mesh, dtype=dtype, name=insisted)
+            attention.select_kernel(shape, mesh, dtype=dtype, name=insisted)
 
 
 def test_unknown_kernels_are_refused():
     with pytest.raises(ValueError, match="attention='flash' is unknown: use one of"):
-        attention.choose(SHAPE, mesh_of(1, 1, 1), dtype="float32", name="flash")
+        attention.select_kernel(SHAPE, mesh_of(1, 1, 1), dtype="float32", name="flash")
 
 
 def test_the_kernel_is_part_of_the_graph():

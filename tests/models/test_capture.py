@@ -14,9 +14,9 @@ def model():
     return graphdef, decoder.init_params(CONFIG, jax.random.key(0))
 
 
-def watched(graphdef, params, tokens, positions, segments, watch):
+def captured_states(graphdef, params, tokens, positions, segments, capture):
     call = jax.jit(
-        lambda *arrays: decoder.watched_states(graphdef, *arrays, watch=watch)
+        lambda *arrays: decoder.captured_states(graphdef, *arrays, capture=capture)
     )
     return jax.tree.map(np.asarray, call(params, tokens, positions, segments))
 
@@ -47,13 +47,13 @@ def test_layers_are_those_of_transformers(tmp_path):
             output_attentions=True,
         )
     layers = (2, 0)
-    _, found = watched(
+    _, found = captured_states(
         graphdef,
         hf.load_params(tmp_path, shape),
         tokens,
         positions_of(2, 9),
         np.ones_like(tokens),
-        decoder.Watch(layers, attention=True),
+        decoder.Capture(layers, attention=True),
     )
     for slot, layer in enumerate(layers):
         np.testing.assert_allclose(
@@ -68,34 +68,37 @@ def test_layers_are_those_of_transformers(tmp_path):
         )
 
 
-def test_watching_changes_nothing(model):
+def test_capturing_changes_nothing(model):
     tokens = tokens_of(2, 12)
     segments = np.array([[1] * 5 + [2] * 4 + [0] * 3] * 2, np.int32)
     positions = np.array([[*range(5), *range(4), *range(3)]] * 2, np.int32)
     plain = run(*model, tokens, positions, segments)
-    watch = decoder.Watch((1,), attention=True)
-    hidden, found = watched(*model, tokens, positions, segments, watch)
+    capture = decoder.Capture((1,), attention=True)
+    hidden, found = captured_states(*model, tokens, positions, segments, capture)
     np.testing.assert_array_equal(plain, hidden)
     assert found.states_nBTD.shape == (1, *hidden.shape)
     attention = found.attention_nBTT[0]
     np.testing.assert_allclose(attention.sum(-1), 1, rtol=1e-5)
     apart = (segments[:, :, None] != segments[:, None, :]) | ~np.tri(12, dtype=bool)
     assert (attention[apart] == 0).all()
-    assert watched(*model, tokens, positions, segments, decoder.Watch())[1] is None
+    assert (
+        captured_states(*model, tokens, positions, segments, decoder.Capture())[1]
+        is None
+    )
 
 
 @pytest.mark.parametrize("remat", ["dots", "full"])
-def test_gradients_pass_through_what_is_watched(model, remat):
+def test_gradients_pass_through_captured_outputs(model, remat):
     tokens, segments = tokens_of(1, 6), np.ones((1, 6), np.int32)
 
     def loss(params, graphdef):
-        _, found = decoder.watched_states(
+        _, found = decoder.captured_states(
             graphdef,
             params,
             tokens,
             positions_of(1, 6),
             segments,
-            watch=decoder.Watch((0, 1), attention=True),
+            capture=decoder.Capture((0, 1), attention=True),
         )
         return (found.states_nBTD**2).sum() + (found.attention_nBTT**2).sum()
 

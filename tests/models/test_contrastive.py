@@ -95,7 +95,7 @@ def test_equals_a_forward_pass_a_token(model, weight):
 
 def test_what_a_prompt_and_its_contrast_begin_with_is_read_once(model, monkeypatch):
     expected = texts(model, 0.5)
-    monkeypatch.setattr(lm, "_PIECE", 1)
+    monkeypatch.setattr(lm, "_MIN_CHUNK", 1)
     starts = [[n, 9, 9] for n in range(20, 24)]
     sides = [
         [start + side[:1] for start, side in zip(starts, sides, strict=True)]

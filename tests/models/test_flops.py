@@ -1,7 +1,6 @@
 """FLOP counts against hand counts and against the compiler's own."""
 
 import dataclasses
-import types
 
 import jax
 import jax.numpy as jnp
@@ -72,27 +71,6 @@ def test_forward_flops_by_hand():
     assert spared == 3 * expected - 2 * 7 * 32 - 10 * head
 
 
-@pytest.mark.parametrize(
-    ("kind", "peak"),
-    [
-        ("TPU v5 lite", 197e12),
-        ("TPU v5p", 459e12),
-        ("TPU v5", 459e12),
-        ("TPU v6 lite", 918e12),
-        ("TPU v4", 275e12),
-        ("NVIDIA H100 80GB HBM3", 989e12),
-        ("NVIDIA H100 PCIe", 756e12),
-        ("NVIDIA A100-SXM4-80GB", 312e12),
-        ("NVIDIA L40S", 362e12),
-        ("NVIDIA GeForce 123", None),
-    ],
-)
-def test_peak_of_named_devices(kind, peak):
-    device = types.SimpleNamespace(platform="gpu", device_kind=kind)
-    assert flops.peak_flops(device, "bfloat16") == peak
-
-
-def test_measured_cpu_rate_and_mfu():
-    assert 1e8 < flops.measured_cpu_flops(size=256) < 1e15
+def test_mfu_is_useful_over_peak():
     assert flops.mfu(2e12, seconds_per_step=2.0, num_devices=4, peak=1e12) == 0.25
     assert flops.mfu(1.0, seconds_per_step=1.0, num_devices=1, peak=None) is None

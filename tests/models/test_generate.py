@@ -75,15 +75,15 @@ def test_greedy_equals_decoding_without_a_cache(model, uncached):
     assert tokens_BN.tolist() == uncached
 
 
-@pytest.mark.parametrize("piece", [1, 2, 3, 7])
-def test_prompts_are_read_in_pieces(model, uncached, monkeypatch, piece):
-    monkeypatch.setattr(lm, "_PIECE", piece)
+@pytest.mark.parametrize("chunk_size", [1, 2, 3, 7])
+def test_prompts_are_read_in_chunks(model, uncached, monkeypatch, chunk_size):
+    monkeypatch.setattr(lm, "_MIN_CHUNK", chunk_size)
     tokens_BN = make(model)(model[1], *arrays_of(PROMPTS, 8), jax.random.key(0), 0.0)
     assert tokens_BN.tolist() == uncached
 
 
 def rows_read(monkeypatch) -> list[int]:
-    """Filled with the number of rows of every piece that is read."""
+    """Filled with the number of rows of every prefill chunk."""
     read, decode = [], decoder.decode
 
     def counted(graphdef, params, tokens_BT, *rest):
@@ -108,8 +108,8 @@ def rows_read(monkeypatch) -> list[int]:
 def test_what_prompts_begin_with_is_read_once_a_group(
     model, monkeypatch, starts, expected
 ):
-    """Rows of four prompts, and one without any; 16 tokens in pieces of two."""
-    monkeypatch.setattr(lm, "_PIECE", 2)
+    """Rows of four prompts, and one without any; 16 tokens in chunks of two."""
+    monkeypatch.setattr(lm, "_MIN_CHUNK", 2)
     read = rows_read(monkeypatch)
     long = [[*start, *prompt] for start, prompt in zip(starts, PROMPTS, strict=True)]
     fields = {"max_new_tokens": NEW, "eos_id": -1, "pad_id": PAD, "batch_size": 5}
@@ -123,11 +123,11 @@ def test_what_prompts_begin_with_is_read_once_a_group(
 
 
 def test_groups_share_what_saves_most_and_no_last_token(monkeypatch):
-    monkeypatch.setattr(lm, "_PIECE", 1)
+    monkeypatch.setattr(lm, "_MIN_CHUNK", 1)
 
     def found(*prompts, rows=0, width=8):
         rows = rows or len(prompts)
-        shared = generate.find_shared(CONFIG, prompts, rows, width)
+        shared = generate.find_shared_prefix(CONFIG, prompts, rows, width)
         return shared.num_tokens, *(array.tolist() for array in shared.arrays)
 
     one, two = [1, 2, 3, 4], [1, 2, 3, 5]

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from kdjax.config import MeshConfig, T5Config
 from kdjax.models import decoder, hf, lm, t5, t5_layers
-from kdjax.models.hf import t5_names
+from kdjax.models.hf import t5 as hf_t5
 from kdjax.models.t5 import Rows
 from kdjax.parallel import sharding
 
@@ -184,7 +184,7 @@ def test_greedy_tokens_equal_theirs(tmp_path, config):
         use_cache=False,  # theirs has the encoder's number of layers
     ).numpy()
     graphdef, _ = t5.create(config)
-    start = jax.jit(lambda *a: t5.start(config, graphdef, *a, max_length=20))
+    start = jax.jit(lambda *a: t5.prefill(config, graphdef, *a, max_length=20))
     cache = start(params, Rows(prompts, valid))
 
     @jax.jit
@@ -276,7 +276,7 @@ def test_decoding_with_a_cache_equals_one_pass(model):
     prompts.segments[1, 13:] = 0
     tokens, lengths = tokens_of(2, 30, seed=1), np.array([4, 6], np.int32)
     whole = run(graphdef, params, prompts, rows_of(tokens))
-    start = jax.jit(lambda *a: t5.start(V1_1, graphdef, *a, max_length=30))
+    start = jax.jit(lambda *a: t5.prefill(V1_1, graphdef, *a, max_length=30))
     decode = jax.jit(lambda *arrays: t5.decode(graphdef, *arrays))
     cache = start(params, prompts)
     first = np.where(np.arange(6)[None] < lengths[:, None], tokens[:, :6], 0)
@@ -446,7 +446,7 @@ def test_bfloat16_is_close_and_keeps_float32_gradients(model):
 
     for leaf in jax.tree.leaves(jax.jit(jax.grad(loss))(params)):
         assert leaf.dtype == jnp.float32 and np.isfinite(leaf).all()
-    cache = t5.start(V1_1, graphdef, params, rows[0], max_length=8)
+    cache = t5.prefill(V1_1, graphdef, params, rows[0], max_length=8)
     positions = np.tile(np.arange(8, dtype=np.int32), (2, 1))
     again, _ = t5.decode(graphdef, params, rows[1].tokens, positions, cache)
     assert again.dtype == cache["own"]["key"].dtype == jnp.bfloat16
@@ -505,7 +505,7 @@ def test_init_params_has_their_scales():
     params = t5.init_params(config, jax.random.key(0))
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):
         path = hf.join(key_path)
-        names, _ = t5_names.stored_names(config, path, range(len(leaf)))
+        names, _ = hf_t5.stored_names(config, path, range(len(leaf)))
         if path == "head/weight":
             np.testing.assert_allclose(leaf.std(), 0.5 / 8, rtol=0.05)
         elif "norm" in path:
@@ -524,13 +524,13 @@ def edit(folder, **fields):
 
 def test_configs_of_transformers_4_are_read(tmp_path):
     for config in (V1_0, V1_1):
-        raw = t5_names.write(config)
+        raw = hf_t5.write(config)
         del raw["scale_decoder_outputs"]
-        assert t5_names.read(raw, "config.json", bool) == config
+        assert hf_t5.read(raw, "config.json", bool) == config
     for name in ("feed_forward_proj", "num_decoder_layers", "decoder_start_token_id"):
         del raw[name]
     wanted = dataclasses.replace(V1_1, gated=False, num_decoder_layers=2)
-    assert t5_names.read(raw, "config.json", bool) == wanted
+    assert hf_t5.read(raw, "config.json", bool) == wanted
 
 
 def test_copies_of_the_embedding_are_let_pass(tmp_path):
@@ -543,8 +543,8 @@ def test_copies_of_the_embedding_are_let_pass(tmp_path):
     bias = tensors[
         "decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
     ]
-    copies = dict.fromkeys(t5_names.DUPLICATES, shared)
-    save_file(tensors | copies | {t5_names.UNUSED: bias}, file)
+    copies = dict.fromkeys(hf_t5.DUPLICATES, shared)
+    save_file(tensors | copies | {hf_t5.UNUSED: bias}, file)
     loaded = hf.load_params(tmp_path / "m", V1_0)
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
     copies["decoder.embed_tokens.weight"] = shared + 1

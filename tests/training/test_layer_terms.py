@@ -90,11 +90,14 @@ def test_the_terms_are_their_formulas(first):
     params = {n: x for n, x in first.params.items() if n != "projection"}
     kernel = first.params["projection"]["kernel"]
     assert kernel.shape == (1, 32, 48)
-    _, ours = decoder.watched_states(
-        first.model.graphdef, params, *inputs, watch=decoder.Watch((1,), True)
+    _, ours = decoder.captured_states(
+        first.model.graphdef, params, *inputs, capture=decoder.Capture((1,), True)
     )
-    _, theirs = decoder.watched_states(
-        first.teacher.graphdef, first.frozen, *inputs, watch=decoder.Watch((2,), True)
+    _, theirs = decoder.captured_states(
+        first.teacher.graphdef,
+        first.frozen,
+        *inputs,
+        capture=decoder.Capture((2,), True),
     )
     each = {
         "hidden": layer_losses.hidden_loss(

@@ -18,7 +18,7 @@ from kdjax.experiment import validate
 from kdjax.experiment.data import load_tokenizer
 from kdjax.experiment.models import make_model
 from kdjax.models import decoder, flops, hf, lm, lora, t5
-from kdjax.models.shape_checks import kept_layers
+from kdjax.models.decoder_shape import select_layers
 from kdjax.parallel import sharding
 from kdjax.training import meter, program
 from kdjax.training.checkpoint import load_student
@@ -360,7 +360,7 @@ def test_a_whole_run(tmp_path, capsys):
 
     export.write(config, run, tmp_path / "plain")
     shape = hf.read_config(tmp_path / "plain")
-    assert shape == kept_layers(hf.read_config(run / "teacher"), (1,))
+    assert shape == select_layers(hf.read_config(run / "teacher"), (1,))
     plain = evaluate.score(config, run, str(tmp_path / "plain"))
     assert plain["nll"] == pytest.approx(found["nll"], abs=1e-5)
 

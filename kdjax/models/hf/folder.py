@@ -24,7 +24,7 @@ from jax.experimental import multihost_utils
 
 from kdjax.config import T5Config
 from kdjax.models import lm
-from kdjax.models.hf import families, safetensors_io, t5_names
+from kdjax.models.hf import families, safetensors_io, t5
 from kdjax.models.lm import Shape
 from kdjax.runtime.files import write_json
 
@@ -63,14 +63,12 @@ def read_config(path: str | os.PathLike) -> Shape:
     raw = safetensors_io.read_json(file)
     if raw.get("model_type") != "t5":
         return families.read(raw, str(file))
-    return t5_names.read(
-        raw, str(file), lambda: t5_names.HEAD in safetensors_io.names(folder)
-    )
+    return t5.read(raw, str(file), lambda: t5.HEAD in safetensors_io.names(folder))
 
 
 def _names(config: Shape) -> ModuleType:
     """What knows the tensors' names: functions of the same names for either kind."""
-    return t5_names if isinstance(config, T5Config) else families
+    return t5 if isinstance(config, T5Config) else families
 
 
 def load_params(

@@ -16,8 +16,8 @@ from kdjax.config import FAMILIES, MeshConfig, RopeConfig, StudentConfig
 from kdjax.experiment import validate
 from kdjax.experiment.models import student_shape
 from kdjax.models import decoder, flops, generate, hf, lm
+from kdjax.models.decoder_shape import select_layers
 from kdjax.models.hf import families
-from kdjax.models.shape_checks import kept_layers
 from kdjax.parallel import sharding
 from tests import helpers
 from tests.golden import make_families
@@ -166,8 +166,8 @@ def test_kept_layers_keep_their_windows_and_positions(tmp_path):
 def test_layers_kept_without_windows_have_none():
     config = hf.read_config(FOLDER / "qwen3")
     assert config.windows == (0, 8, 0, 8)
-    assert kept_layers(config, (2, 0)).windows == ()
-    assert kept_layers(config, (3, 0)).windows == (8, 0)
+    assert select_layers(config, (2, 0)).windows == ()
+    assert select_layers(config, (3, 0)).windows == (8, 0)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

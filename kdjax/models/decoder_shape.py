@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from kdjax.config import ACTIVATIONS, FAMILIES, ROPE_TYPES, ROTARY, DecoderConfig
 
 
-def kept_layers(config: DecoderConfig, layers: Sequence[int]) -> DecoderConfig:
+def select_layers(config: DecoderConfig, layers: Sequence[int]) -> DecoderConfig:
     """The shape of a model made of some layers of another, in this order."""
 
     def kept(values: tuple, plain: int | str) -> tuple:
@@ -21,13 +21,13 @@ def kept_layers(config: DecoderConfig, layers: Sequence[int]) -> DecoderConfig:
     )
 
 
-def one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+def check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
     """Raise ValueError unless a value is one of those known."""
     if value not in known:
         raise ValueError(f"{name}={value!r} is unknown: use one of {known}")
 
 
-def check(config: DecoderConfig) -> None:
+def check_shape(config: DecoderConfig) -> None:
     """Raise ValueError, naming a field, for a config that describes no model."""
     sizes = ("vocab_size", "width", "num_layers", "num_heads", "num_kv_heads")
     for name in (*sizes, "head_dim", "mlp_width"):
@@ -74,8 +74,8 @@ def check(config: DecoderConfig) -> None:
         )
     if not rope.factor >= 1:
         raise ValueError(f"rope.factor={rope.factor} is below 1: positions stretch")
-    one_of("family", config.family, FAMILIES)
-    one_of("activation", config.activation, ACTIVATIONS)
-    one_of("rope.type", rope.type, ROPE_TYPES)
+    check_choice("family", config.family, FAMILIES)
+    check_choice("activation", config.activation, ACTIVATIONS)
+    check_choice("rope.type", rope.type, ROPE_TYPES)
     for kind in config.rotary:
-        one_of("rotary", kind, ROTARY)
+        check_choice("rotary", kind, ROTARY)

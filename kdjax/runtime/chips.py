@@ -1,0 +1,98 @@
+"""Peak rates of accelerators by their data sheets, and the measured one of a CPU."""
+
+import time
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+# Dense peak, FLOP/s of one jax device, from the makers' data sheets (no sparsity).
+# Keys are looked for in `device.device_kind`, lower case, first hit. TPU v4 and v5p
+# chips are one device each. float32 is the rate of XLA's default float32 matmul
+# (TF32 on NVIDIA GPUs, one bfloat16 pass on TPU).
+_PEAK_FLOPS = {
+    "tpu v6": {"bfloat16": 918e12, "float32": 918e12},
+    "tpu v5p": {"bfloat16": 459e12, "float32": 459e12},
+    "tpu v5 lite": {"bfloat16": 197e12, "float32": 197e12},
+    "tpu v5e": {"bfloat16": 197e12, "float32": 197e12},
+    "tpu v5": {"bfloat16": 459e12, "float32": 459e12},
+    "tpu v4 lite": {"bfloat16": 138e12, "float32": 138e12},
+    "tpu v4": {"bfloat16": 275e12, "float32": 275e12},
+    "b200": {"bfloat16": 2250e12, "float32": 1125e12},
+    "h200": {"bfloat16": 989e12, "float32": 494e12},
+    "h100 pcie": {"bfloat16": 756e12, "float32": 378e12},
+    "h100": {"bfloat16": 989e12, "float32": 494e12},
+    "a100": {"bfloat16": 312e12, "float32": 156e12},
+    "l40s": {"bfloat16": 362e12, "float32": 183e12},
+    "l40": {"bfloat16": 181e12, "float32": 90e12},
+    "l4": {"bfloat16": 121e12, "float32": 60e12},
+    "v100": {"float32": 15.7e12},
+    "t4": {"float32": 8.1e12},
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chip:
+    """Rates and capacity of one TPU chip."""
+
+    peak: float  # bfloat16 FLOP/s
+    hbm_bytes: float  # main memory available to a program
+    hbm_rate: float  # bytes/s between main memory and the core
+    ici_rate: float  # bytes/s sent, all links to neighbours together
+
+
+# Source: the pages "TPU v4", "TPU v5e", "TPU v5p" and "TPU v6e" of
+# cloud.google.com/tpu/docs, "Key chip specifications"; "Interchip Interconnect BW" of
+# 2400, 1600, 4800 and 3584 Gbps, one way, over 8. Of a capacity of 32, 16, 95 and 32 GB
+# the compiler of libtpu 0.0.42 grants programs the bytes below.
+_CHIPS = {
+    "v4": Chip(peak=275e12, hbm_bytes=30.75 * 2**30, hbm_rate=1228e9, ici_rate=300e9),
+    "v5e": Chip(peak=197e12, hbm_bytes=15.75 * 2**30, hbm_rate=819e9, ici_rate=200e9),
+    "v5p": Chip(peak=459e12, hbm_bytes=95.74 * 2**30, hbm_rate=2765e9, ici_rate=600e9),
+    "v6e": Chip(peak=918e12, hbm_bytes=31.25 * 2**30, hbm_rate=1640e9, ici_rate=448e9),
+}
+
+
+def find_chip(name: str) -> Chip:
+    """Return a TPU generation by the name that its topologies begin with.
+
+    Raises:
+      ValueError: it is not in the table.
+    """
+    if name not in _CHIPS:
+        raise ValueError(f"chip {name!r} is unknown: use one of {list(_CHIPS)}")
+    return _CHIPS[name]
+
+
+def peak_flops(device: jax.Device, dtype: str = "bfloat16") -> float | None:
+    """Return the peak FLOP/s of one device: the data sheet's, or measured on a CPU.
+
+    Args:
+      device: of `jax.devices()`.
+      dtype: of the operands, "float32" or "bfloat16".
+
+    Returns:
+      FLOP/s, or None for a device or dtype that is not in the table. On a CPU the
+      float32 rate of all cores divided by the number of its (virtual) devices.
+    """
+    if device.platform == "cpu":
+        return measure_cpu_flops() / jax.local_device_count("cpu")
+    kind = device.device_kind.lower()
+    for name, peaks in _PEAK_FLOPS.items():
+        if name in kind:
+            return peaks.get(dtype)
+    return None
+
+
+def measure_cpu_flops(*, size: int = 2048, num_trials: int = 3) -> float:
+    """Measure the best FLOP/s of a float32 matrix product on the CPU in some trials."""
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        matrix = jnp.ones((size, size), jnp.float32)
+        product = jax.jit(jnp.matmul).lower(matrix, matrix).compile()
+        product(matrix, matrix).block_until_ready()
+        seconds = []
+        for _ in range(num_trials):
+            start = time.perf_counter()
+            product(matrix, matrix).block_until_ready()
+            seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds)
