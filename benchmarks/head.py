@@ -20,12 +20,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kdjax import losses
 from kdjax.bench import timing
 from kdjax.config import DTYPES
-from kdjax.losses import fused_head
 from kdjax.runtime.console import print_table
 
-Inputs = tuple[jax.Array, jax.Array, jax.Array, fused_head.Teacher]
+Inputs = tuple[jax.Array, jax.Array, jax.Array, losses.Teacher]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ def make_inputs(shape: Shape) -> Inputs:
     # The pairs hold 0.95 of the mass: a teacher of text.
     logits_NK = 2 * jax.random.normal(keys[4], (n, k))
     log_probs_NK = jax.nn.log_softmax(logits_NK) + jnp.log(0.95)
-    teacher = fused_head.Teacher(ids_NK, log_probs_NK, jnp.zeros((n,), jnp.float32))
+    teacher = losses.Teacher(ids_NK, log_probs_NK, jnp.zeros((n,), jnp.float32))
     return hidden_ND, weight_VD, targets_N, teacher
 
 
@@ -62,14 +62,14 @@ def fused_loss(shape: Shape) -> Callable[..., jax.Array]:
 
     def loss(hidden_ND, weight_VD, targets_N, teacher):
         weights_N = jnp.full(targets_N.shape, 0.5 / shape.num_tokens, jnp.float32)
-        return fused_head.fused_loss(
+        return losses.fused_loss(
             hidden_ND,
             weight_VD,
             targets_N,
             weights_N,
             weights_N,
             teacher,
-            chunk_size=shape.chunk_size,
+            losses.LossOptions(chunk_size=shape.chunk_size),
         )[0]
 
     return loss
@@ -128,10 +128,10 @@ def measure(
     compiled = {
         name: compile_gradient(make(shape), inputs) for name, make in forms.items()
     }
-    losses: dict[str, float] = {}
+    values: dict[str, float] = {}
     variants: dict[str, Callable[[], Any]] = {"matmul": matmul.call}
     for name, function in compiled.items():
-        losses[name] = float(function(*inputs)[0])
+        values[name] = float(function(*inputs)[0])
         variants[name] = lambda function=function: function(*inputs)[0]
     samples = timing.alternate(variants, rounds=rounds, steps=steps)
     rate = matmul.flops / samples["matmul"].median
@@ -147,7 +147,7 @@ def measure(
         seconds = samples[name].median
         doubled = temporary_arrays(make, double)
         found[name] = {
-            "loss": losses[name],
+            "loss": values[name],
             "seconds": seconds,
             "flops_per_second": flops / seconds,
             "of_matmul": flops / seconds / rate,

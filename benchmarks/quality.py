@@ -123,16 +123,18 @@ def _reduced(key: bytes, record: Record, label, manifest: Manifest) -> Record:
     targets = np.zeros(padded, np.int32)
     targets[:num_tokens] = record.target_ids
     shape = (num_tokens, len(manifest.temperatures), manifest.num_rounds, manifest.k)
-    points = np.zeros((padded, shape[1], manifest.num_rounds * manifest.k), np.float32)
+    uniforms = np.zeros(
+        (padded, shape[1], manifest.num_rounds * manifest.k), np.float32
+    )
     if manifest.kind == "sampled":
-        points[:num_tokens] = sampling.stratified_uniforms(key, *shape).reshape(
+        uniforms[:num_tokens] = sampling.stratified_uniforms(key, *shape).reshape(
             num_tokens, shape[1], -1
         )
     found: dict[str, list[np.ndarray]] = {}
     for start in range(0, padded, _ROWS):
         part = slice(start, start + _ROWS)
-        at = points[part] if manifest.kind == "sampled" else None
-        for name, array in label(rows[part], targets[part], points_CSP=at).items():
+        at = uniforms[part] if manifest.kind == "sampled" else None
+        for name, array in label(rows[part], targets[part], uniforms_CSP=at).items():
             found.setdefault(name, []).append(np.asarray(array))
     of = {name: np.concatenate(parts)[:num_tokens] for name, parts in found.items()}
     record = record._replace(kind=manifest.kind)

@@ -16,9 +16,9 @@ import ours
 from absl import app, flags
 from cases import CASES
 
+from kdjax import losses
 from kdjax.config import Config, MeshConfig
 from kdjax.experiment.models import load_model
-from kdjax.losses import fused_head
 from kdjax.models import decoder, hf
 from kdjax.parallel import sharding
 from kdjax.teacher import cache, label, synthetic
@@ -72,7 +72,7 @@ def _label(config: Config, segments: list, folder: pathlib.Path) -> None:
         model.abstract,
         k=settings.k,
         temperatures=settings.temperatures,
-        chunk_size=fused_head.chunk_size(settings.memory_mib, model.shape.vocab_size),
+        chunk_size=losses.chunk_size(settings.memory_mib, model.shape.vocab_size),
     )
     placed = jax.sharding.NamedSharding(mesh, sharding.BATCH_SPEC)
     label.label(

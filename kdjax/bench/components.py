@@ -14,10 +14,10 @@ import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from kdjax import losses
 from kdjax.bench.workload import Step, Workload
 from kdjax.config import Config
 from kdjax.experiment.models import Model, make_model, shared_vocab_size
-from kdjax.losses import fused_head as fused_head_lib
 from kdjax.models import hf, lm
 from kdjax.parallel import sharding
 from kdjax.training import program, step, trainable
@@ -98,24 +98,21 @@ def _head_pass(
         flat = {name: x.reshape(-1, *x.shape[2:]) for name, x in rows.items()}
         teacher = None
         if load.cache is not None:
-            teacher = fused_head_lib.Teacher(
+            teacher = losses.Teacher(
                 ids_NK=flat.get("teacher_ids"),
                 log_probs_NK=flat["teacher_log_probs"],
                 log_z_N=flat["teacher_log_z"],
                 entropy_N=flat.get("teacher_entropy"),
             )
-        return fused_head_lib.sharded_fused_loss(
-            load.mesh,
+        return losses.fused_loss(
             hidden_ND,
             weight_VD,
             flat["targets"],
             flat["hard_weights"],
             flat["soft_weights"],
             teacher,
-            weight_spec=sharding.HEAD_SPEC,
-            vocab_axis="tensor",
-            logit_rule=lm.logit_rule(load.model.graphdef, load.model.abstract),
-            **options,
+            options,
+            placement=losses.Placement(load.mesh, sharding.HEAD_SPEC, "tensor"),
         )[0]
 
     trains_head = lm.head_weight(trainable.trains(load.model.abstract, frozen))
@@ -196,7 +193,7 @@ def make_live_label(
         k=k,
         temperatures=(config.method.temperature,),
         chunk_size=config.cache.chunk_size
-        or fused_head_lib.chunk_size(config.cache.memory_mib, model.shape.vocab_size),
+        or losses.chunk_size(config.cache.memory_mib, model.shape.vocab_size),
     )
     unread = ("teacher_", "dropout_keys")
     read = {name: x for name, x in batch.items() if not name.startswith(unread)}

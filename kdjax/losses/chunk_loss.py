@@ -8,21 +8,21 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from kdjax.losses.options import Options
+from kdjax.losses.options import LossOptions
 from kdjax.losses.sparse import (
-    RESTS,
+    TAILS_WITH_BUCKET,
     sampled_forward_kl,
     stored_events,
     teacher_at_temperature,
     teacher_events,
 )
-from kdjax.losses.vocab_shard import Part
+from kdjax.losses.vocab_shard import VocabShard
 
 
 class Teacher(NamedTuple):
-    """The teacher's distribution for each target token.
+    """The teacher's distribution of each target token.
 
     `ids_NK` None means dense: K == V and column v is id v. Stored ids of a token are
     distinct; an unused slot has id -1 and log-probability -inf.
@@ -38,11 +38,11 @@ class Teacher(NamedTuple):
     """Given for draws alone: the teacher's entropy at the temperature used, nats. Then
     `log_probs_NK` are logs of the shares of the draws at that temperature."""
     hidden_NE: Float[Array, "N E"] | None = None
-    """Given for a live teacher alone, in place of everything above."""
+    """Hidden states, given for an online teacher alone, in place of all above."""
 
 
 class Tokens(NamedTuple):
-    """What is known of each target token before the student runs."""
+    """Target, weights and teacher of each token, all that the student does not make."""
 
     targets_N: Int[Array, "N"]
     hard_weights_N: Float[Array, "N"]
@@ -63,156 +63,214 @@ class ChunkLoss(NamedTuple):
     """Returns the gradient of sum(hard * hard_C + soft * soft_scale * kl)."""
 
 
-class _Soft(NamedTuple):
+class _LogQ(NamedTuple):
+    """The student's log-probabilities at the temperature, nats."""
+
+    stored_CK: Float[Array, "C K"]
+    """Of the stored ids; -inf in unused slots and for ids of another device."""
+    rest_C: Float[Array, "C"]
+    """Of all other ids together."""
+    stored_sum_C: Float[Array, "C"]
+    """Of the stored ids together."""
+
+
+class _SoftLoss(NamedTuple):
     """The divergence of a chunk from stored pairs, as a function of log q."""
 
     kl_C: Float[Array, "C"]
-    pull: Callable[[], tuple[jax.Array, jax.Array, jax.Array]]
+    d_log_q: Callable[[], tuple[jax.Array, jax.Array, jax.Array]]
     """Returns d kl / d log q of the stored ids [C, K] and of the rest [C], and the sum
     of all of them [C]."""
 
 
 def chunk_loss(
-    logits_CV: Float[Array, "C V"], tokens: Tokens, options: Options, part: Part
+    logits_CV: Float[Array, "C V"],
+    tokens: Tokens,
+    options: LossOptions,
+    shard: VocabShard,
 ) -> ChunkLoss:
     """Return the losses of one chunk from the float32 logits of this device."""
-    rule = _dense_loss if tokens.teacher.ids_NK is None else _sparse_loss
-    loss = rule(logits_CV, tokens, options, part)
+    loss_fn = _dense_loss if tokens.teacher.ids_NK is None else _sparse_loss
+    loss = loss_fn(logits_CV, tokens, options, shard)
     return loss._replace(kl_C=jnp.where(tokens.soft_weights_N != 0, loss.kl_C, 0.0))
 
 
-def _sparse_loss(logits_CV, tokens, options, part) -> ChunkLoss:
-    """Losses against stored pairs: the vocabulary is the K stored ids and the rest.
+def _sparse_loss(
+    logits_CV: Float[Array, "C V"],
+    tokens: Tokens,
+    options: LossOptions,
+    shard: VocabShard,
+) -> ChunkLoss:
+    """Return losses against stored pairs: the events are the K stored ids and the rest.
 
     With z = logits / T, g = d kl / d (log q_stored, log q_rest) and G = sum(g):
       stored i: d kl / d z_i = g_i - G q_i
       other j:  d kl / d z_j = r_j (g_rest - G q_rest),  r = softmax over the rest alone
     r_j q_rest instead of q_j keeps the rest's gradient exact when its mass is tiny.
     """
-    targets, hard, soft, teacher = tokens
+    targets_C, hard_C, soft_C, teacher = tokens
+    assert teacher.ids_NK is not None
     t = options.temperature
-    used_CK = (teacher.ids_NK >= 0) & (soft != 0)[:, None]
-    rows = jnp.arange(logits_CV.shape[0])[:, None]
-    slots_CK = jnp.where(used_CK, part.local(teacher.ids_NK), part.size)
-    ids_CX = jnp.concatenate([slots_CK, part.local(targets)[:, None]], axis=1)
-    found_CX = logits_CV.at[rows, ids_CX].get(mode="fill", fill_value=-jnp.inf)
-    stored_CK, target_logits = found_CX[:, :-1], part.max(found_CX[:, -1])
+    valid_CK = (teacher.ids_NK >= 0) & (soft_C != 0)[:, None]
+    rows_C1 = jnp.arange(logits_CV.shape[0])[:, None]
+    slots_CK = jnp.where(valid_CK, shard.local(teacher.ids_NK), shard.size)
+    ids_CX = jnp.concatenate([slots_CK, shard.local(targets_C)[:, None]], axis=1)
+    logits_CX = logits_CV.at[rows_C1, ids_CX].get(mode="fill", fill_value=-jnp.inf)
+    stored_CK, target_logits_C = logits_CX[:, :-1], shard.max(logits_CX[:, -1])
     # -inf by way of what was read: so the reading comes first, and the logits are
     # overwritten where they lie instead of being copied.
-    gone_CK = jnp.minimum(stored_CK, -jnp.inf)
-    rest_CV = logits_CV.at[rows, slots_CK].set(gone_CK, mode="drop")
-    rest_peak, stored_peak = part.peak(rest_CV), part.peak(stored_CK)
-    rest = _masses(rest_CV, rest_peak, t, part)
-    stored_1 = part.logsumexp(stored_CK, stored_peak, 1.0)
-    stored_t = part.logsumexp(stored_CK, stored_peak, t)
-    total_1 = jnp.logaddexp(rest.log_1_C, stored_1)
-    total_t = jnp.logaddexp(rest.log_t_C, stored_t)
-    log_q_CK = stored_CK / t - total_t[:, None]
-    log_q_rest = rest.log_t_C - total_t
-    log_q = (log_q_CK, log_q_rest, stored_t - total_t)
-    soft_loss = _soft_loss(*log_q, used_CK, slots_CK, teacher, options, part)
-    nll_C = total_1 - target_logits
-    hard_C, d_uniform = _smoothed(logits_CV, nll_C, total_1, hard, options, part)
-
-    def d_logits():
-        g_CK, g_rest, g_sum = soft_loss.pull()
-        scale = soft * (options.soft_scale / t)
-        d_stored = hard[:, None] * jnp.exp(stored_CK - total_1[:, None]) + scale[
-            :, None
-        ] * (g_CK - g_sum[:, None] * jnp.exp(log_q_CK))
-        d_rest_1 = hard * jnp.exp(rest.log_1_C - total_1)
-        d_rest_t = scale * (g_rest - g_sum * jnp.exp(log_q_rest))
-        d_CV = rest.spread(d_rest_1, d_rest_t)
-        d_CV = d_uniform(d_CV)
-        d_target = -(1 - options.label_smoothing) * hard
-        d_CX = jnp.concatenate([d_stored, d_target[:, None]], axis=1)
-        return d_CV.at[rows, ids_CX].add(d_CX, mode="drop")
-
-    return ChunkLoss(nll_C, hard_C, soft_loss.kl_C, d_logits)
-
-
-def _soft_loss(
-    log_q_CK, log_q_rest, log_q_stored, used_CK, slots_CK, teacher, options, part
-) -> _Soft:
-    """The divergence from stored pairs, each counted by the device that has its id."""
-    here_CK = slots_CK < part.size
-    tail, divergence = options.tail, options.divergence
-    ones_C = jnp.ones_like(log_q_rest)
+    masked_CK = jnp.minimum(stored_CK, -jnp.inf)
+    rest_CV = logits_CV.at[rows_C1, slots_CK].set(masked_CK, mode="drop")
+    rest_peak_C, stored_peak_C = shard.peak(rest_CV), shard.peak(stored_CK)
+    rest = _masses(rest_CV, rest_peak_C, t, shard)
+    stored_1_C = shard.logsumexp(stored_CK, stored_peak_C, 1.0)
+    stored_t_C = shard.logsumexp(stored_CK, stored_peak_C, t)
+    total_1_C = jnp.logaddexp(rest.log_1_C, stored_1_C)
+    total_t_C = jnp.logaddexp(rest.log_t_C, stored_t_C)
+    log_q = _LogQ(
+        stored_CK / t - total_t_C[:, None],
+        rest.log_t_C - total_t_C,
+        stored_t_C - total_t_C,
+    )
     if teacher.entropy_N is not None:
-        log_shares_CK = jnp.where(here_CK, teacher.log_probs_NK, -jnp.inf)
-        found_C, pull = jax.vjp(
-            lambda log_q: sampled_forward_kl(log_q, log_shares_CK, 0.0), log_q_CK
-        )
+        soft_loss = _sampled_loss(log_q, slots_CK, teacher, shard)
+    else:
+        soft_loss = _stored_loss(log_q, valid_CK, slots_CK, teacher, options, shard)
+    nll_C = total_1_C - target_logits_C
+    hard_loss_C, add_d_uniform = _smoothed(
+        logits_CV, nll_C, total_1_C, hard_C, options, shard
+    )
 
-        def pull_draws():
-            (g_CK,) = pull(ones_C)
-            return g_CK, jnp.zeros_like(ones_C), part.sum(g_CK.sum(-1))
+    def d_logits() -> Float[Array, "C V"]:
+        g_CK, g_rest_C, g_sum_C = soft_loss.d_log_q()
+        scale_C = soft_C * (options.soft_scale / t)
+        d_stored_CK = hard_C[:, None] * jnp.exp(
+            stored_CK - total_1_C[:, None]
+        ) + scale_C[:, None] * (g_CK - g_sum_C[:, None] * jnp.exp(log_q.stored_CK))
+        d_rest_1_C = hard_C * jnp.exp(rest.log_1_C - total_1_C)
+        d_rest_t_C = scale_C * (g_rest_C - g_sum_C * jnp.exp(log_q.rest_C))
+        d_CV = rest.vjp(d_rest_1_C, d_rest_t_C)
+        d_CV = add_d_uniform(d_CV)
+        d_target_C = -(1 - options.label_smoothing) * hard_C
+        d_CX = jnp.concatenate([d_stored_CK, d_target_C[:, None]], axis=1)
+        return d_CV.at[rows_C1, ids_CX].add(d_CX, mode="drop")
 
-        return _Soft(part.sum(found_C) - teacher.entropy_N, pull_draws)
+    return ChunkLoss(nll_C, hard_loss_C, soft_loss.kl_C, d_logits)
 
+
+def _sampled_loss(
+    log_q: _LogQ, slots_CK: Int[Array, "C K"], teacher: Teacher, shard: VocabShard
+) -> _SoftLoss:
+    """Return the forward KL from draws, each counted by the device that has its id."""
+    assert teacher.log_probs_NK is not None and teacher.entropy_N is not None
+    ones_C = jnp.ones_like(log_q.rest_C)
+    log_shares_CK = jnp.where(slots_CK < shard.size, teacher.log_probs_NK, -jnp.inf)
+    local_kl_C, vjp = jax.vjp(
+        lambda log_q_CK: sampled_forward_kl(log_q_CK, log_shares_CK, 0.0),
+        log_q.stored_CK,
+    )
+
+    def d_log_q() -> tuple[jax.Array, jax.Array, jax.Array]:
+        (g_CK,) = vjp(ones_C)
+        return g_CK, jnp.zeros_like(ones_C), shard.sum(g_CK.sum(-1))
+
+    return _SoftLoss(shard.sum(local_kl_C) - teacher.entropy_N, d_log_q)
+
+
+def _stored_loss(
+    log_q: _LogQ,
+    valid_CK: Bool[Array, "C K"],
+    slots_CK: Int[Array, "C K"],
+    teacher: Teacher,
+    options: LossOptions,
+    shard: VocabShard,
+) -> _SoftLoss:
+    """Return the divergence from pairs, each counted by the device that has its id."""
+    assert teacher.log_probs_NK is not None and teacher.log_z_N is not None
+    tail, divergence = options.tail, options.divergence
+    ones_C = jnp.ones_like(log_q.rest_C)
     log_p_CK = teacher_at_temperature(
         teacher.log_probs_NK, teacher.log_z_N, options.temperature
     )
-    log_p_CK, log_p_rest = teacher_events(
-        jnp.where(used_CK, log_p_CK, -jnp.inf), log_q_rest > -jnp.inf, tail=tail
+    log_p_CK, log_p_rest_C = teacher_events(
+        jnp.where(valid_CK, log_p_CK, -jnp.inf), log_q.rest_C > -jnp.inf, tail=tail
     )
-    log_p_CK = jnp.where(here_CK, log_p_CK, -jnp.inf)
+    log_p_CK = jnp.where(slots_CK < shard.size, log_p_CK, -jnp.inf)
+    log_q_CK = log_q.stored_CK
     conditional = tail == "renormalize_both"
     if conditional:  # a row without stored ids stays so
-        known = log_q_stored > -jnp.inf
-        log_q_CK = log_q_CK - jnp.where(known, log_q_stored, 0.0)[:, None]
-    found_C, pull = jax.vjp(
+        has_mass_C = log_q.stored_sum_C > -jnp.inf
+        log_q_CK = log_q_CK - jnp.where(has_mass_C, log_q.stored_sum_C, 0.0)[:, None]
+    local_kl_C, vjp = jax.vjp(
         lambda log_q: stored_events(log_q, log_p_CK, divergence=divergence, tail=tail),
         log_q_CK,
     )
-    kl_C = part.sum(found_C)
-    if tail in RESTS:
-        rest_C, pull_rest = jax.vjp(
-            lambda log_q: divergence(log_q[:, None], log_p_rest[:, None]), log_q_rest
+    kl_C = shard.sum(local_kl_C)
+    if tail in TAILS_WITH_BUCKET:
+        rest_kl_C, vjp_rest = jax.vjp(
+            lambda log_q: divergence(log_q[:, None], log_p_rest_C[:, None]),
+            log_q.rest_C,
         )
-        kl_C += rest_C
+        kl_C += rest_kl_C
 
-    def pull_pairs():
-        (g_CK,) = pull(ones_C)
-        g_sum = part.sum(g_CK.sum(-1))
+    def d_log_q() -> tuple[jax.Array, jax.Array, jax.Array]:
+        (g_CK,) = vjp(ones_C)
+        g_sum_C = shard.sum(g_CK.sum(-1))
+        zeros_C = jnp.zeros_like(ones_C)
         if conditional:
-            g_CK -= jnp.exp(log_q_CK) * g_sum[:, None]
-            return g_CK, jnp.zeros_like(ones_C), jnp.zeros_like(ones_C)
-        g_rest = pull_rest(ones_C)[0] if tail in RESTS else jnp.zeros_like(ones_C)
-        return g_CK, g_rest, g_sum + g_rest
+            return g_CK - jnp.exp(log_q_CK) * g_sum_C[:, None], zeros_C, zeros_C
+        g_rest_C = vjp_rest(ones_C)[0] if tail in TAILS_WITH_BUCKET else zeros_C
+        return g_CK, g_rest_C, g_sum_C + g_rest_C
 
-    return _Soft(kl_C, pull_pairs)
+    return _SoftLoss(kl_C, d_log_q)
 
 
-def _dense_loss(logits_CV, tokens, options, part) -> ChunkLoss:
-    """Losses against whole rows of the teacher; there is no tail."""
-    targets, hard, soft, teacher = tokens
+def _dense_loss(
+    logits_CV: Float[Array, "C V"],
+    tokens: Tokens,
+    options: LossOptions,
+    shard: VocabShard,
+) -> ChunkLoss:
+    """Return losses against dense rows of the teacher; there is no tail."""
+    targets_C, hard_C, soft_C, teacher = tokens
+    assert teacher.log_probs_NK is not None and teacher.log_z_N is not None
     t = options.temperature
-    row = _masses(logits_CV, part.peak(logits_CV), t, part)
-    total_1, total_t = row.log_1_C, row.log_t_C
-    log_q_CV = logits_CV / t - total_t[:, None]
+    masses = _masses(logits_CV, shard.peak(logits_CV), t, shard)
+    total_1_C, total_t_C = masses.log_1_C, masses.log_t_C
+    log_q_CV = logits_CV / t - total_t_C[:, None]
     log_p_CV = teacher_at_temperature(teacher.log_probs_NK, teacher.log_z_N, t)
     # A token without soft weight may come without a teacher row.
-    log_p_CV = jnp.where((soft != 0)[:, None], log_p_CV, log_q_CV)
-    found_C, pull = jax.vjp(lambda log_q: options.divergence(log_q, log_p_CV), log_q_CV)
-    nll_C = total_1 - part.pick(logits_CV, targets)
-    hard_C, d_uniform = _smoothed(logits_CV, nll_C, total_1, hard, options, part)
+    log_p_CV = jnp.where((soft_C != 0)[:, None], log_p_CV, log_q_CV)
+    local_kl_C, vjp = jax.vjp(
+        lambda log_q: options.divergence(log_q, log_p_CV), log_q_CV
+    )
+    nll_C = total_1_C - shard.take(logits_CV, targets_C)
+    hard_loss_C, add_d_uniform = _smoothed(
+        logits_CV, nll_C, total_1_C, hard_C, options, shard
+    )
 
-    def d_logits():
-        (g_CV,) = pull(jnp.ones_like(soft))
-        g_sum = part.sum(g_CV.sum(-1))
-        scale = soft * (options.soft_scale / t)
-        d_CV = row.spread(hard, -scale * g_sum) + scale[:, None] * g_CV
-        d_CV = d_uniform(d_CV)
-        d_target = -(1 - options.label_smoothing) * hard
-        rows = jnp.arange(targets.shape[0])
-        return d_CV.at[rows, part.local(targets)].add(d_target, mode="drop")
+    def d_logits() -> Float[Array, "C V"]:
+        (g_CV,) = vjp(jnp.ones_like(soft_C))
+        g_sum_C = shard.sum(g_CV.sum(-1))
+        scale_C = soft_C * (options.soft_scale / t)
+        d_CV = masses.vjp(hard_C, -scale_C * g_sum_C) + scale_C[:, None] * g_CV
+        d_CV = add_d_uniform(d_CV)
+        d_target_C = -(1 - options.label_smoothing) * hard_C
+        rows_C = jnp.arange(targets_C.shape[0])
+        return d_CV.at[rows_C, shard.local(targets_C)].add(d_target_C, mode="drop")
 
-    return ChunkLoss(nll_C, hard_C, part.sum(found_C), d_logits)
+    return ChunkLoss(nll_C, hard_loss_C, shard.sum(local_kl_C), d_logits)
 
 
-def _smoothed(logits_CV, nll_C, total_C, hard, options, part):
-    """The hard loss with label smoothing, and what it adds to the gradient.
+def _smoothed(
+    logits_CV: Float[Array, "C V"],
+    nll_C: Float[Array, "C"],
+    total_C: Float[Array, "C"],
+    hard_C: Float[Array, "C"],
+    options: LossOptions,
+    shard: VocabShard,
+) -> tuple[Float[Array, "C"], Callable[[jax.Array], jax.Array]]:
+    """Return the hard loss with label smoothing, and a function that adds its gradient.
 
     hard = (1 - e) nll - e / V sum_v log q_v over the V ids that are not padding.
 
@@ -222,10 +280,10 @@ def _smoothed(logits_CV, nll_C, total_C, hard, options, part):
     if not share:
         return nll_C, lambda d_CV: d_CV
     valid_CV = logits_CV > -jnp.inf
-    sum_C = part.sum(jnp.where(valid_CV, logits_CV, 0.0).sum(-1))
-    hard_C = (1 - share) * nll_C + share * (total_C - sum_C / part.num_valid)
-    d_each = hard * (share / part.num_valid)
-    return hard_C, lambda d_CV: jnp.where(valid_CV, d_CV - d_each[:, None], d_CV)
+    sum_C = shard.sum(jnp.where(valid_CV, logits_CV, 0.0).sum(-1))
+    loss_C = (1 - share) * nll_C + share * (total_C - sum_C / shard.num_valid)
+    d_each_C = hard_C * (share / shard.num_valid)
+    return loss_C, lambda d_CV: jnp.where(valid_CV, d_CV - d_each_C[:, None], d_CV)
 
 
 class _Masses(NamedTuple):
@@ -233,38 +291,46 @@ class _Masses(NamedTuple):
 
     log_1_C: Float[Array, "C"]
     log_t_C: Float[Array, "C"]
-    spread: Callable[[jax.Array, jax.Array], Float[Array, "C V"]]
+    vjp: Callable[[jax.Array, jax.Array], Float[Array, "C V"]]
     """(d_1_C, d_t_C) -> d_1 softmax(values) + d_t softmax(values / t); a row without
     mass gets 0."""
 
 
-def _masses(values_CV, peak_C, t, part) -> _Masses:
+def _masses(
+    values_CV: Float[Array, "C V"],
+    peak_C: Float[Array, "C"],
+    t: float,
+    shard: VocabShard,
+) -> _Masses:
     """Return the masses of logits whose largest are `peak_C`.
 
     One exponential serves both temperatures where t is an integer (up to 8): those at 1
-    are its powers, and `spread` reads them in place of the logits.
+    are its powers, and `vjp` reads them in place of the logits.
     """
     x_CV = values_CV - peak_C[:, None]
     exp_t_CV = jnp.exp(x_CV / t)
     multiple = int(t) if t == round(t) and t <= 8 else None
     exp_1_CV = jnp.exp(x_CV) if multiple is None else _power(exp_t_CV, multiple)
-    log_1_C = jnp.log(part.sum(exp_1_CV.sum(-1))) + peak_C
-    log_t_C = jnp.log(part.sum(exp_t_CV.sum(-1))) + peak_C / t
+    log_1_C = jnp.log(shard.sum(exp_1_CV.sum(-1))) + peak_C
+    log_t_C = jnp.log(shard.sum(exp_t_CV.sum(-1))) + peak_C / t
 
-    def share(amount_C, log_mass_C, log_unit_C):
+    def factor(
+        cotangent_C: jax.Array, log_mass_C: jax.Array, log_unit_C: jax.Array
+    ) -> jax.Array:
         log_mass_C = jnp.where(log_mass_C > -jnp.inf, log_mass_C, jnp.inf)
-        return (amount_C * jnp.exp(log_unit_C - log_mass_C))[:, None]
+        return (cotangent_C * jnp.exp(log_unit_C - log_mass_C))[:, None]
 
-    def spread(d_1_C, d_t_C):
-        at_1, at_t = share(d_1_C, log_1_C, peak_C), share(d_t_C, log_t_C, peak_C / t)
+    def vjp(d_1_C: jax.Array, d_t_C: jax.Array) -> Float[Array, "C V"]:
+        at_1_C1 = factor(d_1_C, log_1_C, peak_C)
+        at_t_C1 = factor(d_t_C, log_t_C, peak_C / t)
         if multiple is None:
-            return at_1 * exp_1_CV + at_t * exp_t_CV
-        return exp_t_CV * (at_t + at_1 * exp_t_CV ** (multiple - 1))
+            return at_1_C1 * exp_1_CV + at_t_C1 * exp_t_CV
+        return exp_t_CV * (at_t_C1 + at_1_C1 * exp_t_CV ** (multiple - 1))
 
-    return _Masses(log_1_C, log_t_C, spread)
+    return _Masses(log_1_C, log_t_C, vjp)
 
 
-def _power(exp_CV: jax.Array, exponent: int) -> jax.Array:
+def _power(exp_CV: Float[Array, "C V"], exponent: int) -> Float[Array, "C V"]:
     """Return exponentials to a power >= 1, multiplied: cheaper than exponentials anew.
 
     The maximum changes nothing; without it XLA takes exp(a) exp(a) for exp(2 a).

@@ -7,61 +7,44 @@ each of the three matmuls (logits, d_hidden, d_weight) runs once.
 On a mesh each device gathers the head once, scans over its own tokens without
 communication, and the gradient of the head is reduced once at the end. (Left to
 automatic partitioning, the loop holds an all-reduce of logits.) With a vocabulary axis
-each device keeps its slice of the vocabulary for the tokens of its group, which
-exchanges a few numbers a token in the loop, and the hidden states' gradient at its end.
+each device keeps its shard of the vocabulary for the tokens of its group, which
+exchanges a few numbers per token in the loop, and the hidden states' gradient at its
+end.
 
-Shapes: N tokens, C tokens of a chunk, V vocabulary, D width, E width of a live teacher,
-K stored pairs, S temperatures.
+Shapes: N tokens, C tokens of a chunk, V vocabulary, D width, E width of an online
+teacher, K stored pairs.
 """
 
-import math
-from collections.abc import Callable
+import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from kdjax.losses.chunk_label import chunk_label
-from kdjax.losses.chunk_loss import Teacher, Tokens, chunk_loss
-from kdjax.losses.divergence import Divergence
-from kdjax.losses.fused_loss import (
+from kdjax.losses.chunk_loss import ChunkLoss, Teacher, Tokens, chunk_loss
+from kdjax.losses.head import (
     Head,
-    LiveTeacher,
-    logits_of,
-    part_of,
-    scan,
-    stored,
-    weighted_loss,
-    whole,
+    Heads,
+    add_products,
+    check_shapes,
+    head_logits,
+    matmul,
+    vocab_shard,
+    with_num_valid,
 )
-from kdjax.losses.options import PLAIN, LogitRule, Options, check
-from kdjax.losses.sparse import FORWARD_KL
-from kdjax.losses.token_scan import Placement
-
-__all__ = [
-    "LiveTeacher",
-    "LogitRule",
-    "Placement",
-    "Teacher",
-    "chunk_size",
-    "fused_loss",
-    "label",
-    "score",
-    "sharded_fused_loss",
-    "sharded_label",
-    "sharded_score",
-]
+from kdjax.losses.options import LossOptions
+from kdjax.losses.token_scan import Placement, Step, Tree, scan_tokens
 
 
-def chunk_size(memory_mib: float, vocab_size: int) -> int:
-    """Return the tokens per chunk whose float32 logits fit in `memory_mib`.
+class OnlineTeacherLogits(NamedTuple):
+    """Logits of a teacher that runs beside the student, made chunk by chunk."""
 
-    The largest power of two that fits, at most 1024; 8 where even 8 do not fit. While
-    gradients are made, two arrays of this size are alive.
-    """
-    fitting = memory_mib * 2**20 / (4 * vocab_size)
-    return min(1024, max(8, 2 ** math.floor(math.log2(max(fitting, 1)))))
+    hidden_NE: Float[Array, "N E"]
+    """Hidden states after its final norm, in the dtype of the student's."""
+    weight_VE: Float[Array, "V E"]
+    """Its head; as many rows as the student's (padding is masked by `num_valid`)."""
+    bias_V: Float[Array, "V"] | None = None
 
 
 def fused_loss(
@@ -70,30 +53,23 @@ def fused_loss(
     targets_N: Int[Array, "N"],
     hard_weights_N: Float[Array, "N"],
     soft_weights_N: Float[Array, "N"],
-    teacher: Teacher | LiveTeacher | None,
+    teacher: Teacher | OnlineTeacherLogits | None,
+    options: LossOptions,
     *,
     bias_V: Float[Array, "V"] | None = None,
-    temperature: float = 1.0,
-    scale_by_t2: bool = True,
-    divergence: Divergence = FORWARD_KL,
-    tail: str = "bucket",
-    label_smoothing: float = 0.0,
-    logit_rule: LogitRule = PLAIN,
-    teacher_rule: LogitRule = PLAIN,
-    chunk_size: int,
-    num_valid: int | None = None,
     placement: Placement | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, "N"]]]:
     """Return the weighted sum of cross-entropy and distillation loss over tokens.
 
-      loss  = sum_n hard_n * nll_n + soft_n * kl_n * (T^2 if scale_by_t2 else 1)
-      nll_n = -log softmax(z_n)[target_n],  z_n = logit_rule(hidden_n W^T + b)
-      kl_n  = divergence(softmax(z_n / T), teacher_n at T), the forward KL unless
-              another is given; `sparse` has the tails
+      loss   = sum_n hard_n * h_n + soft_n * kl_n * (T^2 if scale_by_t2 else 1)
+      h_n    = (1 - e) nll_n + e * mean_v -log q_nv,  e the label smoothing
+      nll_n  = -log q_n[target_n],  q_n = softmax(z_n)
+      z_n    = logit_transform(hidden_n W^T + b)
+      kl_n   = divergence(softmax(z_n / T), teacher_n at T), the forward KL unless
+               another is given; `sparse` has the tails
 
     Differentiable once, in `hidden_ND`, `weight_VD` and `bias_V`; everything else is
-    constant.
-    Gradients are made in the forward pass, and only when asked for.
+    constant. Gradients are made in the forward pass, and only when asked for.
 
     Args:
       hidden_ND: hidden states after the final norm, float32 or bfloat16.
@@ -102,21 +78,12 @@ def fused_loss(
       hard_weights_N: float32 weight of each token's nll.
       soft_weights_N: float32 weight of each token's kl. Tokens with both weights 0
         (padding) add exactly 0 to the loss and to every gradient.
-      teacher: stored outputs, a live one, or None for cross-entropy alone.
+      teacher: stored outputs, those of an online teacher, or None for cross-entropy
+        alone.
+      options: temperature, divergence, tail, chunk size and the rest.
       bias_V: added to the products, float32; None = none.
-      temperature: T of the soft term, > 0; `teacher.log_z_N` must be for this T.
-      scale_by_t2: keep the size of the soft gradient independent of T.
-      divergence: of the soft term; draws have the forward KL alone.
-      tail: what stands for ids that are not stored, one of `sparse.TAILS`.
-      label_smoothing: e, the share of the hard target spread evenly over the
-        vocabulary; the nll that is returned is without it.
-      logit_rule: scale and softcap of the student's logits.
-      teacher_rule: those of a live teacher.
-      chunk_size: most tokens whose logits are alive at once, per device.
-      num_valid: rows of `weight_VD` from here on are padding of the vocabulary and
-        have probability 0; None = all rows are real.
       placement: split tokens, and with a vocabulary axis the vocabulary, over a mesh;
-        None = leave the arrays where they are.
+        N need not divide by its devices. None = leave the arrays where they are.
 
     Returns:
       The loss (float32) and {"nll", "kl"}: float32 [N] in nats, neither weighted nor
@@ -124,194 +91,231 @@ def fused_loss(
       where both weights are 0.
 
     Raises:
-      ValueError: an option out of range, or arrays whose shapes do not belong together.
+      ValueError: arrays whose shapes do not belong together, or options that do not
+        fit them.
 
     Source: gradient in the forward pass: Hsu et al., 2024, Liger Kernel, arXiv
-    2410.10989, section 3.2; T^2: Hinton et al., 2015, arXiv 1503.02531, section 2.
+    2410.10989, section 3.2; T^2: Hinton et al., 2015, arXiv 1503.02531, section 2;
+    label smoothing: Szegedy et al., 2015, arXiv 1512.00567, section 7.
     """
-    options = Options(
-        chunk_size=chunk_size,
-        temperature=temperature,
-        scale_by_t2=scale_by_t2,
-        divergence=divergence,
-        tail=tail,
-        label_smoothing=label_smoothing,
-        logit_rule=logit_rule,
-        teacher_rule=teacher_rule,
-        num_valid=weight_VD.shape[0] if num_valid is None else num_valid,
-        placement=placement,
-    )
+    options = with_num_valid(options, weight_VD)
     if teacher is None:
         soft_weights_N = jnp.zeros_like(soft_weights_N)
-    rows, live = stored(teacher, targets_N)
-    tokens = Tokens(targets_N, hard_weights_N, soft_weights_N, rows)
+    stored, teacher_head = stored_teacher(teacher, targets_N)
+    tokens = Tokens(targets_N, hard_weights_N, soft_weights_N, stored)
     student = Head(weight_VD, bias_V)
-    check(options, hidden_ND, student, tokens)
-    if live is not None and live.weight_VD.shape[0] != weight_VD.shape[0]:
-        raise ValueError(
-            f"a live teacher's head of {live.weight_VD.shape[0]} rows does not fit "
-            f"{weight_VD.shape[0]} rows of weight_VD: pad it, and set num_valid"
-        )
-    return weighted_loss(options, hidden_ND, student, live, tokens)
+    check_shapes(options, hidden_ND, student, tokens)
+    check_teacher(options, weight_VD, stored, teacher_head)
+    return _weighted_loss(options, placement, hidden_ND, student, teacher_head, tokens)
 
 
-def score(
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _weighted_loss(
+    options: LossOptions,
+    placement: Placement | None,
     hidden_ND: Float[Array, "N D"],
-    weight_VD: Float[Array, "V D"],
-    targets_N: Int[Array, "N"],
-    teacher: Teacher | None,
-    *,
-    bias_V: Float[Array, "V"] | None = None,
-    temperature: float = 1.0,
-    tail: str = "bucket",
-    logit_rule: LogitRule = PLAIN,
-    chunk_size: int,
-    num_valid: int | None = None,
-    active_N: Bool[Array, "N"] | None = None,
-    placement: Placement | None = None,
-) -> dict[str, jax.Array]:
-    """Return per-token measures of a model on held-out tokens, without gradient.
+    student: Head,
+    teacher_head: Head | None,
+    tokens: Tokens,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, "N"]]]:
+    """Return the result of `fused_loss`; differentiable in hidden and student."""
 
-    Args and Raises as `fused_loss`; the result is 0 where `active_N` is False (None =
-    nowhere).
+    def step(
+        carry: None, heads: Heads, hidden_CD: jax.Array, tokens: Tokens
+    ) -> tuple[None, tuple[dict[str, jax.Array], None]]:
+        _, loss = _chunk_loss(options, placement, heads, hidden_CD, tokens)
+        return carry, (_per_token(loss), None)
 
-    Returns:
-      {"nll": float32 [N], nats, "kl": float32 [N], nats at T, unscaled, 0 without a
-      teacher, "top1_ids": int32 [N], the most probable id}.
-    """
-    options = Options(
-        chunk_size=chunk_size,
-        temperature=temperature,
-        tail=tail,
-        logit_rule=logit_rule,
-        num_valid=weight_VD.shape[0] if num_valid is None else num_valid,
-        placement=whole(placement),
+    heads = (student, teacher_head)
+    _, per_token, _ = _scan_weighted(
+        step, options, placement, hidden_ND, heads, tokens, accumulate=False
     )
-    hard_N = jnp.ones(targets_N.shape, jnp.float32)
-    soft_N = jnp.zeros_like(hard_N) if teacher is None else hard_N
-    tokens = Tokens(targets_N, hard_N, soft_N, stored(teacher, targets_N)[0])
-    student = Head(weight_VD, bias_V)
-    check(options, hidden_ND, student, tokens)
-
-    def step(carry, heads, hidden_CD, tokens):
-        part = part_of(options, heads[0])
-        logits_CV = logits_of(hidden_CD, heads[0], options.logit_rule, part)
-        top1_ids = jnp.argmax(logits_CV, axis=-1).astype(jnp.int32)
-        loss = chunk_loss(logits_CV, tokens, options, part)
-        out = {"nll": loss.nll_C, "kl": loss.kl_C, "top1_ids": top1_ids}
-        return carry, (out, None)
-
-    return scan(step, options, hidden_ND, (student, None), tokens, active_N=active_N)[1]
+    return _total(options, per_token, tokens)
 
 
-def label(
+def _weighted_loss_forward(
+    options: LossOptions,
+    placement: Placement | None,
     hidden_ND: Float[Array, "N D"],
-    weight_VD: Float[Array, "V D"],
-    targets_N: Int[Array, "N"],
+    student: Head,
+    teacher_head: Head | None,
+    tokens: Tokens,
+) -> tuple[
+    tuple[Float[Array, ""], dict[str, Float[Array, "N"]]],
+    tuple[Float[Array, "N D"], Head],
+]:
+    """Return the loss, and as residuals its gradients for a cotangent of 1."""
+
+    def step(
+        sums: Head, heads: Heads, hidden_CD: jax.Array, tokens: Tokens
+    ) -> tuple[Head, tuple[dict[str, jax.Array], jax.Array]]:
+        logits_CV, loss = _chunk_loss(options, placement, heads, hidden_CD, tokens)
+        d_products_CV = options.logit_transform.vjp(loss.d_logits(), logits_CV)
+        if sums.bias_V is not None:
+            sums = sums._replace(bias_V=sums.bias_V + d_products_CV.sum(0))
+        d_products_CV = d_products_CV.astype(hidden_CD.dtype)
+        d_hidden_CD = matmul("cv,vd->cd", d_products_CV, heads[0].weight_VD)
+        d_weight_VD = add_products(sums.weight_VD, d_products_CV, hidden_CD, placement)
+        # A shard of the vocabulary has a summand of the gradient: added in float32.
+        if vocab_shard(options, placement, heads[0]).axis is None:
+            d_hidden_CD = d_hidden_CD.astype(hidden_CD.dtype)
+        sums = sums._replace(weight_VD=d_weight_VD)
+        return sums, (_per_token(loss), d_hidden_CD)
+
+    heads = (student, teacher_head)
+    sums, per_token, d_hidden_ND = _scan_weighted(
+        step, options, placement, hidden_ND, heads, tokens, accumulate=True
+    )
+    d_student = jax.tree.map(
+        lambda g, x: g[: x.shape[0]].astype(x.dtype), sums, student
+    )
+    d_hidden_ND = d_hidden_ND.astype(hidden_ND.dtype)
+    return _total(options, per_token, tokens), (d_hidden_ND, d_student)
+
+
+def _weighted_loss_backward(
+    options: LossOptions,
+    placement: Placement | None,
+    gradients: tuple[Float[Array, "N D"], Head],
+    cotangents: tuple[Float[Array, ""], dict[str, Float[Array, "N"]]],
+) -> tuple[Float[Array, "N D"], Head, None, None]:
+    """Return the gradients, scaled by the loss's cotangent."""
+    del options, placement
+    scale, _ = cotangents  # the per-token outputs carry no gradient
+    d_hidden_ND, d_student = jax.tree.map(
+        lambda g: (scale * g.astype(jnp.float32)).astype(g.dtype), gradients
+    )
+    return d_hidden_ND, d_student, None, None
+
+
+_weighted_loss.defvjp(_weighted_loss_forward, _weighted_loss_backward)
+
+
+def _scan_weighted(
+    step: Step,
+    options: LossOptions,
+    placement: Placement | None,
+    hidden_ND: Float[Array, "N D"],
+    heads: Heads,
+    tokens: Tokens,
     *,
-    k: int | None,
-    temperatures: tuple[float, ...],
-    bias_V: Float[Array, "V"] | None = None,
-    logit_rule: LogitRule = PLAIN,
-    chunk_size: int,
-    num_valid: int | None = None,
-    points_NSP: Float[Array, "N S P"] | None = None,
-    with_entropy: bool = True,
-    active_N: Bool[Array, "N"] | None = None,
-    placement: Placement | None = None,
-) -> dict[str, jax.Array]:
-    """Return what a teacher cache stores for each target token.
+    accumulate: bool,
+) -> tuple[Tree, Tree, Tree]:
+    """Return `scan_tokens` over the tokens that have a weight.
 
-    Args:
-      hidden_ND: hidden states after the final norm.
-      weight_VD: output head.
-      targets_N: int32 ids in [0, V).
-      active_N: tokens to label; the result is 0 for the others. None = all.
-      k: pairs stored per token, at most the valid vocabulary; None = the whole row.
-      temperatures: S declared temperatures.
-      bias_V: added to the products; None = none.
-      logit_rule: scale and softcap of the logits.
-      chunk_size: most tokens whose logits are alive at once, per device.
-      num_valid: rows of `weight_VD` from here on are padding.
-      points_NSP: P numbers in [0, 1) for each temperature: draws ids instead of
-        storing the top k.
-      with_entropy: the teacher's entropies are wanted.
-      placement: split the tokens over a mesh.
-
-    Returns:
-      {"log_probs_NK": log-probabilities at temperature 1 from the full softmax, sorted
-      from the largest (k None: [N, V] in id order), "ids_NK": int32 (absent if k is
-      None), "target_log_probs_N", "log_z_NS": log sum_v p_v^(1/T), "entropy_NS": of
-      the teacher at each T}; float32, nats. With points, "drawn_ids_NSP" in place of
-      log-probabilities and ids: where each point lies in the cumulative distribution.
-
-    Raises:
-      ValueError: an option out of range, or arrays whose shapes do not belong together.
+    Heads and dense rows of a teacher get rows and columns of padding until the
+    vocabulary divides over its axis.
     """
-    options = Options(
-        chunk_size=chunk_size,
-        logit_rule=logit_rule,
-        num_valid=weight_VD.shape[0] if num_valid is None else num_valid,
-        placement=whole(placement),
+    token_specs = None
+    if placement is not None:
+        heads = jax.tree.map(lambda x: _pad_to_multiple(x, placement.num_shards), heads)
+        token_specs = jax.tree.map(lambda _: placement.token_spec, tokens)
+        rows_NV = tokens.teacher.log_probs_NK
+        if tokens.teacher.ids_NK is None and rows_NV is not None:
+            missing = -rows_NV.shape[1] % placement.num_shards
+            padding = [(0, 0), (0, missing)]
+            rows_NV = jnp.pad(rows_NV, padding, constant_values=-jnp.inf)
+            tokens = tokens._replace(
+                teacher=tokens.teacher._replace(log_probs_NK=rows_NV)
+            )
+            token_specs = token_specs._replace(
+                teacher=token_specs.teacher._replace(log_probs_NK=placement.row_spec)
+            )
+    return scan_tokens(
+        step,
+        hidden_ND,
+        heads,
+        tokens,
+        chunk_size=options.chunk_size,
+        placement=placement,
+        token_specs=token_specs,
+        active_N=(tokens.hard_weights_N != 0) | (tokens.soft_weights_N != 0),
+        accumulate=accumulate,
     )
-    tokens, teacher = (targets_N, points_NSP), Head(weight_VD, bias_V)
-    if points_NSP is not None and points_NSP.shape[1:-1] != (len(temperatures),):
+
+
+def _chunk_loss(
+    options: LossOptions,
+    placement: Placement | None,
+    heads: Heads,
+    hidden_CD: Float[Array, "C D"],
+    tokens: Tokens,
+) -> tuple[Float[Array, "C V"], ChunkLoss]:
+    """Return the student's logits and the losses of one chunk."""
+    student, teacher_head = heads
+    shard = vocab_shard(options, placement, student)
+    hidden_CE = tokens.teacher.hidden_NE
+    if teacher_head is not None and hidden_CE is not None:
+        transform = options.teacher_logit_transform
+        rows_CV = head_logits(hidden_CE, teacher_head, transform, shard)
+        peak_C, t = shard.peak(rows_CV), options.temperature
+        log_z_C = shard.logsumexp(rows_CV, peak_C, t)
+        tokens = tokens._replace(teacher=Teacher(None, rows_CV, log_z_C))
+    logits_CV = head_logits(hidden_CD, student, options.logit_transform, shard)
+    return logits_CV, chunk_loss(logits_CV, tokens, options, shard)
+
+
+def _per_token(loss: ChunkLoss) -> dict[str, jax.Array]:
+    return {"nll": loss.nll_C, "kl": loss.kl_C, "hard": loss.hard_C}
+
+
+def _total(
+    options: LossOptions, per_token: dict[str, Float[Array, "N"]], tokens: Tokens
+) -> tuple[Float[Array, ""], dict[str, Float[Array, "N"]]]:
+    """Return the loss, and nll and kl of each token.
+
+    A token without weight counts 0 whatever its loss is.
+    """
+    hard, soft = tokens.hard_weights_N, tokens.soft_weights_N * options.soft_scale
+    hard_N = jnp.where(hard != 0, hard * per_token["hard"], 0.0)
+    soft_N = jnp.where(soft != 0, soft * per_token["kl"], 0.0)
+    return (hard_N + soft_N).sum(), {k: per_token[k] for k in ("nll", "kl")}
+
+
+def stored_teacher(
+    teacher: Teacher | OnlineTeacherLogits | None, targets_N: Int[Array, "N"]
+) -> tuple[Teacher, Head | None]:
+    """Return the teacher's arrays per token, and the head of an online teacher.
+
+    Without a teacher each token has one slot, which is unused.
+    """
+    if isinstance(teacher, OnlineTeacherLogits):
+        head = Head(teacher.weight_VE, teacher.bias_V)
+        return Teacher(None, None, None, hidden_NE=teacher.hidden_NE), head
+    if teacher is not None:
+        return teacher, None
+    zeros_N = jnp.zeros(targets_N.shape, jnp.float32)
+    ids_N1 = jnp.full_like(targets_N, -1)[:, None]
+    return Teacher(ids_N1, zeros_N[:, None], zeros_N), None
+
+
+def _pad_to_multiple(x: jax.Array, divisor: int) -> jax.Array:
+    """Append zeros along axis 0 until its length divides."""
+    return jnp.pad(x, [(0, -x.shape[0] % divisor)] + [(0, 0)] * (x.ndim - 1))
+
+
+def check_teacher(
+    options: LossOptions,
+    weight_VD: jax.Array,
+    teacher: Teacher,
+    teacher_head: Head | None,
+) -> None:
+    """Raise ValueError for a teacher that does not fit the options or the head."""
+    vocab_size = weight_VD.shape[0]
+    if teacher.entropy_N is not None and options.divergence.name != "forward_kl":
         raise ValueError(
-            f"points_NSP of shape {points_NSP.shape} must be [N, {len(temperatures)}, "
-            f"P], one row a temperature of {temperatures}"
+            f"divergence={options.divergence.name!r} with draws of the teacher: they "
+            "estimate 'forward_kl' alone; use it, or label with cache.kind='top_k'"
         )
-    check(options, hidden_ND, teacher, tokens)
-    limit = weight_VD.shape[0] if num_valid is None else num_valid
-    if k is not None and not 1 <= k <= limit:
+    if teacher.ids_NK is None and teacher.log_probs_NK is not None:
+        num_columns = teacher.log_probs_NK.shape[1]
+        if num_columns != vocab_size:
+            raise ValueError(
+                f"a dense teacher of {num_columns} columns does not fit {vocab_size} "
+                "rows of weight_VD: pad its log-probabilities with -inf"
+            )
+    if teacher_head is not None and teacher_head.weight_VD.shape[0] != vocab_size:
         raise ValueError(
-            f"k={k} must lie in 1..{limit}, the vocabulary: lower k, or None for dense"
+            f"an online teacher's head of {teacher_head.weight_VD.shape[0]} rows does "
+            f"not fit {vocab_size} rows of weight_VD: pad it, and set num_valid"
         )
-    if not temperatures or min(temperatures) <= 0:
-        raise ValueError(
-            f"temperatures={temperatures} must be > 0: declare one or more"
-        )
-
-    def step(carry, heads, hidden_CD, tokens):
-        part = part_of(options, heads[0])
-        logits_CV = logits_of(hidden_CD, heads[0], options.logit_rule, part)
-        targets_C, points_CSP = tokens
-        out = chunk_label(
-            logits_CV,
-            targets_C,
-            k=k,
-            temperatures=temperatures,
-            points_CSP=points_CSP,
-            with_entropy=with_entropy,
-        )
-        return carry, (out, None)
-
-    return scan(step, options, hidden_ND, (teacher, None), tokens, active_N=active_N)[1]
-
-
-def _sharded(function: Callable) -> Callable:
-    """Return `function` with leading argument `mesh` and keyword `weight_spec`."""
-
-    def sharded(
-        mesh: Mesh,
-        *arguments,
-        weight_spec: PartitionSpec,
-        vocab_axis: str | None = None,
-        **keywords,
-    ):
-        placement = Placement(mesh, weight_spec, vocab_axis)
-        return function(*arguments, **keywords, placement=placement)
-
-    name = function.__name__
-    sharded.__name__ = sharded.__qualname__ = f"sharded_{name}"
-    sharded.__doc__ = (
-        f"Return `{name}` of the later arguments, tokens split over the axes of `mesh`."
-        "\n\nThe weight, and its gradient, are laid out by `weight_spec`. N need not"
-        "\ndivide by the number of devices. Of `vocab_axis` see `token_scan.Placement`;"
-        "\nscoring and labelling never split the vocabulary."
-    )
-    return sharded
-
-
-sharded_fused_loss = _sharded(fused_loss)
-sharded_score = _sharded(score)
-sharded_label = _sharded(label)

@@ -21,7 +21,10 @@ from jaxtyping import Array, Bool, Float
 from kdjax.losses.divergence import Divergence
 
 TAILS = ("bucket", "renormalize_teacher", "renormalize_both", "drop")
-RESTS = ("bucket", "renormalize_teacher")  # those with an event for the other ids
+TAILS_WITH_BUCKET = (
+    "bucket",
+    "renormalize_teacher",
+)  # those with an event for the other ids
 FORWARD_KL = Divergence()
 _LEAST_TAIL = 2.0**-24  # half the distance of 1 to the next smaller float32
 
@@ -85,7 +88,7 @@ def sparse_divergence(
     if tail == "renormalize_both":
         student = _renormalize(student)
     stored_N = stored_events(student, teacher, divergence=divergence, tail=tail)
-    if tail not in RESTS:
+    if tail not in TAILS_WITH_BUCKET:
         return stored_N
     return stored_N + divergence(
         student_tail_log_mass_N.astype(jnp.float32)[:, None], teacher_tail_N[:, None]
@@ -100,7 +103,7 @@ def teacher_events(
     Args:
       stored_logp_NK: log p of the stored ids, temperature applied.
       has_rest_N: whether the student has ids outside them.
-      tail: one of TAILS; only those of RESTS have an event for the rest.
+      tail: one of TAILS; only those of TAILS_WITH_BUCKET have an event for the rest.
     """
     teacher = jax.lax.stop_gradient(stored_logp_NK.astype(jnp.float32))
     if tail != "bucket":
@@ -120,9 +123,9 @@ def stored_events(
     divergence: Divergence,
     tail: str,
 ) -> Float[Array, "N"]:
-    """Return the part of a divergence that comes from these stored ids.
+    """Return the summand of a divergence that comes from these stored ids.
 
-    Divergences are sums over events: parts of several disjoint sets of ids add.
+    Divergences are sums over events: those of several disjoint sets of ids add.
     """
     if tail == "drop":
         p = jnp.exp(teacher_NK)

@@ -28,7 +28,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from kdjax.config import DTYPES, REMATS, DecoderConfig, LoraConfig
-from kdjax.losses.options import PLAIN, LogitRule
+from kdjax.losses.options import IDENTITY, LogitTransform
 from kdjax.models import attention, lora, rotary
 from kdjax.models.attention import Kernel
 from kdjax.models.capture import NO_CAPTURE, Capture, CapturedOutputs, allocate, store
@@ -93,7 +93,7 @@ class Decoder(nnx.Module):
         self.unroll = unroll
         self.num_layers = config.num_layers
         self.embedding_scale = config.width**0.5 if config.scale_embeddings else 1.0
-        self.logit_rule = LogitRule(softcap=config.final_softcap or None)
+        self.logit_transform = LogitTransform(softcap=config.final_softcap or None)
         self.score_options = attention.score_options(config)
         self.ropes = rotary.ropes(config)
         self.windows, self.rotary = config.windows, config.rotary
@@ -300,20 +300,23 @@ def head_weight(params: Params) -> Float[Array, "V D"]:
 
 
 def logits(
-    params: Params, hidden: Float[Array, "... D"], *, rule: LogitRule = PLAIN
+    params: Params,
+    hidden: Float[Array, "... D"],
+    *,
+    transform: LogitTransform = IDENTITY,
 ) -> Float[Array, "... V"]:
     """Compute all logits in float32, for generation; training uses the fused head.
 
     Args:
       params: of the model.
       hidden: states after the final norm.
-      rule: the model's `logit_rule`.
+      transform: the model's `logit_transform`.
     """
     weight_VD = head_weight(params).astype(hidden.dtype)
     products = jnp.einsum(
         "...d,vd->...v", hidden, weight_VD, preferred_element_type=jnp.float32
     )
-    return rule(products)
+    return transform(products)
 
 
 def init_cache(

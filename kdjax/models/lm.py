@@ -19,7 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from kdjax.config import DecoderConfig, LoraConfig, T5Config
-from kdjax.losses.options import LogitRule
+from kdjax.losses.options import LogitTransform
 from kdjax.models import attention, decoder, decoder_shape, t5
 
 Shape = DecoderConfig | T5Config
@@ -129,21 +129,21 @@ def head_weight(params: Params) -> Float[Array, "V D"]:
     return decoder.head_weight(params)
 
 
-def logit_rule(graphdef: nnx.GraphDef, params: Params) -> LogitRule:
-    """Return how a model makes its logits, an argument of every fused-head call.
+def logit_transform(graphdef: nnx.GraphDef, params: Params) -> LogitTransform:
+    """Return the map from the head's products to the model's logits.
 
     Args:
       graphdef: the model's structure.
       params: its parameters, or their shapes.
     """
-    return nnx.merge(graphdef, params).logit_rule
+    return nnx.merge(graphdef, params).logit_transform
 
 
 def logits(
     graphdef: nnx.GraphDef, params: Params, hidden: Float[Array, "... D"]
 ) -> Float[Array, "... V"]:
     """Compute all logits in float32, for generation; training uses the fused head."""
-    return decoder.logits(params, hidden, rule=logit_rule(graphdef, params))
+    return decoder.logits(params, hidden, transform=logit_transform(graphdef, params))
 
 
 def max_prompt_length(shape: Shape, max_new_tokens: int) -> int:

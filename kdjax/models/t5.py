@@ -33,7 +33,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from kdjax.config import DTYPES, REMATS, LoraConfig, T5Config
-from kdjax.losses.options import LogitRule
+from kdjax.losses.options import LogitTransform
 from kdjax.models import lora
 from kdjax.models.decoder_shape import check_choice
 from kdjax.models.layers import Embedding, Head
@@ -64,7 +64,7 @@ class T5(nnx.Module):
     ):
         """Draw all parameters."""
         self.dtype = dtype
-        self.logit_rule = LogitRule(
+        self.logit_transform = LogitTransform(
             scale=config.width**-0.5 if config.scale_outputs else 1.0
         )
         shape = (config.vocab_size, config.width)
@@ -178,7 +178,7 @@ def hidden_states(
       dropout: a random key for each row, [B]; None turns dropout off.
 
     Returns:
-      Hidden states in the compute dtype; the model's `logit_rule` makes logits of them.
+      Hidden states in the compute dtype, of which `logit_transform` makes logits.
     """
     model = nnx.merge(graphdef, params)
     keys = (None, None) if dropout is None else split_keys(dropout, 2)

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from kdjax import losses
 from kdjax.config import Config, MeshConfig
 from kdjax.data import loader, teacher_rows
 from kdjax.data import tokenizer as tokenizers
@@ -18,7 +19,6 @@ from kdjax.experiment.data import Data
 from kdjax.experiment.models import load_model
 from kdjax.experiment.rows import row_kwargs
 from kdjax.experiment.teacher import has_teacher, teacher_shape
-from kdjax.losses import fused_head
 from kdjax.models import flops, hf
 from kdjax.models.lm import Shape
 from kdjax.parallel import distributed, sharding
@@ -211,7 +211,7 @@ def _build(
             k=k,
             temperatures=settings.temperatures,
             chunk_size=settings.chunk_size
-            or fused_head.chunk_size(settings.memory_mib, vocab_size),
+            or losses.chunk_size(settings.memory_mib, vocab_size),
         )
 
     for split, segments in todo.items():

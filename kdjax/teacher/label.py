@@ -51,7 +51,7 @@ def label(
       folder: the cache.
       manifest: its description, without shards.
       config: shard, batch and row sizes.
-      label_step: batch [1, B, T] -> arrays of `losses.fused_head.label`, tokens first.
+      label_step: batch [1, B, T] -> arrays of `losses.label`, tokens first.
       rows: row lengths as keywords of `BatchPlan`; None = those of a decoder-only
         teacher.
       advance: called with the target tokens of every finished batch and skipped shard.
@@ -97,7 +97,7 @@ def _label_shard(
     for step in range(plan.steps_per_epoch(0)):
         batch = loader.make_batch(plan, step, terms=())
         if manifest.kind == "sampled":
-            batch["points"] = _uniforms(plan, step, manifest)
+            batch["uniforms"] = _uniforms(plan, step, manifest)
         computed = label_step(batch)
         if pending is not None:
             yield from _unpack(plan, *pending, manifest, clock, advance)

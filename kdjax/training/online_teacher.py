@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from kdjax.losses import fused_head, layer_losses
-from kdjax.losses.options import LogitRule
+from kdjax import losses
+from kdjax.losses import layer_losses
 from kdjax.models import decoder, lm
 from kdjax.parallel import sharding
 
@@ -49,7 +49,7 @@ class Matching(NamedTuple):
 class FromTeacher(NamedTuple):
     """What the teacher says of a microbatch."""
 
-    rows: fused_head.Teacher | fused_head.LiveTeacher | None
+    rows: losses.Teacher | losses.OnlineTeacherLogits | None
     captured: decoder.CapturedOutputs | None = None
 
 
@@ -79,10 +79,8 @@ def ask(
     rows: dict[str, Any],
     matching: Matching | None,
     *,
-    rule: LogitRule,
     num_rows: int,
-    temperature: float,
-    chunk_size: int,
+    options: losses.LossOptions,
 ) -> FromTeacher:
     """What the teacher says of a microbatch.
 
@@ -92,10 +90,8 @@ def ask(
       params: its parameters.
       rows: the microbatch; of tokens with a soft weight the distribution is wanted.
       matching: the layers that are wanted; None = none.
-      rule: how it makes its logits.
       num_rows: of the student's head, to which a teacher's of whole rows is padded.
-      temperature: of the soft term.
-      chunk_size: tokens of a chunk of the head.
+      options: of the loss, for its temperature, chunk size and the teacher's logits.
     """
     captured = None
     if matching is None:
@@ -119,21 +115,22 @@ def ask(
     if teacher.num_pairs is None:
         missing = num_rows - weight_VE.shape[0]
         weight_VE = jnp.pad(weight_VE, ((0, missing), (0, 0)))
-        return FromTeacher(fused_head.LiveTeacher(hidden_NE, weight_VE), captured)
-    found = fused_head.sharded_label(
-        mesh,
+        return FromTeacher(losses.OnlineTeacherLogits(hidden_NE, weight_VE), captured)
+    found = losses.label(
         hidden_NE,
         weight_VE,
         rows["targets"].reshape(-1),
-        weight_spec=sharding.HEAD_SPEC,
-        k=teacher.num_pairs,
-        temperatures=(temperature,),
-        logit_rule=rule,
-        chunk_size=chunk_size,
-        with_entropy=False,
+        losses.LabelOptions(
+            k=teacher.num_pairs,
+            temperatures=(options.temperature,),
+            with_entropy=False,
+            logit_transform=options.teacher_logit_transform,
+            chunk_size=options.chunk_size,
+        ),
         active_N=rows["soft_weights"].reshape(-1) != 0,
+        placement=losses.Placement(mesh, sharding.HEAD_SPEC),
     )
-    pairs = fused_head.Teacher(
+    pairs = losses.Teacher(
         ids_NK=found["ids_NK"],
         log_probs_NK=found["log_probs_NK"],
         log_z_N=found["log_z_NS"][:, 0],

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh, NamedSharding
 
+from kdjax import losses
 from kdjax.config import CacheConfig, Config, T5Config
 from kdjax.experiment import methods
 from kdjax.experiment.models import Model
-from kdjax.losses import fused_head
 from kdjax.models import lm
 from kdjax.models.lm import Shape
 from kdjax.parallel import sharding
@@ -148,7 +148,9 @@ class Program:
             self._mesh,
             self.abstract,
             num_views=len(methods.views(config.method)),
-            loss=loss_options(config, self._model, temperature, self._num_valid),
+            loss_options=loss_options(
+                config, self._model, temperature, self._num_valid, teacher
+            ),
             teacher=beside,
             matching=self._matching,
             frozen_paths=self.frozen,
@@ -234,25 +236,43 @@ def untrained(config: Config, params: Any) -> dict[str, Any]:
 
 
 def loss_options(
-    config: Config, model: Model, temperature: float, num_valid: int | None
-) -> dict[str, Any]:
-    """Return the keywords of `fused_head.fused_loss`, without `lm.logit_rule`."""
+    config: Config,
+    model: Model,
+    temperature: float,
+    num_valid: int | None,
+    teacher: Model | None = None,
+) -> losses.LossOptions:
+    """Return the options of the loss that a config stands for.
+
+    Args:
+      config: the run.
+      model: the student.
+      temperature: of the soft terms.
+      num_valid: rows of the student's head from here on are padding; None = none.
+      teacher: one that runs beside the student; None = none.
+    """
     method = config.method
-    return {
-        "temperature": temperature,
-        "scale_by_t2": method.scale_by_t2,
-        "divergence": methods.divergence(method),
-        "tail": method.tail,
-        "label_smoothing": method.label_smoothing,
-        "chunk_size": chunk_size(config, model),
-        "num_valid": num_valid,
-    }
+    transforms = {"logit_transform": lm.logit_transform(model.graphdef, model.abstract)}
+    if teacher is not None:
+        transforms["teacher_logit_transform"] = lm.logit_transform(
+            teacher.graphdef, teacher.abstract
+        )
+    return losses.LossOptions(
+        temperature=temperature,
+        scale_by_t2=method.scale_by_t2,
+        divergence=methods.divergence(method),
+        tail=method.tail,
+        label_smoothing=method.label_smoothing,
+        chunk_size=chunk_size(config, model),
+        num_valid=num_valid,
+        **transforms,
+    )
 
 
 def chunk_size(config: Config, model: Model) -> int:
     """Tokens of a chunk of the fused head."""
     train = config.train
-    return train.chunk_size or fused_head.chunk_size(
+    return train.chunk_size or losses.chunk_size(
         train.memory_mib, model.shape.vocab_size
     )
 

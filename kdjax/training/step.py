@@ -4,7 +4,7 @@ Legend: M microbatches, B rows of a microbatch, T time, V vocabulary, D width,
 N = B * T tokens, K stored pairs.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from typing import Any
 
 import flax.nnx as nnx
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from kdjax.losses import fused_head
+from kdjax import losses
 from kdjax.models import decoder, lm
 from kdjax.parallel import sharding
 from kdjax.training import online_teacher, state, trainable
@@ -22,13 +22,13 @@ from kdjax.training.state import TrainState
 Batch = dict[str, Any]
 
 
-def _teacher(rows: Batch) -> fused_head.Teacher | None:
+def _teacher(rows: Batch) -> losses.Teacher | None:
     """The teacher's records of one microbatch, flattened to tokens."""
     if "teacher_log_probs" not in rows:
         return None
     log_probs = rows["teacher_log_probs"]
     ids = rows.get("teacher_ids")
-    return fused_head.Teacher(
+    return losses.Teacher(
         ids_NK=None if ids is None else ids.reshape(-1, ids.shape[-1]),
         log_probs_NK=log_probs.reshape(-1, log_probs.shape[-1]),
         log_z_N=rows["teacher_log_z"].reshape(-1),
@@ -46,7 +46,7 @@ def make_train_step(
     abstract: TrainState,
     *,
     num_views: int,
-    loss: Mapping[str, Any],
+    loss_options: losses.LossOptions,
     teacher: online_teacher.LiveTeacher | None = None,
     matching: online_teacher.Matching | None = None,
     frozen_paths: Collection[str] = (),
@@ -68,8 +68,7 @@ def make_train_step(
       mesh: devices; the batch is split over (data, fsdp).
       abstract: shapes and shardings of the state.
       num_views: views are numbered 0..num_views-1 in batch["view"].
-      loss: keywords of `fused_head.fused_loss`, without the rules of the logits, which
-        are the models' own.
+      loss_options: of `losses.fused_loss`, with the logit transforms of the models.
       teacher: one that runs in the step, outside of what is differentiated; else the
         batch brings the cache's records where there are soft terms.
       matching: layers that are compared with those of `teacher`.
@@ -83,9 +82,7 @@ def make_train_step(
       (and sums of "hidden" and "attention" where they are terms).
     """
     shardings = _placed(abstract)
-    rules = {"logit_rule": lm.logit_rule(graphdef, state.split(abstract.params)[0])}
-    if teacher is not None:
-        rules["teacher_rule"] = lm.logit_rule(teacher.graphdef, teacher.abstract)
+    placement = losses.Placement(mesh, sharding.HEAD_SPEC, vocab_axis="tensor")
 
     def ask(teacher_params: Any, rows: Batch) -> online_teacher.FromTeacher:
         if teacher is None:
@@ -97,10 +94,8 @@ def make_train_step(
             teacher_params,
             rows,
             matching,
-            rule=rules["teacher_rule"],
             num_rows=num_rows,
-            temperature=loss["temperature"],
-            chunk_size=loss["chunk_size"],
+            options=loss_options,
         )
 
     def loss_of(
@@ -119,18 +114,15 @@ def make_train_step(
                 capture=decoder.Capture(matching.student_layers, matching.attention),
             )
         num_rows, length, width = hidden_BTD.shape
-        total, tokens = fused_head.sharded_fused_loss(
-            mesh,
+        total, tokens = losses.fused_loss(
             hidden_BTD.reshape(num_rows * length, width),
             lm.head_weight(params),
             rows["targets"].reshape(-1),
             rows["hard_weights"].reshape(-1),
             rows["soft_weights"].reshape(-1),
             said.rows,
-            weight_spec=sharding.HEAD_SPEC,
-            vocab_axis="tensor",
-            **rules,
-            **loss,
+            loss_options,
+            placement=placement,
         )
         if matching is not None:
             compared = online_teacher.compared(
@@ -247,18 +239,19 @@ def make_score_step(
         batch = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
         hidden_BTD = lm.hidden_states(graphdef, params, batch)
         teacher = _teacher(batch)
-        scores = fused_head.sharded_score(
-            mesh,
+        scores = losses.score(
             hidden_BTD.reshape(-1, hidden_BTD.shape[-1]),
             lm.head_weight(params),
             batch["targets"].reshape(-1),
             teacher,
-            weight_spec=sharding.HEAD_SPEC,
-            tail=tail,
-            logit_rule=lm.logit_rule(graphdef, params),
-            chunk_size=chunk_size,
-            num_valid=num_valid,
+            losses.LossOptions(
+                tail=tail,
+                logit_transform=lm.logit_transform(graphdef, params),
+                chunk_size=chunk_size,
+                num_valid=num_valid,
+            ),
             active_N=batch["view"].reshape(-1) >= 0,
+            placement=losses.Placement(mesh, sharding.HEAD_SPEC),
         )
         found = {"nll": scores["nll"]}
         if teacher is not None:
@@ -300,28 +293,29 @@ def make_label_step(
       chunk_size: tokens of a chunk of the head.
 
     Returns:
-      The compiled function; arrays as in `fused_head.label`, first axis M * B * T.
-      A batch with "points" [M, B, T, S, P] gets draws instead of the top k.
+      The compiled function; arrays as in `losses.label`, first axis M * B * T.
+      A batch with "uniforms" [M, B, T, S, P] gets draws instead of the top k.
     """
 
     def label_step(params: Any, batch: Batch) -> dict[str, jax.Array]:
         batch = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
         hidden_BTD = lm.hidden_states(graphdef, params, batch)
-        points = batch.get("points")
-        if points is not None:
-            points = points.reshape(-1, *points.shape[2:])
-        return fused_head.sharded_label(
-            mesh,
+        uniforms = batch.get("uniforms")
+        if uniforms is not None:
+            uniforms = uniforms.reshape(-1, *uniforms.shape[2:])
+        return losses.label(
             hidden_BTD.reshape(-1, hidden_BTD.shape[-1]),
             lm.head_weight(params),
             batch["targets"].reshape(-1),
-            weight_spec=sharding.HEAD_SPEC,
-            k=k,
-            temperatures=temperatures,
-            logit_rule=lm.logit_rule(graphdef, params),
-            chunk_size=chunk_size,
-            points_NSP=points,
+            losses.LabelOptions(
+                k=k,
+                temperatures=temperatures,
+                logit_transform=lm.logit_transform(graphdef, params),
+                chunk_size=chunk_size,
+            ),
+            uniforms_NSP=uniforms,
             active_N=batch["view"].reshape(-1) >= 0,
+            placement=losses.Placement(mesh, sharding.HEAD_SPEC),
         )
 
     return jax.jit(

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdjax.losses import fused_head
+from kdjax.losses import LossOptions, Teacher, fused_loss
 
 N, V, D, K = 21, 37, 8, 6
 
@@ -93,9 +93,9 @@ def teacher_of(logits, k, temperature):
             log_softmax(logits),
             teacher_pairs(logits, 1, temperature)[2],
         )
-        return fused_head.Teacher(None, jnp.float32(logp), jnp.float32(log_z))
+        return Teacher(None, jnp.float32(logp), jnp.float32(log_z))
     ids, logp, log_z = teacher_pairs(logits, k, temperature)
-    return fused_head.Teacher(jnp.int32(ids), jnp.float32(logp), jnp.float32(log_z))
+    return Teacher(jnp.int32(ids), jnp.float32(logp), jnp.float32(log_z))
 
 
 def as_jax(arrays, dtype=jnp.float32):
@@ -110,14 +110,15 @@ def as_jax(arrays, dtype=jnp.float32):
     )
 
 
-def value_and_grads(arrays, teacher, *, loss=fused_head.fused_loss, **options):
+def value_and_grads(arrays, teacher, *, loss=fused_loss, **options):
     """Return (loss, per-token, d_hidden, d_weight) under jit."""
     hidden, weight, *rest = arrays
+    loss_options = LossOptions(**options)
 
     @jax.jit
     def run(hidden, weight, rest, teacher):
         def total(hidden, weight):
-            return loss(hidden, weight, *rest, teacher, **options)
+            return loss(hidden, weight, *rest, teacher, loss_options)
 
         return jax.value_and_grad(total, (0, 1), has_aux=True)(hidden, weight)
 

@@ -8,9 +8,15 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from kdjax.losses import fused_head
-from kdjax.losses.divergence import DIVERGENCES, Divergence
-from kdjax.losses.sparse import TAILS
+from kdjax.losses import (
+    DIVERGENCES,
+    TAILS,
+    Divergence,
+    LossOptions,
+    Teacher,
+    fused_loss,
+    score,
+)
 from tests.losses import head_cases as oracle
 from tests.losses.head_cases import (
     D,
@@ -85,16 +91,14 @@ def test_without_teacher():
 def test_scale_by_t2(scale_by_t2):
     arrays, _, teacher = make(temperature=3.0)
     hidden, weight, targets, hard, soft = as_jax(arrays)
-    value, per_token = fused_head.fused_loss(
+    value, per_token = fused_loss(
         hidden,
         weight,
         targets,
         0 * hard,
         soft,
         teacher,
-        temperature=3.0,
-        scale_by_t2=scale_by_t2,
-        chunk_size=8,
+        LossOptions(temperature=3.0, scale_by_t2=scale_by_t2, chunk_size=8),
     )
     factor = 9.0 if scale_by_t2 else 1.0
     assert_close(value, factor * np.dot(soft, per_token["kl"]))
@@ -107,8 +111,8 @@ def test_check_grads(tail, k):
     hidden, weight, *rest = as_jax(arrays)
 
     def total(hidden, weight):
-        options = {"temperature": 2.0, "tail": tail, "chunk_size": 4}
-        return 3.0 * fused_head.fused_loss(hidden, weight, *rest, teacher, **options)[0]
+        options = LossOptions(temperature=2.0, tail=tail, chunk_size=4)
+        return 3.0 * fused_loss(hidden, weight, *rest, teacher, options)[0]
 
     check_grads(total, (hidden, weight), 1, modes=["rev"], atol=2e-2, rtol=2e-2)
 
@@ -129,12 +133,14 @@ def test_kl_of_the_teacher_itself_is_zero(tail):
 
 @pytest.mark.parametrize("tail", ["bucket", "renormalize_teacher", "renormalize_both"])
 def test_kl_is_never_negative(tail):
-    score = jax.jit(functools.partial(fused_head.score, tail=tail, chunk_size=8))
+    options = LossOptions(tail=tail, chunk_size=8)
+    score_tokens = jax.jit(functools.partial(score, options=options))
     for seed, scale in enumerate([1e-4, 1e-3, 1e-2, 1.0, 30.0]):
         rng = np.random.default_rng(seed)
         (hidden, weight, targets, *_), _, _ = make(seed)
         near = teacher_of(hidden @ weight.T + scale * rng.normal(size=(N, V)), K, 1.0)
-        kl = score(*map(jnp.float32, (hidden, weight)), jnp.int32(targets), near)["kl"]
+        arrays = *map(jnp.float32, (hidden, weight)), jnp.int32(targets)
+        kl = score_tokens(*arrays, near)["kl"]
         assert kl.min() >= 0
         assert np.isfinite(kl).all()
 
@@ -225,7 +231,7 @@ def test_unused_slots(tail):
     """Slots with id -1 change nothing."""
     arrays, _, teacher = make(temperature=2.0)
     ids, log_probs, log_z, *_ = teacher
-    wide = fused_head.Teacher(
+    wide = Teacher(
         jnp.pad(ids, ((0, 0), (0, 2)), constant_values=-1),
         jnp.pad(log_probs, ((0, 0), (0, 2)), constant_values=-jnp.inf),
         log_z,
@@ -262,7 +268,7 @@ def test_value_alone_makes_no_gradients():
     hidden, weight, *rest = as_jax(arrays)
 
     def value(hidden, weight):
-        return fused_head.fused_loss(hidden, weight, *rest, teacher, chunk_size=N)
+        return fused_loss(hidden, weight, *rest, teacher, LossOptions(chunk_size=N))
 
     def num_matmuls(function):
         return str(jax.make_jaxpr(function)(hidden, weight)).count("dot_general")
@@ -278,15 +284,14 @@ def test_memory():
 
     def run(hidden, weight, targets, hard, soft, teacher):
         def total(hidden, weight):
-            return fused_head.fused_loss(
-                hidden, weight, targets, hard, soft, teacher, chunk_size=128
-            )[0]
+            arrays = hidden, weight, targets, hard, soft
+            return fused_loss(*arrays, teacher, LossOptions(chunk_size=128))[0]
 
         return jax.value_and_grad(total, (0, 1))(hidden, weight)
 
     shape = jax.ShapeDtypeStruct
     per_token = shape((num_tokens,), f32)
-    teacher = fused_head.Teacher(
+    teacher = Teacher(
         shape((num_tokens, k), i32), shape((num_tokens, k), f32), per_token
     )
     lowered = jax.jit(run).lower(
@@ -314,7 +319,7 @@ def test_every_divergence_fused_is_the_dense_one(name, temperature, k):
         arrays, teacher, temperature=temperature, divergence=divergence, chunk_size=8
     )
 
-    def plain(hidden, weight, targets, hard, soft, teacher, **_):
+    def plain(hidden, weight, targets, hard, soft, teacher, _):
         logits = hidden @ weight.T
         log_q = jax.nn.log_softmax(logits)
         nll = -jnp.take_along_axis(log_q, targets[:, None], 1)[:, 0]
@@ -341,6 +346,5 @@ def test_draws_refuse_another_divergence():
     arrays, _, teacher = make()
     drawn = teacher._replace(entropy_N=jnp.ones(N))
     with pytest.raises(ValueError, match="divergence='jsd' with draws"):
-        fused_head.fused_loss(
-            *as_jax(arrays), drawn, divergence=Divergence(name="jsd"), chunk_size=8
-        )
+        options = LossOptions(divergence=Divergence(name="jsd"), chunk_size=8)
+        fused_loss(*as_jax(arrays), drawn, options)

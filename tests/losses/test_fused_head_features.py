@@ -8,9 +8,15 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from kdjax.losses import fused_head
-from kdjax.losses.divergence import Divergence
-from kdjax.losses.fused_head import LogitRule
+from kdjax.losses import (
+    Divergence,
+    LogitTransform,
+    LossOptions,
+    OnlineTeacherLogits,
+    Placement,
+    Teacher,
+    fused_loss,
+)
 from kdjax.losses.sparse import sparse_divergence, teacher_at_temperature
 from tests.losses.head_cases import K, V, as_jax, assert_close, make, teacher_of
 
@@ -19,11 +25,11 @@ MESHES = [None, (8, 1, 1), (2, 4, 1), (1, 1, 8), (2, 2, 2), (1, 2, 4)]
 FEATURES = {
     "plain": {},
     "bias": {"bias": True},
-    "scale": {"logit_rule": LogitRule(scale=0.3)},
-    "softcap": {"logit_rule": LogitRule(softcap=2.0)},
+    "scale": {"logit_transform": LogitTransform(scale=0.3)},
+    "softcap": {"logit_transform": LogitTransform(softcap=2.0)},
     "all": {
         "bias": True,
-        "logit_rule": LogitRule(scale=0.7, softcap=3.0),
+        "logit_transform": LogitTransform(scale=0.7, softcap=3.0),
         "label_smoothing": 0.2,
         "num_valid": V - 4,
     },
@@ -37,7 +43,10 @@ TEACHERS = {
     "reverse": {"divergence": Divergence(name="reverse_kl"), "dense": True},
     "dense": {"dense": True},
     "live": {"live": True},
-    "live_capped": {"live": True, "teacher_rule": LogitRule(softcap=1.5)},
+    "live_capped": {
+        "live": True,
+        "teacher_logit_transform": LogitTransform(softcap=1.5),
+    },
 }
 
 
@@ -66,12 +75,10 @@ def cases(feature, teacher, temperature):
             rng.normal(size=(len(targets), E)),
             rng.normal(size=(V, E)),
         )
-        rule = options.get("teacher_rule", LogitRule())
+        rule = options.get("teacher_logit_transform", LogitTransform())
         logits = np.array(rule(jnp.asarray(live_hidden @ live_weight.T)))
         logits[:, num_valid:] = -np.inf
-        given = fused_head.LiveTeacher(
-            jnp.float32(live_hidden), jnp.float32(live_weight)
-        )
+        given = OnlineTeacherLogits(jnp.float32(live_hidden), jnp.float32(live_weight))
     bias_V = jnp.float32(rng.normal(size=V)) if bias else None
     arrays = as_jax((hidden, weight, targets, hard, soft))
     whole = jax.nn.log_softmax(jnp.float32(logits) / temperature, axis=-1)
@@ -88,7 +95,7 @@ def plain(arrays, bias_V, given, whole_NV, options):
 
     def loss(hidden, weight, bias_V):
         logits = hidden @ weight.T + (0 if bias_V is None else bias_V[None])
-        rule = options.get("logit_rule", LogitRule())
+        rule = options.get("logit_transform", LogitTransform())
         logits = logits * rule.scale
         if rule.softcap:
             logits = rule.softcap * jnp.tanh(logits / rule.softcap)
@@ -124,18 +131,18 @@ def fused(arrays, bias_V, given, options, mesh):
     """The same by the fused head; the mesh's tensor axis splits the vocabulary."""
 
     def loss(hidden, weight, bias_V):
-        keywords = options | {"bias_V": bias_V, "chunk_size": 4}
-        if mesh is None:
-            return fused_head.fused_loss(hidden, weight, *arrays[2:], given, **keywords)
-        return fused_head.sharded_fused_loss(
-            make_mesh(mesh),
+        placement = None
+        if mesh is not None:
+            spec = PartitionSpec(None, "fsdp")
+            placement = Placement(make_mesh(mesh), spec, "tensor")
+        return fused_loss(
             hidden,
             weight,
             *arrays[2:],
             given,
-            weight_spec=PartitionSpec(None, "fsdp"),
-            vocab_axis="tensor",
-            **keywords,
+            LossOptions(chunk_size=4, **options),
+            bias_V=bias_V,
+            placement=placement,
         )
 
     numbers = (0, 1) if bias_V is None else (0, 1, 2)
@@ -176,7 +183,7 @@ def test_draws_on_a_split_vocabulary():
     with np.errstate(divide="ignore"):
         log_shares = jnp.float32(np.log(shares / shares.sum(-1, keepdims=True)))
     entropy = jnp.float32(rng.uniform(size=len(ids)))
-    given = fused_head.Teacher(jnp.asarray(ids), log_shares, 0 * entropy, entropy)
+    given = Teacher(jnp.asarray(ids), log_shares, 0 * entropy, entropy)
     expected = fused(arrays, None, given, {}, None)
     for mesh in MESHES[1:]:
         assert_close(fused(arrays, None, given, {}, mesh), expected)
@@ -186,7 +193,7 @@ def test_a_live_teacher_gets_no_gradient():
     arrays, _, given, _, options = cases("plain", "live", 2.0)
 
     def loss(given):
-        return fused_head.fused_loss(*arrays, given, chunk_size=4, **options)[0]
+        return fused_loss(*arrays, given, LossOptions(chunk_size=4, **options))[0]
 
     gradient = jax.grad(loss)(given)
     assert not any(np.asarray(g).any() for g in jax.tree.leaves(gradient))
@@ -194,21 +201,21 @@ def test_a_live_teacher_gets_no_gradient():
 
 @pytest.mark.parametrize(
     ("options", "name"),
-    [
-        ({"label_smoothing": 1.0}, "label_smoothing=1.0"),
-        ({"logit_rule": LogitRule(softcap=0.0)}, "softcap=0.0"),
-        ({"logit_rule": LogitRule(scale=-1.0)}, "scale=-1.0"),
-        ({"bias_V": jnp.zeros(3)}, "bias_V"),
-    ],
+    [({"softcap": 0.0}, "softcap=0.0"), ({"scale": -1.0}, "scale=-1.0")],
 )
-def test_refused(options, name):
-    arrays, _, given, _, _ = cases("plain", "pairs", 1.0)
+def test_a_logit_transform_out_of_range_is_refused(options, name):
     with pytest.raises(ValueError, match=name):
-        fused_head.fused_loss(*arrays, given, chunk_size=4, **options)
+        LogitTransform(**options)
+
+
+def test_a_bias_of_another_vocabulary_is_refused():
+    arrays, _, given, _, _ = cases("plain", "pairs", 1.0)
+    with pytest.raises(ValueError, match="bias_V"):
+        fused_loss(*arrays, given, LossOptions(), bias_V=jnp.zeros(3))
 
 
 def test_a_live_teacher_of_another_vocabulary_is_refused():
     arrays, _, given, _, _ = cases("plain", "live", 1.0)
     short = given._replace(weight_VE=given.weight_VE[:-1])
     with pytest.raises(ValueError, match="36 rows"):
-        fused_head.fused_loss(*arrays, short, chunk_size=4)
+        fused_loss(*arrays, short, LossOptions())

@@ -5,7 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kdjax.losses import chunk_label, fused_head
+from kdjax.losses import (
+    LabelOptions,
+    LossOptions,
+    Teacher,
+    chunk_label,
+    chunk_size,
+    fused_loss,
+    label,
+    score,
+)
 from tests.losses import head_cases as oracle
 from tests.losses.head_cases import K, N, V, as_jax, assert_close, make
 
@@ -13,13 +22,12 @@ from tests.losses.head_cases import K, N, V, as_jax, assert_close, make
 def test_score_top1():
     arrays, _, _ = make()
     hidden, weight, targets, *_ = arrays
-    scored = fused_head.score(
+    scored = score(
         jnp.float32(hidden),
         jnp.float32(weight),
         jnp.int32(targets),
         None,
-        chunk_size=8,
-        num_valid=30,
+        LossOptions(chunk_size=8, num_valid=30),
     )
     logits = (hidden @ weight.T)[:, :30]
     np.testing.assert_array_equal(scored["top1_ids"], logits.argmax(-1))
@@ -34,7 +42,7 @@ def test_label():
     logp = oracle.log_softmax((hidden @ weight.T)[:, :30])
     temperatures = (1.0, 2.0)
     options = {"temperatures": temperatures, "chunk_size": 8, "num_valid": 30}
-    top = fused_head.label(*arrays, k=K, **options)
+    top = label(*arrays, LabelOptions(k=K, **options))
     assert top["ids_NK"].dtype == jnp.int32
     ids = np.argsort(-logp, -1)[:, :K]
     np.testing.assert_array_equal(top["ids_NK"], ids)
@@ -45,7 +53,7 @@ def test_label():
         logp_t = oracle.log_softmax(logp / t)
         assert_close(top["log_z_NS"][:, s], np.log(np.exp(logp / t).sum(-1)))
         assert_close(top["entropy_NS"][:, s], -(np.exp(logp_t) * logp_t).sum(-1))
-    dense = fused_head.label(*arrays, k=None, **options)
+    dense = label(*arrays, LabelOptions(k=None, **options))
     assert "ids_NK" not in dense
     assert_close(dense["log_probs_NK"][:, :30], logp)
     assert (dense["log_probs_NK"][:, 30:] == -jnp.inf).all()
@@ -72,11 +80,12 @@ def test_label_then_loss_is_zero():
     """The teacher's own labels give its own head a KL of zero."""
     (hidden, weight, targets, hard, soft), _, _ = make()
     arrays = as_jax((hidden, weight, targets, hard, soft))
-    labels = fused_head.label(*arrays[:3], k=K, temperatures=(2.0,), chunk_size=8)
-    teacher = fused_head.Teacher(
+    options = LabelOptions(k=K, temperatures=(2.0,), chunk_size=8)
+    labels = label(*arrays[:3], options)
+    teacher = Teacher(
         labels["ids_NK"], labels["log_probs_NK"], labels["log_z_NS"][:, 0]
     )
-    scored = fused_head.score(*arrays[:3], teacher, temperature=2.0, chunk_size=8)
+    scored = score(*arrays[:3], teacher, LossOptions(temperature=2.0, chunk_size=8))
     assert scored["kl"].min() >= 0 and scored["kl"].max() < 1e-9
     assert_close(scored["nll"], -labels["target_log_probs_N"], 1e-6)
 
@@ -86,7 +95,7 @@ def test_label_then_loss_is_zero():
     [(16, 32000, 128), (64, 49152, 256), (1, 10**6, 8), (64, 100, 1024), (1, 2**15, 8)],
 )
 def test_chunk_size(memory_mib, vocab_size, expected):
-    assert fused_head.chunk_size(memory_mib, vocab_size) == expected
+    assert chunk_size(memory_mib, vocab_size) == expected
 
 
 @pytest.mark.parametrize(
@@ -94,6 +103,7 @@ def test_chunk_size(memory_mib, vocab_size, expected):
     [
         ({"tail": "ghost"}, "tail='ghost'"),
         ({"temperature": 0.0}, "temperature=0.0"),
+        ({"label_smoothing": 1.0}, "label_smoothing=1.0"),
         ({"chunk_size": 0}, "chunk_size=0"),
         ({"num_valid": V + 1}, f"num_valid={V + 1}"),
     ],
@@ -101,20 +111,19 @@ def test_chunk_size(memory_mib, vocab_size, expected):
 def test_bad_options(options, message):
     arrays, _, teacher = make()
     with pytest.raises(ValueError, match=message):
-        fused_head.fused_loss(*as_jax(arrays), teacher, **({"chunk_size": 8} | options))
+        fused_loss(*as_jax(arrays), teacher, LossOptions(**options))
 
 
 def test_bad_shapes():
     arrays, _, teacher = make()
     hidden, weight, *rest = as_jax(arrays)
+    options = LossOptions(chunk_size=8)
     with pytest.raises(ValueError, match="width"):
-        fused_head.fused_loss(hidden[:, 1:], weight, *rest, teacher, chunk_size=8)
+        fused_loss(hidden[:, 1:], weight, *rest, teacher, options)
     with pytest.raises(ValueError, match="does not belong"):
-        fused_head.fused_loss(hidden[1:], weight, *rest, teacher, chunk_size=8)
+        fused_loss(hidden[1:], weight, *rest, teacher, options)
     dense = make(k=None)[2]
     with pytest.raises(ValueError, match="dense teacher of 37"):
-        fused_head.fused_loss(hidden, weight[1:], *rest, dense, chunk_size=8)
+        fused_loss(hidden, weight[1:], *rest, dense, options)
     with pytest.raises(ValueError, match="k=38"):
-        fused_head.label(
-            hidden, weight, rest[0], k=38, temperatures=(1.0,), chunk_size=8
-        )
+        label(hidden, weight, rest[0], LabelOptions(k=38, temperatures=(1.0,)))

@@ -1,5 +1,6 @@
 """The fused head on meshes equals the head on one device, without loop collectives."""
 
+import functools
 import re
 
 import jax
@@ -7,7 +8,14 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from kdjax.losses import fused_head
+from kdjax.losses import (
+    LabelOptions,
+    LossOptions,
+    Placement,
+    fused_loss,
+    label,
+    score,
+)
 from tests.losses.head_cases import as_jax, assert_close, make, value_and_grads
 
 MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 4, 1), (2, 2, 2)]
@@ -36,10 +44,7 @@ def test_meshes(shape):
         hidden, weight, *rest = as_jax(arrays)
         weight = jax.device_put(weight, NamedSharding(mesh, spec))
 
-        def loss(*arrays, spec=spec, **options):
-            return fused_head.sharded_fused_loss(
-                mesh, *arrays, weight_spec=spec, **options
-            )
+        loss = functools.partial(fused_loss, placement=Placement(mesh, spec))
 
         actual = value_and_grads((hidden, weight, *rest), teacher, loss=loss, **options)
         assert_close(actual, expected, 1e-6)
@@ -48,18 +53,13 @@ def test_meshes(shape):
 def test_sharded_score_and_label():
     arrays, _, teacher = make(vocab_size=40)
     hidden, weight, targets, *_ = as_jax(arrays)
-    mesh, spec = make_mesh((2, 2, 2)), SPECS[1]
-    actual = fused_head.sharded_score(
-        mesh, hidden, weight, targets, teacher, weight_spec=spec, chunk_size=2
-    )
-    assert_close(
-        actual, fused_head.score(hidden, weight, targets, teacher, chunk_size=8)
-    )
-    options = {"k": 4, "temperatures": (1.0, 2.0), "chunk_size": 2}
-    actual = fused_head.sharded_label(
-        mesh, hidden, weight, targets, weight_spec=spec, **options
-    )
-    assert_close(actual, fused_head.label(hidden, weight, targets, **options))
+    placement = Placement(make_mesh((2, 2, 2)), SPECS[1])
+    arrays = hidden, weight, targets, teacher
+    actual = score(*arrays, LossOptions(chunk_size=2), placement=placement)
+    assert_close(actual, score(*arrays, LossOptions(chunk_size=8)))
+    options = LabelOptions(k=4, temperatures=(1.0, 2.0), chunk_size=2)
+    actual = label(hidden, weight, targets, options, placement=placement)
+    assert_close(actual, label(hidden, weight, targets, options))
 
 
 def test_one_device_exchanges_nothing():
@@ -68,8 +68,13 @@ def test_one_device_exchanges_nothing():
     mesh = make_mesh((1, 1, 1))
 
     def loss(hidden, weight):
-        return fused_head.sharded_fused_loss(
-            mesh, hidden, weight, *rest, teacher, weight_spec=SPECS[0], chunk_size=8
+        return fused_loss(
+            hidden,
+            weight,
+            *rest,
+            teacher,
+            LossOptions(chunk_size=8),
+            placement=Placement(mesh, SPECS[0]),
         )[0]
 
     step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
@@ -84,8 +89,13 @@ def test_no_collective_inside_the_loop():
     weight = jax.device_put(weight, NamedSharding(mesh, spec))
 
     def total(hidden, weight):
-        return fused_head.sharded_fused_loss(
-            mesh, hidden, weight, *rest, teacher, weight_spec=spec, chunk_size=4
+        return fused_loss(
+            hidden,
+            weight,
+            *rest,
+            teacher,
+            LossOptions(chunk_size=4),
+            placement=Placement(mesh, spec),
         )[0]
 
     step = jax.jit(jax.value_and_grad(total, (0, 1)))

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from kdjax import losses
 from kdjax.config import MeshConfig, OptimConfig
 from kdjax.experiment.models import load_model
 from kdjax.models import decoder, lm
@@ -58,7 +59,7 @@ def log_probs(models, batch):
         assert model.shape.final_softcap == 5.0
         plain = decoder.logits(params, hidden)
         capped = decoder.logits(
-            params, hidden, rule=lm.logit_rule(model.graphdef, params)
+            params, hidden, transform=lm.logit_transform(model.graphdef, params)
         )
         assert np.abs(plain - capped).max() > 0.05  # the cap matters
         logits = np.asarray(capped, np.float64).reshape(-1, 96)
@@ -107,7 +108,13 @@ def test_training_with_a_live_teacher(mesh, models, batch, log_probs, num_pairs)
         mesh,
         abstract,
         num_views=1,
-        loss={"temperature": 1.0, "chunk_size": 16},
+        loss_options=losses.LossOptions(
+            logit_transform=lm.logit_transform(model.graphdef, model.abstract),
+            teacher_logit_transform=lm.logit_transform(
+                teacher.graphdef, teacher.abstract
+            ),
+            chunk_size=16,
+        ),
         teacher=online_teacher.LiveTeacher(
             teacher.graphdef, teacher.abstract, num_pairs
         ),

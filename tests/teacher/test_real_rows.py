@@ -13,8 +13,8 @@ from kdjax.data import tokenizer as tokenizers
 from kdjax.experiment.models import load_model
 from kdjax.losses.chunk_label import chunk_label
 from kdjax.losses.chunk_loss import Teacher, Tokens, chunk_loss
-from kdjax.losses.options import Options
-from kdjax.losses.vocab_shard import Part
+from kdjax.losses.options import LossOptions
+from kdjax.losses.vocab_shard import VocabShard
 from kdjax.models import decoder
 from kdjax.parallel import sharding
 from kdjax.teacher import codec
@@ -88,8 +88,8 @@ def test_decoded_rows_are_the_teachers(smollm2, real_data):
         loss = chunk_loss(
             jnp.asarray(logits_TV),
             Tokens(jnp.asarray(targets), 0 * ones_T, ones_T, teacher),
-            Options(chunk_size=1, num_valid=vocab_size, temperature=temperature),
-            Part(size=vocab_size, num_valid=vocab_size),
+            LossOptions(temperature=temperature),
+            VocabShard(size=vocab_size, num_valid=vocab_size),
         )
         kl_T = np.asarray(loss.kl_C)
         assert kl_T.min() >= 0 and kl_T.mean() < 1e-4, (temperature, kl_T.mean())

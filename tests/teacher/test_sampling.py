@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kdjax.losses import fused_head
+from kdjax.losses import LossOptions, Teacher, fused_loss
 from kdjax.losses.chunk_label import chunk_label
 from kdjax.teacher import codec, record_checks, sampling
 from kdjax.teacher.byte_planes import IdCoder
@@ -32,7 +32,7 @@ def labelled(num_tokens=6, *, k=None, drawn=False, num_rounds=NUM_ROUNDS, seed=0
     rng = np.random.default_rng(seed)
     logits_TV = (2 * rng.normal(size=(num_tokens, VOCAB_SIZE))).astype(np.float32)
     targets_T = rng.integers(0, VOCAB_SIZE, num_tokens).astype(np.int32)
-    points = sampling.stratified_uniforms(
+    uniforms = sampling.stratified_uniforms(
         b"key", num_tokens, len(TEMPERATURES), num_rounds, NUM_DRAWS
     ).reshape(num_tokens, len(TEMPERATURES), -1)
     found = jax.tree.map(
@@ -42,7 +42,7 @@ def labelled(num_tokens=6, *, k=None, drawn=False, num_rounds=NUM_ROUNDS, seed=0
             jnp.asarray(targets_T),
             k=k,
             temperatures=TEMPERATURES,
-            points_CSP=jnp.asarray(points) if drawn else None,
+            uniforms_CSP=jnp.asarray(uniforms) if drawn else None,
         ),
     )
     common = {
@@ -70,14 +70,14 @@ def labelled(num_tokens=6, *, k=None, drawn=False, num_rounds=NUM_ROUNDS, seed=0
     )
 
 
-def test_points_depend_on_the_key_alone_and_lie_in_their_strata():
-    points = sampling.stratified_uniforms(b"a", 5, 2, 3, 8)
+def test_uniforms_depend_on_the_key_alone_and_lie_in_their_strata():
+    uniforms = sampling.stratified_uniforms(b"a", 5, 2, 3, 8)
     np.testing.assert_array_equal(
-        points, sampling.stratified_uniforms(b"a", 5, 2, 3, 8)
+        uniforms, sampling.stratified_uniforms(b"a", 5, 2, 3, 8)
     )
-    assert (points != sampling.stratified_uniforms(b"b", 5, 2, 3, 8)).any()
-    strata = np.floor(points * 8).astype(int)
-    assert (strata == np.arange(8)).all() and points.dtype == np.float32
+    assert (uniforms != sampling.stratified_uniforms(b"b", 5, 2, 3, 8)).any()
+    strata = np.floor(uniforms * 8).astype(int)
+    assert (strata == np.arange(8)).all() and uniforms.dtype == np.float32
 
 
 def test_count():
@@ -90,13 +90,13 @@ def test_count():
 def test_an_id_without_probability_is_never_drawn():
     logits = np.full((1, VOCAB_SIZE), -np.inf, np.float32)
     logits[0, [3, 30]] = 0.0
-    points = np.float32([[[0.0, 0.25, 0.4999, 0.5001, 0.75, 1 - 2**-24]]])
+    uniforms = np.float32([[[0.0, 0.25, 0.4999, 0.5001, 0.75, 1 - 2**-24]]])
     found = chunk_label(
         jnp.asarray(logits),
         jnp.zeros(1, jnp.int32),
         k=None,
         temperatures=(1.0,),
-        points_CSP=jnp.asarray(points),
+        uniforms_CSP=jnp.asarray(uniforms),
     )
     assert np.asarray(found["drawn_ids_NSP"])[0, 0].tolist() == [3, 3, 3, 30, 30, 30]
 
@@ -108,16 +108,14 @@ def losses(teacher, *, temperature, tail):
     hidden_ND = 2 * jax.random.normal(jax.random.key(9), (num_tokens, VOCAB_SIZE))
 
     def loss(hidden_ND):
-        total, tokens = fused_head.fused_loss(
+        total, tokens = fused_loss(
             hidden_ND,
             jnp.eye(VOCAB_SIZE),
             jnp.zeros(num_tokens, jnp.int32),
             jnp.zeros(num_tokens),
             jnp.ones(num_tokens),
             teacher,
-            temperature=temperature,
-            tail=tail,
-            chunk_size=64,
+            LossOptions(temperature=temperature, tail=tail, chunk_size=64),
         )
         return total, tokens["kl"]
 
@@ -132,7 +130,7 @@ def loss_and_gradients(record, column, number=0, *, tail="bucket"):
         shares = record.counts[:, column, number] / np.float32(NUM_DRAWS)
         log_probs = np.log(shares, out=np.full_like(shares, -np.inf), where=shares > 0)
         entropy = jnp.asarray(record.entropy[:, column])
-    teacher = fused_head.Teacher(
+    teacher = Teacher(
         None if record.kind == "dense" else jnp.asarray(ids),
         jnp.asarray(log_probs),
         jnp.asarray(record.log_z[:, column]),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
+from kdjax import losses
 from kdjax.config import MeshConfig
 from kdjax.data import loader
 from kdjax.experiment import methods, validate
@@ -14,7 +15,6 @@ from kdjax.experiment.data import load_data
 from kdjax.experiment.models import make_model, student_params, student_shape
 from kdjax.experiment.rows import make_plan
 from kdjax.experiment.teacher import teacher_shape
-from kdjax.losses import fused_head
 from kdjax.models import decoder
 from kdjax.parallel import sharding
 from kdjax.training import optimizer as optimizer_lib
@@ -40,7 +40,7 @@ def run(config, *, steps=2, mesh_config=None, devices=None, poison=False):
         mesh,
         abstract,
         num_views=2,
-        loss={"temperature": 2.0, "chunk_size": 32},
+        loss_options=losses.LossOptions(temperature=2.0, chunk_size=32),
     )
     current = state.init_state(abstract, optimizer, student_params(config, model, ""))
     if poison:
@@ -172,7 +172,7 @@ def test_soft_weight_zero_is_cross_entropy():
 
 
 def test_chunk_size_from_memory():
-    assert fused_head.chunk_size(16, 32000) == 128
+    assert losses.chunk_size(16, 32000) == 128
 
 
 def online(config, *, whole=False, mesh_config=None, devices=None):

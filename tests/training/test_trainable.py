@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from kdjax import train
+from kdjax import losses, train
 from kdjax.aot import hlo
 from kdjax.config import MeshConfig, T5Config
 from kdjax.experiment import validate
 from kdjax.experiment.teacher import teacher_config
-from kdjax.losses import fused_head
 from kdjax.models import decoder, t5
 from kdjax.parallel import sharding
 from kdjax.training import state, trainable
@@ -112,17 +111,15 @@ def test_a_frozen_head_costs_no_gradient(shape):
     targets, ones = jnp.zeros(64, jnp.int32), jnp.ones(64)
 
     def loss(hidden, weight):
-        return fused_head.sharded_fused_loss(
-            mesh,
+        return losses.fused_loss(
             hidden,
             weight,
             targets,
             ones,
             ones,
             None,
-            chunk_size=64,
-            weight_spec=sharding.HEAD_SPEC,
-            vocab_axis="tensor",
+            losses.LossOptions(chunk_size=64),
+            placement=losses.Placement(mesh, sharding.HEAD_SPEC, "tensor"),
         )[0]
 
     found = {}

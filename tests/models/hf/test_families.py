@@ -36,7 +36,9 @@ def our_logits(config, params, tokens_BT, positions_BT=None, segments_BT=None):
         hidden = decoder.hidden_states(
             graphdef, params, tokens_BT, positions_BT, segments_BT
         )
-        return decoder.logits(params, hidden, rule=lm.logit_rule(graphdef, params))
+        return decoder.logits(
+            params, hidden, transform=lm.logit_transform(graphdef, params)
+        )
 
     return np.asarray(call(params))
 
