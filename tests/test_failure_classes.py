@@ -78,10 +78,10 @@ BREAKS = [
     Break(
         number=3,
         what="a cache shifted by one is taken",
-        file="teacher/checks.py",
+        file="teacher/record_checks.py",
         old="if not wrong_T.any():",
         new="if True:",
-        test="teacher/test_draws.py::test_rows_shifted_by_one_token_are_noticed",
+        test="teacher/test_sampling.py::test_rows_shifted_by_one_token_are_noticed",
     ),
     Break(
         number=4,
@@ -126,7 +126,7 @@ BREAKS = [
         file="losses/chunk.py",
         old="return _Soft(part.sum(found_C) - teacher.entropy_N, pull_draws)",
         new="return _Soft(part.sum(found_C), pull_draws)",
-        test="teacher/test_draws.py::test_draws_are_unbiased_in_loss_and_gradient_and_"
+        test="teacher/test_sampling.py::test_draws_are_unbiased_in_loss_and_gradient_and_"
         "truncation_is_not",
     ),
     Break(
@@ -154,7 +154,7 @@ BREAKS = [
     Break(
         number=9,
         what="labelling that was killed starts again from nothing",
-        file="teacher/labelling.py",
+        file="teacher/label.py",
         old="if index in complete:",
         new="if False:",
         test="teacher/test_interrupted.py::test_killed_at_thirty_points_it_ends_with_"

@@ -257,7 +257,7 @@ def _examples(config: Config) -> list[Example]:
         data = dataclasses.replace(data, labels="")
     split = config.annotate.split
     examples = sources.load_examples(data, split, seed=data.kinship.seed)
-    return selection.trusted(examples, data)[0]
+    return selection.apply_label_policy(examples, data)[0]
 
 
 def _model_path(config: Config, workdir: pathlib.Path) -> str:

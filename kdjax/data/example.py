@@ -1,4 +1,4 @@
-"""One question with what is known about it."""
+"""The Example type: a question with answer and rationales, or a text."""
 
 import re
 from dataclasses import dataclass
@@ -21,9 +21,9 @@ class Example:
 
 
 def wrong_choices(example: Example) -> tuple[str, ...]:
-    """The choices that `counterfactuals` belong to, in their order.
+    """Return the choices that `counterfactuals` belong to, in their order.
 
-    All of them where there is no answer.
+    These are all choices where there is no answer.
     """
     if not example.answer:
         return example.choices
@@ -32,7 +32,7 @@ def wrong_choices(example: Example) -> tuple[str, ...]:
 
 
 def contradicts(example: Example) -> bool:
-    """Whether the rationale's last choice letter, like "(b)", is another's."""
+    """Return True if the rationale's last letter, like "(b)", is a wrong choice's."""
     letters = re.findall(r"\(([a-z])\)", example.rationale.lower())
     if not letters or not example.choices:
         return False

@@ -1,4 +1,4 @@
-"""The built-in task: stated family relations, and who is X to Y.
+"""The built-in task: the relation of X to Y from stated family relations.
 
 A question states a chain of relations from X to Y in shuffled order, among
 distractors, and asks for one word. Everything is space-separated words of a small
@@ -67,12 +67,12 @@ _ANSWERS = tuple(dict.fromkeys(word for pair in WORDS.values() for word in pair)
 
 
 def vocabulary() -> list[str]:
-    """Every word that can occur in a question, choice, answer or rationale, sorted."""
+    """Return all words of questions, choices, answers and rationales, sorted."""
     return sorted({*itertools.chain(*NAMES), *_ANSWERS, *CONNECTIVES})
 
 
 def answer_of(chain: tuple[str, ...]) -> str | None:
-    """The word for X to Y, given the words of the facts from X to Y in order.
+    """Compose the words of the facts from X to Y into the word for X to Y.
 
     Returns:
       The relation word, in X's gender, or None where the chain has no single answer.
@@ -82,7 +82,7 @@ def answer_of(chain: tuple[str, ...]) -> str | None:
 
 
 def _conclusions(chain: tuple[str, ...]) -> tuple[str, ...]:
-    """The word for X to each person along the chain; () without a single answer."""
+    """Return the word for X to each person of the chain; () without one answer."""
     gender = _gender(chain[0])
     relation = _RELATION[chain[0]]
     words = [chain[0]]
@@ -97,31 +97,31 @@ def _conclusions(chain: tuple[str, ...]) -> tuple[str, ...]:
 
 @functools.cache
 def _chains(num_hops: int) -> dict[str, list[tuple[str, ...]]]:
-    """Chains of stated relations of one length, by the relation they amount to.
+    """List the chains of stated relations of one length, by composed relation.
 
     A chain goes up the tree, then down. One that went up again after going down could
     give somebody two mothers.
     """
-    found: dict[str, list[tuple[str, ...]]] = {}
+    chains: dict[str, list[tuple[str, ...]]] = {}
     for chain in itertools.product(STATED, repeat=num_hops):
         down = chain.index("parent") if "parent" in chain else num_hops
         answer = answer_of(tuple(WORDS[step][FEMALE] for step in chain))
         if answer and "child" not in chain[down:]:
-            found.setdefault(_RELATION[answer], []).append(chain)
-    return found
+            chains.setdefault(_RELATION[answer], []).append(chain)
+    return chains
 
 
 @functools.cache
 def _misreadings(chain: tuple[str, ...]) -> dict[str, list[tuple[str, ...]]]:
-    """Chains with one word of `chain` misread, by the answer they lead to."""
-    found: dict[str, list[tuple[str, ...]]] = {}
+    """List the chains with one word of `chain` misread, by their answer."""
+    misreadings: dict[str, list[tuple[str, ...]]] = {}
     for hop, relation, gender in itertools.product(
         range(len(chain)), STATED, (FEMALE, MALE)
     ):
         misread = (*chain[:hop], WORDS[relation][gender], *chain[hop + 1 :])
         if answer := answer_of(misread):
-            found.setdefault(answer, []).append(misread)
-    return found
+            misreadings.setdefault(answer, []).append(misread)
+    return misreadings
 
 
 def _gender(word: str) -> int:
@@ -133,7 +133,7 @@ def _fact(subject: str, word: str, of: str) -> str:
 
 
 def _rationale(people: list[str], chain: tuple[str, ...], answer: str) -> str:
-    """Walks the chain aloud; the last conclusion says `answer`, right or wrong."""
+    """Write the steps along the chain, ending in `answer`, right or wrong."""
     sentences = [_fact(people[0], chain[0], people[1])]
     conclusions = (*_conclusions(chain)[:-1], answer)
     for hop in range(1, len(chain)):
@@ -145,7 +145,7 @@ def _rationale(people: list[str], chain: tuple[str, ...], answer: str) -> str:
 def _wrong_rationale(
     rng: random.Random, people: list[str], chain: tuple[str, ...], choice: str
 ) -> str:
-    """Reaches `choice` by misreading one fact, or else by a wrong last conclusion."""
+    """Write steps to `choice`: one fact misread, or else a wrong last conclusion."""
     misread = _misreadings(chain).get(choice)
     return _rationale(people, rng.choice(misread) if misread else chain, choice)
 
@@ -156,7 +156,7 @@ def _is_eval(people: list[str], chain: tuple[str, ...]) -> bool:
 
 
 def _people(rng: random.Random, genders: list[int]) -> list[str]:
-    """Distinct names of the given genders."""
+    """Draw distinct names of the given genders."""
     pools = [iter(rng.sample(pool, len(genders))) for pool in NAMES]
     return [next(pools[gender]) for gender in genders]
 
@@ -164,7 +164,7 @@ def _people(rng: random.Random, genders: list[int]) -> list[str]:
 def _distractors(
     rng: random.Random, people: list[str], genders: list[int], strangers: list[str]
 ) -> Iterator[str]:
-    """One fact per stranger about somebody of the chain.
+    """Yield one fact per stranger about somebody of the chain.
 
     A stranger is a new child or sibling, never a new parent: nobody gets two mothers,
     and no second path leads from X to Y. X begins one fact and Y ends one, so that both
@@ -254,11 +254,11 @@ def _check(config: KinshipConfig) -> None:
 def generate(
     config: KinshipConfig, *, num_examples: int, seed: int, split: str
 ) -> list[Example]:
-    """Makes examples.
+    """Generate examples.
 
     Args:
       config: difficulty; `label_noise` applies to the train split only.
-      num_examples: how many; the first n are the same whatever the number.
+      num_examples: number of examples; the first n are the same whatever the number.
       seed: a different seed gives different examples.
       split: "train" or "eval". A chain of relations with its names belongs to one of
         them by its hash, so no eval chain is in any train split of any seed.

@@ -13,7 +13,7 @@ def pack(
     *,
     num_open: int = 64,
 ) -> list[np.ndarray]:
-    """Assigns items to rows: first fit among the open rows, in the given order.
+    """Assign items to rows: first fit among the open rows, in the given order.
 
     Where no open row has room, the fullest one is closed for a new one. A pure
     function of its arguments; 1e5 items take about half a second.

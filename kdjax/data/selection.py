@@ -1,4 +1,4 @@
-"""Which training examples are learnt from, with which answer, and how much.
+"""Selection of training examples, their answers and their weights.
 
 A teacher's answers may stand in for the gold ones (`data.labels`); examples without
 what the method needs may be left out (`data.on_missing`).
@@ -12,7 +12,7 @@ from kdjax.config import DataConfig
 from kdjax.data import templates
 from kdjax.data.example import Example, wrong_choices
 
-# What is joined to examples, and the fields of the data's config that name its file.
+# Fields that files are joined to -> fields of the data's config that name the files.
 _JOINED = {"rationale": "rationales", "counterfactuals": "counterfactuals"}
 
 
@@ -21,22 +21,22 @@ class Selection:
     """The examples of a split that are used."""
 
     examples: list[Example]
-    labels: dict[str, Any]  # the report of `trusted`
-    notes: list[str]  # what became of the others, in words
+    labels: dict[str, Any]  # the report of `apply_label_policy`
+    notes: list[str]  # counts of changed and dropped examples, as sentences
 
 
 def select(
     examples: Sequence[Example], views: Sequence[str], split: str, config: DataConfig
 ) -> Selection:
-    """What is learnt from, or held out, of the examples from `load_examples`.
+    """Select the examples of a split that are used, of those from `load_examples`.
 
     Raises:
-      ValueError: as `trusted` and `complete`.
+      ValueError: as `apply_label_policy` and `drop_incomplete`.
     """
-    kept = list(examples)
+    selected = list(examples)
     labels: dict[str, Any] = {}
     if split == "train":
-        kept, labels = trusted(examples, config)
+        selected, labels = apply_label_policy(examples, config)
     notes = []
     if labels:
         fate = {"keep": "kept", "drop": "left out", "weight": "weighed"}[
@@ -48,20 +48,20 @@ def select(
             f"wrong {fate} (data.wrong_labels={config.wrong_labels}), "
             f"{labels['without']} examples without an answer left out"
         )
-    num = len(kept)
-    kept, without = complete(kept, views, split, config)
+    num = len(selected)
+    selected, missing = drop_incomplete(selected, views, split, config)
     notes += [
-        f"{split}: {lacking} of {num} examples left out, without {part} "
+        f"{split}: {count} of {num} examples left out, without {name} "
         f"(data.on_missing={config.on_missing})"
-        for part, lacking in without.items()
+        for name, count in missing.items()
     ]
-    return Selection(examples=kept, labels=labels, notes=notes)
+    return Selection(examples=selected, labels=labels, notes=notes)
 
 
-def relabelled(
+def replace_labels(
     examples: Sequence[Example], answers: Mapping[tuple[str, ...], Any], path: str
 ) -> list[Example]:
-    """Puts a teacher's answers in place of the data's, which become `gold`.
+    """Replace the data's answers, which become `gold`, by a teacher's.
 
     A row's own rationale explains the gold answer: it goes where the teacher's is
     another, and so does a counterfactual for what is now the answer.
@@ -75,15 +75,15 @@ def relabelled(
     Raises:
       ValueError: an answer that is no choice, or an example without a question.
     """
-    found = []
+    relabelled = []
     for example in examples:
         if not example.answer:
             raise ValueError(
                 f"labels={path!r}: example {example.id!r} has no answer to replace: "
                 "use data with questions, or labels=''"
             )
-        told = answers.get((example.id,))
-        answer = "" if told is None else str(told)
+        value = answers.get((example.id,))
+        answer = "" if value is None else str(value)
         if not example.choices:
             answer = answer.strip()
         elif answer and answer not in example.choices:
@@ -93,13 +93,17 @@ def relabelled(
             )
         other = replace(example, answer=answer, gold=example.answer)
         if answer != example.answer:
-            other = replace(other, rationale="", counterfactuals=_moved(example, other))
-        found.append(other)
-    return found
+            other = replace(
+                other,
+                rationale="",
+                counterfactuals=_reorder_counterfactuals(example, other),
+            )
+        relabelled.append(other)
+    return relabelled
 
 
-def _moved(example: Example, other: Example) -> tuple[str, ...]:
-    """The counterfactuals of an example in the order of another answer's choices."""
+def _reorder_counterfactuals(example: Example, other: Example) -> tuple[str, ...]:
+    """Reorder the counterfactuals of an example for another answer."""
     if not example.counterfactuals:
         return ()
     pairs = zip(wrong_choices(example), example.counterfactuals, strict=True)
@@ -107,10 +111,10 @@ def _moved(example: Example, other: Example) -> tuple[str, ...]:
     return tuple(texts.pop(choice, "") for choice in wrong_choices(other))
 
 
-def trusted(
+def apply_label_policy(
     examples: Sequence[Example], config: DataConfig
 ) -> tuple[list[Example], dict[str, Any]]:
-    """What is trained on of examples with a teacher's answers, and how right these are.
+    """Keep, drop or weigh examples by whether a teacher's answer is right.
 
     Wrong ones are kept, left out or weighed by `wrong_label_weight`, as
     `config.wrong_labels` says; those without an answer are an error or left out
@@ -126,15 +130,15 @@ def trusted(
     """
     if not config.labels:
         return list(examples), {}
-    silent = [example.id for example in examples if not example.answer]
-    if silent and config.on_missing == "error":
+    unanswered = [example.id for example in examples if not example.answer]
+    if unanswered and config.on_missing == "error":
         raise ValueError(
-            f"labels={config.labels!r} has no answer for {len(silent)} of "
+            f"labels={config.labels!r} has no answer for {len(unanswered)} of "
             f"{len(examples)} training examples (first: "
-            f"{', '.join(map(repr, silent[:3]))}): give theirs, or leave them out "
+            f"{', '.join(map(repr, unanswered[:3]))}): give theirs, or leave them out "
             "(data.on_missing='drop')"
         )
-    kept = []
+    selected = []
     num_wrong = 0
     for example in examples:
         is_wrong = bool(example.answer) and example.answer != example.gold
@@ -142,26 +146,26 @@ def trusted(
         if is_wrong and config.wrong_labels == "weight":
             example = replace(example, weight=config.wrong_label_weight)
         if example.answer and not (is_wrong and config.wrong_labels == "drop"):
-            kept.append(example)
-    if not kept:
+            selected.append(example)
+    if not selected:
         raise ValueError(
             f"data.wrong_labels={config.wrong_labels!r} leaves none of {len(examples)} "
             f"training examples: all answers of labels={config.labels!r} are wrong"
         )
-    num_answered = len(examples) - len(silent)
-    return kept, {
+    num_answered = len(examples) - len(unanswered)
+    return selected, {
         "examples": len(examples),
-        "without": len(silent),
+        "without": len(unanswered),
         "wrong": num_wrong,
         "dropped": num_wrong if config.wrong_labels == "drop" else 0,
         "accuracy": (num_answered - num_wrong) / num_answered,
     }
 
 
-def complete(
+def drop_incomplete(
     examples: Sequence[Example], views: Sequence[str], split: str, config: DataConfig
 ) -> tuple[list[Example], dict[str, int]]:
-    """The examples that have the explanations that every view needs.
+    """Drop the examples without a rationale that some view needs.
 
     With `on_missing="drop"` a training example without them is left out whole, in all
     views. Held-out ones never are: what is measured does not hang on it.
@@ -173,40 +177,41 @@ def complete(
       config: its `on_missing`.
 
     Returns:
-      The examples that stay, and how many lack what ("rationale", "counterfactuals").
+      The other examples, and the number dropped by missing field ("rationale",
+      "counterfactuals").
 
     Raises:
       ValueError: examples lack something and are not left out, or none would stay.
     """
-    kept: list[Example] = []
-    without: dict[tuple[str, str], list[str]] = {}
+    selected: list[Example] = []
+    ids_missing: dict[tuple[str, str], list[str]] = {}
     for example in examples:
-        found = ((templates.lacking(example, view), view) for view in views)
-        if key := next((key for key in found if key[0] in _JOINED), None):
-            without.setdefault(key, []).append(example.id)
+        needs = ((templates.missing_field(example, view), view) for view in views)
+        if key := next((key for key in needs if key[0] in _JOINED), None):
+            ids_missing.setdefault(key, []).append(example.id)
         else:
-            kept.append(example)
+            selected.append(example)
     counts: dict[str, int] = {}
-    for (part, view), ids in without.items():
+    for (name, view), ids in ids_missing.items():
         if split != "train" or config.on_missing == "error":
-            raise ValueError(_missing(part, view, ids, len(examples), split))
-        counts[part] = counts.get(part, 0) + len(ids)
-    if counts and not kept:
+            raise ValueError(_missing_message(name, view, ids, len(examples), split))
+        counts[name] = counts.get(name, 0) + len(ids)
+    if counts and not selected:
         raise ValueError(
             f"data.on_missing='drop' leaves none of {len(examples)} training examples: "
             f"they have no {' or no '.join(counts)}"
         )
-    return kept, counts
+    return selected, counts
 
 
-def _missing(part: str, view: str, ids: list[str], num: int, split: str) -> str:
-    field, name, drop = _JOINED[part], "held-out", ""
+def _missing_message(name: str, view: str, ids: list[str], num: int, split: str) -> str:
+    field, kind, drop = _JOINED[name], "held-out", ""
     if split == "train":
-        name, drop = "training", "leave them out (data.on_missing='drop'), "
-    elif part == "rationale":
+        kind, drop = "training", "leave them out (data.on_missing='drop'), "
+    elif name == "rationale":
         field = "eval_rationales"
     return (
-        f"{len(ids)} of {num} {name} examples have no {part}, which view {view!r} "
+        f"{len(ids)} of {num} {kind} examples have no {name}, which view {view!r} "
         f"needs (first: {', '.join(map(repr, ids[:3]))}): give the data theirs "
         f"(data.{field}), {drop}or use a method without that view"
     )

@@ -18,14 +18,14 @@ Row = Mapping[str, Any]
 
 
 def load_examples(config: DataConfig, split: str, *, seed: int) -> list[Example]:
-    """Reads the examples of one split, in the source's own order.
+    """Read the examples of one split, in the source's own order.
 
     Train and held-out rows are never the same ones: they come from `eval_path`, or
     from `eval_split` of `path`; a jsonl or text source without `eval_path` holds out
     its last `num_eval` rows. Rows without an id get "<split>-<row number>".
 
     Args:
-      config: where from. `num_train` / `num_eval` keep the first rows (0 = all). With
+      config: of the data. `num_train` / `num_eval` keep the first rows (0 = all). With
         `labels` training answers are a teacher's, "" where it has none: `gold` tells.
       split: "train" or "eval".
       seed: for the generated source only.
@@ -60,7 +60,7 @@ def load_examples(config: DataConfig, split: str, *, seed: int) -> list[Example]
     _check_ids(examples)
     if train and config.labels:
         answers = _read_texts("labels", config.labels, ("id",), "answer")
-        examples = selection.relabelled(examples, answers, config.labels)
+        examples = selection.replace_labels(examples, answers, config.labels)
         answered = sum(bool(example.answer) for example in examples)
         _check_joined("labels", config.labels, answered, examples)
     path = config.rationales if train else config.eval_rationales
@@ -138,7 +138,7 @@ def _read_jsonl(path: str | Path) -> list[Row]:
 
 
 def _read_text(path: str) -> list[Row]:
-    """Documents: objects with a "text" (.jsonl), or blocks between blank lines."""
+    """Read documents: objects with a "text" (.jsonl), or blocks of lines."""
     if path.endswith(".jsonl"):
         return _read_jsonl(path)
     blocks = re.split(r"\n\s*\n", "".join(_lines(path)))
@@ -146,7 +146,7 @@ def _read_text(path: str) -> list[Row]:
 
 
 def _read_datasets(path: str, split: str) -> list[Row]:
-    """A `save_to_disk` folder, a folder of files, or a hub "name" or "name:config"."""
+    """Read a `save_to_disk` folder, a folder of files, or a hub "name[:config]"."""
     import datasets
 
     folder = Path(path)
@@ -171,7 +171,7 @@ def _read_datasets(path: str, split: str) -> list[Row]:
 
 
 def _read_tfds(path: str, split: str) -> list[Row]:
-    """A prepared data set (array_record), by its version folder or its name's folder.
+    """Read a prepared array_record data set, by the folder of its name or version.
 
     Random access through `data_source`: TensorFlow is not needed.
     """
@@ -195,7 +195,7 @@ def _read_tfds(path: str, split: str) -> list[Row]:
 
 
 def _to_python(value: Any) -> Any:
-    """NumPy scalars and arrays as Python values, bytes as text."""
+    """Convert NumPy scalars and arrays to Python values, bytes to text."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, bytes):
@@ -259,7 +259,7 @@ def _plain(row: Row, default: str) -> Example:
 
 
 def _commonsense_qa(row: Row, default: str) -> Example:
-    """Columns question, choices {label, text}, answerKey."""
+    """Convert a row with columns question, choices {label, text}, answerKey."""
     choices = _column(row, "choices", default)
     key = _column(row, "answerKey", default)
     labels, texts = list(choices["label"]), tuple(choices["text"])
@@ -277,7 +277,7 @@ def _commonsense_qa(row: Row, default: str) -> Example:
 
 
 def _gsm8k(row: Row, default: str) -> Example:
-    """Columns question and answer, the latter a rationale, "#### " and the result."""
+    """Convert a row with columns question and answer: rationale, "####", result."""
     rationale, mark, answer = _column(row, "answer", default).rpartition("####")
     if not mark:
         raise ValueError(f"row {_id(row, default)!r}: no '####' in its answer")
@@ -298,7 +298,7 @@ def _check_ids(examples: list[Example]) -> None:
 
 
 def _join_rationales(examples: list[Example], path: str) -> list[Example]:
-    """Replaces rationales by those of a jsonl file of {id, text}; text stays as it is.
+    """Replace rationales by those of a jsonl file of {id, text}, unchanged.
 
     Logs how many examples have none, and how many rationales conclude with another
     choice's letter than the answer's (they are kept).
@@ -321,7 +321,7 @@ def _join_rationales(examples: list[Example], path: str) -> list[Example]:
 
 
 def _join_counterfactuals(examples: list[Example], path: str) -> list[Example]:
-    """Replaces counterfactuals by those of a jsonl file of {id, choice, text}.
+    """Replace counterfactuals by those of a jsonl file of {id, choice, text}.
 
     `choice` is the text of a wrong choice. Logs how many wrong choices have one.
     """
@@ -331,21 +331,21 @@ def _join_counterfactuals(examples: list[Example], path: str) -> list[Example]:
         by_id.setdefault(name, {})[choice] = text
     joined = []
     for example in examples:
-        found = by_id.get(example.id, {})
+        by_choice = by_id.get(example.id, {})
         if example.gold not in ("", example.answer):
-            found.pop(example.answer, None)  # for what is the answer now
-        for choice in found:
+            by_choice.pop(example.answer, None)  # now the answer
+        for choice in by_choice:
             if choice not in example.choices or choice == example.answer:
-                what = "the answer" if choice == example.answer else "no choice"
+                kind = "the answer" if choice == example.answer else "no choice"
                 raise ValueError(
                     f"counterfactuals={path!r}: id {example.id!r} has one for "
-                    f"{choice!r}, which is {what} of {list(example.choices)}: give the "
+                    f"{choice!r}, which is {kind} of {list(example.choices)}: give the "
                     "text of a wrong choice"
                 )
         # A choice that reads like an earlier one is not repeated.
-        wrong = wrong_choices(example) if found else ()
-        each = tuple(found.pop(choice, "") for choice in wrong)
-        joined.append(replace(example, counterfactuals=each))
+        wrong = wrong_choices(example) if by_choice else ()
+        rationales = tuple(by_choice.pop(choice, "") for choice in wrong)
+        joined.append(replace(example, counterfactuals=rationales))
     num_joined = sum(any(example.counterfactuals) for example in joined)
     _check_joined("counterfactuals", path, num_joined, examples)
     logger.info(
@@ -361,7 +361,7 @@ def _join_counterfactuals(examples: list[Example], path: str) -> list[Example]:
 def _read_texts(
     field: str, path: str, names: tuple[str, ...], column: str = "text"
 ) -> dict[tuple[str, ...], Any]:
-    """A column of a jsonl file, by other columns, which name a row once."""
+    """Read a column of a jsonl file, by other columns, which are unique."""
     columns = (*names, column)
     texts: dict[tuple[str, ...], Any] = {}
     for row in _read_jsonl(path):
@@ -372,8 +372,8 @@ def _read_texts(
             )
         key = tuple(str(row[name]) for name in names)
         if key in texts:
-            which = ", ".join(f"{n} {k!r}" for n, k in zip(names, key, strict=True))
-            raise ValueError(f"{field}={path!r}: {which} occurs twice")
+            where = ", ".join(f"{n} {k!r}" for n, k in zip(names, key, strict=True))
+            raise ValueError(f"{field}={path!r}: {where} occurs twice")
         texts[key] = row[column]
     return texts
 

@@ -1,4 +1,4 @@
-"""The words of the views: how an example reads as a prompt and a target."""
+"""Templates of the views: prompts and targets of an example."""
 
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -19,18 +19,18 @@ class Text(NamedTuple):
     """One view of one example."""
 
     prompt: str
-    target: str  # what is learnt
+    target: str  # learnt
     prefix: str = ""  # read between the two, not learnt
 
 
 def words() -> list[str]:
-    """Every word that a template adds, for word-level vocabularies; but `OTHERWISE`."""
+    """List the words that templates add to examples, without those of `OTHERWISE`."""
     letters = [f"({letter})" for letter in LETTERS]
     return [*f"{ANSWER} {EXPLAIN} {BOTH} {CHOICES}".split(), *letters]
 
 
 def render(example: Example, view: str, config: DataConfig) -> list[Text]:
-    """The texts of a view: one, but a counterfactual for each wrong choice.
+    """Render a view: one text, but for `counterfactual` one per wrong choice.
 
     view                  prompt ends with                 target
     label                 "Answer:"                        the answer
@@ -40,12 +40,12 @@ def render(example: Example, view: str, config: DataConfig) -> list[Text]:
     counterfactual        "Explain and answer otherwise:"  the wrong choice
     text                  (no prompt)                      the text
 
-    What leads to the wrong choice is read, not learnt: its rationale and "Answer:" as
-    the prefix, or the rationale in the prompt, before the cue
+    The rationale of a wrong choice is read, not learnt: with "Answer:" it is the
+    prefix, or it stands in the prompt, before the suffix
     (`config.counterfactual_place`). A wrong choice without a rationale is left out.
 
     Args:
-      example: what is rendered.
+      example: to render.
       view: one of the above.
       config: its `prefixes` begin the prompts; `prompt_suffix=False` leaves out
         their last line.
@@ -55,56 +55,62 @@ def render(example: Example, view: str, config: DataConfig) -> list[Text]:
     """
     if view not in _VIEWS:
         raise ValueError(f"view={view!r}: use one of {tuple(_VIEWS)}")
-    cue, _, target = _VIEWS[view]
-    if part := lacking(example, view):
+    suffix, _, target = _VIEWS[view]
+    if part := missing_field(example, view):
         raise ValueError(
             f"example {example.id!r} has no {part}, which view {view!r} needs: give "
             f"the data one{_WHERE.get(part, '')}, or use a method without that view"
         )
     if view == "counterfactual":
-        return list(_counterfactuals(example, config))
-    if not cue:
+        return list(_render_counterfactuals(example, config))
+    if not suffix:
         return [Text("", target(example))]
-    return [Text(ask(example, view, config), target(example))]
+    return [Text(make_prompt(example, view, config), target(example))]
 
 
-def lacking(example: Example, view: str) -> str:
-    """What a view needs and the example has not, as its field; "" where it has all."""
+def missing_field(example: Example, view: str) -> str:
+    """Return the first field that a view needs and the example lacks, or ""."""
     needs = _VIEWS[view].needs
-    return next((part for part in needs if not any(getattr(example, part))), "")
+    return next((name for name in needs if not any(getattr(example, name))), "")
 
 
-def ask(example: Example, view: str, config: DataConfig, given: str = "") -> str:
-    """The question, its lettered choices if any, what is given, and the view's cue."""
+def make_prompt(
+    example: Example, view: str, config: DataConfig, rationale: str = ""
+) -> str:
+    """Join the question, its lettered choices, a rationale and the view's suffix."""
     before = getattr(config.prefixes, view)
     lines = [f"{before} {example.question}" if before else example.question]
     if example.choices:
         lettered = zip(LETTERS, example.choices, strict=False)
         lines.append(" ".join([CHOICES, *(f"({a}) {text}" for a, text in lettered)]))
-    cue = _VIEWS[view].cue if config.prompt_suffix else ""
-    return "\n".join([*lines, *filter(None, (given, cue))])
+    suffix = _VIEWS[view].suffix if config.prompt_suffix else ""
+    return "\n".join([*lines, *filter(None, (rationale, suffix))])
 
 
-def _counterfactuals(example: Example, config: DataConfig) -> Iterator[Text]:
-    """One text for each wrong choice that has a rationale."""
+def _render_counterfactuals(example: Example, config: DataConfig) -> Iterator[Text]:
+    """Yield one text for each wrong choice that has a rationale."""
     pairs = zip(wrong_choices(example), example.counterfactuals, strict=True)
     for choice, rationale in pairs:
         if not rationale or choice == example.answer:
             continue
         if config.counterfactual_place == "prompt":
-            yield Text(ask(example, "counterfactual", config, rationale), choice)
+            yield Text(
+                make_prompt(example, "counterfactual", config, rationale), choice
+            )
         else:
-            prompt = ask(example, "counterfactual", config)
+            prompt = make_prompt(example, "counterfactual", config)
             yield Text(prompt, choice, prefix=f"{rationale}\n{ANSWER}")
 
 
 def final_answer(generated: str) -> str:
-    """The answer in a generated target of a view that ends with the answer."""
+    """Extract the answer of a generated target that ends with it."""
     return generated.rpartition(ANSWER)[2].strip()
 
 
 class _View(NamedTuple):
-    cue: str
+    """Prompt suffix, needed fields and target of a view."""
+
+    suffix: str
     needs: tuple[str, ...]  # fields of the example
     target: Callable[[Example], str]
 

@@ -1,4 +1,4 @@
-"""Tokenizers: a Hugging Face one, or the built-in task's words."""
+"""Tokenizers: Hugging Face ones, and the word-level one of the built-in task."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from kdjax.data import templates
 
 
 def load(path: str | Path) -> PreTrainedTokenizerBase:
-    """Loads a tokenizer from a folder, or by its hub name.
+    """Load a tokenizer from a folder, or by its hub name.
 
     Raises:
       ValueError: nothing to load there, or no end-of-sequence token.
@@ -37,14 +37,14 @@ def load(path: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def kinship(more: Sequence[str] = ()) -> PreTrainedTokenizerFast:
-    """One token per word of the built-in task, of the view templates, and of `more`.
+def make_word_tokenizer(extra_words: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """Make a word-level tokenizer of the built-in task, the templates and more words.
 
-    Words that came later stand at the end, so that ids stay what they were.
+    Words that were added later stand at the end, so that ids do not change.
     """
     special = ["<pad>", "<eos>", "<unk>"]
     words = sorted({*kinship_task.vocabulary(), *templates.words()})
-    later = [*templates.OTHERWISE.split(), *more]
+    later = [*templates.OTHERWISE.split(), *extra_words]
     distinct = dict.fromkeys([*special, *words, *later])
     vocabulary = {word: index for index, word in enumerate(distinct)}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -59,7 +59,7 @@ def kinship(more: Sequence[str] = ()) -> PreTrainedTokenizerFast:
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hex digest of whatever decides which ids a text gets.
+    """Compute a hex digest of all that determines the ids of a text.
 
     Covers vocabulary, merges, normalisation, added and special tokens; leaves out
     padding and truncation, which a call may switch on in passing.

@@ -1,4 +1,4 @@
-"""Views as tokens: an example becomes segments of a prompt and a target.
+"""Tokenised views: segments of a prompt and a target.
 
 Prompt and target are tokenised apart and joined, so the boundary never moves. What
 joins them is one space, or nothing where the tokenizer adds its own word boundary or a
@@ -23,7 +23,7 @@ from kdjax.data.tokenizer import fingerprint
 
 logger = logging.getLogger(__name__)
 
-_NONE = np.zeros(0, np.int32)
+_EMPTY = np.zeros(0, np.int32)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -36,7 +36,7 @@ class Segment:
     target_ids: Int32[np.ndarray, " t"]  # ends with eos, unless it was truncated
     key: bytes  # 16 bytes: a hash of tokenizer, prompt, prefix and target
     # Read between prompt and target, without loss; mostly empty.
-    prefix_ids: Int32[np.ndarray, " p"] = field(default_factory=lambda: _NONE)
+    prefix_ids: Int32[np.ndarray, " p"] = field(default_factory=lambda: _EMPTY)
     weight: float = 1.0  # of its target tokens in the loss
 
     @property
@@ -52,8 +52,8 @@ class Segment:
 
 
 @dataclass(kw_only=True, slots=True)
-class Counts:
-    """What became of the examples."""
+class SegmentCounts:
+    """Numbers of segments and tokens after the length limits."""
 
     segments: int = 0
     prompt_tokens: int = 0
@@ -74,7 +74,7 @@ class ChoiceSegments:
 
 
 def target_prefix(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What stands between a cue and a target: " " where that survives tokenising.
+    """Return the joint of prompt and target: " " where that survives tokenising.
 
     A byte-level vocabulary has tokens that start with a space; a SentencePiece one
     that adds its own would see two. The one is taken for which tokenising apart equals
@@ -84,9 +84,9 @@ def target_prefix(tokenizer: PreTrainedTokenizerBase) -> str:
     def ids(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False)
 
-    cue, word = templates.ANSWER, "mother"
+    suffix, word = templates.ANSWER, "mother"
     for prefix in (" ", ""):
-        if ids(cue) + ids(prefix + word) == ids(f"{cue} {word}"):
+        if ids(suffix) + ids(prefix + word) == ids(f"{suffix} {word}"):
             return prefix
     return " "
 
@@ -96,8 +96,8 @@ def make_segments(
     views: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
     config: DataConfig,
-) -> tuple[list[Segment], Counts]:
-    """Tokenises every view of every example.
+) -> tuple[list[Segment], SegmentCounts]:
+    """Tokenise every view of every example.
 
     A counterfactual view makes one segment for each wrong choice that has a rationale,
     which `BatchPlan` takes in turns.
@@ -140,7 +140,7 @@ def choice_segments(
     *,
     texts: Sequence[Text] | None = None,
 ) -> ChoiceSegments:
-    """A prompt followed by each choice, for multiple-choice scoring.
+    """Make a segment of each choice after its prompt, for multiple-choice scoring.
 
     Two choices may read the same; both are `correct` if they read as the answer. An
     example is left out whole if `on_long="drop"` drops one of its choices.
@@ -154,7 +154,7 @@ def choice_segments(
     Raises:
       ValueError: an example without choices, or too long.
     """
-    items, place, correct = [], [], []
+    items, index_pairs, correct = [], [], []
     if texts is None:
         texts = [templates.render(e, "label", config)[0] for e in examples]
     for index, (example, text) in enumerate(zip(examples, texts, strict=True)):
@@ -164,17 +164,17 @@ def choice_segments(
             )
         for number, choice in enumerate(example.choices):
             items.append((example, 0, text._replace(target=choice)))
-            place.append((index, number))
+            index_pairs.append((index, number))
             correct.append(choice == example.answer)
     segments, _ = _tokenize(items, ("label",), tokenizer, config)
-    lost = {at[0] for s, at in zip(segments, place, strict=True) if s is None}
-    kept = np.asarray([at[0] not in lost for at in place], bool)
-    place_N2 = np.asarray(place, np.int32).reshape(-1, 2)[kept]
+    dropped = {i for s, (i, _) in zip(segments, index_pairs, strict=True) if s is None}
+    mask = np.asarray([i not in dropped for i, _ in index_pairs], bool)
+    index_N2 = np.asarray(index_pairs, np.int32).reshape(-1, 2)[mask]
     return ChoiceSegments(
-        segments=[s for s, keep in zip(segments, kept, strict=True) if s and keep],
-        example=place_N2[:, 0],
-        choice=place_N2[:, 1],
-        correct=np.asarray(correct, bool)[kept],
+        segments=[s for s, keep in zip(segments, mask, strict=True) if s and keep],
+        example=index_N2[:, 0],
+        choice=index_N2[:, 1],
+        correct=np.asarray(correct, bool)[mask],
     )
 
 
@@ -184,7 +184,7 @@ def prompt_ids(
     *,
     chat_template: bool = False,
 ) -> list[list[int]]:
-    """Token ids of prompts as the segments have them, before any length limit."""
+    """Tokenise prompts as segments have them, before any length limit."""
     if not prompts:
         return []
     if chat_template:
@@ -214,7 +214,7 @@ def prompt_ids(
 
 
 def _start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """[bos] where the tokenizer puts it before plain text."""
+    """Return [bos] where the tokenizer puts it before plain text, else []."""
     first = tokenizer.encode("a", add_special_tokens=True)[:1]
     return first if first == [tokenizer.bos_token_id] else []
 
@@ -222,7 +222,7 @@ def _start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def _check_prefixes(
     views: Sequence[str], tokenizer: PreTrainedTokenizerBase, config: DataConfig
 ) -> None:
-    """Refuses prefixes of prompts that would read alike: as an unknown token."""
+    """Raise ValueError for prompt prefixes that hold an unknown token."""
     for view in views:
         prefix = getattr(config.prefixes, view, "")
         ids = tokenizer.encode(prefix, add_special_tokens=False)
@@ -238,9 +238,9 @@ def _tokenize(
     views: tuple[str, ...],
     tokenizer: PreTrainedTokenizerBase,
     config: DataConfig,
-) -> tuple[list[Segment | None], Counts]:
-    """Segments of (example, view, text); None where one was dropped."""
-    counts = Counts()
+) -> tuple[list[Segment | None], SegmentCounts]:
+    """Make the segments of (example, view, text); None where one was dropped."""
+    counts = SegmentCounts()
     if not items:
         return [], counts
     chat = config.chat_template
@@ -259,18 +259,20 @@ def _tokenize(
         items, prompts, encoded[: len(items)], encoded[len(items) :], strict=True
     ):
         target = [*target, tokenizer.eos_token_id]
-        room = config.max_target - len(target)  # for the prefix
-        if len(prompt) > config.max_prompt or len(prefix) > room:
+        max_prefix = config.max_target - len(target)
+        if len(prompt) > config.max_prompt or len(prefix) > max_prefix:
             if config.on_long == "error":
                 where = f"example {example.id!r}, view {views[view]!r}"
-                raise ValueError(_too_long(where, prompt, prefix, target, config))
+                raise ValueError(
+                    _too_long_message(where, prompt, prefix, target, config)
+                )
             if config.on_long == "drop":
                 counts.dropped += 1
                 segments.append(None)
                 continue
             counts.truncated += 1
             prompt = prompt[-config.max_prompt :]
-            prefix = prefix[max(0, len(prefix) - max(0, room)) :]
+            prefix = prefix[max(0, len(prefix) - max(0, max_prefix)) :]
             target = target[: config.max_target]
         parts = (np.asarray(ids, np.int32) for ids in (prompt, target, prefix))
         prompt_P, target_t, prefix_p = parts
@@ -279,9 +281,9 @@ def _tokenize(
         counts.prefix_tokens += len(prefix)
         counts.target_tokens += len(target)
         key = _key(base, prompt_P, target_t, prefix_p)
-        kept = prefix_p if prefix else _NONE
+        prefix_p = prefix_p if prefix else _EMPTY
         segments.append(
-            Segment(example.id, view, prompt_P, target_t, key, kept, example.weight)
+            Segment(example.id, view, prompt_P, target_t, key, prefix_p, example.weight)
         )
     logger.info("views %s: %s", views, counts)
     return segments, counts
@@ -291,12 +293,12 @@ def _key(
     base: bytes,
     prompt_P: np.ndarray,
     target_t: np.ndarray,
-    prefix_p: np.ndarray = _NONE,
+    prefix_p: np.ndarray = _EMPTY,
 ) -> bytes:
-    """blake2b-128 of fingerprint, lengths and little-endian ids.
+    """Hash fingerprint, lengths and little-endian ids by blake2b-128.
 
-    With a prefix its length and ids follow those of the prompt. Nothing reads both
-    ways: the first two lengths say how long the content is without a prefix.
+    With a prefix its length and ids follow those of the prompt. The encoding is
+    unambiguous: the first two lengths give the length of content without a prefix.
     """
     read = (prompt_P, prefix_p) if len(prefix_p) else (prompt_P,)
     parts = (*read, target_t)
@@ -306,19 +308,19 @@ def _key(
     return hashlib.blake2b(content, digest_size=16).digest()
 
 
-def _too_long(
+def _too_long_message(
     where: str,
     prompt: list[int],
     prefix: list[int],
     target: list[int],
     config: DataConfig,
 ) -> str:
-    part, found, limit = "prompt", len(prompt), config.max_prompt
-    if found <= limit:
-        part, found, limit = "target", len(prefix) + len(target), config.max_target
+    part, length, limit = "prompt", len(prompt), config.max_prompt
+    if length <= limit:
+        part, length, limit = "target", len(prefix) + len(target), config.max_target
     before = "" if part == "prompt" or not prefix else f" ({len(prefix)} before it)"
     return (
-        f"{where}: its {part} has {found} tokens{before}, "
-        f"max_{part}={limit}: use max_{part} >= {found}, or on_long='truncate' or "
+        f"{where}: its {part} has {length} tokens{before}, "
+        f"max_{part}={limit}: use max_{part} >= {length}, or on_long='truncate' or "
         "'drop' (both are counted)"
     )

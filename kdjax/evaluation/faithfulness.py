@@ -227,7 +227,7 @@ def swapped(
       counterfactual_prefix_follows, shares that take the choice it argues for.
     """
     views = ("factual", "counterfactual")
-    asked = [templates.ask(e, "counterfactual", student.data) for e in examples]
+    asked = [templates.make_prompt(e, "counterfactual", student.data) for e in examples]
     otherwise = [templates.final_answer(text) for text in student.texts(asked)]
     own, answers = [r.answer for r in found], [e.answer for e in examples]
     measures = {
@@ -263,13 +263,13 @@ def swapped(
 def _after(student: Chooser, example: Example, view: str, rationale: str) -> Text:
     """A view's prompt, and a rationale that the answer follows."""
     prefix = f"{rationale}\n{templates.ANSWER}".strip()
-    return Text(templates.ask(example, view, student.data), "", prefix)
+    return Text(templates.make_prompt(example, view, student.data), "", prefix)
 
 
 def _given(student: Chooser, example: Example, view: str, rationale: str) -> Text:
     """A wrong rationale where the counterfactual view has it, asked by another view."""
     if student.data.counterfactual_place == "prompt":
-        return Text(templates.ask(example, view, student.data, rationale), "")
+        return Text(templates.make_prompt(example, view, student.data, rationale), "")
     return _after(student, example, view, rationale)
 
 

@@ -22,7 +22,7 @@ class Data:
     train: list[Segment]
     evaluation: list[Segment]
     eval_examples: list[sources.Example]
-    labels: dict[str, Any]  # of a teacher's answers: `selection.trusted`
+    labels: dict[str, Any]  # of a teacher's answers: `selection.apply_label_policy`
 
 
 def load_tokenizer(config: Config) -> Any:
@@ -30,7 +30,7 @@ def load_tokenizer(config: Config) -> Any:
     if path := tokenizer_path(config):
         return tokenizers.load(hf.resolve(path))
     prefixes = dataclasses.astuple(config.data.prefixes)
-    return tokenizers.kinship(" ".join(prefixes).split())
+    return tokenizers.make_word_tokenizer(" ".join(prefixes).split())
 
 
 def tokenizer_path(config: Config) -> str:

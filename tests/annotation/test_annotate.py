@@ -31,7 +31,7 @@ NUM, BATCH = 13, 8
 def places(tmp_path_factory):
     """The teacher's folder, and examples as a jsonl file."""
     base = tmp_path_factory.mktemp("annotate")
-    tokenizer = tokenizers.kinship()
+    tokenizer = tokenizers.make_word_tokenizer()
     shape = dataclasses.replace(
         helpers.DECODER, vocab_size=len(tokenizer), max_length=2048, init_std=0.3
     )

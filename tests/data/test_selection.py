@@ -181,7 +181,9 @@ def test_free_answers_are_compared_as_they_are(tmp_path):
     config = data(tmp_path, named(" 2 ", 2, "3"), examples)
     found = sources.load_examples(config, "train", seed=0)
     assert [example.answer for example in found] == ["2", "2", "3"]
-    assert selection.trusted(found, config)[1]["accuracy"] == pytest.approx(2 / 3)
+    assert selection.apply_label_policy(found, config)[1]["accuracy"] == pytest.approx(
+        2 / 3
+    )
 
 
 @pytest.mark.parametrize(
@@ -207,7 +209,9 @@ def test_free_answers_are_compared_as_they_are(tmp_path):
 def test_bad_labels_are_named(tmp_path, labels, fields, message):
     config = data(tmp_path, labels, **fields)
     with pytest.raises(ValueError, match=message):
-        selection.trusted(sources.load_examples(config, "train", seed=0), config)
+        selection.apply_label_policy(
+            sources.load_examples(config, "train", seed=0), config
+        )
 
 
 def test_texts_have_no_labels(tmp_path):

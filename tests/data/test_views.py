@@ -188,8 +188,8 @@ def test_the_built_in_tokenizer_learns_the_words_of_prefixes():
     config = DataConfig(prefixes=PrefixConfig(factual="[factual] :"), num_train=2)
     examples = load_examples(config, "train", seed=0)
     with pytest.raises(ValueError, match=r"prefixes.factual='\[factual\] :'"):
-        segments(examples, ("factual",), tokenizer.kinship(), config)
-    tok = tokenizer.kinship(["[factual]", ":"])
+        segments(examples, ("factual",), tokenizer.make_word_tokenizer(), config)
+    tok = tokenizer.make_word_tokenizer(["[factual]", ":"])
     assert tok.encode("[factual] :") == [len(tok) - 2, len(tok) - 1]
     found, _ = segments(examples, ("factual", "rationale"), tok, config)
     assert tok.unk_token_id not in np.concatenate([s.ids for s in found])
@@ -197,7 +197,7 @@ def test_the_built_in_tokenizer_learns_the_words_of_prefixes():
 
 
 def test_words_that_came_later_have_the_last_ids():
-    tok = tokenizer.kinship()
+    tok = tokenizer.make_word_tokenizer()
     words = sorted({*kinship.vocabulary(), *templates.words()})
     assert tok.convert_tokens_to_ids(words) == list(range(3, 3 + len(words)))
     assert tok.encode("answer otherwise:") == [len(tok) - 2, len(tok) - 1]
@@ -385,7 +385,7 @@ def test_choices_are_scored_behind_the_label_prompt():
 
 
 def test_kinship_tokenizer_knows_every_word():
-    tok = tokenizer.kinship()
+    tok = tokenizer.make_word_tokenizer()
     assert len(tok) < 128
     config = DataConfig(num_train=50)
     examples = load_examples(config, "train", seed=0)
@@ -403,7 +403,7 @@ def test_kinship_tokenizer_knows_every_word():
 
 
 def test_a_saved_tokenizer_has_the_same_fingerprint(tmp_path):
-    tok = tokenizer.kinship()
+    tok = tokenizer.make_word_tokenizer()
     tok.save_pretrained(tmp_path)
     loaded = tokenizer.load(tmp_path)
     digest = tokenizer.fingerprint(tok)

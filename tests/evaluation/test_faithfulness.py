@@ -23,7 +23,7 @@ from kdjax.training.checkpoint import Checkpoints, load_student
 from tests import helpers
 from tests.data.test_views import byte_level
 
-WORDS = tokenizer.kinship(["[f]", "[c]"])
+WORDS = tokenizer.make_word_tokenizer(["[f]", "[c]"])
 LIMITS = DataConfig(
     max_prompt=200,
     max_target=100,

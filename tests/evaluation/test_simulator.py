@@ -48,7 +48,7 @@ def sums(number, seed):
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sums")
-    words = tokenizer.kinship(["start", "add", *WORDS])
+    words = tokenizer.make_word_tokenizer(["start", "add", *WORDS])
     words.save_pretrained(folder / "tokenizer")
     rows = [
         {
@@ -94,7 +94,9 @@ def test_a_simulator_serves_students_whose_tokenizer_lies_elsewhere(
     simulator.train_simulator(same, trained, decoder=DECODER, steps=250)
     own = from_json((trained / "config.json").read_text()).data.tokenizer
     assert own == str(trained / "tokenizer")
-    other = with_tokenizer(config, tokenizer.kinship(["add"]), tmp_path / "other")
+    other = with_tokenizer(
+        config, tokenizer.make_word_tokenizer(["add"]), tmp_path / "other"
+    )
     with pytest.raises(ValueError, match="another tokenizer than"):
         simulator.train_simulator(other, trained, decoder=DECODER, steps=250)
 

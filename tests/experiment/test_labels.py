@@ -20,7 +20,7 @@ NUM, NUM_EVAL = 12, 4
 def places(tmp_path_factory):
     """Examples of which every fourth has no rationale, and a teacher's answers."""
     base = tmp_path_factory.mktemp("labels")
-    tokenizers.kinship().save_pretrained(base / "tokenizer")
+    tokenizers.make_word_tokenizer().save_pretrained(base / "tokenizer")
     num = NUM + NUM_EVAL
     found = kinship.generate(
         helpers.small_config().data.kinship, num_examples=num, seed=0, split="train"

@@ -29,7 +29,7 @@ TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 def teacher(request, tmp_path):
     """A folder in which a teacher of either kind is."""
     folder = tmp_path / "big"
-    tokenizer = tokenizers.kinship()
+    tokenizer = tokenizers.make_word_tokenizer()
     hf.save(folder, request.param, lm.init_params(request.param, jax.random.key(0)))
     tokenizer.save_pretrained(folder)
     return folder
@@ -202,7 +202,7 @@ def check_chats(tokenizer, folder):
 
 
 def test_chat_templates_travel(tmp_path):
-    tokenizer = tokenizers.kinship()
+    tokenizer = tokenizers.make_word_tokenizer()
     tokenizer.chat_template = TEMPLATE
     check_chats(tokenizer, tmp_path / "out")
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == TEMPLATE

@@ -227,7 +227,7 @@ def test_dropout_keys_follow_from_seed_and_step():
 
 
 def save_teacher(folder, **changes):
-    tokenizer = tokenizers.kinship()
+    tokenizer = tokenizers.make_word_tokenizer()
     shape = dataclasses.replace(SHAPE, vocab_size=len(tokenizer), **changes)
     params = t5.init_params(shape, jax.random.key(5))
     hf.save(folder, shape, params, tokenizer)
