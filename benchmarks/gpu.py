@@ -66,14 +66,13 @@ def online() -> dict[str, Any]:
 
 
 def _measure(config: Any, *, online: bool) -> dict[str, Any]:
-    from kdjax import benchmark
-    from kdjax.bench import workload
+    from kdjax.bench import report, workload
     from kdjax.parallel import sharding
 
     mesh = sharding.make_mesh(config.mesh)
     with tempfile.TemporaryDirectory() as folder:
         load = workload.make_synthetic(config, pathlib.Path(folder), mesh)
-        return benchmark.measure(load, steps=9, rounds=3, online=online)
+        return report.measure(load, steps=9, rounds=3, online=online)
 
 
 def head() -> dict[str, Any]:

@@ -11,8 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from kdjax import benchmark
-from kdjax.bench import timing, workload
+from kdjax.bench import report, timing, workload
 from kdjax.bench.timing import Samples
 from kdjax.config import MeshConfig
 from kdjax.data import loader
@@ -137,7 +136,7 @@ def test_numbers_are_consistent(tmp_path):
     config = tiny()
     config.train.num_microbatches = 2
     load = workload.make_synthetic(config, tmp_path / "cache", mesh(2))
-    found = benchmark.measure(load, steps=4, rounds=2)
+    found = report.measure(load, steps=4, rounds=2)
     json.dumps(found, allow_nan=False)
     seconds, rate, data = found["seconds"], found["rate"], found["data"]
     assert set(seconds) == {
@@ -176,13 +175,13 @@ def test_numbers_are_consistent(tmp_path):
     assert found["model"]["teacher_parameters"] == sum(
         x.size for x in jax.tree.leaves(teacher)
     )
-    benchmark.print_report(found)
+    report.print_report(found)
 
 
 def test_without_soft_terms_there_is_no_teacher(tmp_path):
     config = tiny(method={"hard_weight": 1.0, "soft_weight": 0.0})
     load = workload.make_synthetic(config, tmp_path, mesh())
-    found = benchmark.measure(load, steps=1, rounds=1, profile=str(tmp_path / "trace"))
+    found = report.measure(load, steps=1, rounds=1, profile=str(tmp_path / "trace"))
     assert found["ratios"] == {}
     assert "step_hard" not in found["seconds"]
     assert list((tmp_path / "trace").rglob("*.xplane.pb"))

@@ -13,8 +13,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kdjax import plan
 from kdjax.aot import compile, hlo, topology
+from kdjax.aot import report as reports
 from kdjax.config import DecoderConfig, MeshConfig, StudentConfig
 from kdjax.models import flops
 from kdjax.parallel import sharding
@@ -84,7 +84,7 @@ def test_a_split_vocabulary_exchanges_numbers_of_tokens_alone():
     inside = [c for c in step.collectives if compile.in_head_loop(c)]
     assert inside and all(compile.is_per_token(c) for c in inside)
     assert not [c for c in step.collectives if compile.is_logits(c, step)]
-    assert not plan._warnings(step)
+    assert not reports._warnings(step)
 
 
 def test_logits_of_an_unfused_head_are_flagged(step):
@@ -104,7 +104,7 @@ def test_logits_of_an_unfused_head_are_flagged(step):
     collectives = hlo.collectives(hlo.parse(text))
     flagged = [c for c in collectives if compile.is_logits(c, step)]
     assert [(c.kind, c.trips) for c in flagged] == [("all-reduce", 3)]
-    report = plan._warnings(dataclasses.replace(step, collectives=tuple(flagged)))
+    report = reports._warnings(dataclasses.replace(step, collectives=tuple(flagged)))
     assert len(report) == 1 and "communicates logits" in report[0]
 
 
@@ -187,14 +187,14 @@ def test_remedies_stack_up_until_one_fits(step, monkeypatch):
         return fake(step, 9.0)
 
     monkeypatch.setattr(compile, "compile_step", compiled)
-    report = plan.plan(config(), "v5e:2x4", devices=jax.devices())
+    report = reports.plan(config(), "v5e:2x4", devices=jax.devices())
     assert report["fits"] is False and report["needed_bytes"] == 20 * GIB
     assert [(r["change"], r["fits"]) for r in report["remedies"]] == [
         ("train.remat=full", False),
         ("train.num_microbatches=2", True),
     ]
     assert tried[-1].train.remat == "full"  # on top of the change before
-    plan.show(report)
+    reports.show(report)
 
 
 def test_every_remedy_changes_something():
@@ -269,7 +269,7 @@ def test_a_libtpu_of_another_jax(monkeypatch):
 )
 def test_configs_that_cannot_be_planned(changes, message):
     with pytest.raises(ValueError, match=message):
-        plan.plan(config(**changes), "cpu:8")
+        reports.plan(config(**changes), "cpu:8")
 
 
 def command(*arguments):
@@ -304,9 +304,9 @@ def test_a_slice_nobody_owns(monkeypatch):
         mesh=MeshConfig(data=2, fsdp=2),
         train={"batch_size": 8, "row_length": 256, "dtype": "bfloat16"},
     )
-    report = plan.plan(planned, "v5e:2x2")
+    report = reports.plan(planned, "v5e:2x2")
     assert report["fits"] is True and report["attention"] == "splash"
     assert report["warnings"] == [] and report["collectives"]
     assert report["largest_batch_size"] > 8
     assert report["bound"]["seconds"] > 0
-    plan.show(report)
+    reports.show(report)
