@@ -26,7 +26,7 @@ from absl import app, flags
 
 from kdjax.config import DTYPES, DecoderConfig, MeshConfig
 from kdjax.models import hf, lm
-from kdjax.models.hf import families
+from kdjax.models.hf import families, safetensors_io
 from kdjax.parallel import sharding
 from kdjax.runtime import files
 from kdjax.runtime.console import print_table

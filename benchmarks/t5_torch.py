@@ -183,7 +183,7 @@ def compare(name: str, ours: Ours, theirs: Theirs, rounds: int) -> dict:
         "PyTorch seconds": seconds[1],
         "ratio": statistics.median(theirs / ours for ours, theirs in pairs),
         "steps": f"{len(ours.batches)} / {len(theirs.batches)}",
-        "filled": float(np.mean([(b["segments"] > 0).mean() for b in ours.batches])),
+        "filled": float(np.mean([(b.segments > 0).mean() for b in ours.batches])),
         "encoder filled": float((positions["encoder_segments"] > 0).mean()),
         "first losses": f"{first[0]:.3f} / {first[1]:.3f}",
     }

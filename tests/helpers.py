@@ -32,6 +32,7 @@ from kdjax.config import (
     TrainConfig,
 )
 from kdjax.data import loader
+from kdjax.data.batch import Batch, EncoderRows
 from kdjax.experiment.data import Data, load_data, load_tokenizer
 from kdjax.experiment.models import Model, make_model, student_params, student_shape
 from kdjax.experiment.rows import make_plan
@@ -121,6 +122,38 @@ class FakeCache:
         )
 
 
+def rows_of(tokens, *, encoder=None, segments=None, weights=None) -> Batch:
+    """A batch of rows that hold one segment each, every next token trained on.
+
+    Args:
+      tokens: int32 [..., T].
+      encoder: the same of an encoder [..., S]; None = decoder-only.
+      segments: int32 [..., T]; None = no padding.
+      weights: by kind, a number for all tokens.
+    """
+    tokens = np.asarray(tokens)
+    return Batch(
+        tokens=tokens,
+        targets=np.ascontiguousarray(np.roll(tokens, -1, -1)),
+        positions=np.ascontiguousarray(
+            np.broadcast_to(np.arange(tokens.shape[-1], dtype=np.int32), tokens.shape)
+        ),
+        segments=np.ones_like(tokens) if segments is None else segments,
+        view=np.zeros_like(tokens),
+        weights={
+            kind: np.full(tokens.shape, weight, np.float32)
+            for kind, weight in (weights or {}).items()
+        },
+        encoder=None
+        if encoder is None
+        else EncoderRows(
+            tokens=encoder,
+            positions=np.zeros_like(encoder),
+            segments=np.ones_like(encoder),
+        ),
+    )
+
+
 class Setup(NamedTuple):
     """What a step is made of, from a config."""
 
@@ -205,7 +238,7 @@ class TrainSteps:
                 dropout=self.made.dropout,
             )
             if index in poison:
-                batch["hard_weights"] *= np.float32(np.nan)
+                batch.weights["hard"] *= np.float32(np.nan)
             self.batch = sharding.global_batch(batch, mesh, self.made.num_rows)
             self.pointers = pointers(current.params)
             step = self.made.step_at(temperature)

@@ -121,15 +121,15 @@ def first_batch(load):
 def test_hard_alone_keeps_tokens_and_total_weight(tmp_path):
     load = workload.make_synthetic(tiny(), tmp_path, mesh())
     soft, hard = first_batch(load), first_batch(workload.hard_alone(load))
-    np.testing.assert_array_equal(soft["tokens"], hard["tokens"])
-    assert (soft["segments"] == 1).all()  # no padding
+    np.testing.assert_array_equal(soft.tokens, hard.tokens)
+    assert (soft.segments == 1).all()  # no padding
     assert {name for name in soft if name not in hard} == {
         "teacher_ids",
         "teacher_log_probs",
         "teacher_log_z",
     }
-    total = soft["hard_weights"].sum() + soft["soft_weights"].sum()
-    assert hard["hard_weights"].sum() == pytest.approx(total)
+    total = soft.weights["hard"].sum() + soft.weights["soft"].sum()
+    assert hard.weights["hard"].sum() == pytest.approx(total)
 
 
 def test_numbers_are_consistent(tmp_path):
@@ -200,8 +200,8 @@ def test_a_labelled_cache_is_what_is_measured(tmp_path):
     assert load.source == "real"
     assert len(load.plan.segments) == len(data.train)
     batch = first_batch(load)
-    assert 0 < (batch["view"] >= 0).sum() < (batch["segments"] > 0).sum() < 8 * 128
-    assert np.isfinite(batch["teacher_log_probs"]).any()
+    assert 0 < (batch.view >= 0).sum() < (batch.segments > 0).sum() < 8 * 128
+    assert np.isfinite(batch.teacher.log_probs).any()
 
 
 def run_verb(*arguments):

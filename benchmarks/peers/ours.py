@@ -124,7 +124,7 @@ def run(folder: pathlib.Path, mode: str, steps: int) -> None:
     batch = whole.batch
     if mode == "dense":
         label = components.make_live_label(load, teacher, batch, k=None)
-        plain = {x: v for x, v in batch.items() if not x.startswith("teacher_")}
+        plain = batch.without_teacher()
         batch = plain | jax.block_until_ready(label(params))
         del params
         compiled = whole.program.step.lower(whole.program.abstract, batch).compile()

@@ -1,4 +1,4 @@
-"""Tests between groups of runs, with and without outliers.
+"""Tests between groups of runs: with and without outliers, never a hole.
 
 What cannot be tested is a result too: its numbers are absent and its `statement` says
 why. Nothing is rounded here.
@@ -67,14 +67,14 @@ class Pair:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SimpleEffects:
-    """Tests of one factor at one level of another, which they are within."""
+class Level:
+    """What is compared at one level of the second factor."""
 
-    within: str  # the level; "" without another factor
+    second: str
     kruskal: Kruskal
     dunn_statement: str
     tukey_statement: str
-    statement: str  # which levels have no run; may be ""
+    statement: str  # which levels of the first factor have no run; may be ""
     pairs: tuple[Pair, ...] = ()
 
 
@@ -84,19 +84,24 @@ class Tests:
 
     groups: tuple[runs.Group, ...]
     anova: Anova
-    simple_effects: tuple[SimpleEffects, ...]  # at each level of the second factor
+    levels: tuple[Level, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Comparison(runs.Analysis[Tests]):
-    """Groups and tests of one metric."""
+class Comparison:
+    """One metric: its groups and tests, with all runs and without outliers."""
 
+    metric: str
+    everything: Tests
+    removed: tuple[runs.Outlier, ...]
+    without: Tests | None  # None where nothing was removed: it would be the same
     absent: tuple[runs.Run, ...]  # runs without a number: failed, or not finite
     collapsed: tuple[runs.Run, ...]  # finished, but at chance or not finite
+    statement: str
 
 
 def compare(found: Sequence[runs.Run], metric: str, design: runs.Design) -> Comparison:
-    """Compare the groups of a design by one metric.
+    """Compares the groups of a design by one metric.
 
     Args:
       found: all runs, failed ones too.
@@ -104,7 +109,7 @@ def compare(found: Sequence[runs.Run], metric: str, design: runs.Design) -> Comp
       design: names the factors.
     """
     groups = runs.groups(found, metric, design)
-    without, outliers = runs.without_outliers(groups, metric, design)
+    kept, removed = runs.without_outliers(groups, metric, design)
     absent = tuple(run for group in groups for run in group.absent)
     collapsed = tuple(run for run in found if run.collapsed)
     num = sum(len(group.values) for group in groups)
@@ -115,15 +120,15 @@ def compare(found: Sequence[runs.Run], metric: str, design: runs.Design) -> Comp
     if inside:
         words.append(f"{len(inside)} collapsed and stay in the tests of all runs")
     words.append(
-        f"{len(outliers)} lie beyond 1.5 interquartile ranges of their group"
-        if outliers
+        f"{len(removed)} lie beyond 1.5 interquartile ranges of their group"
+        if removed
         else "no outlier"
     )
     return Comparison(
         metric=metric,
-        all_runs=_tests(groups, design),
-        outliers=outliers,
-        without_outliers=_tests(without, design) if outliers else None,
+        everything=_tests(groups, design),
+        removed=removed,
+        without=_tests(kept, design) if removed else None,
         absent=absent,
         collapsed=collapsed,
         statement="; ".join(words),
@@ -131,7 +136,7 @@ def compare(found: Sequence[runs.Run], metric: str, design: runs.Design) -> Comp
 
 
 def anova(groups: Sequence[runs.Group], first: str, second: str = "") -> Anova:
-    """Compute an analysis of variance of type II, of two factors with interaction.
+    """Analysis of variance of type II, of one factor or of two with interaction.
 
     A factor of which the runs have one level only is left out. Where two levels never
     meet, the interaction is left out, and the residual holds it.
@@ -149,7 +154,7 @@ def anova(groups: Sequence[runs.Group], first: str, second: str = "") -> Anova:
         return Anova(statement=reason)
     table = extras.load("pandas").DataFrame(
         [
-            {"y": value, "a": group.level, "b": group.within}
+            {"y": value, "a": group.first, "b": group.second}
             for group in filled
             for value in group.values
         ]
@@ -198,10 +203,10 @@ def anova(groups: Sequence[runs.Group], first: str, second: str = "") -> Anova:
     )
 
 
-def simple_effects(
-    groups: Sequence[runs.Group], within: str, confidence: float = 0.95
-) -> SimpleEffects:
-    """Compare the levels of the first factor at one level of the second.
+def at_level(
+    groups: Sequence[runs.Group], second: str, confidence: float = 0.95
+) -> Level:
+    """Compares the levels of the first factor at one level of the second.
 
     Tukey's honest significant differences (Tukey-Kramer where sizes differ), the test
     of Kruskal and Wallis, Dunn's with Bonferroni's correction, both with correction for
@@ -209,14 +214,14 @@ def simple_effects(
 
     Args:
       groups: of runs, all at this level.
-      within: name of the level.
+      second: name of the level.
       confidence: of intervals.
 
     Source: Kramer, 1956, Biometrics 12(3); Kruskal and Wallis, 1952, JASA 47(260);
     Dunn, 1964, Technometrics 6(3).
     """
     filled = [group for group in groups if group.values]
-    empty = [group.level for group in groups if not group.values]
+    empty = [group.first for group in groups if not group.values]
     indices = list(itertools.combinations(range(len(filled)), 2))
     tukey = _tukey(filled, confidence)
     dunn = _dunn(filled)
@@ -225,8 +230,8 @@ def simple_effects(
         x, y = filled[i].values, filled[j].values
         pairs.append(
             Pair(
-                first=filled[i].level,
-                second=filled[j].level,
+                first=filled[i].first,
+                second=filled[j].first,
                 difference=_difference(filled[i], filled[j]),
                 **(tukey[order] if tukey else {}),
                 dunn_p=float(dunn[i, j]) if dunn is not None else None,
@@ -234,8 +239,8 @@ def simple_effects(
                 vargha_delaney=effect_sizes.vargha_delaney(x, y, confidence=confidence),
             )
         )
-    return SimpleEffects(
-        within=within,
+    return Level(
+        second=second,
         kruskal=_kruskal(filled),
         dunn_statement=_verdict([p.dunn_p for p in pairs], _no_ranks(filled)),
         tukey_statement=_verdict([p.tukey_p for p in pairs], _no_test(filled)),
@@ -245,13 +250,13 @@ def simple_effects(
 
 
 def _tests(groups: tuple[runs.Group, ...], design: runs.Design) -> Tests:
-    levels = dict.fromkeys(group.within for group in groups)
+    levels = dict.fromkeys(group.second for group in groups)
     return Tests(
         groups=groups,
-        anova=anova(groups, " / ".join(design.compare), " / ".join(design.within)),
-        simple_effects=tuple(
-            simple_effects(
-                [group for group in groups if group.within == level],
+        anova=anova(groups, " / ".join(design.first), " / ".join(design.second)),
+        levels=tuple(
+            at_level(
+                [group for group in groups if group.second == level],
                 level,
                 design.confidence,
             )
@@ -261,7 +266,7 @@ def _tests(groups: tuple[runs.Group, ...], design: runs.Design) -> Tests:
 
 
 def _no_test(filled: Sequence[runs.Group]) -> str:
-    """Return why groups cannot be compared by their variances; "" if they can."""
+    """Why groups with runs cannot be compared by their variances; "" if they can."""
     if len(filled) < 2:
         return "fewer than two groups have a run: nothing to compare"
     if all(len(group.values) == 1 for group in filled):
@@ -276,7 +281,7 @@ def _no_test(filled: Sequence[runs.Group]) -> str:
 
 
 def _no_ranks(filled: Sequence[runs.Group]) -> str:
-    """Return why groups cannot be compared by their ranks; "" if they can."""
+    """Why groups with runs cannot be compared by their ranks; "" if they can."""
     if len(filled) < 2 or all(len(group.values) == 1 for group in filled):
         return _no_test(filled)
     if len({value for group in filled for value in group.values}) == 1:
@@ -305,7 +310,7 @@ def _difference(first: runs.Group, second: runs.Group) -> float | None:
 
 
 def _tukey(filled: Sequence[runs.Group], confidence: float) -> list[dict[str, float]]:
-    """Return interval and p of each pair in order; empty where there is no test."""
+    """Numbers of each pair in order; empty where there is no test."""
     if _no_test(filled):
         return []
     values = [value for group in filled for value in group.values]
@@ -339,7 +344,7 @@ def _kruskal(filled: Sequence[runs.Group]) -> Kruskal:
 
 
 def _dunn(filled: Sequence[runs.Group]) -> np.ndarray | None:
-    """Return the corrected p of each pair; None where there is no test."""
+    """Corrected p of each pair; None where there is no test."""
     if _no_ranks(filled):
         return None
     posthocs = extras.load("scikit_posthocs")

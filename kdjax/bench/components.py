@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from kdjax import losses
 from kdjax.bench.workload import Step, Workload
 from kdjax.config import Config
+from kdjax.data.batch import TeacherRecords
 from kdjax.experiment.models import Model, make_model, shared_vocab_size
 from kdjax.models import hf, lm
 from kdjax.parallel import sharding
@@ -41,7 +42,7 @@ def parts(load: Workload, whole: Step) -> dict[str, Callable[[], Any]]:
     student = _student_pass(load, frozen)
     fused_head = _head_pass(load, frozen)
     update = _update(whole.program)
-    num_tokens = rows["tokens"].size
+    num_tokens = rows.tokens.size
     hidden_ND = jax.jit(
         lambda key: jax.random.normal(
             key, (num_tokens, load.model.shape.width), load.config.train.dtype
@@ -95,22 +96,14 @@ def _head_pass(
     )
 
     def loss_of(hidden_ND: Any, weight_VD: Any, rows: Any) -> jax.Array:
-        flat = {name: x.reshape(-1, *x.shape[2:]) for name, x in rows.items()}
-        teacher = None
-        if load.cache is not None:
-            teacher = losses.Teacher(
-                ids_NK=flat.get("teacher_ids"),
-                log_probs_NK=flat["teacher_log_probs"],
-                log_z_N=flat["teacher_log_z"],
-                entropy_N=flat.get("teacher_entropy"),
-            )
+        flat = rows.flattened()
         return losses.fused_loss(
             hidden_ND,
             weight_VD,
-            flat["targets"],
-            flat["hard_weights"],
-            flat["soft_weights"],
-            teacher,
+            flat.targets,
+            flat.weights["hard"],
+            flat.weights["soft"],
+            step.stored_teacher(rows),
             options,
             placement=losses.Placement(load.mesh, sharding.HEAD_SPEC, "tensor"),
         )[0]
@@ -176,8 +169,8 @@ def _random_teacher(load: Workload) -> tuple[Model, Any]:
 
 def make_live_label(
     load: Workload, model: Model, batch: Any, *, k: int | None
-) -> Callable[[Any], dict[str, jax.Array]]:
-    """Compiles the teacher's parameters -> the teacher's arrays of `batch`.
+) -> Callable[[Any], TeacherRecords]:
+    """Compile the teacher's parameters -> its records for `batch`.
 
     Args:
       load: the workload.
@@ -195,20 +188,20 @@ def make_live_label(
         chunk_size=config.cache.chunk_size
         or losses.chunk_size(config.cache.memory_mib, model.shape.vocab_size),
     )
-    unread = ("teacher_", "dropout_keys")
-    read = {name: x for name, x in batch.items() if not name.startswith(unread)}
-    lead = batch["tokens"].shape
+    prompts = batch.without_teacher().without_dropout()
+    lead = batch.tokens.shape
     placed = NamedSharding(mesh, sharding.BATCH_SPEC)
 
     @functools.partial(jax.jit, out_shardings=placed)
-    def as_batch(found: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        soft = {
-            "teacher_log_probs": found["log_probs_NK"],
-            "teacher_log_z": found["log_z_NS"][:, 0],
-        } | ({} if k is None else {"teacher_ids": found["ids_NK"]})
-        return {name: x.reshape(*lead, *x.shape[1:]) for name, x in soft.items()}
+    def as_records(labels: dict[str, jax.Array]) -> TeacherRecords:
+        records = TeacherRecords(
+            log_probs=labels["log_probs_NK"],
+            log_z=labels["log_z_NS"][:, 0],
+            ids=None if k is None else labels["ids_NK"],
+        )
+        return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), records)
 
-    return lambda params: as_batch(label_step(params, read))
+    return lambda params: as_records(label_step(params, prompts, None))
 
 
 def teacher_shape(config: Config, vocab_size: int) -> lm.Shape:

@@ -162,7 +162,7 @@ def _rate(
 ) -> dict[str, float]:
     """FLOPs of the prepared step, rates of the device, and what they come to."""
     train, device = load.config.train, jax.devices()[0]
-    targets = int((whole.host_batch["view"] >= 0).sum()) * jax.process_count()
+    targets = whole.host_batch.num_target_tokens * jax.process_count()
     shape = load.model.shape
     sizes = flops_kwargs(shape, train) | {"num_head_tokens": targets}
     spared = program.untrained(load.config, load.model.abstract)

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from kdjax.config import Config, T5Config, TrainConfig
@@ -208,9 +207,7 @@ class Step:
             rows=self._rows,
             dropout=self.program.dropout,
         )
-        if not self._beside:
-            return batch
-        return {name: x for name, x in batch.items() if not name.startswith("teacher_")}
+        return batch.without_teacher() if self._beside else batch
 
     def prepared(self) -> Any:
         """Starts a step on the prepared batch."""
@@ -239,8 +236,8 @@ class Step:
             since = time.perf_counter()
             _, batch = next(batches)
             self.waits.append(time.perf_counter() - since)
-            self.tokens += int((batch["segments"] > 0).sum())
-            self.targets += int((batch["view"] >= 0).sum())
+            self.tokens += int((batch.segments > 0).sum())
+            self.targets += batch.num_target_tokens
             found = self.run(self._place(batch))
             if pending:
                 jax.device_get(pending.pop())
@@ -267,10 +264,12 @@ class Step:
 
 
 def batch_bytes(batch: loader.Batch) -> dict[str, int]:
-    """Bytes of a batch on the host, and of the teacher's part of it."""
-    sizes = {name: np.asarray(x).nbytes for name, x in batch.items()}
-    soft = sum(size for name, size in sizes.items() if name.startswith("teacher"))
-    return {"batch_bytes": sum(sizes.values()), "teacher_bytes": soft}
+    """Return the bytes of a batch on the host, and of the teacher's part of it."""
+
+    def size(tree: Any) -> int:
+        return sum(x.nbytes for x in jax.tree.leaves(tree))
+
+    return {"batch_bytes": size(batch), "teacher_bytes": size(batch.teacher)}
 
 
 def cache_bytes(cache: TeacherCache) -> int:

@@ -1,5 +1,1 @@
 """Grids of runs: planning, running and reporting."""
-
-from kdjax.comparison.grid import Comparison
-
-__all__ = ["Comparison"]

@@ -17,14 +17,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import grain
+import jax
 import numpy as np
 from jaxtyping import Int32
 
+from kdjax.data.batch import Batch, BatchSpec
 from kdjax.data.packing import pack
-from kdjax.data.teacher_rows import TeacherRows
+from kdjax.data.teacher_records import RecordWriter
 from kdjax.data.views import Segment
 
-Batch = dict[str, np.ndarray]
 _DROPOUT = 1  # tells these draws from those of the order
 
 
@@ -246,15 +247,7 @@ def make_batch(
       dropout: the model has dropout, and is trained.
 
     Returns:
-      Arrays [M, R, T]. int32: tokens, targets (the next token), positions and segments
-      (0 in padding, then 1..), view (-1 where the target is not trained on). float32:
-      hard_weights, soft_weights, and those of other kinds. With an encoder also int32
-      [M, R, S]: encoder_tokens, encoder_positions, encoder_segments. With dropout
-      uint32 dropout_keys [M, R, 2], which follow from (seed, step, row). With a cache
-      also teacher_log_probs [M, R, T, K], teacher_log_z at `temperature`, and, unless
-      the cache is dense, teacher_ids int32 [M, R, T, K]; without a record ids are -1,
-      log-probs -inf, log z 0. Of a sampled cache log-probs are logs of shares of the
-      draws at `temperature`, and teacher_entropy is the entropy there.
+      The batch, in NumPy. Keys for dropout follow from (seed, step, row).
 
     Raises:
       ValueError: a soft term without a cache, an undeclared temperature, a missing
@@ -262,39 +255,37 @@ def make_batch(
     """
     contents = plan.batch(step)
     weights = _weights(plan, contents, terms)
-    shape = (plan.num_microbatches, plan.batch_size // plan.num_microbatches)
-    local = np.arange(plan.batch_size).reshape(shape)[:, rows]
-    lead = (local.size, plan.row_length)
-    integers = ("tokens", "targets", "positions", "segments")
-    batch: Batch = {name: np.zeros(lead, np.int32) for name in integers}
-    if plan.encoder_length:
-        encoder_lead = (local.size, plan.encoder_length)
-        for name in ("tokens", "positions", "segments"):
-            batch[f"encoder_{name}"] = np.zeros(encoder_lead, np.int32)
-    batch["view"] = np.full(lead, -1, np.int32)
-    batch |= {f"{kind}_weights": np.zeros(lead, np.float32) for kind in weights}
-    if dropout:
-        keys = np.random.default_rng([plan.seed, step, _DROPOUT])
-        drawn = keys.integers(2**32, size=(plan.batch_size, 2), dtype=np.uint32)
-        batch["dropout_keys"] = drawn[local.ravel()]
     soft_views = _soft_views(terms)
     if soft_views and cache is None and not online:
         raise ValueError(
             "soft terms need a teacher cache: label the data first, or use "
             "method.soft_weight=0, or teacher.online=True"
         )
+    shape = (plan.num_microbatches, plan.batch_size // plan.num_microbatches)
+    local = np.arange(plan.batch_size).reshape(shape)[:, rows]
+    batch = BatchSpec(
+        num_microbatches=local.shape[0],
+        num_rows=local.shape[1],
+        row_length=plan.row_length,
+        encoder_length=plan.encoder_length,
+        weight_kinds=tuple(weights),
+        dropout=dropout,
+        teacher_kind=None if cache is None else cache.kind,
+        num_pairs=0 if cache is None else cache.k,
+    ).empty()
+    flat = jax.tree.map(lambda x: x.reshape(local.size, *x.shape[2:]), batch)  # views
+    if dropout:
+        keys = np.random.default_rng([plan.seed, step, _DROPOUT])
+        drawn = keys.integers(2**32, size=(plan.batch_size, 2), dtype=np.uint32)
+        flat.dropout_keys[:] = drawn[local.ravel()]
     if cache is not None:
-        teacher = TeacherRows(cache, temperature, plan.locate(step)[0])
-        batch |= teacher.empty(lead)
+        records = RecordWriter(cache, temperature, plan.locate(step)[0])
     for row, index in enumerate(local.ravel()):
-        for number, at in enumerate(placements(plan, contents[index]), 1):
-            _write(batch, row, number, at, weights, plan)
-            if cache is not None and at.segment.view in soft_views:
-                teacher.write(batch, row, at.target, at.segment)
-    return {
-        name: array.reshape(*local.shape, *array.shape[1:])
-        for name, array in batch.items()
-    }
+        for number, placement in enumerate(placements(plan, contents[index]), 1):
+            _write(flat, row, number, placement, weights, plan)
+            if cache is not None and placement.segment.view in soft_views:
+                records.write(flat.teacher, row, placement.target, placement.segment)
+    return batch
 
 
 def _soft_views(terms: Sequence[Any]) -> set[int]:
@@ -320,25 +311,26 @@ def _write(
     batch: Batch,
     row: int,
     number: int,
-    at: Placement,
+    placement: Placement,
     weights: dict[str, dict[int, float]],
     plan: BatchPlan,
 ) -> None:
-    segment = at.segment
+    """Write a segment into one row of a batch with leading axes [rows, T]."""
+    segment, span = placement.segment, placement.whole
     ids = np.concatenate([plan.before_target(segment), segment.target_ids])
-    batch["tokens"][row, at.whole] = ids[:-1]
-    batch["targets"][row, at.whole] = ids[1:]
-    batch["positions"][row, at.whole] = np.arange(len(ids) - 1)
-    batch["segments"][row, at.whole] = number
-    if plan.encoder_length:
+    batch.tokens[row, span] = ids[:-1]
+    batch.targets[row, span] = ids[1:]
+    batch.positions[row, span] = np.arange(len(ids) - 1)
+    batch.segments[row, span] = number
+    if batch.encoder is not None:
         prompt_p = plan.encoder_ids(segment)
-        batch["encoder_tokens"][row, at.prompt] = prompt_p
-        batch["encoder_positions"][row, at.prompt] = np.arange(len(prompt_p))
-        batch["encoder_segments"][row, at.prompt] = number
-    batch["view"][row, at.target] = segment.view
+        batch.encoder.tokens[row, placement.prompt] = prompt_p
+        batch.encoder.positions[row, placement.prompt] = np.arange(len(prompt_p))
+        batch.encoder.segments[row, placement.prompt] = number
+    batch.view[row, placement.target] = segment.view
     for kind, of_view in weights.items():
         weight = of_view.get(segment.view, 0.0) * segment.weight
-        batch[f"{kind}_weights"][row, at.target] = weight
+        batch.weights[kind][row, placement.target] = weight
 
 
 def iterate(

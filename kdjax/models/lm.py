@@ -2,7 +2,7 @@
 
 Decoder-only models read prompt and target in one row; those with an encoder (T5) read
 the prompt there. What differs between them is here and in how rows are laid out:
-batches of the second kind have `encoder_tokens` and `encoder_segments`.
+batches of the second kind have an `encoder`.
 
 Shapes: B rows, G groups, P prompt time (right padded), C time of a chunk, T time,
 D width, V vocabulary.
@@ -11,7 +11,6 @@ D width, V vocabulary.
 import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from kdjax.config import DecoderConfig, LoraConfig, T5Config
+from kdjax.data.batch import Batch
 from kdjax.losses.options import LogitTransform
 from kdjax.models import attention, decoder, decoder_shape, t5
 
@@ -100,26 +100,25 @@ def dropout(shape: Shape) -> float:
 
 
 def hidden_states(
-    graphdef: nnx.GraphDef, params: Params, rows: dict[str, Any]
+    graphdef: nnx.GraphDef, params: Params, rows: Batch
 ) -> Float[Array, "B T D"]:
     """Compute hidden states after the final norm for packed rows, in the compute dtype.
 
     Args:
       graphdef: from `create`.
       params: nested dict of arrays.
-      rows: tokens, positions, segments [B, T]; with an encoder its tokens and segments
-        [B, S]. With dropout_keys, uint32 [B, 2], a model that has dropout uses it.
+      rows: a microbatch, [B, T]. With dropout keys, a model that has dropout uses them.
     """
-    if "encoder_tokens" not in rows:
+    if rows.encoder is None:
         return decoder.hidden_states(
-            graphdef, params, rows["tokens"], rows["positions"], rows["segments"]
+            graphdef, params, rows.tokens, rows.positions, rows.segments
         )
-    keys = rows.get("dropout_keys")
+    keys = rows.dropout_keys
     return t5.hidden_states(
         graphdef,
         params,
-        t5.Rows(rows["encoder_tokens"], rows["encoder_segments"]),
-        t5.Rows(rows["tokens"], rows["segments"]),
+        t5.Rows(rows.encoder.tokens, rows.encoder.segments),
+        t5.Rows(rows.tokens, rows.segments),
         dropout=None if keys is None else jax.random.wrap_key_data(keys),
     )
 

@@ -170,12 +170,12 @@ def local_rows(mesh: Mesh, num_rows: int) -> slice:
     return slice(found[0][0], found[-1][1])
 
 
-def global_batch(batch: dict[str, np.ndarray], mesh: Mesh, num_rows: int) -> Any:
-    """Global arrays [M, num_rows, ...] from each process's rows of a batch."""
+def global_batch(batch: Any, mesh: Mesh, num_rows: int) -> Any:
+    """Make global arrays [M, num_rows, ...] of each process's rows of a batch."""
     sharding = NamedSharding(mesh, BATCH_SPEC)
-    return {
-        name: jax.make_array_from_process_local_data(
-            sharding, value, (value.shape[0], num_rows, *value.shape[2:])
-        )
-        for name, value in batch.items()
-    }
+    return jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(
+            sharding, x, (x.shape[0], num_rows, *x.shape[2:])
+        ),
+        batch,
+    )

@@ -11,7 +11,7 @@ import jax
 
 from kdjax import losses
 from kdjax.config import Config, MeshConfig
-from kdjax.data import loader, teacher_rows
+from kdjax.data import loader, teacher_records
 from kdjax.data import tokenizer as tokenizers
 from kdjax.data.views import Segment
 from kdjax.experiment import methods
@@ -71,7 +71,7 @@ def _rows(config: Config, teacher: Shape) -> dict[str, Any]:
 
 def open_split(
     config: Config, data: Data, workdir: pathlib.Path, split: str
-) -> cache_lib.Cache | None:
+) -> cache_lib.TeacherCache | None:
     """The cache of a split, or None (said on stderr) where it was never labelled."""
     if not has_teacher(config):
         return None
@@ -100,7 +100,7 @@ def describe(config: Config, workdir: pathlib.Path, split: str) -> dict[str, Any
 
 def ensure(
     config: Config, data: Data, workdir: pathlib.Path, teacher_path: str
-) -> dict[str, cache_lib.Cache]:
+) -> dict[str, cache_lib.TeacherCache]:
     """Labels what is not labelled yet and opens all of it, by split.
 
     Raises:
@@ -130,7 +130,7 @@ def _open(
     workdir: pathlib.Path,
     split: str,
     segments: list[Segment],
-) -> cache_lib.Cache:
+) -> cache_lib.TeacherCache:
     kind, k = _kind(config, data, split)
     cache = cache_lib.open_cache(
         folder(config, workdir, split),
@@ -141,7 +141,7 @@ def _open(
         temperatures={*methods.temperatures(config.method), 1.0},
         tail=config.method.tail,
     )
-    teacher_rows.check_cache(segments, cache, set(range(len(data.views))))
+    teacher_records.check_cache(segments, cache, set(range(len(data.views))))
     return cache
 
 
@@ -256,8 +256,10 @@ def _build(
         distributed.barrier(f"finish {split}")
 
 
-def _place_and_run(label_step: Any, params: Any, placed: Any, batch: Any) -> Any:
-    return label_step(params, jax.device_put(batch, placed))
+def _place_and_run(
+    label_step: Any, params: Any, placed: Any, batch: Any, points: Any
+) -> Any:
+    return label_step(params, *jax.device_put((batch, points), placed))
 
 
 def _print_speed(config: Config, split: str, totals: dict[str, float], shape: Shape):

@@ -20,7 +20,7 @@ from kdjax.data.views import Segment
 from kdjax.teacher import cache, sampling
 from kdjax.teacher.codec import Record
 
-LabelStep = Callable[[dict[str, Any]], dict[str, jax.Array]]
+LabelStep = Callable[[loader.Batch, Any], dict[str, jax.Array]]
 
 
 def missing(folder: pathlib.Path) -> bool:
@@ -96,9 +96,9 @@ def _label_shard(
     pending = None
     for step in range(plan.steps_per_epoch(0)):
         batch = loader.make_batch(plan, step, terms=())
-        if manifest.kind == "sampled":
-            batch["uniforms"] = _uniforms(plan, step, manifest)
-        computed = label_step(batch)
+        sampled = manifest.kind == "sampled"
+        uniforms = _uniforms(plan, step, manifest) if sampled else None
+        computed = label_step(batch, uniforms)
         if pending is not None:
             yield from _unpack(plan, *pending, manifest, clock, advance)
         pending = (step, computed)

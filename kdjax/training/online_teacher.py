@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from kdjax import losses
+from kdjax.data.batch import Batch
 from kdjax.losses import layer_losses
 from kdjax.models import decoder, lm
 from kdjax.parallel import sharding
@@ -76,7 +77,7 @@ def ask(
     mesh: Mesh,
     teacher: LiveTeacher,
     params: Any,
-    rows: dict[str, Any],
+    rows: Batch,
     matching: Matching | None,
     *,
     num_rows: int,
@@ -96,15 +97,14 @@ def ask(
     captured = None
     if matching is None:
         # A teacher in its own right has no dropout.
-        read = {name: x for name, x in rows.items() if name != "dropout_keys"}
-        hidden_BTE = lm.hidden_states(teacher.graphdef, params, read)
+        hidden_BTE = lm.hidden_states(teacher.graphdef, params, rows.without_dropout())
     else:
         hidden_BTE, captured = decoder.captured_states(
             teacher.graphdef,
             params,
-            rows["tokens"],
-            rows["positions"],
-            rows["segments"],
+            rows.tokens,
+            rows.positions,
+            rows.segments,
             capture=matching.teacher_capture,
         )
         captured = captured and matching.of_teacher(captured)
@@ -119,7 +119,7 @@ def ask(
     found = losses.label(
         hidden_NE,
         weight_VE,
-        rows["targets"].reshape(-1),
+        rows.targets.reshape(-1),
         losses.LabelOptions(
             k=teacher.num_pairs,
             temperatures=(options.temperature,),
@@ -127,7 +127,7 @@ def ask(
             logit_transform=options.teacher_logit_transform,
             chunk_size=options.chunk_size,
         ),
-        active_N=rows["soft_weights"].reshape(-1) != 0,
+        active_N=rows.weights["soft"].reshape(-1) != 0,
         placement=losses.Placement(mesh, sharding.HEAD_SPEC),
     )
     pairs = losses.Teacher(

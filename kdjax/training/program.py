@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from kdjax import losses
 from kdjax.config import CacheConfig, Config, T5Config
+from kdjax.data.batch import Batch, BatchSpec
 from kdjax.experiment import methods
 from kdjax.experiment.models import Model
 from kdjax.models import lm
@@ -279,8 +280,8 @@ def chunk_size(config: Config, model: Model) -> int:
 
 def abstract_batch(
     config: Config, shape: Shape, mesh: Mesh, *, vocab_size: int
-) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and shardings of the global batch of `loader.make_batch`.
+) -> Batch:
+    """Describe the global batch of `loader.make_batch`: shapes, dtypes, shardings.
 
     Args:
       config: the run; without soft terms the batch has no teacher.
@@ -288,34 +289,23 @@ def abstract_batch(
       mesh: devices, real or described.
       vocab_size: of the teacher (a dense cache has so many columns).
     """
-    train = config.train
-    rows = (train.num_microbatches, train.batch_size // train.num_microbatches)
-    lead = (*rows, train.row_length)
-    placed = NamedSharding(mesh, sharding.BATCH_SPEC)
-
-    def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
-
-    names = ("tokens", "targets", "positions", "segments", "view")
-    batch = {name: array(lead, jnp.int32) for name in names}
-    if isinstance(shape, T5Config):
-        encoder_lead = (*rows, train.encoder_row_length or train.row_length)
-        for name in ("tokens", "positions", "segments"):
-            batch[f"encoder_{name}"] = array(encoder_lead, jnp.int32)
-    if lm.dropout(shape):
-        batch["dropout_keys"] = array((*rows, 2), jnp.uint32)
+    train, cache = config.train, config.cache
+    stored = methods.has_soft_terms(config.method) and not config.teacher.online
     kinds = {"hard", "soft"} | {term.kind for term in methods.terms(config.method)}
-    for kind in kinds:
-        batch[f"{kind}_weights"] = array(lead, jnp.float32)
-    if methods.has_soft_terms(config.method) and not config.teacher.online:
-        kind, pairs = config.cache.kind, stored_pairs(config.cache, vocab_size)
-        batch["teacher_log_probs"] = array((*lead, pairs), jnp.float32)
-        batch["teacher_log_z"] = array(lead, jnp.float32)
-        if kind != "dense":
-            batch["teacher_ids"] = array((*lead, pairs), jnp.int32)
-        if kind == "sampled":
-            batch["teacher_entropy"] = array(lead, jnp.float32)
-    return batch
+    encoder_length = 0
+    if isinstance(shape, T5Config):
+        encoder_length = train.encoder_row_length or train.row_length
+    spec = BatchSpec(
+        num_microbatches=train.num_microbatches,
+        num_rows=train.batch_size // train.num_microbatches,
+        row_length=train.row_length,
+        encoder_length=encoder_length,
+        weight_kinds=tuple(sorted(kinds)),
+        dropout=lm.dropout(shape) > 0,
+        teacher_kind=cache.kind if stored else None,
+        num_pairs=stored_pairs(cache, vocab_size) if stored else 0,
+    )
+    return spec.abstract(NamedSharding(mesh, sharding.BATCH_SPEC))
 
 
 def stored_pairs(cache: CacheConfig, vocab_size: int) -> int:

@@ -4,6 +4,7 @@ Legend: M microbatches, B rows of a microbatch, T time, V vocabulary, D width,
 N = B * T tokens, K stored pairs.
 """
 
+import functools
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -14,27 +15,25 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from kdjax import losses
+from kdjax.data.batch import Batch
 from kdjax.models import decoder, lm
 from kdjax.parallel import sharding
 from kdjax.training import online_teacher, state, trainable
 from kdjax.training.state import TrainState
 
-Batch = dict[str, Any]
 
-
-def _teacher(rows: Batch) -> losses.Teacher | None:
-    """The teacher's records of one microbatch, flattened to tokens."""
-    if "teacher_log_probs" not in rows:
+def stored_teacher(batch: Batch) -> losses.Teacher | None:
+    """Return the teacher's records of a batch, flattened to tokens, or None."""
+    records = batch.teacher
+    if records is None:
         return None
-    log_probs = rows["teacher_log_probs"]
-    ids = rows.get("teacher_ids")
+    num_pairs = records.log_probs.shape[-1]
+    ids, entropy = records.ids, records.entropy
     return losses.Teacher(
-        ids_NK=None if ids is None else ids.reshape(-1, ids.shape[-1]),
-        log_probs_NK=log_probs.reshape(-1, log_probs.shape[-1]),
-        log_z_N=rows["teacher_log_z"].reshape(-1),
-        entropy_N=rows["teacher_entropy"].reshape(-1)
-        if "teacher_entropy" in rows
-        else None,
+        ids_NK=None if ids is None else ids.reshape(-1, num_pairs),
+        log_probs_NK=records.log_probs.reshape(-1, num_pairs),
+        log_z_N=records.log_z.reshape(-1),
+        entropy_N=None if entropy is None else entropy.reshape(-1),
     )
 
 
@@ -67,7 +66,7 @@ def make_train_step(
       schedule: only to report the learning rate.
       mesh: devices; the batch is split over (data, fsdp).
       abstract: shapes and shardings of the state.
-      num_views: views are numbered 0..num_views-1 in batch["view"].
+      num_views: views are numbered 0..num_views-1 in `Batch.view`.
       loss_options: of `losses.fused_loss`, with the logit transforms of the models.
       teacher: one that runs in the step, outside of what is differentiated; else the
         batch brings the cache's records where there are soft terms.
@@ -86,7 +85,7 @@ def make_train_step(
 
     def ask(teacher_params: Any, rows: Batch) -> online_teacher.FromTeacher:
         if teacher is None:
-            return online_teacher.FromTeacher(_teacher(rows))
+            return online_teacher.FromTeacher(stored_teacher(rows))
         num_rows = abstract.params["embed"]["embedding"].shape[0]
         return online_teacher.ask(
             mesh,
@@ -108,18 +107,18 @@ def make_train_step(
             hidden_BTD, captured = decoder.captured_states(
                 graphdef,
                 params,
-                rows["tokens"],
-                rows["positions"],
-                rows["segments"],
+                rows.tokens,
+                rows.positions,
+                rows.segments,
                 capture=decoder.Capture(matching.student_layers, matching.attention),
             )
         num_rows, length, width = hidden_BTD.shape
         total, tokens = losses.fused_loss(
             hidden_BTD.reshape(num_rows * length, width),
             lm.head_weight(params),
-            rows["targets"].reshape(-1),
-            rows["hard_weights"].reshape(-1),
-            rows["soft_weights"].reshape(-1),
+            rows.targets.reshape(-1),
+            rows.weights["hard"].reshape(-1),
+            rows.weights["soft"].reshape(-1),
             said.rows,
             loss_options,
             placement=placement,
@@ -129,17 +128,18 @@ def make_train_step(
                 matching, captured, said.captured, projection_nDE
             )
             for name, each_BT in compared.items():
-                weights_BT = rows[f"{name}_weights"]
+                weights_BT = rows.weights[name]
                 each_BT = jnp.where(weights_BT != 0, each_BT, 0.0)
                 total += (weights_BT * each_BT).sum()
                 tokens[name] = each_BT.reshape(-1)
         # Not a product: a non-finite value on a token of another view would spoil it.
-        members = [rows["view"].reshape(-1) == view for view in range(num_views)]
+        members = [rows.view.reshape(-1) == view for view in range(num_views)]
         sums = {
             name: jnp.stack([jnp.where(m, each, 0.0).sum() for m in members])
             for name, each in tokens.items()
         }
-        per_row = sum(tokens.values()).reshape(num_rows, length).sum(1)
+        each_N = functools.reduce(jnp.add, tokens.values())
+        per_row = each_N.reshape(num_rows, length).sum(1)
         sums["count"] = jnp.stack([m.sum(dtype=jnp.int32) for m in members])
         sums["finite_rows"] = jnp.isfinite(per_row)
         return total, sums
@@ -147,7 +147,7 @@ def make_train_step(
     grad_of = jax.value_and_grad(loss_of, has_aux=True)
 
     def gradients(params: Any, batch: Batch, frozen: Any) -> tuple[Any, Any, Any]:
-        num_microbatches = batch["tokens"].shape[0]
+        num_microbatches = batch.tokens.shape[0]
         trained, kept = trainable.split(params, frozen_paths)
         if num_microbatches == 1:
             rows = jax.tree.map(lambda x: x[0], batch)
@@ -186,11 +186,7 @@ def make_train_step(
             "learning_rate": learning_rate,
             "finite": finite.astype(jnp.float32),
             "finite_rows": sums.pop("finite_rows"),
-            "num_tokens": sum(
-                (batch[name] > 0).sum(dtype=jnp.int32)
-                for name in ("segments", "encoder_segments")
-                if name in batch
-            ),
+            "num_tokens": batch.num_tokens,
         } | jax.tree.map(lambda x: x.sum(0), sums)
         params = trainable.merged(kept, params)
         return TrainState(old.step + 1, params, opt_state, ema), metrics
@@ -236,13 +232,13 @@ def make_score_step(
     """
 
     def score_step(params: Any, batch: Batch) -> dict[str, jax.Array]:
-        batch = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
+        batch = batch.flattened()
         hidden_BTD = lm.hidden_states(graphdef, params, batch)
-        teacher = _teacher(batch)
+        teacher = stored_teacher(batch)
         scores = losses.score(
             hidden_BTD.reshape(-1, hidden_BTD.shape[-1]),
             lm.head_weight(params),
-            batch["targets"].reshape(-1),
+            batch.targets.reshape(-1),
             teacher,
             losses.LossOptions(
                 tail=tail,
@@ -250,13 +246,12 @@ def make_score_step(
                 chunk_size=chunk_size,
                 num_valid=num_valid,
             ),
-            active_N=batch["view"].reshape(-1) >= 0,
+            active_N=batch.view.reshape(-1) >= 0,
             placement=losses.Placement(mesh, sharding.HEAD_SPEC),
         )
         found = {"nll": scores["nll"]}
-        if teacher is not None:
-            log_probs_NK = batch["teacher_log_probs"].reshape(len(scores["nll"]), -1)
-            best = jnp.argmax(log_probs_NK, axis=-1).astype(jnp.int32)
+        if teacher is not None and teacher.log_probs_NK is not None:
+            best = jnp.argmax(teacher.log_probs_NK, axis=-1).astype(jnp.int32)
             if teacher.ids_NK is not None:
                 best = jnp.take_along_axis(teacher.ids_NK, best[:, None], axis=-1)[:, 0]
             found["kl"] = scores["kl"]
@@ -281,8 +276,8 @@ def make_label_step(
     k: int | None,
     temperatures: tuple[float, ...],
     chunk_size: int,
-) -> Callable[[Any, Batch], dict[str, jax.Array]]:
-    """Compiles (params, batch) -> the teacher's record of every token of the batch.
+) -> Callable[[Any, Batch, Any], dict[str, jax.Array]]:
+    """Compile (params, batch, uniforms or None) -> the teacher's record of every token.
 
     Args:
       graphdef: the teacher's structure.
@@ -294,19 +289,18 @@ def make_label_step(
 
     Returns:
       The compiled function; arrays as in `losses.label`, first axis M * B * T.
-      A batch with "uniforms" [M, B, T, S, P] gets draws instead of the top k.
+      With uniforms [M, B, T, S, P] there are draws instead of the top k.
     """
 
-    def label_step(params: Any, batch: Batch) -> dict[str, jax.Array]:
-        batch = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
+    def label_step(params: Any, batch: Batch, uniforms: Any) -> dict[str, jax.Array]:
+        batch = batch.flattened()
         hidden_BTD = lm.hidden_states(graphdef, params, batch)
-        uniforms = batch.get("uniforms")
         if uniforms is not None:
-            uniforms = uniforms.reshape(-1, *uniforms.shape[2:])
+            uniforms = uniforms.reshape(-1, *uniforms.shape[3:])
         return losses.label(
             hidden_BTD.reshape(-1, hidden_BTD.shape[-1]),
             lm.head_weight(params),
-            batch["targets"].reshape(-1),
+            batch.targets.reshape(-1),
             losses.LabelOptions(
                 k=k,
                 temperatures=temperatures,
@@ -314,7 +308,7 @@ def make_label_step(
                 chunk_size=chunk_size,
             ),
             uniforms_NSP=uniforms,
-            active_N=batch["view"].reshape(-1) >= 0,
+            active_N=batch.view.reshape(-1) >= 0,
             placement=losses.Placement(mesh, sharding.HEAD_SPEC),
         )
 
@@ -322,6 +316,7 @@ def make_label_step(
         label_step,
         in_shardings=(
             _placed(params),
+            NamedSharding(mesh, sharding.BATCH_SPEC),
             NamedSharding(mesh, sharding.BATCH_SPEC),
         ),
         out_shardings=sharding.replicated(mesh),

@@ -1,10 +1,11 @@
 import dataclasses
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
-from kdjax.data import loader, teacher_rows
+from kdjax.data import loader, teacher_records
 from kdjax.data.packing import pack
 from kdjax.data.views import Segment
 
@@ -185,20 +186,19 @@ def test_a_prefix_is_read_before_the_target_and_not_learnt(form):
             segment = at.segment
             before = [91] if form else segment.prompt_ids
             ids = np.concatenate([before, segment.prefix_ids, segment.target_ids])
-            place = {n: batch[n][0, row, at.whole] for n in ("tokens", "targets")}
-            np.testing.assert_array_equal(place["tokens"], ids[:-1])
-            np.testing.assert_array_equal(place["targets"], ids[1:])
+            np.testing.assert_array_equal(batch.tokens[0, row, at.whole], ids[:-1])
+            np.testing.assert_array_equal(batch.targets[0, row, at.whole], ids[1:])
             learnt = np.arange(len(ids) - 1) >= len(ids) - 1 - len(segment.target_ids)
-            weights = batch["hard_weights"][0, row, at.whole]
+            weights = batch.weights["hard"][0, row, at.whole]
             np.testing.assert_array_equal(weights > 0, learnt)
-            view = batch["view"][0, row, at.whole]
+            view = batch.view[0, row, at.whole]
             np.testing.assert_array_equal(view, np.where(learnt, segment.view, -1))
-            stored = batch["teacher_ids"][0, row, at.whole, 0]
+            stored = batch.teacher.ids[0, row, at.whole, 0]
             soft = learnt if segment.view else np.zeros_like(learnt)
             np.testing.assert_array_equal(stored, np.where(soft, ids[1:], -1))
             seen += len(segment.prefix_ids) > 0
             if form:
-                prompt = batch["encoder_tokens"][0, row, at.prompt]
+                prompt = batch.encoder.tokens[0, row, at.prompt]
                 np.testing.assert_array_equal(prompt, [*segment.prompt_ids, 0])
     assert seen > 2
 
@@ -220,43 +220,43 @@ def test_the_last_batch_is_filled_with_empty_rows():
     plan = make_plan(make_segments(num=6), batch_size=8)
     assert plan.steps_per_epoch(0) == 1
     batch = loader.make_batch(plan, 0, terms=[term(0)])
-    assert batch["tokens"].shape == (1, 8, 32)
-    assert not batch["segments"][0, -1].any()
-    assert not batch["hard_weights"][0, -1].any()
+    assert batch.tokens.shape == (1, 8, 32)
+    assert not batch.segments[0, -1].any()
+    assert not batch.weights["hard"][0, -1].any()
 
 
 def test_rows_hold_the_segments():
     segments = make_segments()
     plan = make_plan(segments)
     batch = loader.make_batch(plan, 1, terms=[term(0), term(1)])
-    assert batch["tokens"].dtype == batch["view"].dtype == np.int32
-    assert batch["hard_weights"].dtype == np.float32
+    assert batch.tokens.dtype == batch.view.dtype == np.int32
+    assert batch.weights["hard"].dtype == np.float32
     for row, items in enumerate(plan.batch(1)):
         start = 0
         for number, item in enumerate(items, 1):
             segment = segments[item]
             ids = np.concatenate([segment.prompt_ids, segment.target_ids])
             at = slice(start, start + len(ids) - 1)
-            place = {name: array[0, row, at] for name, array in batch.items()}
-            np.testing.assert_array_equal(place["tokens"], ids[:-1])
-            np.testing.assert_array_equal(place["targets"], ids[1:])
-            np.testing.assert_array_equal(place["positions"], np.arange(len(ids) - 1))
-            assert (place["segments"] == number).all()
-            trained = place["view"] == segment.view
-            assert (place["view"][~trained] == -1).all()
-            np.testing.assert_array_equal(place["targets"][trained], segment.target_ids)
+            place = jax.tree.map(lambda x, row=row, at=at: x[0, row, at], batch)
+            np.testing.assert_array_equal(place.tokens, ids[:-1])
+            np.testing.assert_array_equal(place.targets, ids[1:])
+            np.testing.assert_array_equal(place.positions, np.arange(len(ids) - 1))
+            assert (place.segments == number).all()
+            trained = place.view == segment.view
+            assert (place.view[~trained] == -1).all()
+            np.testing.assert_array_equal(place.targets[trained], segment.target_ids)
             start = at.stop
-        assert (batch["segments"][0, row, start:] == 0).all()
-        assert (batch["view"][0, row, start:] == -1).all()
+        assert (batch.segments[0, row, start:] == 0).all()
+        assert (batch.view[0, row, start:] == -1).all()
 
 
 def test_pairs_lie_in_rows_of_the_same_number():
     segments = make_segments()
     plan = make_plan(segments, encoder_length=24, start_id=91, end_id=92)
     batch = loader.make_batch(plan, 1, terms=[term(0), term(1)])
-    assert batch["encoder_tokens"].shape == (1, 4, 24)
-    assert batch["tokens"].shape == batch["view"].shape == (1, 4, 32)
-    assert batch["encoder_segments"].dtype == np.int32
+    assert batch.encoder.tokens.shape == (1, 4, 24)
+    assert batch.tokens.shape == batch.view.shape == (1, 4, 32)
+    assert batch.encoder.segments.dtype == np.int32
     for row, items in enumerate(plan.batch(1)):
         starts = {"": 0, "encoder_": 0}
 
@@ -264,7 +264,8 @@ def test_pairs_lie_in_rows_of_the_same_number():
             start = starts[prefix]
             starts[prefix] += length
             names = ("tokens", "positions", "segments")
-            arrays = (batch[prefix + name][0, row] for name in names)
+            rows = batch.encoder if prefix else batch
+            arrays = (getattr(rows, name)[0, row] for name in names)
             return [array[start : start + length] for array in arrays]
 
         for number, item in enumerate(items, 1):
@@ -275,16 +276,16 @@ def test_pairs_lie_in_rows_of_the_same_number():
             np.testing.assert_array_equal(positions, np.arange(len(prompt)))
             assert (numbers == number).all()
             at = slice(starts[""], starts[""] + len(target))
-            np.testing.assert_array_equal(batch["targets"][0, row, at], target)
-            assert (batch["view"][0, row, at] == segment.view).all()
-            assert (batch["hard_weights"][0, row, at] > 0).all()
+            np.testing.assert_array_equal(batch.targets[0, row, at], target)
+            assert (batch.view[0, row, at] == segment.view).all()
+            assert (batch.weights["hard"][0, row, at] > 0).all()
             tokens, positions, numbers = place("", len(target))
             np.testing.assert_array_equal(tokens, [91, *target[:-1]])
             np.testing.assert_array_equal(positions, np.arange(len(target)))
             assert (numbers == number).all()
-        assert not batch["segments"][0, row, starts[""] :].any()
-        assert not batch["hard_weights"][0, row, starts[""] :].any()
-        assert not batch["encoder_segments"][0, row, starts["encoder_"] :].any()
+        assert not batch.segments[0, row, starts[""] :].any()
+        assert not batch.weights["hard"][0, row, starts[""] :].any()
+        assert not batch.encoder.segments[0, row, starts["encoder_"] :].any()
 
 
 @FORMS
@@ -296,7 +297,7 @@ def test_weights_of_a_term_sum_to_its_weight(num_microbatches, form):
     cache = FakeCache(segments)
     for step in range(5):
         batch = loader.make_batch(plan, step, terms=terms, cache=cache)
-        hard, soft, view = (batch[n] for n in ("hard_weights", "soft_weights", "view"))
+        hard, soft, view = batch.weights["hard"], batch.weights["soft"], batch.view
         # An epoch's last batch may lack a view.
         assert step or {0, 1} <= set(view.flat)
         for weights, of, wanted in ((hard, 0, 0.3), (hard, 1, 0.5), (soft, 1, 0.2)):
@@ -311,7 +312,7 @@ def test_terms_of_one_kind_and_view_add():
     twice = loader.make_batch(
         plan, 0, terms=[term(0, weight=0.5), term(0, weight=0.25)]
     )
-    np.testing.assert_array_equal(once["hard_weights"], twice["hard_weights"])
+    np.testing.assert_array_equal(once.weights["hard"], twice.weights["hard"])
 
 
 @FORMS
@@ -326,10 +327,9 @@ def test_slices_of_two_hosts_make_the_global_batch(num_microbatches, form):
         loader.make_batch(plan, 2, rows=rows, **arguments)
         for rows in (slice(0, half), slice(half, None))
     ]
-    for name, array in whole.items():
-        assert array.shape[:2] == (num_microbatches, 2 * half)
-        joined = np.concatenate([part[name] for part in parts], axis=1)
-        np.testing.assert_array_equal(array, joined)
+    joined = jax.tree.map(lambda *xs: np.concatenate(xs, axis=1), *parts)
+    jax.tree.map(np.testing.assert_array_equal, whole, joined)
+    assert whole.tokens.shape[:2] == (num_microbatches, 2 * half)
 
 
 @FORMS
@@ -339,8 +339,8 @@ def test_microbatches_are_a_reshape(num_microbatches, form):
     one = loader.make_batch(make_plan(segments, **form), 0, terms=[term(0)])
     plan = make_plan(segments, num_microbatches=num_microbatches, **form)
     many = loader.make_batch(plan, 0, terms=[term(0)])
-    for name, array in one.items():
-        np.testing.assert_array_equal(array, many[name].reshape(array.shape))
+    joined = jax.tree.map(lambda x, y: y.reshape(x.shape), one, many)
+    jax.tree.map(np.testing.assert_array_equal, one, joined)
 
 
 @FORMS
@@ -351,35 +351,35 @@ def test_teacher_rows_stand_where_their_token_is_predicted(kind, form):
     plan = make_plan(segments, **form)
     terms = [term(0), term(1), term(1, "soft")]
     batch = loader.make_batch(plan, 0, terms=terms, cache=cache, temperature=2.0)
-    soft = batch["soft_weights"] > 0
-    targets = batch["targets"][soft]
-    assert teacher_rows.sum() > 10
-    np.testing.assert_array_equal(batch["teacher_log_probs"][soft][:, 0], -targets)
-    np.testing.assert_array_equal(batch["teacher_log_z"][soft], targets)
-    assert np.isneginf(batch["teacher_log_probs"][~soft]).all()
-    assert not batch["teacher_log_z"][~soft].any()
+    soft = batch.weights["soft"] > 0
+    targets = batch.targets[soft]
+    assert soft.sum() > 10
+    np.testing.assert_array_equal(batch.teacher.log_probs[soft][:, 0], -targets)
+    np.testing.assert_array_equal(batch.teacher.log_z[soft], targets)
+    assert np.isneginf(batch.teacher.log_probs[~soft]).all()
+    assert not batch.teacher.log_z[~soft].any()
     if kind == "dense":
-        assert "teacher_ids" not in batch
-        assert batch["teacher_log_probs"].shape[-1] == 90
+        assert batch.teacher.ids is None
+        assert batch.teacher.log_probs.shape[-1] == 90
     else:
-        np.testing.assert_array_equal(batch["teacher_ids"][soft][:, 0], targets)
-        assert (batch["teacher_ids"][~soft] == -1).all()
+        np.testing.assert_array_equal(batch.teacher.ids[soft][:, 0], targets)
+        assert (batch.teacher.ids[~soft] == -1).all()
 
 
 @FORMS
 def test_placements_find_the_targets(form):
     plan = make_plan(make_segments(), **form)
     batch = loader.make_batch(plan, 0, terms=())
-    assert not batch["hard_weights"].any()
+    assert not batch.weights["hard"].any()
     for row, items in enumerate(plan.batch(0)):
         found = list(loader.placements(plan, items))
         assert [at.item for at in found] == items.tolist()
         for at in found:
-            targets = batch["targets"][0, row, at.target]
+            targets = batch.targets[0, row, at.target]
             np.testing.assert_array_equal(targets, at.segment.target_ids)
-            assert (batch["view"][0, row, at.target] == at.segment.view).all()
+            assert (batch.view[0, row, at.target] == at.segment.view).all()
             if form:
-                prompt = batch["encoder_tokens"][0, row, at.prompt]
+                prompt = batch.encoder.tokens[0, row, at.prompt]
                 np.testing.assert_array_equal(prompt, [*at.segment.prompt_ids, 0])
             else:
                 assert at.prompt == slice(0, 0)
@@ -423,12 +423,12 @@ def test_an_epoch_takes_its_round_of_draws(temperature, column):
             cache=FakeDraws(segments),
             temperature=temperature,
         )
-        used = batch["teacher_ids"][..., 0] >= 0
-        assert used.any() and (used == (batch["view"] >= 0)).all()
-        assert (batch["teacher_ids"][used] == [10 * column + number] * 2 + [-1]).all()
-        shares = np.exp(batch["teacher_log_probs"][used])
+        used = batch.teacher.ids[..., 0] >= 0
+        assert used.any() and (used == (batch.view >= 0)).all()
+        assert (batch.teacher.ids[used] == [10 * column + number] * 2 + [-1]).all()
+        shares = np.exp(batch.teacher.log_probs[used])
         np.testing.assert_allclose(shares[0], [2 / 3, 1 / 3, 0], rtol=1e-6)
-        assert (batch["teacher_entropy"][used] == (0.5, 0.25)[column]).all()
+        assert (batch.teacher.entropy[used] == (0.5, 0.25)[column]).all()
 
 
 def test_a_record_of_other_tokens_is_refused():
@@ -460,9 +460,9 @@ def test_a_missing_record_names_the_example():
     segments = make_segments()
     cache = FakeCache(segments[:20] + segments[21:])
     assert segments[20].view == 0
-    teacher_rows.check_cache(segments, cache, {1})
+    teacher_records.check_cache(segments, cache, {1})
     with pytest.raises(ValueError, match=r"example .e10., view 0: .* no record"):
-        teacher_rows.check_cache(segments, cache, {0, 1})
+        teacher_records.check_cache(segments, cache, {0, 1})
     plan = make_plan(segments)
     with pytest.raises(ValueError, match=r"example .e10., view 0: .* no record"):
         for step in range(plan.steps_per_epoch(0)):
@@ -507,8 +507,7 @@ def test_reading_ahead_changes_nothing(num_threads, prefetch):
     again = make_plan(make_segments())
     for step, batch in found:
         wanted = loader.make_batch(again, step, terms=[term(0), term(1)])
-        for name, array in wanted.items():
-            np.testing.assert_array_equal(array, batch[name])
+        jax.tree.map(np.testing.assert_array_equal, batch, wanted)
     assert list(loader.iterate(make, 3, 3)) == []
 
 
@@ -533,12 +532,12 @@ def test_a_segments_weight_multiplies_its_tokens_alone(form):
     for step in range(3):
         whole = loader.make_batch(plain, step, terms=terms, cache=cache)
         found = loader.make_batch(plan, step, terms=terms, cache=cache)
-        factor = np.ones(whole["view"].shape)
+        factor = np.ones(whole.view.shape)
         for row, items in enumerate(plan.batch(step)):
             for at in loader.placements(plan, items):
                 factor[0, row, at.target] = 0.25 if at.item % 3 else 1.0
-        for name, array in whole.items():
-            if name in ("hard_weights", "soft_weights"):
-                np.testing.assert_allclose(found[name], array * factor, rtol=1e-6)
-            else:
-                np.testing.assert_array_equal(found[name], array)
+        for kind, weights in whole.weights.items():
+            changed = found.weights[kind]
+            np.testing.assert_allclose(changed, weights * factor, rtol=1e-6)
+        same = dataclasses.replace(found, weights=whole.weights)
+        jax.tree.map(np.testing.assert_array_equal, same, whole)

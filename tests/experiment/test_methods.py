@@ -136,7 +136,7 @@ def test_a_run_with_all_four_views(place, tmp_path):
     }
     lines = (tmp_path / "generations.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
-    assert [row["view"] for row in rows] == [*views] * 2
+    assert [row.view for row in rows] == [*views] * 2
     assert ["answer" in row for row in rows] == [False, False, True] * 2
     # The teacher read what stands before a wrong choice.
     mesh = sharding.make_mesh(config.mesh, devices=jax.devices()[:1])

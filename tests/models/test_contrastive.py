@@ -7,6 +7,7 @@ import pytest
 
 from kdjax.config import DecoderConfig, T5Config
 from kdjax.models import contrastive, generate, lm
+from tests import helpers
 
 DECODER = DecoderConfig(
     vocab_size=61,
@@ -43,13 +44,8 @@ def whole_log_probs(model, prompt, new):
         tokens, encoder = [*prompt, *new], None
     width = 16  # one compiled shape
     tokens_1T = np.array([tokens + [PAD] * (width - len(tokens))], np.int32)
-    rows = {
-        "tokens": tokens_1T,
-        "positions": np.arange(width, dtype=np.int32)[None],
-        "segments": (np.arange(width) < len(tokens)).astype(np.int32)[None],
-    }
-    if encoder is not None:
-        rows |= {"encoder_tokens": encoder, "encoder_segments": np.ones_like(encoder)}
+    segments_1T = (np.arange(width) < len(tokens)).astype(np.int32)[None]
+    rows = helpers.rows_of(tokens_1T, encoder=encoder, segments=segments_1T)
     hidden_1TD = lm.hidden_states(graphdef, params, rows)
     logits_V = np.asarray(
         lm.logits(graphdef, params, hidden_1TD[0, len(tokens) - 1]), np.float64

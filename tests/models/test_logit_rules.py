@@ -11,7 +11,8 @@ from kdjax.models import decoder, lm
 from kdjax.parallel import sharding
 from kdjax.training import online_teacher, state, step
 from kdjax.training.optimizer import make_optimizer, make_schedule
-from tests.golden.make_families import FOLDER, LENGTH, tokens
+from tests import helpers
+from tests.golden.make_families import FOLDER, tokens
 
 
 @pytest.fixture(scope="module")
@@ -30,20 +31,8 @@ def models(mesh):
 
 @pytest.fixture(scope="module")
 def batch(mesh):
-    tokens_BT = tokens()
-    shape = tokens_BT.shape
-    rows = {
-        "tokens": tokens_BT,
-        "targets": np.roll(tokens_BT, -1, 1),
-        "positions": np.broadcast_to(np.arange(LENGTH, dtype=np.int32), shape),
-        "segments": np.ones(shape, np.int32),
-        "view": np.zeros(shape, np.int32),
-        "hard_weights": np.full(shape, 0.5, np.float32),
-        "soft_weights": np.full(shape, 0.25, np.float32),
-    }
-    return sharding.global_batch(
-        {name: np.ascontiguousarray(x)[None] for name, x in rows.items()}, mesh, 2
-    )
+    rows = helpers.rows_of(tokens()[None], weights={"hard": 0.5, "soft": 0.25})
+    return sharding.global_batch(rows, mesh, 2)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +43,9 @@ def log_probs(models, batch):
         hidden = jax.jit(decoder.hidden_states, static_argnums=0)(
             model.graphdef,
             params,
-            *(batch[name][0] for name in ("tokens", "positions", "segments")),
+            batch.tokens[0],
+            batch.positions[0],
+            batch.segments[0],
         )
         assert model.shape.final_softcap == 5.0
         plain = decoder.logits(params, hidden)
@@ -68,7 +59,7 @@ def log_probs(models, batch):
 
 
 def nll_of(log_probs_NV, batch):
-    targets_N = np.asarray(batch["targets"]).reshape(-1)
+    targets_N = np.asarray(batch.targets).reshape(-1)
     return -np.take_along_axis(log_probs_NV, targets_N[:, None], 1)[:, 0]
 
 
@@ -91,7 +82,7 @@ def test_labelling(mesh, models, batch, log_probs):
         temperatures=(1.0,),
         chunk_size=16,
     )
-    found = label(params, batch)["log_probs_NK"]
+    found = label(params, batch, None)["log_probs_NK"]
     np.testing.assert_allclose(found, log_probs[1], rtol=1e-4, atol=1e-4)
 
 

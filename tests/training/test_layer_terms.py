@@ -85,8 +85,8 @@ def first():
 
 
 def test_the_terms_are_their_formulas(first):
-    rows = {name: x[0] for name, x in first.batch.items()}
-    inputs = rows["tokens"], rows["positions"], rows["segments"]
+    rows = jax.tree.map(lambda x: x[0], first.batch)
+    inputs = rows.tokens, rows.positions, rows.segments
     params = {n: x for n, x in first.params.items() if n != "projection"}
     kernel = first.params["projection"]["kernel"]
     assert kernel.shape == (1, 32, 48)
@@ -110,7 +110,7 @@ def test_the_terms_are_their_formulas(first):
     total = 0.0
     for name, weight in (("hidden", 0.3), ("attention", 0.2)):
         for view in range(2):
-            member = rows["view"] == view
+            member = rows.view == view
             value = np.asarray(each[name], np.float64)[member].sum()
             np.testing.assert_allclose(first.metrics[name][view], value, rtol=1e-4)
             total += 0.5 * weight * value / member.sum()

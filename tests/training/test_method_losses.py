@@ -174,11 +174,11 @@ def loss_by_hand(
             view, prompt, read, learnt = texts(segment)
             ids = [*student.before(prompt, read), *learnt]
             stop = start + len(ids) - 1
-            assert rows["tokens"][row, start:stop].tolist() == ids[:-1]
-            assert rows["targets"][row, start:stop].tolist() == ids[1:]
+            assert rows.tokens[row, start:stop].tolist() == ids[:-1]
+            assert rows.targets[row, start:stop].tolist() == ids[1:]
             if student.encoded is not None:
-                there = rows["encoder_segments"][row] == number
-                encoded = rows["encoder_tokens"][row][there].tolist()
+                there = rows.encoder.segments[row] == number
+                encoded = rows.encoder.tokens[row][there].tolist()
                 assert encoded == student.encoded(prompt)
             logits_tV = logits_RTV[row, stop - len(learnt) : stop]
             nll_t = -log_softmax(logits_tV)[np.arange(len(learnt)), learnt]
@@ -253,7 +253,7 @@ def check_loss(name, place, terms, kind, weigh=lambda id: 1.0):
     )
     state = made.init(student_params(config, model, ""))
     params = jax.tree.map(np.asarray, state.params)
-    rows = {n: array.reshape(-1, array.shape[-1]) for n, array in batch.items()}
+    rows = batch.flattened()
     logits_RTV = np.asarray(student.logits(model, params, rows))
     _, found = made.step(state, sharding.global_batch(batch, mesh, made.num_rows))
 

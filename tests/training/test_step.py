@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding
 from kdjax import losses
 from kdjax.config import MeshConfig
 from kdjax.data import loader
+from kdjax.data.batch import TeacherRecords
 from kdjax.experiment import methods, validate
 from kdjax.experiment.data import load_data
 from kdjax.experiment.models import make_model, student_params, student_shape
@@ -214,12 +215,14 @@ def online(config, *, whole=False, mesh_config=None, devices=None):
                 k=None if whole else config.cache.k,
                 temperatures=(config.method.temperature,),
                 chunk_size=16,
-            )(frozen, batch)
-            lead = batch["tokens"].shape
-            batch["teacher_log_probs"] = label["log_probs_NK"].reshape(*lead, -1)
-            batch["teacher_log_z"] = label["log_z_NS"].reshape(lead)
-            if not whole:
-                batch["teacher_ids"] = label["ids_NK"].reshape(*lead, -1)
+            )(frozen, batch, None)
+            lead = batch.tokens.shape
+            records = TeacherRecords(
+                log_probs=label["log_probs_NK"].reshape(*lead, -1),
+                log_z=label["log_z_NS"].reshape(lead),
+                ids=None if whole else label["ids_NK"].reshape(*lead, -1),
+            )
+            batch = dataclasses.replace(batch, teacher=records)
             batch = jax.device_put(batch, NamedSharding(mesh, sharding.BATCH_SPEC))
             _, metrics = made.step(current, batch)
         results.append(jax.tree.map(np.asarray, metrics))
@@ -281,8 +284,8 @@ def test_schedules_reach_the_batch_and_the_step():
             cache=cache,
             temperature=made.temperature(index),
         )
-        assert batch["hard_weights"].any() == (index == 4)
-        assert batch["soft_weights"].any() == (index == 0)
+        assert batch.weights["hard"].any() == (index == 4)
+        assert batch.weights["soft"].any() == (index == 0)
         train_step = made.step_at(made.temperature(index))
         current, metrics = train_step(
             current, sharding.global_batch(batch, mesh, made.num_rows)

@@ -4,7 +4,6 @@ import dataclasses
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -19,6 +18,7 @@ from kdjax.experiment.models import make_model, student_params, student_shape
 from kdjax.experiment.rows import make_plan, row_kwargs
 from kdjax.models import generate, hf, lm, t5
 from kdjax.parallel import sharding
+from kdjax.teacher import build
 from kdjax.training import loop, program, state
 from kdjax.training.checkpoint import load_student
 from tests import helpers
@@ -79,7 +79,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(finished, tmp_path):
     data = load_data(half)
     shape = student_shape(half, data.tokenizer)
     model = make_model(shape, mesh, dtype="float32")
-    cache = train.building.ensure(half, data, tmp_path, half.teacher.path)["train"]
+    cache = build.ensure(half, data, tmp_path, half.teacher.path)["train"]
 
     def fit(folder, calls):
         for _ in range(calls):
@@ -184,8 +184,8 @@ def one_step(config, *, devices=8, dropout=True):
     )
     abstract = program.abstract_batch(config, shape, mesh, vocab_size=shape.vocab_size)
     if dropout:
-        described = {name: (x.shape, x.dtype) for name, x in abstract.items()}
-        assert described == {name: (x.shape, x.dtype) for name, x in batch.items()}
+        described = jax.tree.map(lambda x: (x.shape, x.dtype), abstract)
+        assert described == jax.tree.map(lambda x: (x.shape, x.dtype), batch)
     placed = sharding.global_batch(batch, mesh, made.num_rows)
     after, metrics = made.step(first, placed)
     return metrics, jax.tree.map(np.asarray, state.split(after.params)[0])
@@ -215,7 +215,7 @@ def test_dropout_keys_follow_from_seed_and_step():
 
     def keys(plan, step, **arguments):
         batch = loader.make_batch(plan, step, terms=(), dropout=True, **arguments)
-        return batch["dropout_keys"]
+        return batch.dropout_keys
 
     first = keys(plan, 0)
     assert first.shape == (1, 8, 2) and len(np.unique(first[0], axis=0)) == 8
@@ -223,7 +223,7 @@ def test_dropout_keys_follow_from_seed_and_step():
     np.testing.assert_array_equal(keys(plan, 0, rows=slice(2, 5)), first[:, 2:5])
     made.seed = 1
     assert not np.array_equal(first, keys(make_plan(made, SHAPE, data.train), 0))
-    assert "dropout_keys" not in loader.make_batch(plan, 0, terms=())
+    assert loader.make_batch(plan, 0, terms=()).dropout_keys is None
 
 
 def save_teacher(folder, **changes):
@@ -327,21 +327,16 @@ def test_generation_equals_decoding_without_a_cache():
     )
 
     @jax.jit
-    def best(prompt_1S, tokens_1T):
-        rows = {
-            "encoder_tokens": prompt_1S,
-            "encoder_segments": jnp.ones_like(prompt_1S),
-        }
-        rows |= {"tokens": tokens_1T, "segments": jnp.ones_like(tokens_1T)}
-        hidden = lm.hidden_states(graphdef, params, rows | {"positions": None})
+    def best(rows):
+        hidden = lm.hidden_states(graphdef, params, rows)
         return lm.logits(graphdef, params, hidden[0, -1]).argmax()
 
     for prompt, tokens in zip(prompts, found, strict=True):
         read = [0]
         for _ in range(6):
-            read.append(
-                int(best(np.array([prompt], np.int32), np.array([read], np.int32)))
-            )
+            encoder = np.array([prompt], np.int32)
+            rows = helpers.rows_of(np.array([read], np.int32), encoder=encoder)
+            read.append(int(best(rows)))
         assert read[1:] == tokens
 
 

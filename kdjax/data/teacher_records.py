@@ -1,6 +1,6 @@
-"""The teacher's part of a batch: records of the cache, laid out beside the tokens.
+"""Records of the teacher cache, laid out beside the tokens of a batch.
 
-Shapes: T row length, K stored pairs (sampled: draws a round), t target tokens.
+Shapes: T row length, K stored pairs (sampled: draws per round), t target tokens.
 """
 
 from collections.abc import Collection, Sequence
@@ -8,16 +8,15 @@ from typing import Any
 
 import numpy as np
 
+from kdjax.data.batch import TeacherRecords
 from kdjax.data.views import Segment
 
-Batch = dict[str, np.ndarray]
 
-
-class TeacherRows:
-    """Writes records of one cache, at one temperature, into the arrays of a batch."""
+class RecordWriter:
+    """Writer of the records of one cache, at one temperature, into batches."""
 
     def __init__(self, cache: Any, temperature: float, epoch: int) -> None:
-        """Take the column of `temperature`, and of a sampled cache one round of draws.
+        """Select the column of `temperature` and, of a sampled cache, a round of draws.
 
         Epoch e uses round e modulo the number of rounds.
 
@@ -33,21 +32,16 @@ class TeacherRows:
         self._column = tuple(cache.temperatures).index(temperature)
         self._epoch = epoch
 
-    def empty(self, lead: tuple[int, int]) -> Batch:
-        """Arrays without any record; see `loader.make_batch`."""
-        cache = self._cache
-        teacher: Batch = {
-            "teacher_log_probs": np.full((*lead, cache.k), -np.inf, np.float32),
-            "teacher_log_z": np.zeros(lead, np.float32),
-        }
-        if cache.kind != "dense":
-            teacher["teacher_ids"] = np.full((*lead, cache.k), -1, np.int32)
-        if cache.kind == "sampled":
-            teacher["teacher_entropy"] = np.zeros(lead, np.float32)
-        return teacher
+    def write(
+        self, rows: TeacherRecords, row: int, target: slice, segment: Segment
+    ) -> None:
+        """Write row i of a record to the position that predicts target token i.
 
-    def write(self, batch: Batch, row: int, target: slice, segment: Segment) -> None:
-        """Row i of the record goes to the position that predicts target token i.
+        Args:
+          rows: arrays [rows, T, ...] that are written to.
+          row: which row.
+          target: positions of the segment's targets.
+          segment: whose record is read.
 
         Raises:
           ValueError: no record, or one of other tokens.
@@ -60,24 +54,24 @@ class TeacherRows:
                 f"example {segment.example_id!r}: its record is of {record.num_tokens} "
                 f"target tokens, not these {len(segment.target_ids)}: verify the cache"
             )
-        batch["teacher_log_z"][row, target] = record.log_z[:, self._column]
+        rows.log_z[row, target] = record.log_z[:, self._column]
         ids, log_probs = record.ids, record.log_probs
-        if record.kind == "sampled":
-            chosen = (slice(None), self._column, self._epoch % record.ids.shape[2])
-            ids = record.ids[chosen]
+        if rows.entropy is not None:
+            drawn = (slice(None), self._column, self._epoch % record.ids.shape[2])
+            ids = record.ids[drawn]
             with np.errstate(divide="ignore"):
-                log_probs = np.log(record.counts[chosen] / np.float32(self._cache.k))
-            batch["teacher_entropy"][row, target] = record.entropy[:, self._column]
+                log_probs = np.log(record.counts[drawn] / np.float32(self._cache.k))
+            rows.entropy[row, target] = record.entropy[:, self._column]
         stored = slice(0, log_probs.shape[-1])
-        batch["teacher_log_probs"][row, target, stored] = log_probs
-        if record.kind != "dense":
-            batch["teacher_ids"][row, target, stored] = ids
+        rows.log_probs[row, target, stored] = log_probs
+        if rows.ids is not None:
+            rows.ids[row, target, stored] = ids
 
 
 def check_cache(
     segments: Sequence[Segment], cache: Any, views: Collection[int]
 ) -> None:
-    """Checks that the cache has a record for every segment of the given views.
+    """Check that the cache has a record for every segment of the given views.
 
     Raises:
       ValueError: naming the first example without one.
@@ -88,7 +82,7 @@ def check_cache(
 
 
 def missing(segment: Segment, count: int) -> ValueError:
-    """The error for examples without a record."""
+    """Return the error for examples without a record."""
     return ValueError(
         f"example {segment.example_id!r}, view {segment.view}: the teacher cache has "
         f"no record of it ({count} such in all): label the same data with the same "
