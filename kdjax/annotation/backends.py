@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -20,7 +19,8 @@ from kdjax.config import AnnotateConfig, Config, T5Config
 from kdjax.data import loader, views
 from kdjax.data import tokenizer as tokenizers
 from kdjax.experiment.models import load_model
-from kdjax.models import contrastive, generate, hf, lm
+from kdjax.models import hf, lm
+from kdjax.models.generate import Decoding, Generator
 from kdjax.parallel import sharding
 
 _FIRST_DELAY, _LONGEST_DELAY = 0.5, 60.0  # seconds before a request is repeated
@@ -30,63 +30,70 @@ _PASSING = (408, 409, 429)  # statuses that may be gone next time, as all from 5
 class Local:
     """A Hugging Face folder run by this process on its own devices.
 
-    What is drawn for a request follows from its seed alone. Prompts go through the
+    What is sampled for a request follows from its seed alone. Prompts go through the
     tokenizer's chat template where `data.chat_template` is set.
+
+    Args:
+      config: of the annotation.
+      path: the folder, with its own tokenizer.
+
+    Raises:
+      ValueError: nothing to load there.
     """
 
     def __init__(self, config: Config, path: str) -> None:
-        """Loads the model and its own tokenizer.
-
-        Raises:
-          ValueError: nothing to load there.
-        """
         self._annotate, self._chat = config.annotate, config.data.chat_template
         self._tokenizer = tokenizers.load(hf.resolve(path))
         mesh = sharding.make_mesh(config.mesh, devices=jax.local_devices())
         num_slices = mesh.shape["data"] * mesh.shape["fsdp"]
         self.batch_size = -(-self._annotate.batch_size // num_slices) * num_slices
-        self._placed = NamedSharding(mesh, P(("data", "fsdp")))
         self._model, self._params = load_model(path, mesh, dtype=config.train.dtype)
-        self._compiled: dict[Any, Any] = {}
+        rows = NamedSharding(mesh, P(("data", "fsdp")))
+        self._generate = Generator(
+            self._model.shape,
+            self._model.graphdef,
+            self._decoding(),
+            batch_size=self.batch_size,
+            place=lambda array: jax.device_put(array, rows),
+        )
+
+    def _decoding(self) -> Decoding:
+        """Return the decoding method of the config."""
+        annotate, tokenizer = self._annotate, self._tokenizer
+        eos_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+        return Decoding(
+            max_new_tokens=annotate.max_new_tokens,
+            eos_id=eos_id,
+            pad_id=eos_id if pad_id is None else pad_id,
+            temperature=annotate.temperature,
+            top_p=annotate.top_p,
+            seed=annotate.seed,
+            contrast_weight=annotate.contrast_weight
+            if annotate.method == "contrastive"
+            else None,
+        )
 
     def __call__(self, requests: Sequence[Request]) -> list[Completion]:
-        """Answers requests together, at most `batch_size`; all or none have a contrast.
+        """Answer requests together, at most `batch_size`; all or none have a contrast.
 
         Raises:
           ValueError: a prompt too long for the model.
         """
-        annotate, tokenizer = self._annotate, self._tokenizer
-        ids = [self._tokens(request, request.messages) for request in requests]
-        pad_id = tokenizer.pad_token_id
-        fields: dict[str, Any] = {
-            "max_new_tokens": annotate.max_new_tokens,
-            "eos_id": tokenizer.eos_token_id,
-            "pad_id": tokenizer.eos_token_id if pad_id is None else pad_id,
-            "batch_size": self.batch_size,
-            "temperature": annotate.temperature,
-            "top_p": annotate.top_p,
-            "compiled": self._compiled,
-            "place": lambda array: jax.device_put(array, self._placed),
-        }
-        base = jax.random.key(annotate.seed)
-        seeds = np.asarray([request.seed for request in requests], np.uint32)
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(base, seeds)
-        model = (self._model.shape, self._model.graphdef, self._params)
+        prompt_ids = [self._tokens(request, request.messages) for request in requests]
         contrasts = [
             self._tokens(request, request.contrast)
             for request in requests
             if request.contrast is not None
         ]
-        if contrasts:
-            weight = annotate.contrast_weight
-            found = contrastive.generate_texts(
-                *model, ids, contrasts, weight=weight, keys=keys, **fields
-            )
-        else:
-            found = generate.generate_texts(*model, ids, key=keys, **fields)
+        continuations = self._generate(
+            self._params,
+            prompt_ids,
+            contrasts=contrasts or None,
+            seeds=[request.seed for request in requests],
+        )
         return [
             self._completion(prompt, new)
-            for prompt, new in zip(ids, found, strict=True)
+            for prompt, new in zip(prompt_ids, continuations, strict=True)
         ]
 
     def _tokens(self, request: Request, messages: Messages) -> list[int]:

@@ -1,4 +1,4 @@
-"""What a student costs once deployed: seconds and memory of decoding."""
+"""Latency, throughput and memory of decoding by a student's shape."""
 
 import statistics
 import time
@@ -25,10 +25,10 @@ def measure(
     rounds: int = 5,
     advance: Callable[[int], None] = lambda amount: None,
 ) -> dict[str, float]:
-    """Times greedy decoding by a student's shape, compiled and warm.
+    """Time greedy decoding by a student's shape, compiled and warm.
 
     The weights are random and no row ends before `evaluation.max_new_tokens`; prompts
-    have `data.max_prompt` tokens, or as many as the model has room for.
+    have `data.max_prompt` tokens, or as many as fit.
 
     Args:
       config: of the student's run; adapters count as merged.
@@ -37,9 +37,9 @@ def measure(
       advance: called with the calls done since the last one.
 
     Returns:
-      For each B: latency/B, milliseconds a token of a row (a call's, its prompts
-      included, over its new tokens; median); decoded_per_second/B, new tokens a second
-      of all rows; memory/B, MiB of parameters, cache and temporary arrays.
+      For each B: latency/B, milliseconds per new token of a row (a call's, prefill
+      included, over its new tokens; median); decoded_per_second/B, new tokens per
+      second of all rows; memory/B, MiB of parameters, cache and temporary arrays.
     """
     mesh = sharding.make_mesh(config.mesh)
     shape = student_shape(config, load_tokenizer(config))
@@ -49,22 +49,19 @@ def measure(
     )(jax.random.key(0))
     new_tokens = config.evaluation.max_new_tokens
     length = min(config.data.max_prompt, lm.max_prompt_length(shape, new_tokens))
+    decoding = generate.Decoding(max_new_tokens=new_tokens, eos_id=-1, pad_id=0)
     decode: Any = generate.make_generate(
-        shape,
-        model.graphdef,
-        max_prompt=length,
-        max_new_tokens=new_tokens,
-        eos_id=-1,
-        pad_id=0,
+        shape, model.graphdef, decoding, max_prompt=length
     )
     calls, memory = {}, {}
     for size in batch_sizes:
         prompts = np.ones((size, length), np.int32)
         lengths = np.full(size, length, np.int32)
-        arguments = (params, prompts, lengths, jax.random.key(0), np.float32(0))
+        keys = generate.row_keys(decoding.seed, np.arange(size, dtype=np.uint32))
+        arguments = (params, prompts, lengths, keys)
         compiled = decode.lower(*arguments).compile()
-        needed = compiled.memory_analysis()
-        memory[size] = needed.argument_size_in_bytes + needed.temp_size_in_bytes
+        stats: Any = compiled.memory_analysis()
+        memory[size] = stats.argument_size_in_bytes + stats.temp_size_in_bytes
         jax.block_until_ready(compiled(*arguments))
         calls[size] = compiled, arguments
         advance(1)
@@ -75,10 +72,10 @@ def measure(
             jax.block_until_ready(compiled(*arguments))
             seconds[size].append(time.perf_counter() - start)
             advance(1)
-    found = {}
-    for size, taken in seconds.items():
-        median = statistics.median(taken)
-        found[f"latency/{size}"] = 1000 * median / new_tokens
-        found[f"decoded_per_second/{size}"] = size * new_tokens / median
-        found[f"memory/{size}"] = memory[size] / _MIB
-    return found
+    metrics = {}
+    for size, samples in seconds.items():
+        median = statistics.median(samples)
+        metrics[f"latency/{size}"] = 1000 * median / new_tokens
+        metrics[f"decoded_per_second/{size}"] = size * new_tokens / median
+        metrics[f"memory/{size}"] = memory[size] / _MIB
+    return metrics

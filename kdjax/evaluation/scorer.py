@@ -28,7 +28,8 @@ from kdjax.experiment.models import (
     student_shape,
 )
 from kdjax.experiment.rows import joint_row_length, row_kwargs
-from kdjax.models import generate, hf
+from kdjax.models import hf
+from kdjax.models.generate import Decoding, Generator
 from kdjax.models.lm import Shape
 from kdjax.parallel import distributed, sharding
 from kdjax.runtime import files
@@ -76,7 +77,15 @@ class Scorer:
             chunk_size=chunk_size(config, model),
             num_valid=shared_vocab_size(model.shape, cache),
         )
-        self._generate: dict[Any, Any] = {}  # compiled once, whatever the call
+        self._generate = Generator(
+            model.shape,
+            model.graphdef,
+            Decoding(
+                max_new_tokens=config.evaluation.max_new_tokens,
+                eos_id=data.tokenizer.eos_token_id,
+                pad_id=data.tokenizer.pad_token_id,
+            ),
+        )
         self.bins: calibration.Bins | None = None  # of the last call's ece
         # Every view's records are read, whatever the training terms are.
         self._soft = tuple(
@@ -228,16 +237,7 @@ class Scorer:
         if isinstance(self._model.shape, T5Config):
             end = self._model.shape.eos_id
             prompts = [loader.ended(ids, end) for ids in prompts]
-        tokens = generate.generate_texts(
-            self._model.shape,
-            self._model.graphdef,
-            params,
-            prompts,
-            max_new_tokens=config.evaluation.max_new_tokens,
-            eos_id=data.tokenizer.eos_token_id,
-            pad_id=data.tokenizer.pad_token_id,
-            compiled=self._generate,
-        )
+        tokens = self._generate(params, prompts)
         return data.tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
 

@@ -1,6 +1,18 @@
-"""Batched decoding with a key/value cache: greedy or sampled.
+"""Batched decoding with a key/value cache: greedy, sampled or contrastive.
 
-Shapes: B rows, P prompt time (right padded), N new tokens, V vocabulary.
+With a contrast, a prompt and another one, which states a different answer, are
+continued by the same tokens. Each is the one with the greatest
+
+  log p(token | prompt, tokens before) - weight * log p(token | contrast, tokens before)
+
+so that text which suits the other answer as well becomes less likely. Both are rows of
+one batch, the prompts before their contrasts; prefixes that rows share are read once.
+
+Shapes: B prompts decoded together, R rows (B, or 2 B with contrasts), P prompt time
+(right padded), N new tokens, V vocabulary.
+
+Source: Wang et al., 2023, SCOTT, arXiv 2305.01879, section 3.1 (contrasts); Holtzman et
+al., 2020, arXiv 1904.09751, section 3.1 (top_p).
 """
 
 from collections.abc import Callable, Sequence
@@ -20,137 +32,265 @@ from kdjax.models import lm
 MIN_PROMPT_SHAPE, PROMPT_STEP = 16, 128
 
 
-def make_generate(
-    config: lm.Shape,
-    graphdef: nnx.GraphDef,
-    *,
-    max_prompt: int,
-    max_new_tokens: int,
-    eos_id: int,
-    pad_id: int,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    num_shared: int = 0,
-) -> Callable[..., Int[Array, "B N"]]:
-    """Compile-once generation: one pass over the prompts, then one token at a time.
-
-    The loop ends when every row has produced `eos_id` or `max_new_tokens` tokens.
-
-    Args:
-      config: shape of the model.
-      graphdef: from `lm.create`; its compute dtype is also the cache's.
-      max_prompt: P, columns of the prompt array.
-      max_new_tokens: N, most tokens generated for a row.
-      eos_id: token that ends a row; -1 = none does.
-      pad_id: fills a row after its end.
-      top_k: sample among the k most probable tokens; 0 = all.
-      top_p: sample among the fewest most probable tokens whose probabilities (at the
-        sampling temperature) sum to at least p; 1 = all.
-      num_shared: of `SharedPrefix`.
-
-    Returns:
-      Jitted `generate(params, prompts_BP, lengths_B, key, temperature, *shared) ->
-      tokens_BN`, int32; shared: `SharedPrefix.arrays` where num_shared is not 0.
-      Prompts are right padded (with any id); a row of length 0 stays empty: all
-      `pad_id`. Temperature 0 takes the most probable token; the end token is included.
-      `key` may be an array of B keys: a row's draws then hang on its own key alone.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decoding:
+    """The decoding method, static in the compiled program.
 
     Raises:
-      ValueError: more tokens than the model's max_length, or a top_k or top_p out of
-        range.
-
-    Source: Holtzman et al., 2020, arXiv 1904.09751, section 3.1 (top_p).
+      ValueError: a value out of range.
     """
-    check(config, max_prompt, max_new_tokens, top_k, top_p)
+
+    max_new_tokens: int  # most tokens generated per prompt
+    eos_id: int  # ends a continuation; -1 = no token does
+    pad_id: int  # fills rows before and after their end
+    temperature: float = 0.0  # 0 = the most probable token, else sampling
+    top_k: int = 0  # sample among the k most probable tokens; 0 = all
+    top_p: float = 1.0  # among the fewest tokens of at least this probability; 1 = all
+    seed: int = 0  # of sampling; a prompt's draws follow from it and its own seed
+    contrast_weight: float | None = None  # of log p given the contrast; None = without
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={self.max_new_tokens}: use at least 1")
+        if self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(
+                f"top_k={self.top_k}, top_p={self.top_p}: use top_k >= 0 and "
+                "0 < top_p <= 1"
+            )
+
+    @property
+    def rows_per_prompt(self) -> int:
+        """2 with contrasts, else 1."""
+        return 1 if self.contrast_weight is None else 2
+
+
+class Generator:
+    """Continues tokenised prompts, in batches of like length and few shapes.
+
+    Args:
+      shape: of the model.
+      graphdef: from `lm.create`; its compute dtype is also the cache's.
+      decoding: the method.
+      batch_size: B, prompts decoded together.
+      place: puts the arrays of a batch, [R, ...], on devices.
+
+    Attributes:
+      compiled: one program per padded prompt length and shared prefix.
+    """
+
+    def __init__(
+        self,
+        shape: lm.Shape,
+        graphdef: nnx.GraphDef,
+        decoding: Decoding,
+        *,
+        batch_size: int = 16,
+        place: Callable[[np.ndarray], Any] = lambda x: x,
+    ) -> None:
+        self.shape, self.graphdef, self.decoding = shape, graphdef, decoding
+        self.batch_size, self._place = batch_size, place
+        self.compiled: dict[tuple[int, ...], Callable[..., Any]] = {}
+
+    def __call__(
+        self,
+        params: lm.Params,
+        prompts: Sequence[Sequence[int]],
+        *,
+        contrasts: Sequence[Sequence[int]] | None = None,
+        seeds: Sequence[int] | None = None,
+    ) -> list[list[int]]:
+        """Continue prompts.
+
+        Args:
+          params: of the model.
+          prompts: token ids, each at least one; T5's end with its end token.
+          contrasts: one per prompt, if and only if `contrast_weight` is set.
+          seeds: one per prompt, below 2^32: its draws do not depend on other prompts;
+            None = their numbers.
+
+        Returns:
+          The continuation of each prompt, in order, without the end token.
+
+        Raises:
+          ValueError: an empty prompt, contrasts that do not fit the method, or a prompt
+            too long for the model.
+        """
+        decoding, size = self.decoding, self.batch_size
+        sides = {"prompts": prompts}
+        if contrasts is not None:
+            sides["contrasts"] = contrasts
+        if len(sides) != decoding.rows_per_prompt:
+            raise ValueError(
+                f"contrast_weight={decoding.contrast_weight} with contrasts="
+                f"{contrasts}: give both, or neither"
+            )
+        for name, side in sides.items():
+            for index, ids in enumerate(side):
+                if not len(ids):
+                    raise ValueError(
+                        f"{name}[{index}] is empty: give it at least one token"
+                    )
+        lengths = [max(map(len, ids)) for ids in zip(*sides.values(), strict=True)]
+        order = sorted(range(len(prompts)), key=lambda index: lengths[index])
+        limit = lm.max_prompt_length(self.shape, decoding.max_new_tokens)
+        seeds_N = np.asarray(range(len(prompts)) if seeds is None else seeds, np.uint32)
+        results: list[list[int]] = [[] for _ in prompts]
+        for start in range(0, len(order), size):
+            batch = order[start : start + size]
+            width = padded_length(lengths[batch[-1]], limit)
+            blank: list[Sequence[int]] = [[]] * (size - len(batch))
+            rows = [
+                ids
+                for side in sides.values()
+                for ids in (*(side[index] for index in batch), *blank)
+            ]
+            filled = batch + batch[:1] * len(blank)
+            tokens_BN = self._decode(params, rows, width, seeds_N[filled])
+            for tokens_N, index in zip(tokens_BN, batch, strict=False):
+                (ends,) = np.nonzero(tokens_N == decoding.eos_id)
+                results[index] = tokens_N[: ends[0] if len(ends) else None].tolist()
+        return results
+
+    def _decode(
+        self,
+        params: lm.Params,
+        rows: Sequence[Sequence[int]],
+        width: int,
+        seeds_B: np.ndarray,
+    ) -> np.ndarray:
+        """Decode one batch, [B, N]; an empty row has no prompt."""
+        prefix = find_shared_prefix(self.shape, rows, width)
+        signature = (width, *prefix.signature)
+        if signature not in self.compiled:
+            self.compiled[signature] = make_generate(
+                self.shape,
+                self.graphdef,
+                self.decoding,
+                max_prompt=width,
+                num_shared=prefix.num_tokens,
+            )
+        arrays = map(self._place, pad_prompts(rows, width, self.decoding.pad_id))
+        keys_B = row_keys(self.decoding.seed, seeds_B)
+        return np.asarray(
+            self.compiled[signature](params, *arrays, keys_B, *prefix.arrays)
+        )
+
+
+def make_generate(
+    shape: lm.Shape,
+    graphdef: nnx.GraphDef,
+    decoding: Decoding,
+    *,
+    max_prompt: int,
+    num_shared: int = 0,
+) -> Callable[..., Int[Array, "B N"]]:
+    """Compile one pass over the prompts, then a loop over new tokens.
+
+    The loop ends when every prompt has produced `eos_id` or `max_new_tokens` tokens.
+
+    Args:
+      shape: of the model.
+      graphdef: from `lm.create`.
+      decoding: the method.
+      max_prompt: P, columns of the prompt array.
+      num_shared: tokens of `SharedPrefix`.
+
+    Returns:
+      Jitted `generate(params, prompts_RP, lengths_R, keys_B, *shared) -> tokens_BN`,
+      int32; shared: `SharedPrefix.arrays` where num_shared is not 0. Prompts are right
+      padded (with any id), contrasts after them. A prompt of length 0 stays empty: all
+      `pad_id`. The end token is included.
+
+    Raises:
+      ValueError: more tokens than the model's max_length.
+    """
+    limit = lm.max_prompt_length(shape, decoding.max_new_tokens)
+    if max_prompt > limit:
+        raise ValueError(
+            f"max_prompt={max_prompt} + max_new_tokens={decoding.max_new_tokens} "
+            f"exceeds the model's max_length={limit + decoding.max_new_tokens}: "
+            "shorten one of them"
+        )
+    pad_id, rows_per_prompt = jnp.int32(decoding.pad_id), decoding.rows_per_prompt
 
     @jax.jit
-    def generate(params, prompts_BP, lengths_B, key, temperature, *shared):
-        prompts_BP, lengths_B = (
-            prompts_BP.astype(jnp.int32),
-            lengths_B.astype(jnp.int32),
-        )
-        temperature = jnp.asarray(temperature, jnp.float32)
-        num_rows = prompts_BP.shape[0]
-        hidden_BD, first_B, cache = lm.prefill(
-            config,
+    def generate(params, prompts_RP, lengths_R, keys_B, *shared):
+        num_prompts = prompts_RP.shape[0] // rows_per_prompt
+        hidden_RD, first_R, cache = lm.prefill(
+            shape,
             graphdef,
             params,
-            prompts_BP,
-            lengths_B,
-            max_new_tokens=max_new_tokens,
+            prompts_RP.astype(jnp.int32),
+            lengths_R.astype(jnp.int32),
+            max_new_tokens=decoding.max_new_tokens,
             num_shared=num_shared,
             groups=shared,
         )
-        tokens_BN = jnp.full((num_rows, max_new_tokens), pad_id, jnp.int32)
+        tokens_BN = jnp.full((num_prompts, decoding.max_new_tokens), pad_id)
 
         def unfinished(carry):
-            step, _, done_B, _, _ = carry
-            return (step < max_new_tokens) & ~jnp.all(done_B)
+            step, done_B, *_ = carry
+            return (step < decoding.max_new_tokens) & ~jnp.all(done_B)
 
         def extend(carry):
-            step, hidden_BD, done_B, tokens_BN, cache = carry
-            logits_BV = lm.logits(graphdef, params, hidden_BD)
-            token_B = choose(
-                logits_BV, key, step, temperature, top_k=top_k, top_p=top_p
-            )
-            token_B = jnp.where(done_B, jnp.int32(pad_id), token_B)
+            step, done_B, tokens_BN, hidden_RD, cache = carry
+            logits_BV = lm.logits(graphdef, params, hidden_RD)
+            if decoding.contrast_weight is not None:
+                # Up to a constant per row, the difference of the log-probabilities.
+                contrast_BV = logits_BV[num_prompts:]
+                weight = jnp.float32(decoding.contrast_weight)
+                logits_BV = logits_BV[:num_prompts] - weight * contrast_BV
+            token_B = next_tokens(logits_BV, keys_B, step, decoding)
+            token_B = jnp.where(done_B, pad_id, token_B)
             tokens_BN = jax.lax.dynamic_update_index_in_dim(tokens_BN, token_B, step, 1)
-            done_B = done_B | (token_B == eos_id)
-            hidden_BD, cache = lm.decode(
-                graphdef, params, token_B, first_B + step, cache
+            done_B |= token_B == decoding.eos_id
+            token_R = jnp.tile(token_B, rows_per_prompt)
+            hidden_RD, cache = lm.decode(
+                graphdef, params, token_R, first_R + step, cache
             )
-            return step + 1, hidden_BD, done_B, tokens_BN, cache
+            return step + 1, done_B, tokens_BN, hidden_RD, cache
 
-        start = (jnp.int32(0), hidden_BD, lengths_B == 0, tokens_BN, cache)
-        return jax.lax.while_loop(unfinished, extend, start)[3]
+        done_B = lengths_R[:num_prompts] == 0
+        start = (jnp.int32(0), done_B, tokens_BN, hidden_RD, cache)
+        return jax.lax.while_loop(unfinished, extend, start)[2]
 
     return generate
 
 
-def choose(
+def row_keys(seed: int, seeds_B: Int[np.ndarray, "B"]) -> Array:
+    """Return the random key of each prompt, from the run's seed and its own."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), seeds_B)
+
+
+def next_tokens(
     logits_BV: Float[Array, "B V"],
-    key: Array,
+    keys_B: Array,
     step: Int[Array, ""],
-    temperature: Float[Array, ""],
-    *,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    decoding: Decoding,
 ) -> Int[Array, "B"]:
-    """The next token of each row: the most probable one, or one drawn.
+    """Choose the next token of each prompt: the most probable one, or one drawn.
 
     Args:
-      logits_BV: up to a constant a row.
-      key: one random key, or B of them.
+      logits_BV: up to a constant per row.
+      keys_B: random keys.
       step: number of the token; draws differ between steps.
-      temperature: 0 = the most probable one.
-      top_k: see `make_generate`.
-      top_p: see `make_generate`.
+      decoding: the method.
     """
-
-    def sample(_):
-        scaled_BV = filter_logits(logits_BV / temperature, top_k=top_k, top_p=top_p)
-        if not _is_rows(key):
-            step_key = jax.random.fold_in(key, step)
-            return jax.random.categorical(step_key, scaled_BV).astype(jnp.int32)
-        keys_B = jax.vmap(jax.random.fold_in, (0, None))(key, step)
-        return jax.vmap(jax.random.categorical)(keys_B, scaled_BV).astype(jnp.int32)
-
-    def greedy(_):
+    if decoding.temperature == 0:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-
-    return jax.lax.cond(temperature > 0, sample, greedy, None)
-
-
-def _is_rows(key: Array) -> bool:
-    """Whether there is a key for each row; old keys are arrays of two numbers."""
-    typed = jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
-    return typed and key.ndim == 1
+    logits_BV = filter_logits(
+        logits_BV / jnp.float32(decoding.temperature),
+        top_k=decoding.top_k,
+        top_p=decoding.top_p,
+    )
+    keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, step)
+    return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
 
 
 def filter_logits(
     logits_BV: Float[Array, "B V"], *, top_k: int = 0, top_p: float = 1.0
 ) -> Float[Array, "B V"]:
-    """Set to -inf what top_k or top_p excludes; ties with the last kept one stay."""
+    """Set to -inf what top_k or top_p excludes; ties with the last one remain."""
     if top_k:
         kth_B1 = jax.lax.top_k(logits_BV, min(top_k, logits_BV.shape[-1]))[0][:, -1:]
         logits_BV = jnp.where(logits_BV < kth_B1, -jnp.inf, logits_BV)
@@ -158,167 +298,71 @@ def filter_logits(
         sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
         probs_BV = jax.nn.softmax(sorted_BV, axis=-1)
         before_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV
-        kept_BV = jnp.where(before_BV < top_p, sorted_BV, jnp.inf)
-        threshold_B1 = jnp.min(kept_BV, axis=-1, keepdims=True)
+        nucleus_BV = jnp.where(before_BV < top_p, sorted_BV, jnp.inf)
+        threshold_B1 = jnp.min(nucleus_BV, axis=-1, keepdims=True)
         logits_BV = jnp.where(logits_BV < threshold_B1, -jnp.inf, logits_BV)
     return logits_BV
 
 
-def generate_texts(
-    config: lm.Shape,
-    graphdef: nnx.GraphDef,
-    params: lm.Params,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    eos_id: int,
-    pad_id: int,
-    batch_size: int = 16,
-    key: Array | None = None,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    compiled: dict[Any, Callable] | None = None,
-    place: Callable[[np.ndarray], Any] = lambda x: x,
-    on_batch: Callable[[int], None] = lambda num_prompts: None,
-) -> list[list[int]]:
-    """Continue tokenised prompts, batched by length and padded to few shapes.
-
-    Args:
-      config: shape of the model.
-      graphdef: from `lm.create`.
-      params: its parameters.
-      prompts: token ids, each at least one; T5's end with its end token.
-      max_new_tokens: most tokens generated for a prompt.
-      eos_id: token that ends a continuation; -1 = none does.
-      pad_id: fills up rows.
-      batch_size: prompts decoded together.
-      key: random key, needed when temperature > 0; or one for each prompt, so that what
-        is drawn does not hang on the other prompts.
-      temperature: 0 = most probable token, else sampling.
-      top_k: see `make_generate`.
-      top_p: see `make_generate`.
-      compiled: filled with one compiled function a prompt shape; pass the same dict
-        with the same arguments again (other params, prompts) to compile nothing.
-      place: puts the arrays of a batch, [batch_size, ...], on devices.
-      on_batch: called with the number of prompts done since the last call.
-
-    Returns:
-      The continuation of each prompt, in order, without the end token.
-
-    Raises:
-      ValueError: an empty prompt, sampling without a key, or a prompt too long for the
-        model.
-    """
-    if temperature > 0 and key is None:
-        raise ValueError(f"temperature={temperature} samples: pass a random key")
-    for index, prompt in enumerate(prompts):
-        if not len(prompt):
-            raise ValueError(f"prompts[{index}] is empty: give it at least one token")
-    key = jax.random.key(0) if key is None else key
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    compiled = {} if compiled is None else compiled
-    results: list[list[int]] = [[] for _ in prompts]
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        longest = len(prompts[chosen[-1]])
-        width = prompt_shape(longest, lm.max_prompt_length(config, max_new_tokens))
-        rows = [prompts[i] for i in chosen]
-        shared = find_shared_prefix(config, rows, batch_size, width)
-        if (kind := (width, *shared.kind)) not in compiled:
-            compiled[kind] = make_generate(
-                config,
-                graphdef,
-                max_prompt=width,
-                max_new_tokens=max_new_tokens,
-                eos_id=eos_id,
-                pad_id=pad_id,
-                top_k=top_k,
-                top_p=top_p,
-                num_shared=shared.num_tokens,
-            )
-        arrays = padded(rows, batch_size, width, pad_id)
-        if _is_rows(key):
-            filled = chosen + chosen[:1] * (batch_size - len(chosen))
-            batch_key = key[np.asarray(filled)]
-        else:
-            batch_key = jax.random.fold_in(key, start)
-        tokens_BN = np.asarray(
-            compiled[kind](
-                params, *map(place, arrays), batch_key, temperature, *shared.arrays
-            )
-        )
-        for row, index in enumerate(chosen):
-            (ends,) = np.nonzero(tokens_BN[row] == eos_id)
-            stop = ends[0] if len(ends) else max_new_tokens
-            results[index] = tokens_BN[row, :stop].tolist()
-        on_batch(len(chosen))
-    return results
-
-
-def padded(
-    prompts: Sequence[Sequence[int]], num_rows: int, width: int, pad_id: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts as rows, right padded, and their lengths; rows without one have 0."""
-    prompts_BP = np.full((num_rows, width), pad_id, np.int32)
-    lengths_B = np.zeros(num_rows, np.int32)
+def pad_prompts(
+    prompts: Sequence[Sequence[int]], width: int, pad_id: int
+) -> tuple[Int[np.ndarray, "R P"], Int[np.ndarray, "R"]]:
+    """Return prompts as right-padded rows, and their lengths."""
+    prompts_RP = np.full((len(prompts), width), pad_id, np.int32)
     for row, prompt in enumerate(prompts):
-        lengths_B[row] = len(prompt)
-        prompts_BP[row, : len(prompt)] = prompt
-    return prompts_BP, lengths_B
+        prompts_RP[row, : len(prompt)] = prompt
+    return prompts_RP, np.asarray([len(prompt) for prompt in prompts], np.int32)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SharedPrefix:
-    """Groups of prompts that begin alike: what they share is read once a group."""
+    """Groups of prompts with a common prefix, which is read once per group."""
 
-    num_tokens: int = 0  # that the prompts of a group share; 0 = nothing is
-    arrays: tuple[np.ndarray, ...] = ()  # a row of each group [G], group of a row [B]
+    num_tokens: int = 0  # of the prefix; 0 = none is shared
+    arrays: tuple[np.ndarray, ...] = ()  # a row of each group [G], group of a row [R]
 
     @property
-    def kind(self) -> tuple[int, ...]:
-        """What code is compiled for."""
+    def signature(self) -> tuple[int, ...]:
+        """Static sizes: tokens of the prefix, and groups if there are some."""
         return self.num_tokens, *(len(array) for array in self.arrays[:1])
 
 
 def find_shared_prefix(
-    config: lm.Shape, prompts: Sequence[Sequence[int]], num_rows: int, width: int
+    shape: lm.Shape, prompts: Sequence[Sequence[int]], width: int
 ) -> SharedPrefix:
-    """The groups that leave the fewest pieces of prompts to be read.
+    """Group prompts by the prefix that leaves the fewest chunks to be read.
 
     Args:
-      config: shape of the model.
-      prompts: of the first rows of a batch; [] = a row has none.
-      num_rows: of the batch.
+      shape: of the model.
+      prompts: rows of a batch; [] = a row without one.
       width: to which prompts are padded.
     """
-    piece = lm.prefill_chunk_size(config, width)
-    num_pieces = -(-width // piece)
-    best, fewest = SharedPrefix(), num_pieces * num_rows
+    chunk_size, num_rows = lm.prefill_chunk_size(shape, width), len(prompts)
+    num_chunks = -(-width // chunk_size)
+    best, fewest = SharedPrefix(), num_chunks * num_rows
     shortest = min((len(prompt) for prompt in prompts if prompt), default=0)
-    # The last token of a prompt is its own: what follows it is wanted.
-    for shared in range(1, (shortest - 1) // piece + 1):
-        leaders: dict[tuple[int, ...], int] = {}
-        groups = np.zeros(num_rows, np.int32)
-        starts = [tuple(prompt[: shared * piece]) for prompt in prompts]
+    # The last token of a prompt is never shared: its hidden state is needed.
+    for shared in range(1, (shortest - 1) // chunk_size + 1):
+        starts = [tuple(prompt[: shared * chunk_size]) for prompt in prompts]
+        leaders: dict[tuple[int, ...], int] = {}  # prefix -> its first row
         for row, start in enumerate(starts):
             if start:
                 leaders.setdefault(start, row)
-        numbers = {start: number for number, start in enumerate(leaders)}
-        for row, start in enumerate(starts):
-            groups[row] = numbers.get(start, 0)
-        read = shared * len(leaders) + (num_pieces - shared) * num_rows
-        if read < fewest:
-            rows = np.array([*leaders.values()], np.int32)
-            best = SharedPrefix(num_tokens=shared * piece, arrays=(rows, groups))
-            fewest = read
+        chunks = shared * len(leaders) + (num_chunks - shared) * num_rows
+        if chunks < fewest:
+            fewest = chunks
+            numbers = {start: number for number, start in enumerate(leaders)}
+            groups = [numbers.get(start, 0) for start in starts]
+            arrays = np.int32([*leaders.values()]), np.int32(groups)
+            best = SharedPrefix(num_tokens=shared * chunk_size, arrays=arrays)
     return best
 
 
-def prompt_shape(longest: int, limit: int) -> int:
-    """The smallest allowed padded length; `limit` itself is the last one.
+def padded_length(longest: int, limit: int) -> int:
+    """Return the smallest allowed padded length; `limit` itself is the last one.
 
-    Few, as each is compiled for, and of long prompts never an eighth too long.
+    Allowed lengths are few, as each is compiled for, and pad long prompts by at most an
+    eighth.
     """
     if longest > limit:
         raise ValueError(
@@ -330,22 +374,3 @@ def prompt_shape(longest: int, limit: int) -> int:
         width *= 2
     step = min(width, max(PROMPT_STEP, width // 16))
     return min(-(-longest // step) * step, limit)
-
-
-def check(
-    config: lm.Shape, max_prompt: int, max_new_tokens: int, top_k: int, top_p: float
-) -> None:
-    """Refuses what `make_generate` cannot do, with a ValueError."""
-    if max_prompt < 1 or max_new_tokens < 1:
-        raise ValueError(
-            f"max_prompt={max_prompt}, max_new_tokens={max_new_tokens}: use at least 1"
-        )
-    if (limit := lm.max_prompt_length(config, max_new_tokens)) < max_prompt:
-        raise ValueError(
-            f"max_prompt={max_prompt} + max_new_tokens={max_new_tokens} exceeds the "
-            f"model's max_length={limit + max_new_tokens}: shorten one of them"
-        )
-    if top_k < 0 or not 0 < top_p <= 1:
-        raise ValueError(
-            f"top_k={top_k}, top_p={top_p}: use top_k >= 0 and 0 < top_p <= 1"
-        )

@@ -20,7 +20,8 @@ from kdjax.config import ANNOTATIONS, AnnotateConfig
 from kdjax.data import kinship, sources
 from kdjax.data import tokenizer as tokenizers
 from kdjax.experiment import resume, validate
-from kdjax.models import decoder, generate, hf, lm
+from kdjax.models import decoder, hf, lm
+from kdjax.models.generate import Decoding, Generator
 from tests import helpers
 from tests.multiprocess import launch
 
@@ -102,13 +103,12 @@ def oracle(places, messages, contrast=None):
     graphdef, _ = lm.create(shape)
     params = hf.load_params(places / "teacher", shape)
     ids = tokenizer.encode(prompts.plain(messages), add_special_tokens=False)
-    [new] = generate.generate_texts(
-        *(shape, graphdef, params, [ids]),
+    decoding = Decoding(
         max_new_tokens=5,
         eos_id=tokenizer.eos_token_id,
         pad_id=tokenizer.pad_token_id,
-        batch_size=1,
     )
+    [new] = Generator(shape, graphdef, decoding, batch_size=1)(params, [ids])
     return tokenizer.decode(new, skip_special_tokens=True), len(ids), new
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from kdjax.config import DecoderConfig, T5Config
-from kdjax.models import contrastive, generate, lm
+from kdjax.models import generate, lm
+from kdjax.models.generate import Decoding, Generator
 from tests import helpers
 
 DECODER = DecoderConfig(
@@ -66,14 +67,14 @@ def by_force(model, prompt, contrast, weight, eos=-1):
     return new
 
 
+def generator(model, weight, *, batch_size=3, **fields):
+    fields = {"max_new_tokens": NEW, "eos_id": -1, "pad_id": PAD} | fields
+    method = Decoding(contrast_weight=weight, **fields)
+    return Generator(*model[:2], method, batch_size=batch_size)
+
+
 def texts(model, weight, **fields):
-    fields = {"max_new_tokens": NEW, "eos_id": -1, "pad_id": PAD, "batch_size": 3} | {
-        "keys": jax.random.split(jax.random.key(3), len(PROMPTS)),
-        **fields,
-    }
-    return contrastive.generate_texts(
-        *model, PROMPTS, CONTRASTS, weight=weight, **fields
-    )
+    return generator(model, weight, **fields)(model[2], PROMPTS, contrasts=CONTRASTS)
 
 
 @pytest.mark.parametrize("weight", [0.5, 2.0])
@@ -97,45 +98,37 @@ def test_what_a_prompt_and_its_contrast_begin_with_is_read_once(model, monkeypat
         [start + side[:1] for start, side in zip(starts, sides, strict=True)]
         for sides in (PROMPTS, CONTRASTS)
     ]
-    fields = {"max_new_tokens": NEW, "eos_id": -1, "pad_id": PAD, "batch_size": 5}
-    keys, compiled = jax.random.split(jax.random.key(3), 4), {}
-    found = contrastive.generate_texts(
-        *model, *sides, weight=0.5, keys=keys, compiled=compiled, **fields
-    )
+    run = generator(model, 0.5, batch_size=5)
+    found = run(model[2], sides[0], contrasts=sides[1])
     assert found == [by_force(model, *pair, 0.5) for pair in zip(*sides, strict=True)]
     assert found != expected
     shared = [2, 4] if isinstance(model[0], DecoderConfig) else [0]
-    assert [list(kind[1:]) for kind in compiled] == [shared]
+    assert [list(kind[1:]) for kind in run.compiled] == [shared]
 
 
 def test_a_weight_of_zero_is_greedy_decoding(model):
-    fields = {"max_new_tokens": NEW, "eos_id": -1, "pad_id": PAD}
-    greedy = generate.generate_texts(*model, PROMPTS, **fields)
-    assert texts(model, 0.0) == greedy
+    assert texts(model, 0.0) == generator(model, None)(model[2], PROMPTS)
 
 
 def test_equal_prompts_choose_as_the_one_does(model):
     """log p - w log p is (1 - w) log p: the same order for w < 1, reversed beyond."""
-    fields = {"max_new_tokens": NEW, "eos_id": -1, "pad_id": PAD}
-    greedy = generate.generate_texts(*model, PROMPTS, **fields)
-    keys = jax.random.split(jax.random.key(0), len(PROMPTS))
-    same = [*model, PROMPTS, PROMPTS]
-    assert contrastive.generate_texts(*same, weight=0.5, keys=keys, **fields) == greedy
-    least = contrastive.generate_texts(*same, weight=2.0, keys=keys, **fields)
+    greedy = generator(model, None)(model[2], PROMPTS)
+    assert generator(model, 0.5)(model[2], PROMPTS, contrasts=PROMPTS) == greedy
+    least = generator(model, 2.0)(model[2], PROMPTS, contrasts=PROMPTS)
     for prompt, row in zip(PROMPTS, least, strict=True):
         assert row[0] == int(np.argmin(whole_log_probs(model, prompt, [])))
 
 
 def test_samples_follow_the_scores_and_a_rows_own_key(model):
     shape, graphdef, params = model
-    call = contrastive.make_generate(
-        shape, graphdef, max_prompt=4, max_new_tokens=1, eos_id=-1, pad_id=PAD
-    )
+    fields = {"max_new_tokens": 1, "eos_id": -1, "pad_id": PAD, "temperature": 2.0}
+    method = Decoding(contrast_weight=0.5, **fields)
+    call = generate.make_generate(shape, graphdef, method, max_prompt=4)
     rows = 2000
     both = [side[0] for side in (PROMPTS, CONTRASTS) for _ in range(rows)]
-    arrays = generate.padded(both, 2 * rows, 4, PAD)
+    arrays = generate.pad_prompts(both, 4, PAD)
     keys = jax.random.split(jax.random.key(1), rows)
-    tokens_BN = call(params, *arrays, 0.5, keys, 2.0)
+    tokens_BN = call(params, *arrays, keys)
     score_V = whole_log_probs(model, PROMPTS[0], [])
     score_V -= 0.5 * whole_log_probs(model, CONTRASTS[0], [])
     frequency = np.bincount(tokens_BN[:, 0], minlength=shape.vocab_size) / rows
@@ -146,7 +139,5 @@ def test_samples_follow_the_scores_and_a_rows_own_key(model):
 
 
 def test_an_empty_contrast_is_refused(model):
-    keys = jax.random.split(jax.random.key(0), 1)
-    fields = {"max_new_tokens": NEW, "eos_id": -1, "pad_id": PAD}
     with pytest.raises(ValueError, match=r"contrasts\[0\] is empty"):
-        contrastive.generate_texts(*model, [[1]], [[]], weight=0.5, keys=keys, **fields)
+        generator(model, 0.5)(model[2], [[1]], contrasts=[[]])

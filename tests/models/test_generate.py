@@ -7,6 +7,7 @@ import pytest
 
 from kdjax.config import DecoderConfig
 from kdjax.models import decoder, generate, lm
+from kdjax.models.generate import Decoding, Generator
 
 CONFIG = DecoderConfig(
     vocab_size=23,
@@ -60,25 +61,34 @@ def arrays_of(prompts, width):
     return np.array(rows, np.int32), lengths_B
 
 
-def make(model, **fields):
-    fields = {
-        "max_prompt": 8,
-        "max_new_tokens": NEW,
-        "eos_id": -1,
-        "pad_id": PAD,
-    } | fields
-    return generate.make_generate(CONFIG, model[0], **fields)
+def decoding(**fields):
+    return Decoding(**{"max_new_tokens": NEW, "eos_id": -1, "pad_id": PAD} | fields)
+
+
+def continued(model, prompts, *, batch_size=16, seeds=None, **fields):
+    run = Generator(CONFIG, model[0], decoding(**fields), batch_size=batch_size)
+    return run(model[1], prompts, seeds=seeds)
+
+
+def make(model, *, max_prompt=8, **fields):
+    return generate.make_generate(
+        CONFIG, model[0], decoding(**fields), max_prompt=max_prompt
+    )
+
+
+def keys(num_rows, seed=0):
+    return generate.row_keys(seed, np.arange(num_rows, dtype=np.uint32))
 
 
 def test_greedy_equals_decoding_without_a_cache(model, uncached):
-    tokens_BN = make(model)(model[1], *arrays_of(PROMPTS, 8), jax.random.key(0), 0.0)
+    tokens_BN = make(model)(model[1], *arrays_of(PROMPTS, 8), keys(4))
     assert tokens_BN.tolist() == uncached
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 3, 7])
 def test_prompts_are_read_in_chunks(model, uncached, monkeypatch, chunk_size):
     monkeypatch.setattr(lm, "_MIN_CHUNK", chunk_size)
-    tokens_BN = make(model)(model[1], *arrays_of(PROMPTS, 8), jax.random.key(0), 0.0)
+    tokens_BN = make(model)(model[1], *arrays_of(PROMPTS, 8), keys(4))
     assert tokens_BN.tolist() == uncached
 
 
@@ -112,80 +122,65 @@ def test_what_prompts_begin_with_is_read_once_a_group(
     monkeypatch.setattr(lm, "_MIN_CHUNK", 2)
     read = rows_read(monkeypatch)
     long = [[*start, *prompt] for start, prompt in zip(starts, PROMPTS, strict=True)]
-    fields = {"max_new_tokens": NEW, "eos_id": -1, "pad_id": PAD, "batch_size": 5}
-    together = generate.generate_texts(CONFIG, *model, long, **fields)
+    together = continued(model, long, batch_size=5)
     assert read == expected
-    apart = [
-        generate.generate_texts(CONFIG, *model, [p], **(fields | {"batch_size": 1}))[0]
-        for p in long
-    ]
+    apart = [continued(model, [prompt], batch_size=1)[0] for prompt in long]
     assert together == apart
 
 
 def test_groups_share_what_saves_most_and_no_last_token(monkeypatch):
     monkeypatch.setattr(lm, "_MIN_CHUNK", 1)
 
-    def found(*prompts, rows=0, width=8):
-        rows = rows or len(prompts)
-        shared = generate.find_shared_prefix(CONFIG, prompts, rows, width)
+    def found(*prompts):
+        shared = generate.find_shared_prefix(CONFIG, prompts, width=8)
         return shared.num_tokens, *(array.tolist() for array in shared.arrays)
 
     one, two = [1, 2, 3, 4], [1, 2, 3, 5]
     assert found(one, two) == (3, [0], [0, 0])
     assert found([1, 2], two) == (1, [0], [0, 0])  # the first one's last is its own
     assert found([1, 2, 3], [2, 2, 3]) == (0,)
-    assert found([], one, two, [], rows=5) == (3, [1], [0, 0, 0, 0, 0])
+    assert found([], one, two, [], []) == (3, [1], [0, 0, 0, 0, 0])
     assert found(one, [7, 7, 7, 7], two, [7, 7, 7, 8]) == (3, [0, 1], [0, 1, 0, 1])
     assert found([1, 2, 3, 4, 5, 6], [1, 9, 3, 4, 5, 6]) == (1, [0], [0, 0])
     assert found(one) == (0,)
 
 
 def test_prompts_have_few_shapes_and_little_padding():
-    shapes = {generate.prompt_shape(n, 2000) for n in range(1, 2001)}
+    shapes = {generate.padded_length(n, 2000) for n in range(1, 2001)}
     assert shapes == {16, 32, 64, *range(128, 2000, 128), 2000}
-    assert generate.prompt_shape(33, 2000) == 64
-    assert generate.prompt_shape(1139, 2000) == 1152
-    assert generate.prompt_shape(5000, 9000) == 5120
+    assert generate.padded_length(33, 2000) == 64
+    assert generate.padded_length(1139, 2000) == 1152
+    assert generate.padded_length(5000, 9000) == 5120
 
 
 def test_rows_end_at_the_end_token_and_the_loop_with_the_last_row(model, uncached):
     eos = uncached[1][2]
     prompts_BP, lengths_B = arrays_of([*PROMPTS, []], 8)
     call = make(model, eos_id=eos)
-    tokens_BN = call(model[1], prompts_BP, lengths_B, jax.random.key(0), 0.0)
+    tokens_BN = call(model[1], prompts_BP, lengths_B, keys(5))
     for row, expected in zip(tokens_BN.tolist(), uncached, strict=False):
         stop = expected.index(eos) + 1 if eos in expected else NEW
         assert row == expected[:stop] + [PAD] * (NEW - stop)
     assert tokens_BN[-1].tolist() == [PAD] * NEW
 
 
-def test_generate_texts_keeps_order_and_drops_the_end_token(model, uncached):
+def test_a_generator_keeps_order_drops_the_end_token_and_compiles_once(model, uncached):
     eos = uncached[0][3]
-    done, compiled = [], {}
+    # Padding that looks like the end must not confuse it.
+    method = decoding(eos_id=eos, pad_id=eos)
+    run = Generator(CONFIG, model[0], method, batch_size=3)
     for _ in range(2):
-        results = generate.generate_texts(
-            CONFIG,
-            *model,
-            PROMPTS,
-            max_new_tokens=NEW,
-            eos_id=eos,
-            pad_id=eos,  # padding that looks like the end must not confuse it
-            batch_size=3,
-            compiled=compiled,
-            on_batch=done.append,
-        )
         expected = [row[: row.index(eos)] if eos in row else row for row in uncached]
-        assert results == expected
-    assert done == [3, 1, 3, 1]
-    assert [call._cache_size() for call in compiled.values()] == [1]
+        assert run(model[1], PROMPTS) == expected
+    assert [call._cache_size() for call in run.compiled.values()] == [1]
 
 
 def test_sampling_follows_the_temperature_and_repeats_with_its_key(model):
     graphdef, params = model
     prompts_BP, lengths_B = arrays_of([PROMPTS[0]] * 2000, 8)
-    call = make(model, max_new_tokens=1)
-    tokens = call(params, prompts_BP, lengths_B, jax.random.key(1), 2.0)
-    same = call(params, prompts_BP, lengths_B, jax.random.key(1), 2.0)
+    call = make(model, max_new_tokens=1, temperature=2.0)
+    tokens = call(params, prompts_BP, lengths_B, keys(2000))
+    same = call(params, prompts_BP, lengths_B, keys(2000))
     np.testing.assert_array_equal(tokens, same)
     row = np.array([PROMPTS[0]], np.int32)
     positions = np.arange(3, dtype=np.int32)[None]
@@ -196,8 +191,8 @@ def test_sampling_follows_the_temperature_and_repeats_with_its_key(model):
 
 
 def test_top_k_of_one_is_greedy(model, uncached):
-    call = make(model, top_k=1)
-    tokens_BN = call(model[1], *arrays_of(PROMPTS, 8), jax.random.key(0), 5.0)
+    call = make(model, top_k=1, temperature=5.0)
+    tokens_BN = call(model[1], *arrays_of(PROMPTS, 8), keys(4))
     assert tokens_BN.tolist() == uncached
 
 
@@ -222,9 +217,7 @@ def test_filters_keep_the_most_probable(fields, kept):
 
 def test_bfloat16(model):
     graphdef, _ = decoder.create(CONFIG, dtype="bfloat16")
-    tokens_BN = make((graphdef,))(
-        model[1], *arrays_of(PROMPTS, 8), jax.random.key(0), 0.0
-    )
+    tokens_BN = make((graphdef,))(model[1], *arrays_of(PROMPTS, 8), keys(4))
     assert ((tokens_BN >= 0) & (tokens_BN < CONFIG.vocab_size)).all()
 
 
@@ -233,29 +226,26 @@ def test_refusals(model):
         make(model, max_prompt=60)
     with pytest.raises(ValueError, match=r"top_p=1\.5"):
         make(model, top_p=1.5)
-    fields = {"max_new_tokens": NEW, "eos_id": 1, "pad_id": 0}
+    with pytest.raises(ValueError, match="max_new_tokens=0: use at least 1"):
+        decoding(max_new_tokens=0)
     with pytest.raises(ValueError, match=r"prompts\[1\] is empty"):
-        generate.generate_texts(CONFIG, *model, [[1], []], **fields)
+        continued(model, [[1], []])
     with pytest.raises(ValueError, match="a prompt of 60 tokens leaves no room"):
-        generate.generate_texts(CONFIG, *model, [[1] * 60], **fields)
-    with pytest.raises(ValueError, match="pass a random key"):
-        generate.generate_texts(CONFIG, *model, [[1]], temperature=1.0, **fields)
+        continued(model, [[1] * 60])
+    with pytest.raises(ValueError, match=r"contrast_weight=0\.5 with contrasts=None"):
+        continued(model, [[1]], contrast_weight=0.5)
 
 
-def test_a_row_with_its_own_key_does_not_hang_on_the_others(model):
-    keys = jax.random.split(jax.random.key(4), len(PROMPTS))
-    fields = {"max_new_tokens": NEW, "eos_id": -1, "pad_id": PAD, "temperature": 2.0}
-    together = generate.generate_texts(
-        CONFIG, *model, PROMPTS, key=keys, batch_size=4, **fields
-    )
+def test_draws_follow_from_the_seeds_and_not_from_other_prompts(model):
+    fields = {"temperature": 2.0, "batch_size": 4}
+    together = continued(model, PROMPTS, seeds=[7, 5, 3, 2**32 - 1], **fields)
     for order in ([3, 1, 0, 2], [2]):
-        apart = generate.generate_texts(
-            CONFIG,
-            *model,
+        apart = continued(
+            model,
             [PROMPTS[i] for i in order],
-            key=keys[np.array(order)],
-            batch_size=4,
+            seeds=[[7, 5, 3, 2**32 - 1][i] for i in order],
             **fields,
         )
         assert apart == [together[i] for i in order]
     assert len({tuple(row) for row in together}) > 1
+    assert continued(model, PROMPTS, seed=1, **fields) != together

@@ -16,7 +16,8 @@ from kdjax.experiment import methods
 from kdjax.experiment.data import load_data, load_tokenizer
 from kdjax.experiment.models import make_model, student_params, student_shape
 from kdjax.experiment.rows import make_plan, row_kwargs
-from kdjax.models import generate, hf, lm, t5
+from kdjax.models import hf, lm, t5
+from kdjax.models.generate import Decoding, Generator
 from kdjax.parallel import sharding
 from kdjax.teacher import build
 from kdjax.training import loop, program, state
@@ -128,15 +129,10 @@ def test_export_is_read_by_transformers(finished, tmp_path):
     wanted = theirs.generate(
         torch.tensor([prompt]), max_new_tokens=8, do_sample=False
     ).numpy()[0, 1:]
-    found = generate.generate_texts(
-        model.shape,
-        model.graphdef,
-        params,
-        [prompt],
-        max_new_tokens=8,
-        eos_id=model.shape.eos_id,
-        pad_id=model.shape.pad_id,
-    )[0]
+    decoding = Decoding(
+        max_new_tokens=8, eos_id=model.shape.eos_id, pad_id=model.shape.pad_id
+    )
+    found = Generator(model.shape, model.graphdef, decoding)(params, [prompt])[0]
     assert found == [token for token in wanted.tolist() if token > 1]
     logits = theirs(
         input_ids=torch.tensor([prompt]),
@@ -322,9 +318,8 @@ def test_generation_equals_decoding_without_a_cache():
     params = jax.tree.map(lambda x: 2 * x, t5.init_params(shape, jax.random.key(0)))
     rng = np.random.default_rng(0)
     prompts = [[*rng.integers(2, 50, n).tolist(), 1] for n in (3, 17, 9)]
-    found = generate.generate_texts(
-        shape, graphdef, params, prompts, max_new_tokens=6, eos_id=-1, pad_id=0
-    )
+    decoding = Decoding(max_new_tokens=6, eos_id=-1, pad_id=0)
+    found = Generator(shape, graphdef, decoding)(params, prompts)
 
     @jax.jit
     def best(rows):

@@ -15,8 +15,9 @@ import pytest
 from kdjax.config import FAMILIES, MeshConfig, RopeConfig, StudentConfig
 from kdjax.experiment import validate
 from kdjax.experiment.models import student_shape
-from kdjax.models import decoder, flops, generate, hf, lm
+from kdjax.models import decoder, flops, hf, lm
 from kdjax.models.decoder_shape import select_layers
+from kdjax.models.generate import Decoding, Generator
 from kdjax.models.hf import families
 from kdjax.parallel import sharding
 from tests import helpers
@@ -80,16 +81,9 @@ def test_alike_in_transformers_both_ways(name, tmp_path):
     assert_close(our_logits(config, params, tokens), theirs, 1e-4)
 
     prompts = [tokens[0, :6].tolist(), tokens[1, :20].tolist()]  # 20: past the window
-    continued = generate.generate_texts(
-        config,
-        decoder.create(config)[0],
-        params,
-        prompts,
-        max_new_tokens=20,
-        eos_id=-1,
-        pad_id=0,
-        batch_size=2,
-    )
+    decoding = Decoding(max_new_tokens=20, eos_id=-1, pad_id=0)
+    run = Generator(config, decoder.create(config)[0], decoding, batch_size=2)
+    continued = run(params, prompts)
     for prompt, ours in zip(prompts, continued, strict=True):
         whole = model.generate(
             torch.tensor([prompt]),

@@ -10,7 +10,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from kdjax.config import DecoderConfig
-from kdjax.models import decoder, generate, hf
+from kdjax.models import decoder, hf
+from kdjax.models.generate import Decoding, Generator
 from kdjax.models.hf import folder
 
 CONFIG = DecoderConfig(
@@ -303,14 +304,11 @@ def test_smollm2_continues_prompts_like_transformers(smollm2, real_data):
         eos = tokenizer.eos_token_id
         theirs.append(new[: new.index(eos)] if eos in new else new)
     config = hf.read_config(smollm2)
-    ours = generate.generate_texts(
-        config,
-        decoder.create(config)[0],
-        hf.load_params(smollm2, config),
-        prompts,
+    decoding = Decoding(
         max_new_tokens=32,
         eos_id=tokenizer.eos_token_id,
         pad_id=tokenizer.pad_token_id,
-        batch_size=10,
     )
+    run = Generator(config, decoder.create(config)[0], decoding, batch_size=10)
+    ours = run(hf.load_params(smollm2, config), prompts)
     assert ours == theirs
