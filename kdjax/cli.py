@@ -265,17 +265,19 @@ def _flag_error(error: Exception, argv: list[str]) -> str:
     file = next((a.split("=", 1)[1] for a in argv if a.startswith("--config=")), None)
     if file is not None and not pathlib.Path(file.split(":")[0]).is_file():
         return f"--config={file}: no such file; give the path of a config"
+    renamed = config_lib.RENAMED | config_lib.RENAMED_COMPARISON
     for argument in argv:
         path = argument.lstrip("-").partition("=")[0].removeprefix("config.")
-        if name := config_lib.RENAMED.get(path):
-            return f"--config.{path} was renamed: use --config.{name}"
+        part = "base." if path.startswith("base.") else ""  # of a comparison
+        if name := renamed.get(path.removeprefix(part)):
+            return f"--config.{path} was renamed: use --config.{part}{name}"
     if isinstance(error, KeyError):
         return (
             f"{error.args[0]}: see kdjax/config.py for the fields that --config.* takes"
         )
     # An exception inside a config file comes as the text of its traceback.
-    if renamed := config_lib.explain_renamed(str(error)):
-        return renamed
+    if reason := config_lib.explain_renamed(str(error)):
+        return reason
     causes = re.findall(r"^\s*\w+(?:Error|Exception): (.+)$", str(error), re.MULTILINE)
     return causes[-1] if causes else str(error).splitlines()[0]
 

@@ -1,4 +1,4 @@
-"""Runs a grid of methods and factors: python -m kdjax.compare --config=FILE.py.
+"""Run a grid of methods and factors: python -m kdjax.compare --config=FILE.py.
 
 Every combination of levels is a run of its own with each seed (docs/compare.md). Killed
 anywhere and started again it goes on; then results.csv and report.html are written.
@@ -17,7 +17,7 @@ from kdjax.runtime import files
 from kdjax.runtime.console import print_table, progress
 
 if TYPE_CHECKING:
-    from kdjax.comparison.grid import Comparison, Item
+    from kdjax.comparison.grid import Comparison, Task
 
 _JOBS = flags.DEFINE_integer(
     "jobs", 1, "Processes side by side on this machine.", lower_bound=1
@@ -35,21 +35,21 @@ flags.declare_key_flag("json")
 
 
 def run(comparison: Comparison, workdir: pathlib.Path) -> None:
-    """Does what the flags say; exit code 1 if a run of it failed."""
+    """Run the stage that the flags name; exit code 1 if a run of it failed."""
     from kdjax.comparison import grid, results, runner
 
     workdir = workdir.resolve()
-    items = grid.items(comparison, workdir)
+    tasks = grid.tasks(comparison, workdir)
     # What is shared is named after all that decides its content.
-    for item in (item for item in items if item.is_run):
-        cli.check_owner(workdir / item.name, item.config)
+    for task in (task for task in tasks if task.is_run):
+        cli.check_owner(workdir / task.name, task.config)
     stage = _STAGE.value
-    runner.places(_JOBS.value)
-    _write_list(items, workdir)
-    chosen = _chosen(items, stage, workdir)
-    failed = _run(chosen, workdir)
+    runner.slots(_JOBS.value)
+    _write_list(tasks, workdir)
+    selected = _select(tasks, stage, workdir)
+    failed = _run(selected, workdir)
     if stage in ("all", "report"):
-        rows = results.write(comparison, items, workdir)
+        rows = results.write(comparison, tasks, workdir)
         title = f"{comparison.name}: mean ± standard deviation"
         print_table(title, results.means(comparison, rows))
         print(workdir / results.REPORT)
@@ -57,20 +57,20 @@ def run(comparison: Comparison, workdir: pathlib.Path) -> None:
     if failed:
         error = runner.error(workdir / failed[0].name)
         raise ValueError(
-            f"{len(failed)} of {len(chosen)} failed, first {failed[0].name}: {error} "
+            f"{len(failed)} of {len(selected)} failed, first {failed[0].name}: {error} "
             f"(see {runner.LOG} there); started again, what failed is tried again"
         )
 
 
-def _chosen(items: list[Item], stage: str, workdir: pathlib.Path) -> list[Item]:
-    """The items that a stage runs.
+def _select(tasks: list[Task], stage: str, workdir: pathlib.Path) -> list[Task]:
+    """Return the tasks that a stage runs.
 
     Raises:
-      ValueError: an index without a run, or a run before what it needs.
+      ValueError: an index without a run, or a run before what it depends on.
     """
     from kdjax.comparison import runner
 
-    runs = [item for item in items if item.is_run]
+    runs = [task for task in tasks if task.is_run]
     if _INDEX.value is not None:
         if stage != "run" or _INDEX.value >= len(runs):
             raise ValueError(
@@ -78,49 +78,50 @@ def _chosen(items: list[Item], stage: str, workdir: pathlib.Path) -> list[Item]:
             )
         runs = [runs[_INDEX.value]]
     if stage == "run":
-        needed = {name for item in runs for name in item.needs}
+        shared = {name for task in runs for name in task.depends_on}
         missing = [
-            item.name
-            for item in items
-            if item.name in needed and not runner.finished(item, workdir)
+            task.name
+            for task in tasks
+            if task.name in shared and not runner.finished(task, workdir)
         ]
         if missing:
             raise ValueError(f"{missing} not there: --stage=prepare makes them")
         return runs
-    chosen = {"all": items, "report": []}
-    return chosen.get(stage, [item for item in items if not item.is_run])
+    if stage == "prepare":
+        return [task for task in tasks if not task.is_run]
+    return tasks if stage == "all" else []
 
 
-def _run(items: list[Item], workdir: pathlib.Path) -> list[Item]:
-    """Runs items; those that failed."""
+def _run(tasks: list[Task], workdir: pathlib.Path) -> list[Task]:
+    """Run tasks; return those that failed."""
     from kdjax.comparison import runner
 
-    todo = [item for item in items if not runner.finished(item, workdir)]
-    failed: list[Item] = []
-    for item in todo:
-        folder = workdir / item.name
+    todo = [task for task in tasks if not runner.finished(task, workdir)]
+    failed: list[Task] = []
+    for task in todo:
+        folder = workdir / task.name
         if not (folder / cli.CONFIG).exists():
-            cli.write_config(folder, item.config)
-    with progress(len(items), "compare", start=len(items) - len(todo)) as advance:
+            cli.write_config(folder, task.config)
+    with progress(len(tasks), "compare", start=len(tasks) - len(todo)) as advance:
 
-        def report(item: Item, error: str) -> None:
+        def report(task: Task, error: str) -> None:
             if error:
-                failed.append(item)
-            advance(1, f"{item.name} {'failed: ' + error if error else 'done'}")
+                failed.append(task)
+            advance(1, f"{task.name} {'failed: ' + error if error else 'done'}")
 
         if todo:
-            runner.run(items, workdir, jobs=_JOBS.value, report=report)
+            runner.run(tasks, workdir, jobs=_JOBS.value, report=report)
     return failed
 
 
-def _write_list(items: list[Item], workdir: pathlib.Path) -> None:
-    """runs.jsonl: a line a run, by index, for schedulers and readers."""
+def _write_list(tasks: list[Task], workdir: pathlib.Path) -> None:
+    """Write runs.jsonl: a line per run, by index, for schedulers and readers."""
 
-    def line(index: int, item: Item) -> dict[str, Any]:
-        return {"index": index, "run": item.name, **item.levels}
+    def line(index: int, task: Task) -> dict[str, Any]:
+        return {"index": index, "run": task.name, **task.levels}
 
-    runs = [item for item in items if item.is_run]
-    lines = [json.dumps(line(index, item)) for index, item in enumerate(runs)]
+    runs = [task for task in tasks if task.is_run]
+    lines = [json.dumps(line(index, task)) for index, task in enumerate(runs)]
     files.write_atomically(workdir / "runs.jsonl", "\n".join(lines) + "\n")
 
 

@@ -52,6 +52,13 @@ RENAMED = {
     "data.wrong_weight": "data.wrong_label_weight",
     "data.cues": "data.prompt_suffix",
 }
+RENAMED_COMPARISON = {  # the same of a kdjax.comparison.Comparison
+    "first": "compare",
+    "second": "within",
+    "where": "overrides",
+    "floors": "chance",
+    "leave_out": "exclude",
+}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -424,6 +431,8 @@ def explain_renamed(error: str) -> str:
     )
     if match is None:
         return ""
+    if match[1] == "Comparison" and match[2] in RENAMED_COMPARISON:
+        return f"{match[2]} was renamed: use {RENAMED_COMPARISON[match[2]]}"
     for part, cls in typing.get_type_hints(Config).items():
         if cls.__name__ == match[1] and match[2] in _renamed_fields(part):
             name = _renamed_fields(part)[match[2]]

@@ -37,8 +37,8 @@ def test_comparisons_are_valid(file):
     module = load(file)
     for argument in ("", "smoke"):
         comparison = module.get_config(argument)
-        items = grid.items(comparison, pathlib.Path("workdir"))
-        assert any(item.is_run for item in items)
+        tasks = grid.tasks(comparison, pathlib.Path("workdir"))
+        assert any(task.is_run for task in tasks)
         assert argument in comparison.name
     with pytest.raises(ValueError, match="nonsense"):
         module.get_config("nonsense")

@@ -23,7 +23,7 @@ Arguments, joined by commas:
 
 from typing import Any
 
-from kdjax.comparison.grid import Comparison
+from kdjax.comparison import Comparison
 from kdjax.config import (
     AnnotateConfig,
     Config,
@@ -97,16 +97,16 @@ def get_config(argument: str = "") -> Comparison:
             "student": {name: _student(name, small) for name in students},
             "method": {name: {"method.name": name} for name in T5_ROWS},
         },
-        where=tuple(
+        overrides=tuple(
             ({"student": student, "method": method}, _rows(student, method, small))
             for student in students
             for method in T5_ROWS
         ),
         seeds=((0,) if "smoke" in arguments else (0, 1) if small else tuple(range(6))),
         metrics=("answer_accuracy", "nll", *(() if small else MEASURES)),
-        first=("method",),
-        second=("student",),
-        floors={"answer_accuracy": 0.2},
+        compare=("method",),
+        within=("student",),
+        chance={"answer_accuracy": 0.2},
         cost="parameters",
         annotate=True,
         faithfulness=not small,

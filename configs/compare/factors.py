@@ -11,7 +11,7 @@ two cores. The argument "smoke" makes all tiny.
 
 from typing import Any
 
-from kdjax.comparison.grid import Comparison
+from kdjax.comparison import Comparison
 from kdjax.config import (
     CacheConfig,
     Config,
@@ -81,7 +81,7 @@ def get_config(argument: str = "") -> Comparison:
                 "noisy": {"teacher.label_noise": 0.3},
             },
         },
-        leave_out=(
+        exclude=(
             *(
                 {"temperature": f"T{t:g}", "soft_weight": "w0"}
                 for t in TEMPERATURES[1:]
@@ -90,9 +90,9 @@ def get_config(argument: str = "") -> Comparison:
         ),
         seeds=(0, 1),
         metrics=("accuracy", "nll", "kl", "agreement", "ece", "retention"),
-        first=("temperature", "soft_weight"),
-        second=("student", "teacher"),
-        floors={"accuracy": 0.2},
+        compare=("temperature", "soft_weight"),
+        within=("student", "teacher"),
+        chance={"accuracy": 0.2},
         cost="latency/1",
         latency=True,
     )
@@ -110,7 +110,7 @@ def _shrink(comparison: Comparison) -> None:
     comparison.seeds = (0,)
     comparison.factors["temperature"].pop("T4")
     comparison.factors["temperature"].pop("T8")
-    comparison.leave_out = (*comparison.leave_out[:1], *comparison.leave_out[-1:])
+    comparison.exclude = (*comparison.exclude[:1], *comparison.exclude[-1:])
     config = comparison.base
     config.data.num_train, config.data.num_eval = 32, 16
     config.teacher.num_train, config.teacher.steps = 32, 5

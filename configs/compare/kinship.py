@@ -10,7 +10,7 @@ The argument "smoke" makes everything tiny.
 
 import dataclasses
 
-from kdjax.comparison.grid import Comparison
+from kdjax.comparison import Comparison
 from kdjax.config import (
     CacheConfig,
     Config,
@@ -89,9 +89,9 @@ def get_config(argument: str = "") -> Comparison:
             "faithfulness/names_distractor",
             "faithfulness/words",
         ),
-        first=("method",),
-        second=("labels",),
-        floors={"answer_accuracy": 0.2},
+        compare=("method",),
+        within=("labels",),
+        chance={"answer_accuracy": 0.2},
         cost="",
         faithfulness=True,
     )

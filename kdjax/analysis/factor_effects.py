@@ -1,4 +1,4 @@
-"""The effect of every factor at once: an additive model of a metric.
+"""Effects of all factors at once: an additive model of a metric.
 
 What cannot be estimated is None, and a statement says why. Nothing is rounded here.
 """
@@ -15,7 +15,7 @@ from kdjax.analysis import effect_sizes, group_tests, least_squares, runs
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Level:
-    """A level of a factor, the other factors set aside."""
+    """A level of a factor, adjusted for the other factors."""
 
     name: str
     members: tuple[runs.Run, ...]  # those with a number
@@ -38,7 +38,7 @@ class Factor:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Interaction:
-    """What a pair of factors adds to the additive model; without `p`, why not."""
+    """Gain of adding a pair's interaction to the additive model; maybe no test."""
 
     name: str
     df: float | None = None
@@ -60,28 +60,19 @@ class Model:
     pairs_statement: str = ""  # which interactions are seen
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Effects:
-    """One metric: the model of all runs, and the one without outliers."""
-
-    metric: str
-    everything: Model
-    removed: tuple[runs.Outlier, ...]
-    without: Model | None  # None where nothing was removed: it would be the same
-    statement: str
-
-
 def levels(found: Sequence[runs.Run], design: runs.Design) -> dict[str, list[str]]:
-    """Factors that have two levels or more, with their levels as they come."""
+    """Return the factors that have two levels or more, with their levels in order."""
     every = {
-        factor: list(dict.fromkeys(runs.level(run, (factor,)) for run in found))
+        factor: list(dict.fromkeys(runs.level_of(run, (factor,)) for run in found))
         for factor in design.factors
     }
     return {factor: names for factor, names in every.items() if len(names) > 1}
 
 
-def compare(found: Sequence[runs.Run], metric: str, design: runs.Design) -> Effects:
-    """The effect of every factor of a design on one metric.
+def compare(
+    found: Sequence[runs.Run], metric: str, design: runs.Design
+) -> runs.Analysis[Model]:
+    """Estimate the effect of every factor of a design on one metric.
 
     Outliers are looked for among the runs that are alike in all factors.
 
@@ -90,9 +81,9 @@ def compare(found: Sequence[runs.Run], metric: str, design: runs.Design) -> Effe
       metric: column.
       design: names the factors.
     """
-    alike = dataclasses.replace(design, first=design.factors, second=())
+    alike = dataclasses.replace(design, compare=design.factors, within=())
     groups = runs.groups(found, metric, alike)
-    kept, removed = runs.without_outliers(groups, metric, alike)
+    without, outliers = runs.without_outliers(groups, metric, alike)
     names = levels(found, design)
 
     def model(these: Sequence[runs.Group]) -> Model:
@@ -101,17 +92,17 @@ def compare(found: Sequence[runs.Run], metric: str, design: runs.Design) -> Effe
 
     most = max((len(group.values) for group in groups), default=0)
     among = "among the runs that are alike in all factors"
-    if removed:
-        words = f"outliers {among}: {len(removed)}"
+    if outliers:
+        words = f"outliers {among}: {len(outliers)}"
     elif most < 4:
         words = "fewer than four runs are alike in all factors: no outlier can be told"
     else:
         words = f"no outlier {among}"
-    return Effects(
+    return runs.Analysis(
         metric=metric,
-        everything=model(groups),
-        removed=removed,
-        without=model(kept) if removed else None,
+        all_runs=model(groups),
+        outliers=outliers,
+        without_outliers=model(without) if outliers else None,
         statement=words,
     )
 
@@ -122,7 +113,7 @@ def additive(
     levels: Mapping[str, Sequence[str]],
     confidence: float = 0.95,
 ) -> Model:
-    """Fits metric = constant + one term a level of each factor, by least squares.
+    """Fit metric = constant + one term a level of each factor, by least squares.
 
     F is of type II: the residual without the factor less the residual with it, all
     others in both. A level's mean gives the levels of each other factor the same
@@ -144,7 +135,7 @@ def additive(
     """
     terms = {}
     for factor, names in levels.items():
-        labels = [runs.level(run, (factor,)) for run in members]
+        labels = [runs.level_of(run, (factor,)) for run in members]
         present = [name for name in names if name in labels]
         if len(present) > 1:
             columns = [[label == name for name in present] for label in labels]
@@ -172,7 +163,7 @@ def _factor(
 ) -> Factor:
     inside: dict[str, list[runs.Run]] = {level: [] for level in names}
     for run in members:
-        inside[runs.level(run, (name,))].append(run)
+        inside[runs.level_of(run, (name,))].append(run)
     present = [level for level in names if inside[level]]
     unit = np.eye(len(present))
     contrasts = [{name: weights - unit[0]} for weights in unit[1:]]
@@ -254,10 +245,10 @@ def _verdict(pairs: Sequence[Interaction]) -> str:
 
 
 def _statement(fit: least_squares.Fit, members: Sequence[runs.Run]) -> str:
-    """What a reader of the model's numbers has to know, in words."""
+    """Return the remarks that the numbers of a model need, in words."""
     met: dict[str, int] = {}
     for run in members:
-        key = repr([runs.level(run, (factor,)) for factor in fit.terms])
+        key = repr([runs.level_of(run, (factor,)) for factor in fit.terms])
         met[key] = met.get(key, 0) + 1
     every = math.prod(term.shape[1] for term in fit.terms.values())
     words = [f"{len(members)} runs", f"residual of {fit.df:.0f} degrees of freedom"]

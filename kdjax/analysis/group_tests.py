@@ -1,4 +1,4 @@
-"""Tests between groups of runs: with and without outliers, never a hole.
+"""Tests between groups of runs, with and without outliers.
 
 What cannot be tested is a result too: its numbers are absent and its `statement` says
 why. Nothing is rounded here.
@@ -67,14 +67,14 @@ class Pair:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Level:
-    """What is compared at one level of the second factor."""
+class SimpleEffects:
+    """Tests of one factor at one level of another, which they are within."""
 
-    second: str
+    within: str  # the level; "" without another factor
     kruskal: Kruskal
     dunn_statement: str
     tukey_statement: str
-    statement: str  # which levels of the first factor have no run; may be ""
+    statement: str  # which levels have no run; may be ""
     pairs: tuple[Pair, ...] = ()
 
 
@@ -84,24 +84,19 @@ class Tests:
 
     groups: tuple[runs.Group, ...]
     anova: Anova
-    levels: tuple[Level, ...]
+    simple_effects: tuple[SimpleEffects, ...]  # at each level of the second factor
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """One metric: its groups and tests, with all runs and without outliers."""
+class Comparison(runs.Analysis[Tests]):
+    """Groups and tests of one metric."""
 
-    metric: str
-    everything: Tests
-    removed: tuple[runs.Outlier, ...]
-    without: Tests | None  # None where nothing was removed: it would be the same
     absent: tuple[runs.Run, ...]  # runs without a number: failed, or not finite
     collapsed: tuple[runs.Run, ...]  # finished, but at chance or not finite
-    statement: str
 
 
 def compare(found: Sequence[runs.Run], metric: str, design: runs.Design) -> Comparison:
-    """Compares the groups of a design by one metric.
+    """Compare the groups of a design by one metric.
 
     Args:
       found: all runs, failed ones too.
@@ -109,7 +104,7 @@ def compare(found: Sequence[runs.Run], metric: str, design: runs.Design) -> Comp
       design: names the factors.
     """
     groups = runs.groups(found, metric, design)
-    kept, removed = runs.without_outliers(groups, metric, design)
+    without, outliers = runs.without_outliers(groups, metric, design)
     absent = tuple(run for group in groups for run in group.absent)
     collapsed = tuple(run for run in found if run.collapsed)
     num = sum(len(group.values) for group in groups)
@@ -120,15 +115,15 @@ def compare(found: Sequence[runs.Run], metric: str, design: runs.Design) -> Comp
     if inside:
         words.append(f"{len(inside)} collapsed and stay in the tests of all runs")
     words.append(
-        f"{len(removed)} lie beyond 1.5 interquartile ranges of their group"
-        if removed
+        f"{len(outliers)} lie beyond 1.5 interquartile ranges of their group"
+        if outliers
         else "no outlier"
     )
     return Comparison(
         metric=metric,
-        everything=_tests(groups, design),
-        removed=removed,
-        without=_tests(kept, design) if removed else None,
+        all_runs=_tests(groups, design),
+        outliers=outliers,
+        without_outliers=_tests(without, design) if outliers else None,
         absent=absent,
         collapsed=collapsed,
         statement="; ".join(words),
@@ -136,7 +131,7 @@ def compare(found: Sequence[runs.Run], metric: str, design: runs.Design) -> Comp
 
 
 def anova(groups: Sequence[runs.Group], first: str, second: str = "") -> Anova:
-    """Analysis of variance of type II, of one factor or of two with interaction.
+    """Compute an analysis of variance of type II, of two factors with interaction.
 
     A factor of which the runs have one level only is left out. Where two levels never
     meet, the interaction is left out, and the residual holds it.
@@ -154,7 +149,7 @@ def anova(groups: Sequence[runs.Group], first: str, second: str = "") -> Anova:
         return Anova(statement=reason)
     table = extras.load("pandas").DataFrame(
         [
-            {"y": value, "a": group.first, "b": group.second}
+            {"y": value, "a": group.level, "b": group.within}
             for group in filled
             for value in group.values
         ]
@@ -203,10 +198,10 @@ def anova(groups: Sequence[runs.Group], first: str, second: str = "") -> Anova:
     )
 
 
-def at_level(
-    groups: Sequence[runs.Group], second: str, confidence: float = 0.95
-) -> Level:
-    """Compares the levels of the first factor at one level of the second.
+def simple_effects(
+    groups: Sequence[runs.Group], within: str, confidence: float = 0.95
+) -> SimpleEffects:
+    """Compare the levels of the first factor at one level of the second.
 
     Tukey's honest significant differences (Tukey-Kramer where sizes differ), the test
     of Kruskal and Wallis, Dunn's with Bonferroni's correction, both with correction for
@@ -214,14 +209,14 @@ def at_level(
 
     Args:
       groups: of runs, all at this level.
-      second: name of the level.
+      within: name of the level.
       confidence: of intervals.
 
     Source: Kramer, 1956, Biometrics 12(3); Kruskal and Wallis, 1952, JASA 47(260);
     Dunn, 1964, Technometrics 6(3).
     """
     filled = [group for group in groups if group.values]
-    empty = [group.first for group in groups if not group.values]
+    empty = [group.level for group in groups if not group.values]
     indices = list(itertools.combinations(range(len(filled)), 2))
     tukey = _tukey(filled, confidence)
     dunn = _dunn(filled)
@@ -230,8 +225,8 @@ def at_level(
         x, y = filled[i].values, filled[j].values
         pairs.append(
             Pair(
-                first=filled[i].first,
-                second=filled[j].first,
+                first=filled[i].level,
+                second=filled[j].level,
                 difference=_difference(filled[i], filled[j]),
                 **(tukey[order] if tukey else {}),
                 dunn_p=float(dunn[i, j]) if dunn is not None else None,
@@ -239,8 +234,8 @@ def at_level(
                 vargha_delaney=effect_sizes.vargha_delaney(x, y, confidence=confidence),
             )
         )
-    return Level(
-        second=second,
+    return SimpleEffects(
+        within=within,
         kruskal=_kruskal(filled),
         dunn_statement=_verdict([p.dunn_p for p in pairs], _no_ranks(filled)),
         tukey_statement=_verdict([p.tukey_p for p in pairs], _no_test(filled)),
@@ -250,13 +245,13 @@ def at_level(
 
 
 def _tests(groups: tuple[runs.Group, ...], design: runs.Design) -> Tests:
-    levels = dict.fromkeys(group.second for group in groups)
+    levels = dict.fromkeys(group.within for group in groups)
     return Tests(
         groups=groups,
-        anova=anova(groups, " / ".join(design.first), " / ".join(design.second)),
-        levels=tuple(
-            at_level(
-                [group for group in groups if group.second == level],
+        anova=anova(groups, " / ".join(design.compare), " / ".join(design.within)),
+        simple_effects=tuple(
+            simple_effects(
+                [group for group in groups if group.within == level],
                 level,
                 design.confidence,
             )
@@ -266,7 +261,7 @@ def _tests(groups: tuple[runs.Group, ...], design: runs.Design) -> Tests:
 
 
 def _no_test(filled: Sequence[runs.Group]) -> str:
-    """Why groups with runs cannot be compared by their variances; "" if they can."""
+    """Return why groups cannot be compared by their variances; "" if they can."""
     if len(filled) < 2:
         return "fewer than two groups have a run: nothing to compare"
     if all(len(group.values) == 1 for group in filled):
@@ -281,7 +276,7 @@ def _no_test(filled: Sequence[runs.Group]) -> str:
 
 
 def _no_ranks(filled: Sequence[runs.Group]) -> str:
-    """Why groups with runs cannot be compared by their ranks; "" if they can."""
+    """Return why groups cannot be compared by their ranks; "" if they can."""
     if len(filled) < 2 or all(len(group.values) == 1 for group in filled):
         return _no_test(filled)
     if len({value for group in filled for value in group.values}) == 1:
@@ -310,7 +305,7 @@ def _difference(first: runs.Group, second: runs.Group) -> float | None:
 
 
 def _tukey(filled: Sequence[runs.Group], confidence: float) -> list[dict[str, float]]:
-    """Numbers of each pair in order; empty where there is no test."""
+    """Return interval and p of each pair in order; empty where there is no test."""
     if _no_test(filled):
         return []
     values = [value for group in filled for value in group.values]
@@ -344,7 +339,7 @@ def _kruskal(filled: Sequence[runs.Group]) -> Kruskal:
 
 
 def _dunn(filled: Sequence[runs.Group]) -> np.ndarray | None:
-    """Corrected p of each pair; None where there is no test."""
+    """Return the corrected p of each pair; None where there is no test."""
     if _no_ranks(filled):
         return None
     posthocs = extras.load("scikit_posthocs")

@@ -48,7 +48,7 @@ class Point:
     """A group of runs by what it costs and how good it is."""
 
     name: str
-    second: str
+    within: str
     cost: float
     quality: float
     link: str = ""  # to where its numbers are
@@ -69,25 +69,25 @@ def dots(groups: Sequence[runs.Group], label: str, *, name: str = "figure") -> s
     filled = [group for group in groups if group.values]
     if not filled:
         return ""
-    firsts = list(dict.fromkeys(group.first for group in groups))
-    seconds = list(dict.fromkeys(group.second for group in groups))
+    names = list(dict.fromkeys(group.level for group in groups))
+    strata = list(dict.fromkeys(group.within for group in groups))
     with _style():
-        figure = _figure(7.2, 1.1 + 0.22 * len(firsts) * (len(seconds) + 0.6))
+        figure = _figure(7.2, 1.1 + 0.22 * len(names) * (len(strata) + 0.6))
         axes = figure.subplots()
         shown = {}
         for group in filled:
-            place = seconds.index(group.second)
-            lift = (place + 0.5) / len(seconds) - 0.5
-            height = firsts.index(group.first) + 0.7 * lift
+            place = strata.index(group.within)
+            lift = (place + 0.5) / len(strata) - 0.5
+            height = names.index(group.level) + 0.7 * lift
             colour, marker = _look(place)
             _runs(axes, group, height, colour)
             if group.low is not None:
                 axes.hlines(height, group.low, group.high, color=colour, linewidth=1.6)
-            shown[group.second] = axes.scatter(
+            shown[group.within] = axes.scatter(
                 group.mean, height, s=34, marker=marker, color=colour, zorder=3
             )
-        axes.set_yticks(range(len(firsts)), [_short(first) for first in firsts])
-        axes.set_ylim(len(firsts) - 0.4, -0.6)
+        axes.set_yticks(range(len(names)), [_short(level) for level in names])
+        axes.set_ylim(len(names) - 0.4, -0.6)
         axes.set_xlabel(label)
         axes.grid(axis="x", alpha=0.2)
         _legend(figure, shown)
@@ -115,14 +115,14 @@ def pareto(
     """
     if not points:
         return ""
-    seconds = list(dict.fromkeys(point.second for point in points))
+    strata = list(dict.fromkeys(point.within for point in points))
     best = frontier(points, lowest=lowest)
     with _style():
         figure = _figure(7.2, 4.2)
         axes = figure.subplots()
         shown = {}
         for point in points:
-            colour, marker = _look(seconds.index(point.second))
+            colour, marker = _look(strata.index(point.within))
             drawn = axes.scatter(
                 point.cost,
                 point.quality,
@@ -132,7 +132,7 @@ def pareto(
                 alpha=1.0 if point in best else 0.45,
             )
             drawn.set_urls([point.link or None])
-            shown[point.second] = drawn
+            shown[point.within] = drawn
             if point not in best and len(points) > _NAMED:
                 continue
             axes.annotate(

@@ -67,7 +67,7 @@ def render(
     ]
     figures = {
         index: plots.dots(
-            comparison.everything.groups,
+            comparison.all_runs.groups,
             comparison.metric,
             name=f"metric-{index}",
         )
@@ -91,15 +91,15 @@ def render(
         best={c.metric: _best(c, design) for c in comparisons},
         overview=_overview(comparisons),
         places={
-            (group.first, group.second): place
-            for place, group in enumerate(comparisons[0].everything.groups, start=1)
+            (group.level, group.within): place
+            for place, group in enumerate(comparisons[0].all_runs.groups, start=1)
         },
         versions=_versions,
         figures=figures,
         by_factor=by_factor,
         panels={
             index: plots.levels(
-                one.everything.factors,
+                one.all_runs.factors,
                 one.metric,
                 anchor=f"factor-{index}",
                 name=f"factors-{index}",
@@ -215,38 +215,38 @@ def _best(
     comparison: group_tests.Comparison, design: runs.Design
 ) -> set[tuple[str, str]]:
     """Groups with the best mean of their level of the second factor."""
-    sign = -1 if comparison.metric in design.lowest else 1
+    sign = -1 if comparison.metric in design.lower_is_better else 1
     best: dict[str, float] = {}
-    for group in comparison.everything.groups:
+    for group in comparison.all_runs.groups:
         if group.mean is not None:
-            best[group.second] = max(
-                best.get(group.second, -math.inf), sign * group.mean
+            best[group.within] = max(
+                best.get(group.within, -math.inf), sign * group.mean
             )
     return {
-        (group.first, group.second)
-        for group in comparison.everything.groups
-        if group.mean is not None and sign * group.mean == best[group.second]
+        (group.level, group.within)
+        for group in comparison.all_runs.groups
+        if group.mean is not None and sign * group.mean == best[group.within]
     }
 
 
 def _overview(comparisons: Sequence[group_tests.Comparison]) -> list[list[runs.Group]]:
     """A line a group: itself once a metric."""
-    columns = [comparison.everything.groups for comparison in comparisons]
+    columns = [comparison.all_runs.groups for comparison in comparisons]
     return [list(line) for line in zip(*columns, strict=True)]
 
 
 def _versions(
-    comparison: group_tests.Comparison | factor_effects.Effects,
+    comparison: runs.Analysis,
 ) -> list[tuple[str, Any]]:
     """All runs, and beside them what is left without outliers."""
-    versions: list[tuple[str, Any]] = [("all runs", comparison.everything)]
-    if comparison.without is not None:
-        versions.append(("without outliers", comparison.without))
+    versions: list[tuple[str, Any]] = [("all runs", comparison.all_runs)]
+    if comparison.without_outliers is not None:
+        versions.append(("without outliers", comparison.without_outliers))
     return versions
 
 
 def _falls(design: runs.Design) -> bool:
-    return design.metrics[0] in design.lowest
+    return design.metrics[0] in design.lower_is_better
 
 
 def _pareto(
@@ -259,13 +259,13 @@ def _pareto(
     points = [
         plots.Point(
             name=group.name,
-            second=group.second,
+            within=group.within,
             cost=cost.mean,
             quality=group.mean,
             link=f"#group-1-{index}",
         )
         for index, (cost, group) in enumerate(
-            zip(costs, first.everything.groups, strict=True), start=1
+            zip(costs, first.all_runs.groups, strict=True), start=1
         )
         if cost.mean is not None and group.mean is not None
     ]

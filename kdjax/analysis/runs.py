@@ -7,7 +7,7 @@ import os
 import pathlib
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -15,30 +15,39 @@ from kdjax.analysis import extras
 
 _LARGEST = 1e100  # beyond it a metric counts as infinite
 _FENCE = 1.5  # interquartile ranges beyond the quartiles
-LOWEST = ("nll", "kl", "ece", "loss", "perplexity", "seconds", "memory", "latency")
+LOWER_IS_BETTER = (
+    "nll",
+    "kl",
+    "ece",
+    "loss",
+    "perplexity",
+    "seconds",
+    "memory",
+    "latency",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Design:
-    """Which columns of results.csv are compared, and how."""
+    """Columns of results.csv that are compared, and how."""
 
     metrics: tuple[str, ...]  # columns of numbers to compare
     factors: tuple[str, ...]  # columns that tell runs apart, the seed apart
-    first: tuple[str, ...]  # of them: their combinations are compared ...
-    second: tuple[str, ...] = ()  # ... at each combination of these
+    compare: tuple[str, ...]  # of them: their combinations are compared ...
+    within: tuple[str, ...] = ()  # ... at each combination of these
     seed: str = "seed"  # column, where there is one
-    lowest: tuple[str, ...] = LOWEST  # metrics of which less is better
-    floors: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    lower_is_better: tuple[str, ...] = LOWER_IS_BETTER  # metrics
+    chance: Mapping[str, float] = dataclasses.field(default_factory=dict)
     # metric -> value that a run must pass, else it counts as collapsed (chance)
     cost: str = ""  # column of numbers that the Pareto plot has on its axis
     confidence: float = 0.95  # of intervals of means, differences, g and A
 
     def __post_init__(self) -> None:
-        unknown = [c for c in (*self.first, *self.second) if c not in self.factors]
-        if unknown or not self.first or set(self.first) & set(self.second):
+        unknown = [c for c in (*self.compare, *self.within) if c not in self.factors]
+        if unknown or not self.compare or set(self.compare) & set(self.within):
             raise ValueError(
-                f"first={self.first}, second={self.second}: each takes columns of its "
-                f"own, at least one in first, out of factors={self.factors}"
+                f"compare={self.compare}, within={self.within}: each takes columns of "
+                f"its own, at least one in compare, out of factors={self.factors}"
             )
         if not self.metrics:
             raise ValueError("metrics=() leaves nothing to compare: name columns")
@@ -49,7 +58,7 @@ class Design:
 
     @property
     def numbers(self) -> tuple[str, ...]:
-        """Columns of numbers."""
+        """Return the columns of numbers."""
         return tuple(dict.fromkeys((*self.metrics, *filter(None, (self.cost,)))))
 
 
@@ -66,12 +75,12 @@ class Run:
     collapsed: str = ""  # why it counts as such, in words
 
     def value(self, column: str) -> float | None:
-        """The number of a run that is done; None without one that is finite."""
+        """Return the number of a run that is done; None without one that is finite."""
         number = self.numbers.get(column, math.nan)
         return number if self.status == "done" and _usable(number) else None
 
     def absence(self, column: str) -> str:
-        """Why `value` is None, in words."""
+        """Return why `value` is None, in words."""
         if self.status != "done":
             return self.status or "no status"
         if column not in self.numbers:
@@ -81,10 +90,10 @@ class Run:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Group:
-    """Runs of one level of the first factor at one level of the second."""
+    """Runs of one level of the compared factors, within one level of the others."""
 
-    first: str
-    second: str  # "" without a second factor
+    level: str
+    within: str  # "" without such others
     runs: tuple[Run, ...]  # those with a number
     values: tuple[float, ...]  # theirs
     absent: tuple[Run, ...]  # those without one
@@ -96,8 +105,8 @@ class Group:
 
     @property
     def name(self) -> str:
-        """Levels of both factors."""
-        return ", ".join(level for level in (self.first, self.second) if level)
+        """Return the levels of both."""
+        return ", ".join(level for level in (self.level, self.within) if level)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,8 +120,22 @@ class Outlier:
     high: float
 
 
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Analysis(Generic[T]):
+    """An analysis of one metric, with all runs and without outliers."""
+
+    metric: str
+    all_runs: T
+    outliers: tuple[Outlier, ...]
+    without_outliers: T | None  # None where there is none: it would be the same
+    statement: str
+
+
 def read(path: str | os.PathLike, design: Design) -> tuple[Run, ...]:
-    """The runs of a results.csv.
+    """Read the runs of a results.csv.
 
     Args:
       path: CSV in UTF-8 with a header: run, status, error, factors, metrics.
@@ -127,12 +150,12 @@ def read(path: str | os.PathLike, design: Design) -> tuple[Run, ...]:
 
 
 def parse(rows: Iterable[Mapping[str, Any]], design: Design) -> tuple[Run, ...]:
-    """The runs of the rows of a results.csv; `read` has the arguments and errors."""
+    """Parse the rows of a results.csv; `read` has the arguments and errors."""
     runs: list[Run] = []
     names: set[str] = set()
     for index, row in enumerate(rows, start=1):
-        wanted = ("run", "status", *design.factors, *design.numbers)
-        missing = [column for column in wanted if row.get(column) is None]
+        required = ("run", "status", *design.factors, *design.numbers)
+        missing = [column for column in required if row.get(column) is None]
         if missing:
             raise ValueError(
                 f"row {index}: columns={missing} are missing; it has {list(row)}"
@@ -142,7 +165,7 @@ def parse(rows: Iterable[Mapping[str, Any]], design: Design) -> tuple[Run, ...]:
             raise ValueError(f"row {index}: run={name!r} is there twice: name it anew")
         names.add(name)
         columns = dict.fromkeys((*design.factors, design.seed))
-        found = {
+        numbers = {
             column: number
             for column in design.numbers
             if (number := _number(row[column], column, index)) is not None
@@ -155,65 +178,65 @@ def parse(rows: Iterable[Mapping[str, Any]], design: Design) -> tuple[Run, ...]:
                 status=status,
                 error=str(row.get("error") or ""),
                 factors={c: str(row[c]) for c in columns if row.get(c) is not None},
-                numbers=found,
-                collapsed=_collapse(found, design) if status == "done" else "",
+                numbers=numbers,
+                collapsed=_collapse(numbers, design) if status == "done" else "",
             )
         )
     return tuple(runs)
 
 
 def groups(runs: Sequence[Run], column: str, design: Design) -> tuple[Group, ...]:
-    """All groups, in the order in which their levels come; some may have no run.
+    """Return all groups, in the order of their levels; some may have no run.
 
     Args:
       runs: of the comparison.
       column: of numbers.
       design: names the factors.
     """
-    found: dict[tuple[str, str], list[Run]] = {
-        (first, second): []
-        for second in dict.fromkeys(level(run, design.second) for run in runs)
-        for first in dict.fromkeys(level(run, design.first) for run in runs)
+    cells: dict[tuple[str, str], list[Run]] = {
+        (name, within): []
+        for within in dict.fromkeys(level_of(run, design.within) for run in runs)
+        for name in dict.fromkeys(level_of(run, design.compare) for run in runs)
     }
     for run in runs:
-        found[level(run, design.first), level(run, design.second)].append(run)
+        cells[level_of(run, design.compare), level_of(run, design.within)].append(run)
     return tuple(
-        _group(first, second, members, column, design)
-        for (first, second), members in found.items()
+        _group(name, within, members, column, design)
+        for (name, within), members in cells.items()
     )
 
 
 def without_outliers(
-    found: Sequence[Group], column: str, design: Design
+    groups: Sequence[Group], column: str, design: Design
 ) -> tuple[tuple[Group, ...], tuple[Outlier, ...]]:
-    """The groups without their outliers, and the outliers.
+    """Return the groups without their outliers, and the outliers.
 
     An outlier lies more than 1.5 interquartile ranges below the first or above the
     third quartile (linear interpolation). Of fewer than four values none can.
 
     Source: Tukey, Exploratory Data Analysis, 1977, chapter 2.
     """
-    kept, removed = [], []
-    for group in found:
+    remaining, outliers = [], []
+    for group in groups:
         members = []
         low, high = _fences(group.values)
         for run, value in zip(group.runs, group.values, strict=True):
             if low <= value <= high:
                 members.append(run)
             else:
-                removed.append(
+                outliers.append(
                     Outlier(run=run, group=group.name, value=value, low=low, high=high)
                 )
         if len(members) == len(group.runs):
-            kept.append(group)
+            remaining.append(group)
         else:
             members.extend(group.absent)
-            kept.append(_group(group.first, group.second, members, column, design))
-    return tuple(kept), tuple(removed)
+            remaining.append(_group(group.level, group.within, members, column, design))
+    return tuple(remaining), tuple(outliers)
 
 
 def _group(
-    first: str, second: str, members: Sequence[Run], column: str, design: Design
+    level: str, within: str, members: Sequence[Run], column: str, design: Design
 ) -> Group:
     pairs = [(run, run.value(column)) for run in members]
     runs = tuple(run for run, value in pairs if value is not None)
@@ -227,8 +250,8 @@ def _group(
         half = float(t) * sd / math.sqrt(len(values))
         low, high = mean - half, mean + half
     return Group(
-        first=first,
-        second=second,
+        level=level,
+        within=within,
         runs=runs,
         values=values,
         absent=tuple(run for run, value in pairs if value is None),
@@ -241,7 +264,7 @@ def _group(
 
 
 def _statement(runs: Sequence[Run], values: Sequence[float], design: Design) -> str:
-    """What a reader of mean and sd has to know, in words."""
+    """Return the remarks that mean and sd need, in words."""
     if not values:
         return "no run has a number"
     words = []
@@ -252,7 +275,7 @@ def _statement(runs: Sequence[Run], values: Sequence[float], design: Design) -> 
         words.append("all values are the same: no variance")
     if len(values) > 1 and len(seeds) < len(values) and seeds != {""}:
         words.append(f"{len(values)} runs of {len(seeds)} seeds")
-    others = [c for c in design.factors if c not in (*design.first, *design.second)]
+    others = [c for c in design.factors if c not in (*design.compare, *design.within)]
     mixed = [c for c in others if len({run.factors[c] for run in runs}) > 1]
     if mixed:
         words.append(f"runs differ in {', '.join(mixed)} too")
@@ -268,27 +291,27 @@ def _fences(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _collapse(numbers: Mapping[str, float], design: Design) -> str:
-    """Why a finished run counts as collapsed, in words; "" if it does not."""
+    """Return why a finished run counts as collapsed, in words; "" if it does not."""
     words = [
         f"{column} is {_words(number)}"
         for column, number in numbers.items()
         if column in design.metrics and not _usable(number)
     ]
-    for column, floor in design.floors.items():
+    for column, floor in design.chance.items():
         number = numbers.get(column, math.nan)
-        down = column in design.lowest
+        down = column in design.lower_is_better
         if number >= floor if down else number <= floor:
             words.append(f"{column} is {'not below' if down else 'not above'} {floor}")
     return "; ".join(words)
 
 
-def level(run: Run, columns: Sequence[str]) -> str:
-    """The levels of a run by some factors, as one name."""
+def level_of(run: Run, columns: Sequence[str]) -> str:
+    """Return the levels of a run by some factors, as one name."""
     return " / ".join(run.factors[column] or "(none)" for column in columns)
 
 
 def _usable(number: float) -> bool:
-    """Whether its square is a number too."""
+    """Return whether the square of a number is finite too."""
     return abs(number) <= _LARGEST
 
 

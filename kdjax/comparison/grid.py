@@ -1,7 +1,7 @@
-"""A comparison: runs that differ by levels of factors, and what they share.
+"""The grid of a comparison: its runs, and the tasks that fill their directories.
 
-A run is a config like any other; teachers, their labels and rationales that several
-runs need are made once, before them.
+A run is a config like any other. Teachers, labels and rationales that several runs
+depend on are tasks of their own, done once, before them.
 """
 
 import copy
@@ -15,106 +15,106 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from kdjax.analysis.runs import LOWEST, Design
+from kdjax.analysis.runs import LOWER_IS_BETTER, Design
 from kdjax.config import RENAMED, Config, DataConfig, to_json
 from kdjax.evaluation import simulator
 from kdjax.experiment import methods, validate
 from kdjax.experiment.teacher import has_teacher, teacher_config
 
-SIMULATOR = "simulator"  # folder of the reader of rationales, in its item's
-LATENCY = "shared/latency"  # begins the names of items that time decoding
+SIMULATOR = "simulator"  # folder of a simulator in the directory of its task
+LATENCY = "shared/latency"  # prefix of the names of tasks that time decoding
 SEED = "seed"  # the factor that every comparison has
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+]*")
 
 Changes = Mapping[str, Any]  # field of a config, as "method.name" -> its value
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, slots=True)
 class Comparison:
     """Runs for every combination of levels, and how they are compared."""
 
     name: str = "comparison"  # the default workdir is runs/<name>
-    base: Config = field(default_factory=Config)  # what all runs have in common
+    base: Config = field(default_factory=Config)  # common to all runs
     factors: dict[str, dict[str, Changes]] = field(default_factory=dict)
     # factor -> level -> what it changes; later factors overwrite earlier ones
-    where: tuple[tuple[Mapping[str, str], Changes], ...] = ()
-    # (levels, what runs that have them all change further)
+    overrides: tuple[tuple[Mapping[str, str], Changes], ...] = ()
+    # (levels, further changes of the runs that have all of them)
     seeds: tuple[int, ...] = (0, 1, 2)  # each combination is run with each
-    leave_out: tuple[Mapping[str, str], ...] = ()  # combinations not run, by levels
-    metrics: tuple[str, ...] = ("answer_accuracy",)  # columns that are compared
-    first: tuple[str, ...] = ("method",)  # factors whose combinations are compared
-    second: tuple[str, ...] = ()  # at each combination of these
-    floors: dict[str, float] = field(default_factory=dict)  # chance, by metric
+    exclude: tuple[Mapping[str, str], ...] = ()  # combinations not run, by levels
+    metrics: tuple[str, ...] = ("answer_accuracy",)  # columns of results.csv
+    compare: tuple[str, ...] = ("method",)  # factors whose combinations are compared
+    within: tuple[str, ...] = ()  # ... at each combination of levels of these
+    chance: dict[str, float] = field(default_factory=dict)  # metric -> chance level
     cost: str = "parameters"  # column of the Pareto plot; "" = none
     annotate: bool = False  # rationales that data names no file for are written first
     faithfulness: bool = False  # explanations are measured too
-    latency: bool = False  # decoding is timed, and its memory counted, a student
+    latency: bool = False  # time and memory of decoding are measured, per student
 
     def design(self) -> Design:
-        """What the report compares."""
-        falling = [m for m in self.metrics if m.partition("/")[0] in LOWEST]
+        """Return the design that the report is made of."""
+        falling = [m for m in self.metrics if m.partition("/")[0] in LOWER_IS_BETTER]
         return Design(
             metrics=self.metrics,
-            lowest=tuple(falling),
+            lower_is_better=tuple(falling),
             factors=tuple(self.factors),
-            first=self.first,
-            second=self.second,
-            floors=self.floors,
+            compare=self.compare,
+            within=self.within,
+            chance=self.chance,
             cost=self.cost,
         )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Item:
+class Task:
     """A directory, and the commands that fill it."""
 
     name: str  # of its directory, below the comparison's
     config: Config
-    commands: tuple[tuple[str, ...], ...]  # verb and flags; --workdir is added
-    needs: tuple[str, ...] = ()  # items that come before
-    alone: bool = False  # nothing runs beside it: it is timed
-    levels: Mapping[str, str] = field(default_factory=dict)  # of a run: with its seed
+    commands: tuple[tuple[str, ...], ...]  # module and flags; --workdir is added
+    depends_on: tuple[str, ...] = ()  # names of tasks that must have succeeded
+    exclusive: bool = False  # nothing runs beside it: it is timed
+    levels: Mapping[str, str] = field(default_factory=dict)  # of a run, and its seed
 
     @property
     def is_run(self) -> bool:
-        """Whether it is a run, a row of the results."""
+        """Return whether it is a run: a row of the results."""
         return bool(self.levels)
 
 
 def runs(comparison: Comparison) -> dict[str, tuple[dict[str, str], Config]]:
-    """The grid: name -> (levels with the seed, config), before anything is shared.
+    """Return name -> (levels and seed, config) of all runs, before anything is shared.
 
     Raises:
       ValueError: a factor or level that cannot be, or a config that is not valid.
     """
     _check(comparison)
-    found: dict[str, tuple[dict[str, str], Config]] = {}
+    grid: dict[str, tuple[dict[str, str], Config]] = {}
     for combination in itertools.product(*comparison.factors.values()):
         levels = dict(zip(comparison.factors, combination, strict=True))
-        if any(left.items() <= levels.items() for left in comparison.leave_out):
+        if any(part.items() <= levels.items() for part in comparison.exclude):
             continue
         for seed in comparison.seeds:
             name = "-".join([*levels.values(), f"s{seed}"])
             config = copy.deepcopy(comparison.base)
             config.name, config.seed = f"{comparison.name}-{name}", seed
             for factor, level in levels.items():
-                where = f"factors[{factor!r}][{level!r}]"
-                _change(config, comparison.factors[factor][level], where)
-            for wanted, changes in comparison.where:
-                if wanted.items() <= levels.items():
-                    _change(config, changes, f"where={dict(wanted)}")
+                origin = f"factors[{factor!r}][{level!r}]"
+                _change(config, comparison.factors[factor][level], origin)
+            for part, changes in comparison.overrides:
+                if part.items() <= levels.items():
+                    _change(config, changes, f"overrides={dict(part)}")
             try:
                 validate.validate(config)
             except ValueError as error:
                 raise ValueError(f"run {name}: {error}") from None
-            found[name] = levels | {SEED: str(seed)}, config
-    if not found:
-        raise ValueError("leave_out leaves out every combination: nothing to run")
-    return found
+            grid[name] = levels | {SEED: str(seed)}, config
+    if not grid:
+        raise ValueError("exclude leaves out every combination: nothing to run")
+    return grid
 
 
-def items(comparison: Comparison, workdir: pathlib.Path) -> list[Item]:
-    """All there is to do, each item after those it needs.
+def tasks(comparison: Comparison, workdir: pathlib.Path) -> list[Task]:
+    """Return all tasks of a comparison, each after those it depends on.
 
     Args:
       comparison: the grid.
@@ -124,42 +124,42 @@ def items(comparison: Comparison, workdir: pathlib.Path) -> list[Item]:
       ValueError: as `runs`.
     """
     grid = runs(comparison)
-    shared: dict[str, Item] = {}
-    needs: dict[str, list[str]] = {name: [] for name in grid}
+    shared: dict[str, Task] = {}
+    depends_on: dict[str, list[str]] = {name: [] for name in grid}
     for name, (_, config) in grid.items():
         if comparison.annotate:
-            needs[name] += _annotations(config, workdir, shared)
+            depends_on[name] += _annotations(config, workdir, shared)
         if has_teacher(config) and not config.teacher.path:
-            needs[name].append(_teacher(config, workdir, shared))
-    for name, of_run in needs.items():
+            depends_on[name].append(_teacher(config, workdir, shared))
+    for name, of_run in depends_on.items():
         _, config = grid[name]
         if has_teacher(config):
             of_run.append(_labels(config, workdir, shared, tuple(of_run)))
         if comparison.latency:
             of_run.append(_latency(config, workdir, shared, tuple(of_run)))
-    found = []
+    run_tasks = []
     for name, (levels, config) in grid.items():
         commands: list[tuple[str, ...]] = [("kdjax.train",)]
         if comparison.faithfulness and methods.explains(config.method):
-            reader = _simulator(config, workdir, shared, tuple(needs[name]))
-            needs[name].append(reader)
-            folder = workdir / reader / SIMULATOR
+            task = _simulator(config, workdir, shared, tuple(depends_on[name]))
+            depends_on[name].append(task)
+            folder = workdir / task / SIMULATOR
             flags = ("--faithfulness", f"--simulator={folder}")
             commands.append(("kdjax.evaluate", *flags))
-        found.append(
-            Item(
+        run_tasks.append(
+            Task(
                 name=f"runs/{name}",
                 config=config,
                 commands=tuple(commands),
-                needs=tuple(dict.fromkeys(needs[name])),
+                depends_on=tuple(dict.fromkeys(depends_on[name])),
                 levels=levels,
             )
         )
-    return [*shared.values(), *found]
+    return [*shared.values(), *run_tasks]
 
 
 def _check(comparison: Comparison) -> None:
-    """What can be wrong with the grid itself."""
+    """Raise ValueError if the grid itself is not valid."""
     if not isinstance(comparison.base, Config):
         raise ValueError(f"base={comparison.base!r} is not a kdjax.config.Config")
     if not comparison.seeds or len(set(comparison.seeds)) < len(comparison.seeds):
@@ -176,8 +176,8 @@ def _check(comparison: Comparison) -> None:
                     f"factors[{factor!r}] has level={level!r}: use letters, digits and "
                     "any of . _ = +, a letter or digit first"
                 )
-    named = [("leave_out", levels) for levels in comparison.leave_out]
-    named += [("where", levels) for levels, _ in comparison.where]
+    named = [("exclude", levels) for levels in comparison.exclude]
+    named += [("overrides", levels) for levels, _ in comparison.overrides]
     for name, combination in named:
         for factor, level in combination.items():
             if level not in comparison.factors.get(factor, {}):
@@ -188,42 +188,42 @@ def _check(comparison: Comparison) -> None:
     comparison.design()
 
 
-def _change(config: Config, changes: Changes, where: str) -> None:
-    """Sets fields of a config by their paths.
+def _change(config: Config, changes: Changes, origin: str) -> None:
+    """Set fields of a config by their paths.
 
     Raises:
       ValueError: there is no such field.
     """
     for path, value in changes.items():
-        *parts, name = path.split(".")
+        *parents, name = path.split(".")
         part: Any = config
-        for step in parts:
-            part = getattr(part, step, None)
+        for parent in parents:
+            part = getattr(part, parent, None)
         if not dataclasses.is_dataclass(part) or not hasattr(part, name):
             renamed = RENAMED.get(path)
             remedy = f": it was renamed, use {renamed!r}" if renamed else ""
-            raise ValueError(f"{where}: a config has no field {path!r}{remedy}")
+            raise ValueError(f"{origin}: a config has no field {path!r}{remedy}")
         setattr(part, name, copy.deepcopy(value))
 
 
 def _digest(*parts: Any) -> str:
-    """A short name for what decides the content of something shared."""
+    """Return a short name for all that decides the content of a shared directory."""
     text = json.dumps(parts, sort_keys=True, default=dataclasses.asdict).encode()
     return hashlib.blake2b(text, digest_size=5).hexdigest()
 
 
 def _own(config: Config, name: str) -> Config:
-    """A config for a shared directory."""
+    """Return a copy of a config for a shared directory."""
     return dataclasses.replace(copy.deepcopy(config), name=name)
 
 
-def _teacher(config: Config, workdir: pathlib.Path, shared: dict[str, Item]) -> str:
-    """The item that trains a run's teacher, whose folder the run is given."""
+def _teacher(config: Config, workdir: pathlib.Path, shared: dict[str, Task]) -> str:
+    """Add the task that trains a run's teacher, and point the run at its folder."""
     trained = teacher_config(config)
     parts = (trained.data, trained.student, trained.method, trained.optim)
     name = f"shared/teacher-{_digest(*parts, trained.train, trained.seed)}"
     if name not in shared:
-        shared[name] = Item(
+        shared[name] = Task(
             name=name,
             config=_own(config, name),
             commands=(("kdjax.train", "--until=teacher"),),
@@ -235,10 +235,10 @@ def _teacher(config: Config, workdir: pathlib.Path, shared: dict[str, Item]) -> 
 def _labels(
     config: Config,
     workdir: pathlib.Path,
-    shared: dict[str, Item],
-    needs: tuple[str, ...],
+    shared: dict[str, Task],
+    depends_on: tuple[str, ...],
 ) -> str:
-    """The item that labels a run's examples, whose cache the run is given.
+    """Add the task that labels a run's examples, and point the run at its cache.
 
     Held-out ones, and training ones too where the run has soft terms.
     """
@@ -249,11 +249,11 @@ def _labels(
     name = f"shared/labels-{_digest(*parts)}"
     config.cache.path = str(workdir / name / "cache")
     if name not in shared:
-        shared[name] = Item(
+        shared[name] = Task(
             name=name,
             config=_own(config, name),
             commands=(("kdjax.label",),),
-            needs=needs,
+            depends_on=depends_on,
         )
     return name
 
@@ -261,21 +261,21 @@ def _labels(
 def _latency(
     config: Config,
     workdir: pathlib.Path,
-    shared: dict[str, Item],
-    needs: tuple[str, ...],
+    shared: dict[str, Task],
+    depends_on: tuple[str, ...],
 ) -> str:
-    """The item that times the decoding of a run's student."""
+    """Add the task that times the decoding of a run's student."""
     parts = (config.student, config.data.max_prompt, config.evaluation.max_new_tokens)
     of_teacher = config.student.init == "teacher_layers"
     teacher = _relative(config.teacher.path, workdir) if of_teacher else ""
     name = f"{LATENCY}-{_digest(*parts, teacher, config.train.dtype)}"
     if name not in shared:
-        shared[name] = Item(
+        shared[name] = Task(
             name=name,
             config=_own(config, name),
             commands=(("kdjax.benchmark", "--decode"),),
-            needs=needs,
-            alone=True,
+            depends_on=depends_on,
+            exclusive=True,
         )
     return name
 
@@ -283,31 +283,31 @@ def _latency(
 def _simulator(
     config: Config,
     workdir: pathlib.Path,
-    shared: dict[str, Item],
-    needs: tuple[str, ...],
+    shared: dict[str, Task],
+    depends_on: tuple[str, ...],
 ) -> str:
-    """The item that trains the reader of a run's rationales.
+    """Add the task that trains the simulator of a run's rationales.
 
     Teachers that are trained here have the built-in tokenizer, each in its own folder:
-    one reader serves the students of all of them.
+    one simulator serves the students of all of them.
     """
-    reader = json.loads(to_json(simulator.simulator_config(config)))
-    if pathlib.Path(reader["data"]["tokenizer"]).is_relative_to(workdir):
-        reader["data"]["tokenizer"] = dataclasses.asdict(config.data.prefixes)
-    name = f"shared/simulator-{_digest(_relative(reader, workdir))}"
+    fields = json.loads(to_json(simulator.simulator_config(config)))
+    if pathlib.Path(fields["data"]["tokenizer"]).is_relative_to(workdir):
+        fields["data"]["tokenizer"] = dataclasses.asdict(config.data.prefixes)
+    name = f"shared/simulator-{_digest(_relative(fields, workdir))}"
     if name not in shared:
         folder = workdir / name / SIMULATOR
-        shared[name] = Item(
+        shared[name] = Task(
             name=name,
             config=_own(config, name),
             commands=(("kdjax.evaluate", f"--simulator={folder}"),),
-            needs=needs,
+            depends_on=depends_on,
         )
     return name
 
 
 def _relative(value: Any, workdir: pathlib.Path) -> Any:
-    """The same without the comparison's directory in any text: it may be moved."""
+    """Return a value without the comparison's directory, which may be moved."""
     if isinstance(value, str):
         return value.removeprefix(str(workdir))
     if isinstance(value, dict):
@@ -316,18 +316,18 @@ def _relative(value: Any, workdir: pathlib.Path) -> Any:
 
 
 def _annotations(
-    config: Config, workdir: pathlib.Path, shared: dict[str, Item]
+    config: Config, workdir: pathlib.Path, shared: dict[str, Task]
 ) -> list[str]:
-    """The items that write rationales a run lacks; it is given their files."""
+    """Add the tasks that write rationales a run lacks, and point it at their files."""
     data, views = config.data, methods.views(config.method)
-    wanted = []
+    missing = []
     if set(views) - {"label", "counterfactual"}:
-        wanted += [
+        missing += [
             ("rationales", "train", config.annotate.method),
             ("eval_rationales", "eval", config.annotate.method),
         ]
     if "counterfactual" in views:
-        wanted.append(("counterfactuals", "train", "counterfactual"))
+        missing.append(("counterfactuals", "train", "counterfactual"))
     # Nothing else of the data decides what is written.
     plain = DataConfig(
         source=data.source,
@@ -341,8 +341,8 @@ def _annotations(
         chat_template=data.chat_template,
         kinship=data.kinship,
     )
-    found = []
-    for target, split, method in wanted:
+    names = []
+    for target, split, method in missing:
         if getattr(data, target):
             continue
         annotate = dataclasses.replace(config.annotate, method=method, split=split)
@@ -358,8 +358,8 @@ def _annotations(
             own = _own(config, name)
             own.data = copy.deepcopy(plain)
             own.annotate = dataclasses.replace(annotate, path=str(folder))
-            shared[name] = Item(name=name, config=own, commands=(("kdjax.annotate",),))
+            shared[name] = Task(name=name, config=own, commands=(("kdjax.annotate",),))
         file = "counterfactuals" if method == "counterfactual" else "rationales"
         setattr(data, target, str(folder / f"{file}.jsonl"))
-        found.append(name)
-    return found
+        names.append(name)
+    return names

@@ -1,4 +1,4 @@
-"""What the runs of a comparison gave: results.csv, and the report made of it."""
+"""Results of a comparison: results.csv, and the report made of it."""
 
 import csv
 import io
@@ -9,14 +9,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kdjax.analysis import report
-from kdjax.analysis import runs as analysed
+from kdjax.analysis import runs as analysis_runs
 from kdjax.comparison import runner
-from kdjax.comparison.grid import LATENCY, SEED, Comparison, Item
+from kdjax.comparison.grid import LATENCY, SEED, Comparison, Task
 from kdjax.runtime import files
 
 RESULTS, REPORT = "results.csv", "report.html"
 DONE, FAILED, MISSING = "done", "failed", "not run"
-# Views whose answer a method gives, the one that is asked for an answer alone first.
+# Of views that give an answer, the one that gives nothing else first.
 _ANSWERS = (
     "exact_match/label",
     "answer_match/factual",
@@ -25,7 +25,7 @@ _ANSWERS = (
 
 
 def numbers(folder: pathlib.Path) -> dict[str, float]:
-    """The numbers of a finished run, by column.
+    """Read the numbers of a finished run, by column.
 
     Those of the student in summary.json as they are, and
 
@@ -40,37 +40,37 @@ def numbers(folder: pathlib.Path) -> dict[str, float]:
     """
     summary = json.loads((folder / "summary.json").read_text())
     student, teacher = _floats(summary["student"]), _floats(summary["teacher"])
-    found = dict(student)
+    columns = dict(student)
     answers = [student[name] for name in _ANSWERS if name in student]
     if answers:
-        found["answer_accuracy"] = answers[0]
+        columns["answer_accuracy"] = answers[0]
     if "accuracy" in teacher:
-        found["teacher_accuracy"] = teacher["accuracy"]
+        columns["teacher_accuracy"] = teacher["accuracy"]
         if "accuracy" in student and teacher["accuracy"]:
-            found["retention"] = student["accuracy"] / teacher["accuracy"]
-    found["parameters"] = float(summary["parameters"]["student"])
-    return found | _read(folder / "faithfulness.json")
+            columns["retention"] = student["accuracy"] / teacher["accuracy"]
+    columns["parameters"] = float(summary["parameters"]["student"])
+    return columns | _read(folder / "faithfulness.json")
 
 
-def rows(items: Sequence[Item], workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """A row a run, in the grid's order, whatever became of it."""
-    found = []
-    for item in items:
-        if not item.is_run:
+def rows(tasks: Sequence[Task], workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """Return a row per run, in the grid's order, whatever became of it."""
+    table = []
+    for task in tasks:
+        if not task.is_run:
             continue
-        folder = workdir / item.name
+        folder = workdir / task.name
         error = runner.error(folder)
-        done = runner.finished(item, workdir)
+        done = runner.finished(task, workdir)
         status = DONE if done else FAILED if error else MISSING
         row: dict[str, Any] = {"run": folder.name, "status": status, "error": error}
-        row |= item.levels
+        row |= task.levels
         if done:
             row |= numbers(folder)
-            for name in item.needs:
+            for name in task.depends_on:
                 if name.startswith(LATENCY):
                     row |= _read(workdir / name / "latency.json")
-        found.append(row)
-    return found
+        table.append(row)
+    return table
 
 
 def _read(file: pathlib.Path) -> dict[str, float]:
@@ -83,50 +83,50 @@ def _floats(values: Mapping[str, Any]) -> dict[str, float]:
 
 
 def write(
-    comparison: Comparison, items: Sequence[Item], workdir: pathlib.Path
+    comparison: Comparison, tasks: Sequence[Task], workdir: pathlib.Path
 ) -> list[dict[str, Any]]:
-    """Writes results.csv and report.html; returns the rows.
+    """Write results.csv and report.html; return the rows.
 
     Numbers are written so that they read back equal; the same runs give the same bytes.
 
     Raises:
       ValueError: all runs are done and none has a metric.
     """
-    found = rows(items, workdir)
-    names = dict.fromkeys(name for row in found for name in row)
+    table = rows(tasks, workdir)
+    names = dict.fromkeys(name for row in table for name in row)
     missing = [m for m in comparison.metrics if m not in names]
     # Those that are not there yet may still have it.
-    if missing and all(row["status"] == DONE for row in found):
+    if missing and all(row["status"] == DONE for row in table):
         known = sorted(set(names) - set(_fixed(comparison)))
         raise ValueError(f"metrics={missing}: no run has them; runs have {known}")
-    first = _fixed(comparison)
-    columns = dict.fromkeys([*first, *comparison.metrics, *sorted(names)])
+    fixed = _fixed(comparison)
+    columns = dict.fromkeys([*fixed, *comparison.metrics, *sorted(names)])
     if comparison.cost:
         columns.setdefault(comparison.cost)
     text = io.StringIO()
     writer = csv.DictWriter(text, list(columns), restval="", lineterminator="\n")
     writer.writeheader()
-    writer.writerows({k: _cell(v) for k, v in row.items()} for row in found)
+    writer.writerows({k: _cell(v) for k, v in row.items()} for row in table)
     files.write_atomically(workdir / RESULTS, text.getvalue())
     design = comparison.design()
     report.write(
         workdir / REPORT,
-        analysed.read(workdir / RESULTS, design),
+        analysis_runs.read(workdir / RESULTS, design),
         design,
         title=comparison.name,
         folder="runs",
-        reliability=_reliability(comparison, found, workdir),
+        reliability=_reliability(comparison, table, workdir),
     )
-    return found
+    return table
 
 
 def means(
-    comparison: Comparison, found: Sequence[Mapping[str, Any]]
+    comparison: Comparison, table: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, str]]:
-    """A line a group of the first metrics: mean and standard deviation over seeds."""
+    """Return mean and standard deviation of each metric over seeds, per group."""
     groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
-    factors = (*comparison.first, *comparison.second)
-    for row in found:
+    factors = (*comparison.compare, *comparison.within)
+    for row in table:
         groups.setdefault(tuple(row[f] for f in factors), []).append(row)
     lines = []
     for levels, members in groups.items():
@@ -158,17 +158,17 @@ def _cell(value: Any) -> str:
 
 
 def _reliability(
-    comparison: Comparison, found: Sequence[Mapping[str, Any]], workdir: pathlib.Path
+    comparison: Comparison, table: Sequence[Mapping[str, Any]], workdir: pathlib.Path
 ) -> report.Bins:
-    """Bins of each group, its runs together."""
+    """Sum the calibration bins of each group over its runs."""
     groups: dict[str, list[dict[str, list[float]]]] = {}
-    for row in found:
+    for row in table:
         if row["status"] != DONE:
             continue
         folder = workdir / "runs" / row["run"]
         bins = json.loads((folder / "summary.json").read_text()).get("reliability")
         if bins:
-            factors = (*comparison.first, *comparison.second)
+            factors = (*comparison.compare, *comparison.within)
             of_group = groups.setdefault(", ".join(row[f] for f in factors), [])
             of_group.append(bins)
 

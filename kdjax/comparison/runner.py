@@ -1,54 +1,55 @@
-"""Runs the items of a comparison as processes: several at a time, each once.
+"""Scheduler of a comparison's tasks: processes side by side, each task once.
 
-An item's directory says where it stands: `finished.json` has the commands that ended
-well, with their seconds; `failed.json` the error of one that did not.
+A task's directory has its state: `finished.json` the commands that have succeeded, with
+their seconds; `failed.json` the error of one that has not.
 """
 
 import dataclasses
+import graphlib
 import json
 import os
 import pathlib
 import signal
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import Any
 
-from kdjax.comparison.forks import Server
-from kdjax.comparison.grid import Item
-from kdjax.runtime import files
+from kdjax.comparison.grid import Task
+from kdjax.runtime import files, processes
 
 FINISHED, FAILED, LOG = "finished.json", "failed.json", "log.txt"
-_PAUSE = 0.1  # seconds between looks at the processes
+# What the commands have in common; the commands themselves are run as __main__.
+PRELOAD = ("kdjax.experiment.build", "kdjax.cli")
+_POLL_SECONDS = 0.1
 
 
-def finished(item: Item, workdir: pathlib.Path) -> bool:
-    """Whether all commands of an item have ended well."""
-    done = _done(workdir / item.name)
-    return all(" ".join(command) in done for command in item.commands)
+def finished(task: Task, workdir: pathlib.Path) -> bool:
+    """Return whether all commands of a task have succeeded."""
+    seconds = _seconds(workdir / task.name)
+    return all(" ".join(command) in seconds for command in task.commands)
 
 
-def _done(folder: pathlib.Path) -> dict[str, float]:
-    """Seconds that each command took which has ended well."""
+def _seconds(folder: pathlib.Path) -> dict[str, float]:
+    """Return the seconds that each command took which has succeeded."""
     file = folder / FINISHED
     return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def error(folder: pathlib.Path) -> str:
-    """Why the item failed when it was last tried; "" if it did not."""
+    """Return why the task failed when it was last tried; "" if it did not."""
     file = folder / FAILED
     return json.loads(file.read_text())["error"] if file.is_file() else ""
 
 
 @dataclasses.dataclass
-class Place:
-    """Where one process at a time runs: its share of the machine."""
+class Slot:
+    """A share of the machine, in which one process at a time runs."""
 
-    cores: tuple[int, ...]  # CPU cores; () = wherever
+    cores: tuple[int, ...]  # CPU cores; () = all
     environment: Mapping[str, str]  # names its accelerator, where there are any
 
 
-def places(jobs: int) -> list[Place]:
-    """Shares of this machine for processes side by side.
+def slots(jobs: int) -> list[Slot]:
+    """Divide this machine among processes side by side.
 
     With GPUs each process has one of its own, without an equal part of the CPU cores.
 
@@ -57,125 +58,125 @@ def places(jobs: int) -> list[Place]:
     """
     gpus = _gpus()
     if gpus and "cpu" not in os.environ.get("JAX_PLATFORMS", "").split(","):
-        what, limit = "GPUs", len(gpus)
-        found = [Place((), {"CUDA_VISIBLE_DEVICES": gpu}) for gpu in gpus[:jobs]]
+        unit, limit = "GPUs", len(gpus)
+        shares = [Slot((), {"CUDA_VISIBLE_DEVICES": gpu}) for gpu in gpus[:jobs]]
         if jobs == 1:
-            found = [Place((), {})]
+            shares = [Slot((), {})]
     else:
         cores = _cores()
-        what, limit = "CPU cores", len(cores)
-        found = [Place(tuple(cores[job::jobs]), {}) for job in range(jobs)]
+        unit, limit = "CPU cores", len(cores)
+        shares = [Slot(tuple(cores[job::jobs]), {}) for job in range(jobs)]
     if not 1 <= jobs <= limit:
         raise ValueError(
-            f"--jobs={jobs}: this machine has {limit} {what}; use 1 to {limit}"
+            f"--jobs={jobs}: this machine has {limit} {unit}; use 1 to {limit}"
         )
-    return found
+    return shares
 
 
 def run(
-    items: Sequence[Item],
+    tasks: Sequence[Task],
     workdir: pathlib.Path,
     *,
     jobs: int,
-    report: Callable[[Item, str], None],
+    report: Callable[[Task, str], None],
 ) -> None:
-    """Runs what is not finished, each item after those it needs.
+    """Run what is not finished, each task after those it depends on.
 
-    An item that fails is left with its error, as is one that needs it; all others
+    A task that fails is left with its error, as is one that depends on it; all others
     go on. Processes end with this one, however it ends.
 
     Args:
-      items: in any order that has needs first.
+      tasks: in any order.
       workdir: of the comparison.
       jobs: processes at a time.
-      report: called with an item and its error ("" = none) when it has ended.
+      report: called with a task and its error ("" = none) when it has ended.
     """
-    free = places(jobs)
-    waiting = [item for item in items if not finished(item, workdir)]
-    unfinished = {item.name for item in waiting}
+    free = slots(jobs)
+    processes.preload(PRELOAD)
+    todo = {task.name: task for task in tasks if not finished(task, workdir)}
+    graph = graphlib.TopologicalSorter(
+        {task.name: todo.keys() & set(task.depends_on) for task in todo.values()}
+    )
+    graph.prepare()
+    ready: list[Task] = []
     failed: set[str] = set()
-    running: list[tuple[Item, Place, Generator[str | None, None, None]]] = []
-    server = Server()
+    running: list[tuple[Task, Slot, Generator[str | None, None, None]]] = []
+
+    def end(task: Task, message: str) -> None:
+        if message:
+            failed.add(task.name)
+        graph.done(task.name)
+        report(task, message)
+
     try:
-        while waiting or running:
-            for item in list(waiting):
-                if lost := sorted(failed & set(item.needs)):
-                    waiting.remove(item)
-                    failed.add(item.name)
-                    _fail(workdir / item.name, f"{lost[0]} failed, which it needs")
-                    report(item, error(workdir / item.name))
-                elif _can_start(item, unfinished, running, free):
-                    waiting.remove(item)
-                    place = Place((), {}) if item.alone else free.pop()
-                    running.append((item, place, _steps(item, workdir, place, server)))
+        while graph.is_active():
+            ready += [todo[name] for name in graph.get_ready()]
+            for task in list(ready):
+                if broken := sorted(failed & set(task.depends_on)):
+                    ready.remove(task)
+                    _fail(workdir / task.name, f"{broken[0]} failed, which it needs")
+                    end(task, error(workdir / task.name))
+                elif _can_start(task, [other for other, _, _ in running], free):
+                    ready.remove(task)
+                    slot = Slot((), {}) if task.exclusive else free.pop()
+                    running.append((task, slot, _run_commands(task, workdir, slot)))
             for entry in list(running):
-                item, place, steps = entry
-                if (outcome := next(steps)) is None:
+                task, slot, commands = entry
+                if (message := next(commands)) is None:
                     continue
                 running.remove(entry)
-                if not item.alone:
-                    free.append(place)
-                if outcome:
-                    failed.add(item.name)
-                else:
-                    unfinished.discard(item.name)
-                report(item, outcome)
-            time.sleep(_PAUSE)
+                if not task.exclusive:
+                    free.append(slot)
+                end(task, message)
+            time.sleep(_POLL_SECONDS)
     finally:
-        for _, _, steps in running:
-            steps.close()
-        server.close()
+        for _, _, commands in running:
+            commands.close()
 
 
-def _can_start(
-    item: Item,
-    unfinished: set[str],
-    running: Sequence[tuple[Item, Any, Any]],
-    free: Sequence[Place],
-) -> bool:
-    """Whether all that an item needs is there, and room for it."""
-    if unfinished & set(item.needs) or any(other.alone for other, _, _ in running):
-        return False
-    return not running if item.alone else bool(free)
+def _can_start(task: Task, running: Sequence[Task], free: Sequence[Slot]) -> bool:
+    """Return whether there is a slot, and no conflict with a task that is timed."""
+    if task.exclusive:
+        return not running
+    return bool(free) and not any(other.exclusive for other in running)
 
 
-def _steps(
-    item: Item, workdir: pathlib.Path, place: Place, server: Server
+def _run_commands(
+    task: Task, workdir: pathlib.Path, slot: Slot
 ) -> Generator[str | None, None, None]:
-    """Runs the commands of an item; yields None until done, then the error or ""."""
-    folder = workdir / item.name
+    """Run the commands of a task; yield None until done, then the error or ""."""
+    folder = workdir / task.name
     (folder / FAILED).unlink(missing_ok=True)
-    done = _done(folder)
-    for command in item.commands:
-        if " ".join(command) in done:
+    seconds = _seconds(folder)
+    for command in task.commands:
+        if " ".join(command) in seconds:
             continue
         start = time.monotonic()
-        verb, *flags = command
-        whole = [verb, f"--workdir={folder}", *flags]
+        module, *flags = command
+        arguments = [f"--workdir={folder}", *flags]
         with (folder / LOG).open("ab") as log:
-            log.write(f"$ python -m {' '.join(whole)}\n".encode())
+            log.write(f"$ python -m {' '.join([module, *arguments])}\n".encode())
             log.flush()
             begin = log.tell()
-        process = server.start(
-            whole,
+        process = processes.start(
+            [module, *arguments],
             log=folder / LOG,
-            cores=place.cores,
-            environment=place.environment,
+            cores=slot.cores,
+            environment=slot.environment,
         )
-        code = None
         try:
-            while (code := process.poll()) is None:
+            while process.exitcode is None:
                 yield None
-        finally:
-            if code is None:  # this process is interrupted
-                process.end()
-        if code:
-            message = _reason(code, folder / LOG, begin)
-            _fail(folder, f"{verb}: {message}")
+        finally:  # also where this process is interrupted
+            process.terminate()
+            process.join()
+        if process.exitcode:
+            message = _reason(process.exitcode, folder / LOG, begin)
+            _fail(folder, f"{module}: {message}")
             yield error(folder)
             return
-        done[" ".join(command)] = round(time.monotonic() - start, 1)
-        files.write_json(folder / FINISHED, done)
+        seconds[" ".join(command)] = round(time.monotonic() - start, 1)
+        files.write_json(folder / FINISHED, seconds)
     yield ""
 
 
@@ -184,7 +185,7 @@ def _fail(folder: pathlib.Path, message: str) -> None:
 
 
 def _reason(code: int, log: pathlib.Path, begin: int) -> str:
-    """What a process that did not end well has said last, or what ended it."""
+    """Return the last words of a process that failed, or the signal that ended it."""
     if code < 0:
         name = signal.Signals(-code).name
         memory = " (out of memory?)" if -code == signal.SIGKILL else ""
@@ -192,9 +193,9 @@ def _reason(code: int, log: pathlib.Path, begin: int) -> str:
     with log.open("rb") as file:
         file.seek(begin)
         lines = file.read().decode(errors="replace").split("\n")
-    said = [line.strip() for line in lines if line.strip()]
-    named = [line for line in said if ": error: " in line]
-    last = (named or said or [f"exit code {code}"])[-1]
+    lines = [line.strip() for line in lines if line.strip()]
+    errors = [line for line in lines if ": error: " in line]
+    last = (errors or lines or [f"exit code {code}"])[-1]
     return last.partition(": error: ")[2] or last
 
 
@@ -205,7 +206,7 @@ def _cores() -> list[int]:
 
 
 def _gpus() -> list[str]:
-    """Names of the NVIDIA GPUs that a process may use."""
+    """Return the names of the NVIDIA GPUs that a process may use."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [name for name in visible.split(",") if name.strip()]

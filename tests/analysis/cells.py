@@ -7,7 +7,10 @@ import random
 from kdjax.analysis import runs
 
 DESIGN = runs.Design(
-    metrics=("score",), factors=("method", "size"), first=("method",), second=("size",)
+    metrics=("score",),
+    factors=("method", "size"),
+    compare=("method",),
+    within=("size",),
 )
 
 
@@ -15,7 +18,7 @@ def table(cells, design=DESIGN, column="score"):
     """Runs of {(first level, second level): values}; no values: one failed run."""
     rows = []
     for (first, second), values in cells.items():
-        common = {design.first[0]: first, design.second[0]: second}
+        common = {design.compare[0]: first, design.within[0]: second}
         name = f"{first}-{second}"
         if not len(values):
             failed = {"run": name, "status": "failed", "error": "lost", column: ""}
@@ -32,7 +35,7 @@ def groups(cells):
 
 def factorial(table, names):
     """Design and runs of {levels of the factors: values}; no values: one failed run."""
-    design = runs.Design(metrics=("score",), factors=names, first=names[:1])
+    design = runs.Design(metrics=("score",), factors=names, compare=names[:1])
     rows = []
     for levels, values in table.items():
         common = dict(zip(names, levels, strict=True)) | {"status": "done"}
@@ -46,9 +49,9 @@ def factorial(table, names):
 GRID = runs.Design(
     metrics=("accuracy", "nll"),
     factors=("method", "generation", "student", "temperature"),
-    first=("method", "generation"),
-    second=("student",),
-    floors={"accuracy": 0.2},
+    compare=("method", "generation"),
+    within=("student",),
+    chance={"accuracy": 0.2},
     cost="parameters",
 )
 HOSTILE = "<script>alert('x')</script>\"'&$x$"

@@ -55,7 +55,7 @@ def _compare(table, names=NAMES):
 
 
 def _model(table, names=NAMES):
-    return _compare(table, names).everything
+    return _compare(table, names).all_runs
 
 
 def _frame(table, names):
@@ -277,10 +277,10 @@ def test_without_chance_there_are_values_and_a_statement(table, reason, gap):
 )
 def test_without_two_levels_there_is_no_factor(table):
     found = _compare(table)
-    assert found.everything == factor_effects.Model(
+    assert found.all_runs == factor_effects.Model(
         statement="no factor has two levels with a number: no test"
     )
-    assert found.without is None
+    assert found.without_outliers is None
 
 
 def test_a_level_without_a_number_is_listed_last_with_its_reason():
@@ -302,10 +302,12 @@ def test_outliers_are_those_of_runs_that_are_alike():
     assert "no outlier can be told" in _compare(CUBE).statement
     spoiled = table | {("2", "large", "b"): [*table["2", "large", "b"], -9.0]}
     found = _compare(spoiled)
-    (outlier,) = found.removed
+    (outlier,) = found.outliers
     assert outlier.value == -9
-    assert found.without.factors[0].f == pytest.approx(_model(table).factors[0].f)
-    assert found.everything.factors[0].f < found.without.factors[0].f / 10
+    assert found.without_outliers.factors[0].f == pytest.approx(
+        _model(table).factors[0].f
+    )
+    assert found.all_runs.factors[0].f < found.without_outliers.factors[0].f / 10
     assert found.statement.endswith("alike in all factors: 1")
 
 
@@ -331,7 +333,7 @@ def test_numbers_are_finite_whatever_the_cells_hold():
         }
         found = _compare(table, ("a=1", "C(b)", "y ~ c"))
         assert cells.all_finite(found), table
-        for factor in found.everything.factors:
+        for factor in found.all_runs.factors:
             assert "nan" not in report.sentence(factor, 0.95, 3)
 
 
@@ -375,8 +377,8 @@ def test_a_sentence_tells_where_f_and_intervals_disagree():
 
 def test_order_of_runs_does_not_matter_but_for_the_first_level():
     design, found = cells.factorial(UNEQUAL, NAMES)
-    one = factor_effects.compare(found, "score", design).everything
-    other = factor_effects.compare(found[::-1], "score", design).everything
+    one = factor_effects.compare(found, "score", design).all_runs
+    other = factor_effects.compare(found[::-1], "score", design).all_runs
     for here, there in zip(one.factors, other.factors, strict=True):
         assert there.f == pytest.approx(here.f)
         assert [level.name for level in there.levels] == [

@@ -114,7 +114,7 @@ def test_names_of_levels_and_factors_mean_nothing_to_the_formula():
 @pytest.mark.parametrize("size", ["s", "t"])
 def test_pairs_against_scipy_and_scikit_posthocs(size):
     table = {key: values for key, values in UNEQUAL.items() if key[1] == size}
-    level = group_tests.at_level(cells.groups(table), size)
+    level = group_tests.simple_effects(cells.groups(table), size)
     values = list(table.values())
     tukey = scipy.stats.tukey_hsd(*values)
     bounds = tukey.confidence_interval(0.95)
@@ -140,7 +140,7 @@ def test_pairs_against_scipy_and_scikit_posthocs(size):
 
 def test_dunn_by_hand_with_ties():
     table = {key: values for key, values in UNEQUAL.items() if key[1] == "s"}
-    level = group_tests.at_level(cells.groups(table), "s")
+    level = group_tests.simple_effects(cells.groups(table), "s")
     sizes = [len(values) for values in table.values()]
     flat = np.concatenate(list(table.values()))
     ranks = np.split(scipy.stats.rankdata(flat), np.cumsum(sizes)[:-1])
@@ -158,7 +158,7 @@ def test_dunn_by_hand_with_ties():
 
 def test_a_group_of_one_run_takes_part_where_others_vary():
     table = {("a", "s"): [1, 2, 4], ("b", "s"): [2, 3, 3], ("c", "s"): [9]}
-    level = group_tests.at_level(cells.groups(table), "s")
+    level = group_tests.simple_effects(cells.groups(table), "s")
     assert all(pair.tukey_p is not None for pair in level.pairs)
     assert level.pairs[1].tukey_p < 0.05 < level.pairs[0].tukey_p
 
@@ -184,8 +184,8 @@ FLAT = "no group varies, but they differ: no variance within groups, no test"
 )
 def test_what_cannot_be_tested_is_said_in_words(table, anova, tukey, kruskal):
     found = group_tests.compare(cells.table(table), "score", cells.DESIGN)
-    (level,) = found.everything.levels
-    assert found.everything.anova == group_tests.Anova(statement=anova)
+    (level,) = found.all_runs.simple_effects
+    assert found.all_runs.anova == group_tests.Anova(statement=anova)
     assert level.tukey_statement == tukey
     assert all(pair.tukey_p is None for pair in level.pairs)
     if kruskal:
@@ -196,9 +196,9 @@ def test_what_cannot_be_tested_is_said_in_words(table, anova, tukey, kruskal):
 
 def test_identical_groups_do_not_differ():
     table = {("a", "s"): [1, 2, 3], ("b", "s"): [1, 2, 3]}
-    found = group_tests.compare(cells.table(table), "score", cells.DESIGN).everything
+    found = group_tests.compare(cells.table(table), "score", cells.DESIGN).all_runs
     (source,) = found.anova.sources
-    (pair,) = found.levels[0].pairs
+    (pair,) = found.simple_effects[0].pairs
     assert (source.f, source.p) == pytest.approx((0, 1), abs=1e-6)
     assert (pair.tukey_p, pair.dunn_p) == pytest.approx((1, 1), abs=1e-6)
     assert (pair.hedges_g.value, pair.vargha_delaney.value) == (0, 0.5)
@@ -207,10 +207,10 @@ def test_identical_groups_do_not_differ():
 def test_levels_that_never_meet():
     table = {key: v for key, v in UNEQUAL.items() if key != ("c", "t")}
     found = group_tests.compare(cells.table(table), "score", cells.DESIGN)
-    anova = found.everything.anova
+    anova = found.all_runs.anova
     assert [source.name for source in anova.sources] == ["method", "size"]
     assert "1 of 6 groups have no run: the interaction is not" in anova.statement
-    assert found.everything.levels[1].statement == "no run of c"
+    assert found.all_runs.simple_effects[1].statement == "no run of c"
     assert cells.all_finite(found)
     apart = {("a", "s"): [1, 2], ("b", "t"): [3, 5]}
     assert _anova(apart).statement.startswith("the levels meet too seldom")
@@ -219,18 +219,18 @@ def test_levels_that_never_meet():
 def test_with_and_without_outliers_stand_side_by_side():
     table = UNEQUAL | {("a", "s"): [0.52, 0.55, 0.53, 0.55, 0.1]}
     found = group_tests.compare(cells.table(table), "score", cells.DESIGN)
-    assert [outlier.run.name for outlier in found.removed] == ["a-s-4"]
+    assert [outlier.run.name for outlier in found.outliers] == ["a-s-4"]
     clean = {("a", "s"): [0.52, 0.55, 0.53, 0.55]} | table | UNEQUAL
-    assert found.everything.anova == _anova(table)
-    assert found.without.anova == _anova(clean)
-    level = group_tests.at_level(cells.groups(UNEQUAL)[:3], "s")
-    assert found.without.levels[0] == level
+    assert found.all_runs.anova == _anova(table)
+    assert found.without_outliers.anova == _anova(clean)
+    level = group_tests.simple_effects(cells.groups(UNEQUAL)[:3], "s")
+    assert found.without_outliers.simple_effects[0] == level
     assert "1 lie beyond 1.5 interquartile ranges" in found.statement
 
 
 def test_without_outliers_there_is_one_set_of_tests():
     found = group_tests.compare(cells.table(UNEQUAL), "score", cells.DESIGN)
-    assert (found.removed, found.without) == ((), None)
+    assert (found.outliers, found.without_outliers) == ((), None)
     assert found.statement.endswith("no outlier")
 
 
@@ -246,7 +246,7 @@ def test_failed_and_collapsed_runs_are_counted_and_named():
     assert nll.statement.startswith("33 of 36 runs have a number; 3 have none")
     assert [run.status for run in nll.absent] == ["failed", "done", "failed"]
     assert [run.value("accuracy") for run in accuracy.collapsed] == [0.2]
-    values = [v for group in accuracy.everything.groups for v in group.values]
+    values = [v for group in accuracy.all_runs.groups for v in group.values]
     assert 0.2 in values
     assert cells.all_finite((accuracy, nll))
 

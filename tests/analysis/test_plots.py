@@ -19,10 +19,10 @@ def _grid():
 
 def _points():
     return [
-        plots.Point(name="small", second="s", cost=1, quality=0.5, link="#small"),
-        plots.Point(name="dear", second="t", cost=4000, quality=0.5),
-        plots.Point(name="good", second="t", cost=4000, quality=0.7),
-        plots.Point(name="twin", second="s", cost=4000, quality=0.7),
+        plots.Point(name="small", within="s", cost=1, quality=0.5, link="#small"),
+        plots.Point(name="dear", within="t", cost=4000, quality=0.5),
+        plots.Point(name="good", within="t", cost=4000, quality=0.7),
+        plots.Point(name="twin", within="s", cost=4000, quality=0.7),
     ]
 
 
@@ -70,7 +70,7 @@ def test_costs_of_several_magnitudes_are_whole_numbers_on_a_logarithmic_axis():
 
 def test_of_many_points_those_that_nothing_beats_are_named():
     beaten = [
-        plots.Point(name=f"beaten{i}", second="s", cost=5000 + i, quality=0.6)
+        plots.Point(name=f"beaten{i}", within="s", cost=5000 + i, quality=0.6)
         for i in range(8)
     ]
     named = lambda points: {  # noqa: E731

@@ -129,7 +129,7 @@ def test_the_best_mean_of_each_student_is_bold():
     for metric, choose in (("accuracy", max), ("nll", min)):
         groups = runs.groups(found, metric, cells.GRID)
         for student in ("t5_base", "t5_large"):
-            means = [group.mean for group in groups if group.second == student]
+            means = [group.mean for group in groups if group.within == student]
             assert report.number(choose(means), 4) in bold
 
 
@@ -170,7 +170,7 @@ def test_little_data_makes_a_page_too(keep, words):
 
 
 def test_one_factor_and_no_cost():
-    design = dataclasses.replace(cells.GRID, second=(), cost="")
+    design = dataclasses.replace(cells.GRID, within=(), cost="")
     _, text = _render(design=design)
     page = Page(text)
     assert "Quality and cost" not in page.text
@@ -198,8 +198,8 @@ def _study():
     design = runs.Design(
         metrics=("accuracy",),
         factors=("temperature", "student", "soft"),
-        first=("temperature",),
-        second=("student",),
+        compare=("temperature",),
+        within=("student",),
     )
     return rows, design
 
@@ -266,9 +266,9 @@ def test_the_package_imports_without_the_extra():
         "import sys\n"
         "for name in ('pandas', 'scipy', 'statsmodels', 'scikit_posthocs'):\n"
         "    sys.modules[name] = None\n"
-        "from kdjax.analysis import effects, factors, plots, report, runs, stats\n"
+        "from kdjax.analysis import effect_sizes, factor_effects, report\n"
         "try:\n"
-        "    effects.vargha_delaney([1.0], [2.0])\n"
+        "    effect_sizes.vargha_delaney([1.0], [2.0])\n"
         "except ValueError as error:\n"
         "    print(error)\n"
     )

@@ -54,8 +54,8 @@ def test_renders_with_no_message_and_no_request(tmp_path):
     design = runs.Design(
         metrics=("accuracy",),
         factors=("method", "soft"),
-        first=("method",),
-        second=("soft",),
+        compare=("method",),
+        within=("soft",),
     )
     found = runs.parse(rows(), design)
     report.write(page, found, design, title="Kinship & others")

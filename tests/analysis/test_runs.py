@@ -72,7 +72,7 @@ def test_collapsed_runs_are_marked_and_keep_their_numbers():
 
 
 def test_the_floor_of_a_metric_where_less_is_better_is_a_ceiling():
-    design = dataclasses.replace(cells.GRID, floors={"nll": 1.0})
+    design = dataclasses.replace(cells.GRID, chance={"nll": 1.0})
     rows = cells.grid_rows()[:2]
     rows[0]["nll"], rows[1]["nll"] = "0.9", "1.0"
     good, bad = runs.parse(rows, design)
@@ -127,9 +127,9 @@ def test_two_runs_of_one_name_are_an_error():
 @pytest.mark.parametrize(
     "change",
     [
-        {"first": ("size",), "second": ("size",)},
-        {"first": ()},
-        {"first": ("colour",)},
+        {"compare": ("size",), "within": ("size",)},
+        {"compare": ()},
+        {"compare": ("colour",)},
         {"metrics": ()},
         {"confidence": 95.0},
     ],

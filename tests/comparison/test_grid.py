@@ -5,8 +5,9 @@ import pathlib
 
 import pytest
 
-from kdjax.comparison import grid
-from kdjax.comparison.grid import Comparison
+from kdjax import cli
+from kdjax import config as config_lib
+from kdjax.comparison import Comparison, grid
 from tests import helpers
 
 LABELS = {
@@ -25,13 +26,13 @@ def comparison(**changes) -> Comparison:
             "labels": LABELS,
         },
         seeds=(0, 7),
-        second=("labels",),
+        within=("labels",),
     )
     return dataclasses.replace(found, **changes)
 
 
-def items(found: Comparison) -> dict[str, grid.Item]:
-    return {i.name: i for i in grid.items(found, pathlib.Path("/somewhere"))}
+def tasks(found: Comparison) -> dict[str, grid.Task]:
+    return {i.name: i for i in grid.tasks(found, pathlib.Path("/somewhere"))}
 
 
 def test_every_combination_is_a_run_with_each_seed():
@@ -57,14 +58,14 @@ def test_runs_share_no_part_of_a_config():
 
 def test_left_out_combinations_are_not_run():
     left = ({"method": "finetune", "labels": "soft"},)
-    found = grid.runs(comparison(leave_out=left))
+    found = grid.runs(comparison(exclude=left))
     assert len(found) == 6
     assert not any(name.startswith("finetune-soft") for name in found)
 
 
 def test_a_combination_changes_more():
     changed = (({"method": "finetune", "labels": "soft"}, {"train.steps": 9}),)
-    found = grid.runs(comparison(where=changed))
+    found = grid.runs(comparison(overrides=changed))
     assert {name for name, (_, c) in found.items() if c.train.steps == 9} == {
         "finetune-soft-s0",
         "finetune-soft-s7",
@@ -72,17 +73,17 @@ def test_a_combination_changes_more():
 
 
 def test_a_teacher_a_method_and_labels_with_and_without_soft_terms():
-    found = items(comparison())
+    found = tasks(comparison())
     shared = [name.split("-")[0] for name in found if name.startswith("shared/")]
     assert shared == ["shared/teacher"] * 2 + ["shared/labels"] * 4
-    teacher, labels = found["runs/multitask-soft-s0"].needs
-    assert found["runs/multitask-soft-s7"].needs == (teacher, labels)
+    teacher, labels = found["runs/multitask-soft-s0"].depends_on
+    assert found["runs/multitask-soft-s7"].depends_on == (teacher, labels)
     # Without soft terms training rows are not labelled.
     for seed in (0, 7):
-        assert found[f"runs/multitask-hard-s{seed}"].needs[0] == teacher
-        assert found[f"runs/multitask-hard-s{seed}"].needs[1] != labels
-    assert not {teacher, labels} & set(found["runs/finetune-soft-s0"].needs)
-    assert found[labels].needs == (teacher,)
+        assert found[f"runs/multitask-hard-s{seed}"].depends_on[0] == teacher
+        assert found[f"runs/multitask-hard-s{seed}"].depends_on[1] != labels
+    assert not {teacher, labels} & set(found["runs/finetune-soft-s0"].depends_on)
+    assert found[labels].depends_on == (teacher,)
     run = found["runs/multitask-soft-s0"].config
     assert run.teacher.path == f"/somewhere/{teacher}/teacher"
     assert run.cache.path == f"/somewhere/{labels}/cache"
@@ -92,7 +93,7 @@ def test_a_teacher_a_method_and_labels_with_and_without_soft_terms():
 
 
 def test_more_runs_need_nothing_anew_that_is_shared():
-    before, after = items(comparison()), items(comparison(seeds=(3, 0, 7)))
+    before, after = tasks(comparison()), tasks(comparison(seeds=(3, 0, 7)))
     shared = {name for name in before if name.startswith("shared/")}
     assert shared == {name for name in after if name.startswith("shared/")}
 
@@ -101,13 +102,13 @@ def test_runs_that_explain_are_measured_by_one_simulator():
     explaining = ("finetune", "multitask", "rationale_then_label")
     methods = {n: {"method.name": n} for n in explaining}
     factors = {"method": methods, "labels": LABELS}
-    found = items(comparison(faithfulness=True, factors=factors))
+    found = tasks(comparison(faithfulness=True, factors=factors))
     # Each method has a teacher of its own, whose folder has the tokenizer of all.
     assert sum(n.startswith("shared/teacher") for n in found) == 3
     (reader,) = [n for n in found if n.startswith("shared/simulator")]
-    assert reader in found["runs/rationale_then_label-hard-s7"].needs
+    assert reader in found["runs/rationale_then_label-hard-s7"].depends_on
     run = found["runs/multitask-soft-s0"]
-    assert reader in run.needs
+    assert reader in run.depends_on
     assert run.commands[1] == (
         "kdjax.evaluate",
         "--faithfulness",
@@ -119,15 +120,15 @@ def test_runs_that_explain_are_measured_by_one_simulator():
 
 def test_names_are_the_same_wherever_it_runs():
     found = comparison(latency=True, faithfulness=True)
-    first, second = (grid.items(found, pathlib.Path(w)) for w in ("/a", "/b/c"))
-    assert [item.name for item in first] == [item.name for item in second]
+    first, second = (grid.tasks(found, pathlib.Path(w)) for w in ("/a", "/b/c"))
+    assert [task.name for task in first] == [task.name for task in second]
 
 
 def test_what_comes_first_is_listed_first():
     seen: set[str] = set()
-    for item in grid.items(comparison(), pathlib.Path("w")):
-        assert set(item.needs) <= seen
-        seen.add(item.name)
+    for task in grid.tasks(comparison(), pathlib.Path("w")):
+        assert set(task.depends_on) <= seen
+        seen.add(task.name)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +147,7 @@ def test_what_comes_first_is_listed_first():
 )
 def test_a_factor_makes_anew_what_depends_on_it(change, teachers, labels):
     factors = {"factor": {"as_is": {}, "changed": change}}
-    found = items(comparison(factors=factors, first=("factor",), second=()))
+    found = tasks(comparison(factors=factors, compare=("factor",), within=()))
     names = [name.split("-")[0] for name in found]
     assert names.count("shared/teacher") == teachers
     assert names.count("shared/labels") == labels
@@ -154,7 +155,7 @@ def test_a_factor_makes_anew_what_depends_on_it(change, teachers, labels):
 
 def test_a_named_teacher_is_not_trained():
     base = helpers.small_config(teacher=dict(path="some/folder"))
-    found = items(comparison(base=base))
+    found = tasks(comparison(base=base))
     assert not any(name.startswith("shared/teacher") for name in found)
 
 
@@ -167,7 +168,7 @@ def test_annotations_are_made_once_and_read():
             n: {"annotate.method": n} for n in ("few_shot", "critique_revision")
         },
     }
-    found = items(comparison(base=base, factors=factors, annotate=True, second=()))
+    found = tasks(comparison(base=base, factors=factors, annotate=True, within=()))
     written = {n for n in found if n.startswith("shared/rationales")}
     # Two methods of generation for both splits; wrong rationales, once for each.
     commands = {n: found[n].config.annotate for n in written}
@@ -179,7 +180,7 @@ def test_annotations_are_made_once_and_read():
         ("few_shot", "train"),
     ]
     run = found["runs/counterfactual-few_shot-s0"]
-    assert set(run.needs) & written
+    assert set(run.depends_on) & written
     by_path = {f"{found[n].config.annotate.path}": a for n, a in commands.items()}
     folder, file = run.config.data.rationales.rsplit("/", 1)
     assert by_path[folder].method == "few_shot" and file == "rationales.jsonl"
@@ -187,7 +188,7 @@ def test_annotations_are_made_once_and_read():
     assert (
         by_path[folder].method == "counterfactual" and file == "counterfactuals.jsonl"
     )
-    assert not set(found["runs/finetune-few_shot-s0"].needs) & written
+    assert not set(found["runs/finetune-few_shot-s0"].depends_on) & written
     assert all(found[n].config.data.rationales == "" for n in written)
 
 
@@ -201,7 +202,7 @@ def test_rationales_of_a_file_are_not_written_again():
         eval_rationales="held_out.jsonl",
     )
     factors = {"method": {"counterfactual": {"method.name": "counterfactual"}}}
-    found = items(comparison(base=base, factors=factors, annotate=True, second=()))
+    found = tasks(comparison(base=base, factors=factors, annotate=True, within=()))
     written = [i for name, i in found.items() if name.startswith("shared/rationales")]
     assert [i.config.annotate.method for i in written] == ["counterfactual"]
     run = found["runs/counterfactual-s0"].config
@@ -226,17 +227,32 @@ def test_rationales_of_a_file_are_not_written_again():
         ),
         ({"seeds": ()}, "seeds=()"),
         ({"seeds": (1, 1)}, "each once"),
-        ({"leave_out": ({"method": "none"},)}, "no level 'none'"),
-        ({"where": (({"method": "none"}, {}),)}, "where={'method': 'none'}"),
-        ({"leave_out": ({},)}, "leaves out every combination"),
-        ({"first": ("nothing",)}, "first="),
+        ({"exclude": ({"method": "none"},)}, "no level 'none'"),
+        ({"overrides": (({"method": "none"}, {}),)}, "overrides={'method': 'none'}"),
+        ({"exclude": ({},)}, "leaves out every combination"),
+        ({"compare": ("nothing",)}, "compare="),
         ({"metrics": ()}, "metrics=()"),
         ({"base": None}, "base=None"),
         ({"annotate": True}, "annotate=True asks a model"),
     ],
 )
 def test_what_cannot_be_is_refused(changes, message):
-    changes = {"second": ()} | changes
+    changes = {"within": ()} | changes
     with pytest.raises(ValueError) as error:
-        grid.items(comparison(**changes), pathlib.Path("w"))
+        grid.tasks(comparison(**changes), pathlib.Path("w"))
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(("former", "name"), config_lib.RENAMED_COMPARISON.items())
+def test_a_former_name_is_an_error_that_says_the_new_one(former, name):
+    message = f"{former} was renamed: use {name}"
+    with pytest.raises(TypeError) as error:
+        Comparison(**{former: ()})
+    assert config_lib.explain_renamed(str(error.value)) == message
+    with pytest.raises(AttributeError) as error:
+        setattr(Comparison(), former, ())
+    assert config_lib.explain_renamed(str(error.value)) == message
+    for flag, remedy in ((former, name), ("base.data.cues", "base.data.prompt_suffix")):
+        argv = ["compare", f"--config.{flag}=1"]
+        reason = cli._flag_error(KeyError(flag), argv)
+        assert reason == f"--config.{flag} was renamed: use --config.{remedy}"

@@ -8,7 +8,7 @@ import pytest
 
 from kdjax.comparison import results, runner
 from tests.comparison.test_grid import comparison
-from tests.comparison.test_grid import items as by_name
+from tests.comparison.test_grid import tasks as by_name
 
 SUMMARY = {
     "student": {
@@ -32,8 +32,8 @@ def finish(folder: pathlib.Path, summary: dict, commands: tuple) -> None:
 
 def fill(workdir: pathlib.Path, found: dict) -> None:
     """Runs of which one failed and one never started."""
-    for number, (name, item) in enumerate(found.items()):
-        if not item.is_run or name.endswith("multitask-soft-s7"):
+    for number, (name, task) in enumerate(found.items()):
+        if not task.is_run or name.endswith("multitask-soft-s7"):
             continue
         folder = workdir / name
         if name.endswith("finetune-hard-s7"):
@@ -43,7 +43,7 @@ def fill(workdir: pathlib.Path, found: dict) -> None:
         student = SUMMARY["student"] | {"exact_match/label": 0.5 + number / 100}
         bins = {"counts": [1, 2], "confidences": [0.2, 1.5], "corrects": [0, 2]}
         summary = SUMMARY | {"student": student, "reliability": bins}
-        finish(folder, summary, item.commands)
+        finish(folder, summary, task.commands)
 
 
 def test_numbers_of_a_run(tmp_path):
@@ -127,9 +127,9 @@ def test_a_metric_that_no_run_has_is_refused_when_all_are_done(tmp_path):
     # A run that is not there yet may have it.
     results.write(wanted, list(found.values()), tmp_path)
     done = {
-        name: item
-        for name, item in found.items()
-        if runner.finished(item, tmp_path) or not item.is_run
+        name: task
+        for name, task in found.items()
+        if runner.finished(task, tmp_path) or not task.is_run
     }
     with pytest.raises(ValueError, match=r"metrics=\['magic'\].*answer_accuracy"):
         results.write(wanted, list(done.values()), tmp_path)

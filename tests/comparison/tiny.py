@@ -1,6 +1,6 @@
 """A comparison of seconds: with and without soft labels, and a run that must fail."""
 
-from kdjax.comparison.grid import Comparison
+from kdjax.comparison import Comparison
 from tests import helpers
 
 
@@ -17,8 +17,8 @@ def get_config(argument: str = "") -> Comparison:
             }
         },
         seeds=(0, 1),
-        leave_out=({"labels": "broken"},) if argument == "sound" else (),
-        first=("labels",),
+        exclude=({"labels": "broken"},) if argument == "sound" else (),
+        compare=("labels",),
         metrics=("answer_accuracy", "nll"),
     )
     if argument != "sound":

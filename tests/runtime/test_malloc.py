@@ -127,7 +127,7 @@ def test_only_commands_are_replaced(tmp_path, arguments, environment, tunables):
         (["python", "-m", "kdjax", "train"], "kdjax.train", True),
         (["python", "/venv/bin/kdjax", "train"], "kdjax.train", True),
         # A fork that has become a command, and commands called within a test.
-        (["python", "-m", "kdjax.comparison.forks"], "kdjax.train", False),
+        (["python", "-c", "main()"], "kdjax.train", False),
         (["python", "-m", "pytest", "-m", "kdjax.train"], "pytest.__main__", False),
         (["python", "-m", "pytest", "-m", "kdjax.train"], "kdjax.train", False),
         (["python", "-m"], None, False),

@@ -1,4 +1,4 @@
-"""Stands in for a verb: notes that it ran, waits for a file, fails or dies if told."""
+"""Stands in for a command: notes that it ran, waits for a file, fails or dies."""
 
 import argparse
 import json
@@ -25,10 +25,11 @@ note = {
 }
 with (folder.parent / "ran.jsonl").open("a") as file:
     file.write(json.dumps(note) + "\n")
+(folder.parent / f"{folder.name}.started").touch()
 while given.wait and not pathlib.Path(given.wait).exists():
     time.sleep(0.02)
 if given.fail and not (folder.parent / "mended").exists():
     print("some warning", file=sys.stderr)
-    sys.exit(f"verb: error: {given.fail}")
+    sys.exit(f"command: error: {given.fail}")
 if given.die:
     os.kill(os.getpid(), signal.SIGKILL)
