@@ -10,20 +10,12 @@
 FOLDER holds a manifest.json: DIR/cache/train and DIR/cache/eval of a run.
 """
 
-from __future__ import annotations
-
-import pathlib
 import sys
-from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from kdjax import cli
-from kdjax.config import Config
 from kdjax.runtime.console import print_table, progress
-
-if TYPE_CHECKING:
-    from kdjax.teacher.manifest import Manifest
 
 for _name in ("config", "workdir"):
     flags.declare_key_flag(_name)
@@ -80,12 +72,14 @@ def verify(folders: list[str]) -> None:
 
 def export(folders: list[str]) -> None:
     """Write a cache as Parquet."""
+    (folder,) = _check_count(folders, 1)
+    out = _out()
+
     from kdjax.teacher import cache as cache_lib
     from kdjax.teacher import merge_export
 
-    (folder,) = _check_count(folders, 1)
-    num_rows = merge_export.export(cache_lib.load_cache(folder), _out())
-    print(f"exported {num_rows} records to {_out()}")
+    num_rows = merge_export.export(cache_lib.load_cache(folder), out)
+    print(f"exported {num_rows} records to {out}")
 
 
 def merge(folders: list[str]) -> None:
@@ -103,66 +97,36 @@ def merge(folders: list[str]) -> None:
 
 def import_(files: list[str]) -> None:
     """Write a cache of another tool's teacher outputs."""
-    from kdjax.experiment.data import load_data
-    from kdjax.models import hf
-    from kdjax.teacher import cache as cache_lib
-    from kdjax.teacher import merge_export
-    from kdjax.teacher.importers import convert
-
     (path,) = _check_count(files, 1)
     if _LAYOUT.value is not None:
         raise ValueError(f"--layout was renamed: use --format={_LAYOUT.value}")
-    if _FORMAT.value not in convert.FORMATS:
-        raise ValueError(
-            f"--format={_FORMAT.value or ''}: use one of {sorted(convert.FORMATS)}"
-        )
+
+    from kdjax.teacher.importers import convert
+
+    tool = _FORMAT.value or ""
+    if tool not in convert.FORMATS:
+        raise ValueError(f"--format={tool}: use one of {sorted(convert.FORMATS)}")
+
+    from kdjax.experiment.data import load_data
+    from kdjax.teacher import merge_export
+
     config = cli.given_config()
-    file_format = convert.FORMATS[_FORMAT.value]
     data = load_data(config, splits=(_SPLIT.value,))
     segments = data.train if _SPLIT.value == "train" else data.evaluation
-    # Ids of a padded vocabulary may be among the stored ones.
-    vocab_size = len(data.tokenizer)
-    if config.teacher.path:
-        vocab_size = hf.read_config(hf.resolve(config.teacher.path)).vocab_size
-    rows = file_format.read(
-        path, k=min(config.cache.k, vocab_size), vocab_size=vocab_size
-    )
     num_tokens = sum(len(segment.target_ids) for segment in segments)
     with progress(num_tokens, f"import {_SPLIT.value}") as advance:
-        manifest = merge_export.import_sequences(
-            rows,
+        totals = merge_export.import_file(
+            path,
             segments,
             _out(),
-            _manifest(config, data.tokenizer, vocab_size, file_format.missing),
-            shard_size=config.cache.shard_size,
+            config=config,
+            tokenizer=data.tokenizer,
+            tool=tool,
+            teacher=_TEACHER.value,
+            name=f"{config.data.source} {config.data.path} {_SPLIT.value}",
             advance=advance,
         )
-    try:
-        totals = cache_lib.verify(cache_lib.load_cache(_out()))
-    except ValueError:  # a cache that was refused must not be trained on
-        (pathlib.Path(_out()) / cache_lib.MANIFEST).unlink()
-        raise
-    print_table(f"imported {manifest.data} into {_out()}", [totals])
-
-
-def _manifest(
-    config: Config, tokenizer: Any, vocab_size: int, missing: tuple[str, ...]
-) -> Manifest:
-    from kdjax.data import tokenizer as tokenizers
-    from kdjax.teacher.manifest import Manifest
-
-    teacher = _TEACHER.value or config.teacher.path or "unknown"
-    return Manifest(
-        kind="top_k",
-        k=min(config.cache.k, vocab_size),
-        vocab_size=vocab_size,
-        temperatures=(1.0,),
-        tokenizer_fingerprint=tokenizers.fingerprint(tokenizer),
-        teacher_path=teacher,
-        teacher_fingerprint=f"{_FORMAT.value}:{teacher}",
-        missing=missing,
-        data=f"{config.data.source} {config.data.path} {_SPLIT.value}",
-    )
+    print_table(f"imported {_SPLIT.value} into {_out()}", [totals])
 
 
 def _check_count(names: list[str], count: int, *, more: bool = False) -> list[str]:

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from kdjax import config as config_lib
 from kdjax import train
 from kdjax.config import Config
 from kdjax.experiment.data import load_data
@@ -25,15 +24,16 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> tuple[Config, pathlib.Path]:
+def finished(decoder_run, tmp_path_factory) -> tuple[Config, pathlib.Path]:
     """A run whose cache holds the whole vocabulary of every token, at T = 1 alone."""
     workdir = tmp_path_factory.mktemp("finished")
-    config = helpers.small_config(
-        cache={"k": 113, "temperatures": (1.0,)},
-        method={"temperature": 1.0},
-        teacher={"num_train": 400, "steps": 150},
+    config = helpers.taught(
+        decoder_run[1].parent,
+        cache="",
+        method={"temperature": 1.0, "tail": "renormalize_both"},
         evaluation={"num_generations": 0},
     )
+    config.cache = dataclasses.replace(config.cache, k=113, temperatures=(1.0,))
     train.run(config, workdir)
     return config, workdir
 
@@ -84,24 +84,39 @@ def test_describe_sums_up_the_records(finished):
     assert len(describe.histogram_lines(found)) <= 32
 
 
-def test_info_and_verify_print_and_draw(finished, tmp_path):
-    _, workdir = finished
-    folder = workdir / "cache" / "train"
+def test_statistics_are_plotted(finished, tmp_path):
+    cache = cache_of(finished[1])
+    describe.plot(describe.summarize(cache), tmp_path / "info.png")
+    assert (tmp_path / "info.png").stat().st_size > 5000
+
+
+@pytest.mark.slow
+def test_info_and_verify_print(finished, tmp_path):
+    folder = finished[1] / "cache" / "train"
     done = command("info", folder, f"--png={tmp_path}/info.png")
     assert done.returncode == 0 and "bytes_per_token" in done.stdout, done.stderr
     assert "nats" in done.stdout and (tmp_path / "info.png").stat().st_size > 5000
     assert command("verify", folder).returncode == 0
-    for arguments, message in (
-        (["verify", tmp_path], "has no manifest.json"),
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["verify", "{tmp}"], "has no manifest.json"),
         (["verify"], "1 wanted"),
-        (["look", folder], "action='look' is unknown"),
-        (["merge", folder, folder, f"--out={tmp_path}/m"], "disjoint"),
-        (["export", folder], "--out is missing"),
-    ):
-        failed = command(*arguments)
-        errors = [line for line in failed.stderr.splitlines() if "error:" in line]
-        assert failed.returncode != 0 and len(errors) == 1, failed.stderr
-        assert message in errors[0]
+        (["look", "{tmp}"], "action='look' is unknown"),
+        (["export", "{cache}"], "--out is missing"),
+        (["import", "f", "--layout=vllm"], "--layout was renamed: use --format=vllm"),
+        (["import", "f", "--format=llama"], "--format=llama: use one of ['axolotl'"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_the_command_fails_in_one_line(decoder_run, tmp_path, arguments, message):
+    cache = decoder_run[1] / "cache" / "train"
+    failed = command(*(a.format(tmp=tmp_path, cache=cache) for a in arguments))
+    errors = [line for line in failed.stderr.splitlines() if "error:" in line]
+    assert failed.returncode != 0 and len(errors) == 1, failed.stderr
+    assert message in errors[0]
 
 
 def test_export_has_every_number(finished, tmp_path):
@@ -133,6 +148,8 @@ def test_merge_copies_every_record(finished, tmp_path):
         merge_export.merge(
             [parts[0], cache_lib.TeacherCache(parts[1].folder, other)], tmp_path / "no"
         )
+    with pytest.raises(ValueError, match="merge caches of disjoint examples"):
+        merge_export.merge([parts[0], parts[0]], tmp_path / "no")
 
 
 def write_axolotl(path, sequences):
@@ -157,39 +174,48 @@ def write_axolotl(path, sequences):
 )
 def test_import_gives_the_losses_of_the_cache(finished, tmp_path, tool, suffix, write):
     config, workdir = finished
-    file = tmp_path / f"dump.{suffix}"
-    write(file, whole_sequences(config, cache_of(workdir)))
-    data = tmp_path / "config.py"
-    data.write_text(
-        "from kdjax import config\n"
-        "def get_config(argument=''):\n"
-        f"    return config.from_json({config_lib.to_json(config)!r})\n"
+    own = cache_of(workdir)
+    write(tmp_path / f"dump.{suffix}", whole_sequences(config, own))
+    data = load_data(config, splits=("train",))
+    merge_export.import_file(
+        tmp_path / f"dump.{suffix}",
+        data.train,
+        tmp_path / "cache",
+        config=config,
+        tokenizer=data.tokenizer,
+        tool=tool,
     )
-    out = tmp_path / "cache" / "train"
-    done = command(
-        "import", file, f"--format={tool}", f"--config={data}", f"--out={out}"
-    )
-    assert done.returncode == 0, done.stderr
-    os.symlink(workdir / "cache" / "eval", tmp_path / "cache" / "eval")
-    losses = []
-    for path in (workdir / "cache", tmp_path / "cache"):
-        again = dataclasses.replace(
-            config,
-            teacher=dataclasses.replace(config.teacher, path=str(workdir / "teacher")),
-            cache=dataclasses.replace(config.cache, path=str(path)),
-            method=dataclasses.replace(config.method, tail="renormalize_both"),
-        )
-        train.run(again, tmp_path / f"run{len(losses)}")
-        lines = (tmp_path / f"run{len(losses)}" / "metrics.jsonl").read_text()
-        losses.append(
-            [json.loads(s)["loss"] for s in lines.splitlines() if '"loss"' in s]
-        )
+    imported = cache_lib.load_cache(tmp_path / "cache")
+    assert imported.manifest.teacher_fingerprint == f"{tool}:{config.teacher.path}"
+    losses = [helpers.TrainSteps(config, cache=c).losses for c in (own, imported)]
     np.testing.assert_allclose(*losses, rtol=1e-3)
     if tool == "axolotl":
         with pytest.raises(ValueError, match="tail='bucket' needs the mass outside"):
-            cache_lib.load_cache(out, tail="bucket")
+            cache_lib.load_cache(tmp_path / "cache", tail="bucket")
         with pytest.raises(ValueError, match=r"temperature=2\.0 was not declared"):
-            cache_lib.load_cache(out, temperatures=(2.0,))
+            cache_lib.load_cache(tmp_path / "cache", temperatures=(2.0,))
+
+
+@pytest.mark.slow
+def test_a_run_reads_what_the_command_imported(finished, tmp_path):
+    config, workdir = finished
+    convert.write_vllm(tmp_path / "dump", whole_sequences(config, cache_of(workdir)))
+    file = helpers.write_config_file(config, tmp_path / "config.py")
+    folder = tmp_path / "cache"
+    done = command(
+        "import",
+        tmp_path / "dump",
+        "--format=vllm",
+        f"--config={file}",
+        f"--out={folder}/train",
+    )
+    assert done.returncode == 0 and "teacher_nll" in done.stdout, done.stderr
+    (folder / "eval").symlink_to(workdir / "cache" / "eval")
+    cache = dataclasses.replace(config.cache, path=str(folder))
+    train.run(dataclasses.replace(config, cache=cache), tmp_path / "run")
+    np.testing.assert_allclose(
+        helpers.losses(tmp_path / "run"), helpers.losses(workdir), rtol=1e-3
+    )
 
 
 def test_an_import_finds_what_is_read_before_the_target(tmp_path):

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from kdjax.teacher import cache as cache_lib
 
@@ -101,6 +100,8 @@ def histogram_lines(summary: dict[str, Any]) -> list[str]:
 
 def plot(summary: dict[str, Any], path: str | os.PathLike) -> None:
     """Plot the histogram of entropies and the mass captured by the first pairs."""
+    from matplotlib.figure import Figure  # half a second, which print needs not
+
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     if "histogram" in summary:

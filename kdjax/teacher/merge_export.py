@@ -11,15 +11,18 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-import datasets
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
+from kdjax.config import Config
+from kdjax.data.tokenizer import fingerprint
 from kdjax.data.views import Segment
+from kdjax.models import hf
 from kdjax.teacher import cache as cache_lib
 from kdjax.teacher import shards
 from kdjax.teacher.codec import Record
-from kdjax.teacher.importers.convert import ImportedSequence
-from kdjax.teacher.manifest import Manifest
+from kdjax.teacher.importers.convert import FORMATS, ImportedSequence
+from kdjax.teacher.manifest import MANIFEST, Manifest
 
 
 def merge(
@@ -96,6 +99,8 @@ def export(cache: cache_lib.TeacherCache, out: str | os.PathLike) -> int:
     Raises:
       ValueError: the file exists.
     """
+    import datasets  # seconds, which no other action needs
+
     path = pathlib.Path(out)
     if path.exists() or not path.parent.is_dir():
         raise ValueError(f"out={out!s} exists, or its folder does not: name a new file")
@@ -140,7 +145,10 @@ def _without_unused(array: np.ndarray, used: np.ndarray) -> list[Any]:
     return [_without_unused(*pair) for pair in zip(array, used, strict=True)]
 
 
-def _features(kind: str) -> datasets.Features:
+def _features(kind: str) -> Any:
+    """Return the columns of a kind of cache, as datasets.Features."""
+    import datasets
+
     def of(dtype: str, depth: int) -> Any:
         feature = datasets.Value(dtype)
         for _ in range(depth):
@@ -226,6 +234,68 @@ def import_sequences(
     for index, part in enumerate(parts):
         cache_lib.write_shard(out, index, len(parts), part, manifest)
     return cache_lib.finish(out, manifest, num_shards=len(parts))
+
+
+def import_file(
+    path: str | os.PathLike,
+    segments: Sequence[Segment],
+    out: str | os.PathLike,
+    *,
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    tool: str,
+    teacher: str | None = None,
+    name: str = "",
+    advance: Callable[[int], None] = lambda num_tokens: None,
+) -> dict[str, float]:
+    """Import a file of another tool as a verified cache.
+
+    Args:
+      path: file, or folder of files, that the tool wrote.
+      segments: the examples to be covered, in the data's order.
+      out: a new folder.
+      config: of the run that will read the cache.
+      tokenizer: of the segments.
+      tool: a key of `convert.FORMATS`.
+      teacher: name of the model that the tool ran; None = `config.teacher.path`.
+      name: of the segments, for the manifest.
+      advance: called with the target tokens of every segment matched.
+
+    Returns:
+      What `cache.verify` returns.
+
+    Raises:
+      ValueError: as `import_sequences` and `cache.verify`; then there is no manifest.
+    """
+    vocab_size = len(tokenizer)
+    if config.teacher.path:  # ids of a padded vocabulary may be among the stored ones
+        vocab_size = hf.read_config(hf.resolve(config.teacher.path)).vocab_size
+    k = min(config.cache.k, vocab_size)
+    teacher = teacher or config.teacher.path or "unknown"
+    manifest = Manifest(
+        kind="top_k",
+        k=k,
+        vocab_size=vocab_size,
+        temperatures=(1.0,),
+        tokenizer_fingerprint=fingerprint(tokenizer),
+        teacher_path=teacher,
+        teacher_fingerprint=f"{tool}:{teacher}",
+        missing=FORMATS[tool].missing,
+        data=name,
+    )
+    import_sequences(
+        FORMATS[tool].read(path, k=k, vocab_size=vocab_size),
+        segments,
+        out,
+        manifest,
+        shard_size=config.cache.shard_size,
+        advance=advance,
+    )
+    try:
+        return cache_lib.verify(cache_lib.load_cache(out))
+    except ValueError:  # a cache that was refused must not be trained on
+        (pathlib.Path(out) / MANIFEST).unlink()
+        raise
 
 
 def _record(rows: ImportedSequence, segment: Segment, manifest: Manifest) -> Record:
