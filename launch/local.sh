@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs one kdjax verb as N processes on this machine, as a cluster would:
+# Runs one kdjax command as N processes on this machine, as a cluster would:
 #   launch/local.sh 2 -m kdjax.train --config=configs/quickstart.py
 # KDJAX_DEVICES sets the (virtual CPU) devices of each process; without it each sees its own.
 set -euo pipefail

@@ -57,8 +57,8 @@ def test_the_console_script_lists_the_commands(monkeypatch, capsys, arguments):
 
 
 def test_an_unknown_command_is_one_line(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["kdjax", "trian"])
-    with pytest.raises(SystemExit, match=r"^kdjax: error: command='trian' .*'train'"):
+    monkeypatch.setattr(sys, "argv", ["kdjax", "teach"])
+    with pytest.raises(SystemExit, match=r"^kdjax: error: command='teach' .*'train'"):
         script.main()
 
 
