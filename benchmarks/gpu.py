@@ -36,14 +36,14 @@ HERE = pathlib.Path(__file__).resolve().parent
 
 
 def student() -> dict[str, Any]:
-    """The 1B student; a live teacher is timed in "online"."""
+    """Return the 1B student; a live teacher is timed in "online"."""
     from configs import bench_1b
 
     return _measure(bench_1b.get_config("smoke" if _SMALL.value else ""), online=False)
 
 
 def online() -> dict[str, Any]:
-    """A student of the shape of Qwen3-0.6B, its teacher of that of Qwen3-4B."""
+    """Return a student of the shape of Qwen3-0.6B, its teacher of that of Qwen3-4B."""
     from configs import bench_1b
     from kdjax.config import DecoderConfig
 
@@ -95,7 +95,7 @@ def head() -> dict[str, Any]:
 
 
 def liger() -> dict[str, Any]:
-    """The peers' heads, in the interpreter that has them."""
+    """Time the peers' heads, in the interpreter that has them."""
     small = ["--tokens=128", "--width=64", "--vocab=512", "--k=16", "--device=cpu"]
     command = [_TORCH.value, str(HERE / "peers" / "liger_head.py")]
     done = subprocess.run(
@@ -137,7 +137,7 @@ def run_part(name: str) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> None:
-    """Runs one part here, or all of them in turn."""
+    """Run one part here, or all of them in turn."""
     del argv
     parts: dict[str, Callable[[], dict[str, Any]]] = {
         "student": student,
@@ -159,7 +159,7 @@ def main(argv: list[str]) -> None:
 
 
 def headline(found: dict[str, Any]) -> str:
-    """What to look at first."""
+    """Return the numbers to look at first."""
     if "failed" in found or "skipped" in found:
         return str(found)
     if "per_second" in found:

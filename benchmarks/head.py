@@ -76,7 +76,7 @@ def fused_loss(shape: Shape) -> Callable[..., jax.Array]:
 
 
 def plain_loss(shape: Shape) -> Callable[..., jax.Array]:
-    """The same loss with all logits at once, left to automatic differentiation."""
+    """Return the same loss with all logits at once, by automatic differentiation."""
     del shape
 
     def loss(hidden_ND, weight_VD, targets_N, teacher):
@@ -114,7 +114,7 @@ def temporary_arrays(make: Callable[[Shape], Any], shape: Shape) -> float | None
 def measure(
     shape: Shape, *, rounds: int, steps: int, dense: bool = True
 ) -> dict[str, Any]:
-    """Times the heads and the matrix product in turn.
+    """Time the heads and the matrix product in turn.
 
     Returns:
       For "fused" and "plain": "loss", "seconds" a pass (median over rounds),

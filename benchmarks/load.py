@@ -50,7 +50,7 @@ _SHAPE = DecoderConfig(
 
 
 def make(folder: pathlib.Path, num_bytes: int, dtype: str) -> None:
-    """Writes a model of about so many bytes, at least of a layer."""
+    """Write a model of about so many bytes, at least of a layer."""
     itemsize = 2 if dtype == "bfloat16" else 4
     sizes = [
         sum(map(math.prod, hf.stored_shapes(_SHAPE, {"layers": n}).values()))
@@ -78,7 +78,7 @@ def memory(name: str) -> int:
 
 
 def measure(folder: pathlib.Path, dtype: str) -> dict[str, Any]:
-    """Loads and saves a folder in this process."""
+    """Load and save a folder in this process."""
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=-1))
     shape = hf.read_config(folder)
     shardings = sharding.param_shardings(lm.create(shape)[1], mesh)
@@ -107,7 +107,7 @@ def measure(folder: pathlib.Path, dtype: str) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> None:
-    """Makes a folder, starts the process that loads it, prints and writes."""
+    """Make a folder, start the process that loads it, print and write."""
     del argv
     if _LOAD.value:
         print(json.dumps(measure(pathlib.Path(_LOAD.value), _DTYPE.value)))

@@ -1,4 +1,4 @@
-"""What a stored byte buys: the same student on several caches of the same teacher.
+"""Quality per stored byte: the same student on several caches of the same teacher.
 
     python benchmarks/quality.py --out=DIR [--seeds=0,1] [--arms=dense,...] -- FLAGS
 
@@ -61,7 +61,7 @@ def small(cache: str, split: str) -> tuple[str, int]:
 
 
 def settings(cache: str) -> dict[str, object]:
-    """The overrides that name a cache."""
+    """Return the overrides that name a cache."""
     if cache == "dense":
         return {"cache.kind": "dense"}
     kind, number = small(cache, "train")
@@ -72,7 +72,7 @@ def settings(cache: str) -> dict[str, object]:
 def derive(
     dense: TeacherCache, folder: pathlib.Path, *, kind: str, number: int
 ) -> None:
-    """Writes the cache that labelling would have, from the whole rows of the teacher.
+    """Write the cache that labelling would have, from the whole rows of the teacher.
 
     Args:
       dense: the rows.
@@ -147,7 +147,7 @@ def _reduced(key: bytes, record: Record, label, manifest: Manifest) -> Record:
 
 
 def run(verb: str, given: list[str], **overrides: object) -> None:
-    """Runs one verb in its own process."""
+    """Run one command in its own process."""
     extra = [f"--config.{name}={value}" for name, value in overrides.items()]
     command = [sys.executable, "-m", f"kdjax.{verb}", *given, *extra]
     subprocess.run(command, check=True)
@@ -161,7 +161,7 @@ def bytes_per_token(folder: pathlib.Path) -> float:
 
 
 def trained(arm: str, seed: str, out: pathlib.Path, given: list[str]) -> dict:
-    """The held-out metrics of one run, which is made if it is not there."""
+    """Return the held-out metrics of one run, which is made if it is not there."""
     cache, overrides = ARMS[arm]
     workdir = out / "runs" / f"{arm}-{seed}"
     result = workdir / "quality.json"

@@ -63,7 +63,7 @@ EXAMPLES = 16  # of a step
 
 
 def make_config(data: str, tokenizer: str, num_examples: int) -> Config:
-    """The multitask run of the sample."""
+    """Return the multitask run of the sample."""
     folder = pathlib.Path(data)
     return Config(
         data=DataConfig(
@@ -88,7 +88,7 @@ class Ours:
     """kdjax's step over the batches of a plan."""
 
     def __init__(self, config: Config, segments: list, folder: str) -> None:
-        """Loads the weights and makes all batches."""
+        """Load the weights and make all batches."""
         mesh = sharding.make_mesh(config.mesh)
         model, params = load_model(folder, mesh, dtype="float32")
         self.program = program.Program(config, model, mesh)
@@ -157,7 +157,7 @@ def pad(rows: list, value: int) -> torch.Tensor:
 
 
 def padded_batches(segments: list, views: int) -> list:
-    """The same segments as a user batches them: EXAMPLES at a time, a pass a view."""
+    """Batch the segments as a user does: EXAMPLES at a time, a pass per view."""
     batches = []
     for start in range(0, len(segments), views * EXAMPLES):
         chosen = segments[start : start + views * EXAMPLES]

@@ -1,4 +1,4 @@
-"""How fast a teacher cache is read, and what it takes beside other tools' formats.
+"""Read speed and size of a teacher cache beside other tools' formats.
 
     python benchmarks/teacher_cache.py FOLDER [--passes=5] [--json=FILE]
 
@@ -52,7 +52,7 @@ def read_all(cache: cache_lib.TeacherCache, keys: list[bytes]) -> float:
 
 
 def main(argv: list[str]) -> None:
-    """Reads, prints and writes."""
+    """Read, print and write."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     cache = cache_lib.load_cache(argv[1])

@@ -61,7 +61,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def read(folder: str) -> dict[str, Any]:
-    """The case that `prepare.py` wrote into a folder, with its name."""
+    """Read the case that `prepare.py` wrote into a folder, with its name."""
     return json.loads((pathlib.Path(folder) / "case.json").read_text())
 
 
@@ -87,7 +87,7 @@ def peak_rss() -> int:
 
 
 def report(case: dict, *, seconds: list[float], loss: float, **rest: Any) -> None:
-    """Prints the one line of JSON that `run.py` reads.
+    """Print the one line of JSON that `run.py` reads.
 
     Args:
       case: what was run.

@@ -47,7 +47,7 @@ def pairs_loss(
 def forms(
     arguments: argparse.Namespace, device: str
 ) -> tuple[list[torch.Tensor], dict[str, Callable[[], Callable[[], torch.Tensor]]]]:
-    """The differentiable inputs, and for each form what makes its loss function."""
+    """Return the differentiable inputs, and a maker of the loss function per form."""
     n, d, v, k = arguments.tokens, arguments.width, arguments.vocab, arguments.k
     generator = torch.Generator(device).manual_seed(0)
     kind = {"device": device, "generator": generator}

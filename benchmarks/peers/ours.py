@@ -40,12 +40,12 @@ _MODES = ("loop", "step", "online", "dense")
 
 
 def shape(case: dict, part: str) -> DecoderConfig:
-    """The "student" or "teacher" of a case."""
+    """Return the "student" or "teacher" of a case."""
     return DecoderConfig(vocab_size=case["vocab_size"], **case[part])
 
 
 def config(case: dict, folder: pathlib.Path) -> Config:
-    """The case as a run of kdjax."""
+    """Return the case as a run of kdjax."""
     temperatures = tuple(sorted({1.0, case["temperature"]}))
     return Config(
         name=case["name"],
@@ -74,7 +74,7 @@ def config(case: dict, folder: pathlib.Path) -> Config:
 
 
 def segments(folder: pathlib.Path) -> list[Segment]:
-    """The rows of tokens.npy: one token of prompt, the rest are targets."""
+    """Read the rows of tokens.npy: one token of prompt, the rest are targets."""
     rows = np.load(folder / "tokens.npy")
     rows = rows.reshape(-1, rows.shape[-1])
     return [
@@ -84,7 +84,7 @@ def segments(folder: pathlib.Path) -> list[Segment]:
 
 
 def workload(case: dict, folder: pathlib.Path) -> Workload:
-    """The case's rows in their order, with its cache."""
+    """Return the case's rows in their order, with its cache."""
     mesh = sharding.make_mesh(MeshConfig())
     plan = loader.BatchPlan(
         segments(folder),
@@ -103,7 +103,7 @@ def workload(case: dict, folder: pathlib.Path) -> Workload:
 
 
 def run(folder: pathlib.Path, mode: str, steps: int) -> None:
-    """Times one mode and prints its line."""
+    """Time one mode and print its line."""
     before = peak_rss()
     malloc.trim_after_compile()  # as commands do
     case = read(str(folder))

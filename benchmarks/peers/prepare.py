@@ -87,7 +87,7 @@ def _label(config: Config, segments: list, folder: pathlib.Path) -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Prepares the case of the flags."""
+    """Prepare the case of the flags."""
     del argv
     prepare(_CASE.value, pathlib.Path(_OUT.value))
 

@@ -53,7 +53,7 @@ _TOLERANCE = 1e-4  # of losses of the same problem, relative
 
 
 def call(python: str, script: str, *arguments: str, timeout: int) -> dict[str, Any]:
-    """The JSON that a script prints last, or {"skipped": why}."""
+    """Return the JSON that a script prints last, or {"skipped": why}."""
     # Peers' environments have no kdjax, and need none; ours may be a checkout.
     path = os.pathsep.join([str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")])
     # Ours runs as our commands do. In the environment, GLIBC_TUNABLES is for all.
@@ -152,7 +152,7 @@ def summarise(case: str, found: dict[str, list[dict[str, Any]]]) -> dict[str, An
 
 
 def same_problem(runs: dict[str, Any]) -> dict[str, Any]:
-    """Whether parameters, tokens and the dense loss agree with ours on whole rows."""
+    """Compare parameters, tokens and the dense loss with ours on whole rows."""
     dense = runs.get("kdjax: whole rows")
     others = {name: r for name, r in runs.items() if not name.startswith("kdjax")}
     if not dense or not others:
@@ -196,7 +196,7 @@ def print_case(found: dict[str, Any]) -> None:
 
 
 def interpreters(entries: list[str]) -> dict[str, str]:
-    """The interpreters of --python, by library."""
+    """Return the interpreters of --python, by library."""
     found = {}
     for entry in entries:
         name, _, path = entry.partition("=")
@@ -207,7 +207,7 @@ def interpreters(entries: list[str]) -> dict[str, str]:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Runs, prints and writes after every case."""
+    """Run, print and write after every case."""
     results = []
     with tempfile.TemporaryDirectory(prefix="kdjax-peers-") as scratch:
         for peer in names_of("peers", arguments.peers, PEERS):
@@ -224,7 +224,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def names_of(flag: str, text: str, known: dict[str, Any]) -> list[str]:
-    """The names of a flag, joined by commas."""
+    """Return the names in a flag, which are joined by commas."""
     names = [name for name in text.split(",") if name]
     if unknown := set(names) - set(known):
         raise SystemExit(f"--{flag}={sorted(unknown)}: use some of {sorted(known)}")

@@ -35,7 +35,7 @@ class Clock(TrainerCallback):
         self.times: list[float] = []
 
     def on_step_end(self, args, state, control, **keywords) -> None:
-        """Called by the trainer."""
+        """Note the time of a step, for the trainer."""
         self.times.append(time.perf_counter())
 
 

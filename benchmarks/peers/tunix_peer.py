@@ -27,7 +27,7 @@ _WARM = 3  # steps that are not timed: compilation, and the first ones after it
 
 
 def load(case: dict, folder: pathlib.Path, part: str, mesh: jax.sharding.Mesh):
-    """The "student" or "teacher" as its own model."""
+    """Return the "student" or "teacher" as its own model."""
     shape = case[part]
     config = llama.ModelConfig(
         num_layers=shape["num_layers"],
@@ -85,7 +85,7 @@ class Trainer(distillation_trainer.DistillationTrainer):
 
 
 def temporary_bytes(trainer: Trainer, batch) -> int | None:
-    """What the compiler plans for the training step, teacher's forward not included."""
+    """Return the planned bytes of the training step, without the teacher's forward."""
     with contextlib.suppress(AttributeError, TypeError, ValueError):
         step = nnx.jit(trainer.create_train_step_fn(), donate_argnames=("optimizer",))
         inputs = trainer._prepare_inputs(batch)

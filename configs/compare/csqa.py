@@ -58,7 +58,7 @@ STUDENTS, SIZES = {"smollm2", "t5"}, {"cpu", "smoke"}
 
 
 def get_config(argument: str = "") -> Comparison:
-    """The comparison."""
+    """Return the comparison."""
     arguments = set(filter(None, argument.split(",")))
     if unknown := arguments - STUDENTS - SIZES:
         raise ValueError(
@@ -114,7 +114,7 @@ def get_config(argument: str = "") -> Comparison:
 
 
 def _student(name: str, small: bool) -> dict[str, Any]:
-    """What makes a run's student one of the two."""
+    """Return the changes that make a run's student one of the two."""
     if name == "smollm2":
         # Pretrained, it reads a suffix ("Explain:") better than a prefix it never saw.
         kept = {
@@ -158,7 +158,7 @@ def _student(name: str, small: bool) -> dict[str, Any]:
 
 
 def _rows(student: str, method: str, small: bool) -> dict[str, Any]:
-    """Rows of a step of about 48 examples, or of eight."""
+    """Return the rows of a step of about 48 examples, or of eight."""
     batch_size, length = SMOLLM2_ROWS[method], 512
     if student == "t5":
         batch_size, length = T5_ROWS[method]
@@ -168,7 +168,7 @@ def _rows(student: str, method: str, small: bool) -> dict[str, Any]:
 
 
 def _shrink(base: Config, further: bool) -> None:
-    """A sample that two cores train on in minutes."""
+    """Take a sample that two cores train on in minutes."""
     base.data.num_train, base.data.num_eval = 60, 40
     base.data.tokenizer = "google/t5-v1_1-base"
     base.train.steps = 30

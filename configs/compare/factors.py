@@ -41,7 +41,7 @@ SHAPES = {
 
 
 def get_config(argument: str = "") -> Comparison:
-    """The comparison."""
+    """Return the comparison."""
     if argument not in ("", "smoke"):
         raise ValueError(f"argument {argument!r} is unknown: use smoke")
     base = Config(

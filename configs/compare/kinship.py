@@ -35,7 +35,7 @@ METHODS = (
 
 
 def base() -> Config:
-    """What all runs have in common."""
+    """Return the config that all runs have in common."""
     decoder = DecoderConfig(
         width=64, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=16, mlp_width=192
     )
@@ -69,7 +69,7 @@ def base() -> Config:
 
 
 def get_config(argument: str = "") -> Comparison:
-    """The comparison."""
+    """Return the comparison."""
     if argument not in ("", "smoke"):
         raise ValueError(f"argument {argument!r} is unknown: use smoke")
     comparison = Comparison(
@@ -101,7 +101,7 @@ def get_config(argument: str = "") -> Comparison:
 
 
 def shrink(comparison: Comparison) -> None:
-    """Makes a comparison on the built-in task tiny."""
+    """Make a comparison on the built-in task tiny."""
     comparison.name += "_smoke"
     comparison.seeds = (0,)
     comparison.metrics, comparison.faithfulness = ("answer_accuracy",), False

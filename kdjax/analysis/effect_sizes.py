@@ -1,4 +1,4 @@
-"""How large a difference is: effect sizes with analytic intervals.
+"""Effect sizes with analytic intervals.
 
 Shapes: M values of one group, N of another.
 """
@@ -29,7 +29,7 @@ class Estimate:
 def hedges_g(
     first_M: Sequence[float], second_N: Sequence[float], *, confidence: float = 0.95
 ) -> Estimate:
-    """Difference of means in pooled standard deviations, less its small-sample bias.
+    """Compute the difference of means in pooled standard deviations, bias-corrected.
 
     g = J (mean_M - mean_N) / s, s^2 = (SS_M + SS_N) / f, f = M + N - 2,
     J = Gamma(f / 2) / (sqrt(f / 2) Gamma((f - 1) / 2)).
@@ -81,7 +81,7 @@ def hedges_g(
 def vargha_delaney(
     first_M: Sequence[float], second_N: Sequence[float], *, confidence: float = 0.95
 ) -> Estimate:
-    """A = P(x > y) + P(x = y) / 2 for x of the first group and y of the second.
+    """Compute A = P(x > y) + P(x = y) / 2, x of the first group and y of the second.
 
     The interval is analytic: all a with |A - a| <= z sqrt(V(a)), where
     V(a) = a (1 - a) (1 + K (1 - a) / (2 - a) + K a / (1 + a)) / (M N) and
@@ -120,11 +120,13 @@ def vargha_delaney(
 def partial_eta_squared(
     f: float, df: float, residual_df: float, *, confidence: float = 0.90
 ) -> Estimate:
-    """Share of the variance that an effect explains, other effects set aside.
+    """Compute the share of variance that an effect explains, others set aside.
 
     eta_p^2 = f df / (f df + residual_df) = SS / (SS + SS_residual). The interval is
     analytic: noncentralities c at which the observed F has the tail probabilities asked
     for, as c / (c + df + residual_df + 1). At 90% it leaves out 0 where p < 0.05.
+    statsmodels' confint_noncentrality differs by more than 1e-4 from F = 20 on, and
+    stops at c = 10,000.
 
     Args:
       f: F statistic.
@@ -160,7 +162,7 @@ def partial_eta_squared(
 
 
 def varies(*groups: Sequence[float]) -> bool:
-    """Whether values vary within their groups, by more than they are rounded."""
+    """Return whether values vary within groups, by more than they are rounded."""
     largest = max(abs(value) for values in groups for value in values)
     within = sum(_squares(np.asarray(values, float)) for values in groups)
     return within > (_ROUNDING * largest) ** 2
@@ -171,12 +173,12 @@ def _squares(values: np.ndarray) -> float:
 
 
 def nothing(statement: str) -> Estimate:
-    """No number, and why."""
+    """Return an estimate without a number, and why."""
     return Estimate(value=None, low=None, high=None, statement=statement)
 
 
 def _noncentral_t(t: float, df: float, c: float) -> float:
-    """P(T <= t) of noncentrality c.
+    """Return P(T <= t) of noncentrality c.
 
     SciPy gives a NaN for some t and c on two sides of 0, all of them where the
     probability is within 1e-12 of 0 or 1.
@@ -190,7 +192,7 @@ def _noncentral_t(t: float, df: float, c: float) -> float:
 def _crossing(
     excess: Callable[[float], float], start: float, lowest: float = -math.inf
 ) -> float | None:
-    """Where a falling function is 0; None where its numbers fail."""
+    """Return where a falling function is 0; None where its numbers fail."""
     reach = max(1.0, abs(start))
     low, high = start, start
     while not (above := excess(low)) >= 0:

@@ -5,7 +5,7 @@ from typing import Any
 
 
 def load(name: str) -> Any:
-    """Imports a package of the extra.
+    """Import a package of the extra.
 
     Args:
       name: dotted name of a module.

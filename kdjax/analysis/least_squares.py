@@ -39,17 +39,16 @@ class Fit:
         self.values, self.terms, self.confidence = values_N, terms, confidence
         ones = np.ones((len(values_N), 1))
         self.x_NP = np.concatenate([ones, *terms.values()], 1)
-        # Of all solutions, that in which columns that others make up have no part.
-        self._kept = _independent(self.x_NP)
-        ols = extras.load("statsmodels.regression.linear_model").OLS
+        self._inverse_PN = np.linalg.pinv(self.x_NP)
         # Less their first value, numbers that lie close together lose no digits.
-        self._result: Any = ols(values_N - values_N[0], self.x_NP[:, self._kept]).fit()
-        self.squares = float(self._result.ssr)  # of the residual
-        self.df = float(self._result.df_resid)
+        shifted_N = values_N - values_N[0]
+        self._params_P = self._inverse_PN @ shifted_N  # the shortest of all solutions
+        self.squares = _squares(shifted_N - self.x_NP @ self._params_P)
+        self.df = float(len(values_N) - np.linalg.matrix_rank(self.x_NP))
 
     @functools.cached_property
     def reason(self) -> str:
-        """Why there is no test, in words; "" if there is one."""
+        """Return why there is no test, in words; "" if there is one."""
         if not effect_sizes.varies(self.values.tolist()):
             return "all values are the same: no variance, no test"
         total = float(((self.values - self.values.mean()) ** 2).sum())
@@ -59,12 +58,12 @@ class Fit:
         return ""
 
     def less(self, name: str) -> "Fit":
-        """The fit without a factor."""
+        """Return the fit without a factor."""
         kept = {key: term for key, term in self.terms.items() if key != name}
         return Fit(self.values, kept, self.confidence)
 
     def test(self, smaller: "Fit") -> dict[str, float]:
-        """df, f and p of what this explains more than a smaller fit; {} without one."""
+        """Return df, f and p of the gain over a smaller fit; {} without a test."""
         df = smaller.df - self.df
         if self.reason or df < 1:
             return {}
@@ -73,15 +72,15 @@ class Fit:
         return {"df": df, "f": f, "p": float(_scipy().f.sf(f, df, self.df))}
 
     def estimable(self, parts: Parts, *, constant: float = 0.0) -> bool:
-        """Whether all solutions agree on a contrast."""
+        """Return whether all solutions agree on a contrast."""
         contrast_P = self._contrast(parts, constant)
-        span_P = contrast_P @ self._span_PP
+        span_P = contrast_P @ self._inverse_PN @ self.x_NP
         return bool(np.abs(span_P - contrast_P).max() < _FAR)
 
     def estimate(
         self, parts: Parts, *, constant: float = 0.0, num: int = 1
     ) -> effect_sizes.Estimate:
-        """A contrast with its interval, by t of the residual.
+        """Estimate a contrast with its interval, by t of the residual.
 
         Args:
           parts: its weights.
@@ -90,20 +89,16 @@ class Fit:
         """
         if not self.estimable(parts, constant=constant):
             return effect_sizes.nothing(self._blame(parts, constant))
-        kept = self._contrast(parts, constant)[self._kept]
-        value = float(kept @ self._result.params + constant * self.values[0])
+        contrast_P = self._contrast(parts, constant)
+        value = float(contrast_P @ self._params_P + constant * self.values[0])
         if self.reason:
             return effect_sizes.Estimate(
                 value=value, low=None, high=None, statement=self.reason
             )
-        spread = float(kept @ self._result.normalized_cov_params @ kept)
+        spread = _squares(contrast_P @ self._inverse_PN)
         t = float(_scipy().t.isf((1 - self.confidence) / 2 / num, self.df))
-        half = t * math.sqrt(max(spread, 0.0) * self.squares / self.df)
+        half = t * math.sqrt(spread * self.squares / self.df)
         return effect_sizes.Estimate(value=value, low=value - half, high=value + half)
-
-    @functools.cached_property
-    def _span_PP(self) -> np.ndarray:
-        return np.linalg.pinv(self.x_NP) @ self.x_NP
 
     def _contrast(self, parts: Parts, constant: float) -> np.ndarray:
         weights = [
@@ -113,7 +108,7 @@ class Fit:
         return np.concatenate([[constant], *weights])
 
     def _blame(self, parts: Parts, constant: float) -> str:
-        """Without which factors a contrast would be estimable, in words."""
+        """Name the factors without which a contrast would be estimable."""
         names = [
             name
             for name in self.terms
@@ -123,18 +118,8 @@ class Fit:
         return f"the levels of {who} meet too seldom to tell them apart"
 
 
-def _independent(x_NP: np.ndarray) -> list[int]:
-    """Columns that those before them do not make up."""
-    found: list[int] = []
-    basis_ND = x_NP[:, :0]
-    for place, column_N in enumerate(x_NP.T):
-        rest_N = column_N - basis_ND @ (basis_ND.T @ column_N)
-        rest_N = rest_N - basis_ND @ (basis_ND.T @ rest_N)  # twice is exact enough
-        length = float(np.linalg.norm(rest_N))
-        if length > _FAR:
-            found.append(place)
-            basis_ND = np.column_stack([basis_ND, rest_N / length])
-    return found
+def _squares(values: np.ndarray) -> float:
+    return float(values @ values)
 
 
 def _scipy() -> Any:

@@ -326,7 +326,7 @@ def _look(place: int) -> tuple[str, str]:
 
 
 def _legend(figure: Any, shown: Mapping[str, Any]) -> None:
-    """Names the levels of the second factor, where there are several."""
+    """Add a legend of the levels of the second factor, where there are several."""
     if len(shown) < 2:
         return
     # A zero-width space keeps a name that starts with "_" from being left out.
@@ -335,7 +335,7 @@ def _legend(figure: Any, shown: Mapping[str, Any]) -> None:
 
 
 def _tick(value: float, position: int | None = None) -> str:
-    """A number beside an axis, without a power of ten."""
+    """Format a number beside an axis, without a power of ten."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:g}"
 
 
@@ -345,7 +345,7 @@ def _short(text: str, longest: int = _LONGEST) -> str:
 
 
 def _svg(figure: Any, name: str, description: str) -> str:
-    """The figure as an element of an HTML page: no ids or styles of the page's own."""
+    """Return a figure as an element of an HTML page, with ids and styles of its own."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     root = ET.fromstring(buffer.getvalue())

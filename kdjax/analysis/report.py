@@ -31,7 +31,7 @@ def write(
     folder: str = ".",
     reliability: Bins | None = None,
 ) -> None:
-    """Writes the page, whole or not at all.
+    """Write the page atomically.
 
     Args:
       path: of the HTML file.
@@ -53,7 +53,37 @@ def render(
     folder: str = ".",
     reliability: Bins | None = None,
 ) -> str:
-    """The page as text; `write` has the arguments. The same runs give the same text."""
+    """Return the page as text; `write` has the arguments.
+
+    The same runs give the same text.
+    """
+    comparisons = [
+        group_tests.compare(found, metric, design) for metric in design.metrics
+    ]
+    points, pareto = _pareto(found, design, comparisons[0])
+    return _template().render(
+        title=title,
+        design=design,
+        runs=found,
+        counts=_counts(found),
+        failed=[run for run in found if run.status != "done"],
+        collapsed=[run for run in found if run.collapsed],
+        columns=tuple(dict.fromkeys((*design.factors, design.seed))),
+        link=lambda run: _link(run, folder),
+        digits={m: _decimals(_values(found, m)) for m in design.numbers},
+        alpha=group_tests.ALPHA,
+        versions=_versions,
+        **_groups_context(comparisons, design),
+        **_factors_context(found, design),
+        sentence=sentence,
+        points=points,
+        frontier=plots.frontier(points, lowest=_falls(design)),
+        pareto=pareto,
+        reliability=plots.reliability(reliability or {}, name="reliability"),
+    )
+
+
+def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
         autoescape=True,
@@ -62,63 +92,51 @@ def render(
         lstrip_blocks=True,
     )
     environment.filters |= {"number": number, "p": p_value}
-    comparisons = [
-        group_tests.compare(found, metric, design) for metric in design.metrics
-    ]
-    figures = {
-        index: plots.dots(
-            comparison.all_runs.groups,
-            comparison.metric,
-            name=f"metric-{index}",
-        )
-        for index, comparison in enumerate(comparisons, start=1)
+    return environment.get_template(_TEMPLATE)
+
+
+def _groups_context(
+    comparisons: Sequence[group_tests.Comparison], design: runs.Design
+) -> dict[str, Any]:
+    """Return what the template shows of groups."""
+    return {
+        "comparisons": comparisons,
+        "best": {c.metric: _best(c, design) for c in comparisons},
+        "overview": _overview(comparisons),
+        "places": {
+            (group.level, group.within): place
+            for place, group in enumerate(comparisons[0].all_runs.groups, start=1)
+        },
+        "figures": {
+            index: plots.dots(
+                comparison.all_runs.groups, comparison.metric, name=f"metric-{index}"
+            )
+            for index, comparison in enumerate(comparisons, start=1)
+        },
     }
-    points, pareto = _pareto(found, design, comparisons[0])
+
+
+def _factors_context(found: Sequence[runs.Run], design: runs.Design) -> dict[str, Any]:
+    """Return what the template shows of factors: nothing unless several vary."""
     several = len(factor_effects.levels(found, design)) > 1
     by_factor = {
         index: factor_effects.compare(found, metric, design)
         for index, metric in enumerate(design.metrics if several else (), start=1)
     }
-    return environment.get_template(_TEMPLATE).render(
-        title=title,
-        design=design,
-        runs=found,
-        counts=_counts(found),
-        failed=[run for run in found if run.status != "done"],
-        collapsed=[run for run in found if run.collapsed],
-        comparisons=comparisons,
-        digits={m: _decimals(_values(found, m)) for m in design.numbers},
-        best={c.metric: _best(c, design) for c in comparisons},
-        overview=_overview(comparisons),
-        places={
-            (group.level, group.within): place
-            for place, group in enumerate(comparisons[0].all_runs.groups, start=1)
-        },
-        versions=_versions,
-        figures=figures,
-        by_factor=by_factor,
-        panels={
-            index: plots.levels(
-                one.all_runs.factors,
-                one.metric,
-                anchor=f"factor-{index}",
-                name=f"factors-{index}",
-            )
-            for index, one in by_factor.items()
-        },
-        sentence=sentence,
-        points=points,
-        frontier=plots.frontier(points, lowest=_falls(design)),
-        pareto=pareto,
-        reliability=plots.reliability(reliability or {}, name="reliability"),
-        link=lambda run: _link(run, folder),
-        columns=tuple(dict.fromkeys((*design.factors, design.seed))),
-        alpha=group_tests.ALPHA,
-    )
+    panels = {
+        index: plots.levels(
+            effects.all_runs.factors,
+            effects.metric,
+            anchor=f"factor-{index}",
+            name=f"factors-{index}",
+        )
+        for index, effects in by_factor.items()
+    }
+    return {"by_factor": by_factor, "panels": panels}
 
 
 def number(value: float | None, decimals: int | None = None) -> str:
-    """A number as text: with decimals, or with four digits; a dash where none is."""
+    """Format a number: with decimals, or with four digits; a dash for None."""
     if value is None:
         return _NONE
     if not math.isfinite(value):
@@ -130,14 +148,14 @@ def number(value: float | None, decimals: int | None = None) -> str:
 
 
 def p_value(value: float | None) -> str:
-    """A probability as text: four decimals."""
+    """Format a probability with four decimals."""
     if value is None:
         return _NONE
     return "< 0.0001" if value < 0.0001 else number(value, 4)
 
 
 def sentence(factor: factor_effects.Factor, confidence: float, decimals: int) -> str:
-    """What was found of a factor, in plain words.
+    """Return what the model says of a factor, in plain words.
 
     Args:
       factor: of a model.
@@ -145,22 +163,24 @@ def sentence(factor: factor_effects.Factor, confidence: float, decimals: int) ->
       decimals: of its numbers.
     """
     first, *rest = factor.levels
-    words, seen, told = [], False, False
+    words, seen, confidence_named = [], False, False
     for level in rest:
-        found = level.difference
-        assert found is not None  # the first level alone has none
+        difference = level.difference
+        assert difference is not None  # the first level alone has none
         name = f"{level.name} against {first.name}"
-        if found.value is None:
+        if difference.value is None:
             words.append(f"{name}: not estimable")
             continue
-        value = _signed(found.value, decimals)
-        if found.low is None or found.high is None:
+        value = _signed(difference.value, decimals)
+        if difference.low is None or difference.high is None:
             words.append(f"{name}: {value}, without an interval")
             continue
-        bounds = f"{number(found.low, decimals)} to {number(found.high, decimals)}"
-        interval = bounds if told else f"{100 * confidence:g}% interval {bounds}"
-        told = True
-        if found.low <= 0 <= found.high:
+        low, high = number(difference.low, decimals), number(difference.high, decimals)
+        interval = f"{low} to {high}"
+        if not confidence_named:
+            interval = f"{100 * confidence:g}% interval {interval}"
+            confidence_named = True
+        if difference.low <= 0 <= difference.high:
             words.append(f"{name}: no difference seen ({value}, {interval})")
         else:
             seen = True
@@ -176,7 +196,7 @@ def sentence(factor: factor_effects.Factor, confidence: float, decimals: int) ->
 
 
 def _signed(value: float, decimals: int) -> str:
-    """A difference as text; what is rounded to zero has no sign."""
+    """Format a difference; what is rounded to zero has no sign."""
     text = number(abs(value), decimals)
     if not text.strip("0."):
         return text
@@ -184,13 +204,13 @@ def _signed(value: float, decimals: int) -> str:
 
 
 def _link(run: runs.Run, folder: str) -> str:
-    """To the directory of a run; relative, whatever its name looks like."""
+    """Return a link to the directory of a run: relative, whatever its name."""
     path = run.name if folder in ("", ".") else f"{folder}/{run.name}"
     return f"./{urllib.parse.quote(path)}/"
 
 
 def _decimals(values: Sequence[float]) -> int:
-    """Decimals with which the largest of the numbers has four digits."""
+    """Return the decimals with which the largest number has four digits."""
     largest = max((abs(value) for value in values), default=0.0)
     if not largest:
         return _DIGITS
@@ -203,7 +223,7 @@ def _values(found: Sequence[runs.Run], column: str) -> list[float]:
 
 
 def _counts(found: Sequence[runs.Run]) -> dict[str, int]:
-    """How many runs have each status, in the order in which they come."""
+    """Return the number of runs of each status, in order of appearance."""
     counts: dict[str, int] = {}
     for run in found:
         status = run.status or "no status"
@@ -214,7 +234,7 @@ def _counts(found: Sequence[runs.Run]) -> dict[str, int]:
 def _best(
     comparison: group_tests.Comparison, design: runs.Design
 ) -> set[tuple[str, str]]:
-    """Groups with the best mean of their level of the second factor."""
+    """Return the groups with the best mean at their level of the second factor."""
     sign = -1 if comparison.metric in design.lower_is_better else 1
     best: dict[str, float] = {}
     for group in comparison.all_runs.groups:
@@ -230,7 +250,7 @@ def _best(
 
 
 def _overview(comparisons: Sequence[group_tests.Comparison]) -> list[list[runs.Group]]:
-    """A line a group: itself once a metric."""
+    """Return a line per group: itself, once per metric."""
     columns = [comparison.all_runs.groups for comparison in comparisons]
     return [list(line) for line in zip(*columns, strict=True)]
 
@@ -238,7 +258,7 @@ def _overview(comparisons: Sequence[group_tests.Comparison]) -> list[list[runs.G
 def _versions(
     comparison: runs.Analysis,
 ) -> list[tuple[str, Any]]:
-    """All runs, and beside them what is left without outliers."""
+    """Return the analysis of all runs and, if it differs, of those without outliers."""
     versions: list[tuple[str, Any]] = [("all runs", comparison.all_runs)]
     if comparison.without_outliers is not None:
         versions.append(("without outliers", comparison.without_outliers))
@@ -252,7 +272,7 @@ def _falls(design: runs.Design) -> bool:
 def _pareto(
     found: Sequence[runs.Run], design: runs.Design, first: group_tests.Comparison
 ) -> tuple[list[plots.Point], str]:
-    """Mean quality (the first metric) and cost of each group that has both."""
+    """Return mean quality (the first metric) and cost of each group, and a figure."""
     if not design.cost:
         return [], ""
     costs = runs.groups(found, design.cost, design)
