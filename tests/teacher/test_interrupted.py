@@ -27,7 +27,7 @@ MANIFEST = Manifest(
     teacher_path="teacher",
     teacher_fingerprint="weights",
 )
-NUM_KILLS, NUM_DAMAGES = 30, 300
+NUM_DAMAGES = 300
 
 
 def segments():
@@ -73,25 +73,25 @@ def contents(folder: pathlib.Path) -> dict[str, bytes]:
 
 
 class _Clock:
-    """Counts what labelling does and pulls the plug before event number `last`."""
+    """Lists the events of labelling and kills the process before number `last`."""
 
     def __init__(self, last: int) -> None:
-        self.now, self.last = 0, last
+        self.events, self.last = [], last
 
     def watch(self, owner, name):
         original = getattr(owner, name)
 
         def counted(*arguments, **keywords):
-            if self.now == self.last:
+            if len(self.events) == self.last:
                 os.kill(os.getpid(), signal.SIGKILL)
-            self.now += 1
+            self.events.append(name)
             return original(*arguments, **keywords)
 
         setattr(owner, name, counted)
 
 
 def fill_until(folder: pathlib.Path, last: int, report) -> None:
-    """In a process of its own: label until event `last`, say how many there were."""
+    """In a process of its own: label until event `last`, report all of them."""
     clock = _Clock(last)
     for owner, name in (
         (codec, "encode"),  # a record
@@ -103,10 +103,11 @@ def fill_until(folder: pathlib.Path, last: int, report) -> None:
     ):
         clock.watch(owner, name)
     fill(folder)
-    report.put(clock.now)
+    report.put(clock.events)
 
 
-def test_killed_at_thirty_points_it_ends_with_the_same_bytes(tmp_path, monkeypatch):
+@pytest.mark.parametrize("num_kills", [8, pytest.param(30, marks=pytest.mark.slow)])
+def test_killed_anywhere_it_ends_with_the_same_bytes(tmp_path, monkeypatch, num_kills):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.teacher.test_interrupted"])
     report = context.SimpleQueue()
@@ -118,8 +119,7 @@ def test_killed_at_thirty_points_it_ends_with_the_same_bytes(tmp_path, monkeypat
         return process.exitcode
 
     assert start(tmp_path / "whole", -1) == 0
-    num_events, whole = report.get(), contents(tmp_path / "whole")
-    assert num_events >= NUM_KILLS
+    events, whole = report.get(), contents(tmp_path / "whole")
     labelled = []
     original = label.cache.write_shard
     monkeypatch.setattr(
@@ -131,9 +131,14 @@ def test_killed_at_thirty_points_it_ends_with_the_same_bytes(tmp_path, monkeypat
         ),
     )
     rng = np.random.default_rng(0)
-    for last in rng.choice(num_events, NUM_KILLS, replace=False):
+    order = rng.permutation(len(events)).tolist()
+    kinds = {events[i]: i for i in order}  # one event of every kind
+    others = [i for i in order if i not in kinds.values()]
+    points = [*kinds.values(), *others][:num_kills]
+    assert len(points) == num_kills > len(kinds)
+    for last in points:
         folder = tmp_path / f"killed{last}"
-        assert start(folder, int(last)) == -signal.SIGKILL
+        assert start(folder, last) == -signal.SIGKILL
         before = contents(folder)
         complete = {n: b for n, b in before.items() if n.endswith(".array_record")}
         labelled.clear()
