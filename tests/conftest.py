@@ -20,8 +20,12 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 import jax
 import pytest
 
+from tests import shape_checks
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Types and shapes of the losses' arguments and results are checked as they are traced.
+shape_checks.install("kdjax.losses")
 
 
 def _folder(variable: str) -> pathlib.Path:

@@ -1,4 +1,4 @@
-"""The ways in which distillation code goes wrong, each put in on purpose.
+"""Mutations: the ways in which distillation code goes wrong, each put in on purpose.
 
 The classes are those that users of other libraries have reported. For each of them the
 code is broken that way in a copy, and the test that guards against it must fail. (That
@@ -37,18 +37,18 @@ BREAKS = [
         old="items = np.concatenate(contents)\n    kinds",
         new="items = np.concatenate(contents[: len(contents) // plan.num_microbatches])"
         "\n    kinds",
-        test="test_step.py::test_microbatches_do_not_change_the_step",
+        test="training/test_step.py::test_microbatches_do_not_change_the_step",
     ),
     Break(
         number=1,
         what="a microbatch without a valid token spoils the step",
-        file="step.py",
+        file="training/step.py",
         old="return jax.tree.map(jnp.add, carry, (total, grads)), sums",
         new="seen = sums['count'].sum().astype(jnp.float32)\n"
         "            return jax.tree.map(\n"
         "                lambda a, b: a + b * seen / seen, carry, (total, grads)\n"
         "            ), sums",
-        test="test_step.py::test_a_microbatch_without_any_valid_token_is_harmless",
+        test="training/test_step.py::test_a_microbatch_without_any_valid_token_is_harmless",
     ),
     Break(
         number=2,
@@ -56,15 +56,15 @@ BREAKS = [
         file="losses/options.py",
         old="slope = 1.0 - (logits / self.softcap) ** 2",
         new="slope = jnp.ones_like(logits)",
-        test="losses/test_head_features.py::test_features[softcap-pairs-1.0]",
+        test="losses/test_fused_head_features.py::test_features[softcap-pairs-2.0]",
     ),
     Break(
         number=2,
         what="the fused path forgets the bias",
-        file="losses/fused.py",
+        file="losses/head.py",
         old="if head.bias_V is not None:\n        products_CV +=",
         new="if head.bias_V is None:\n        products_CV +=",
-        test="losses/test_head_features.py::test_features[bias-pairs-1.0]",
+        test="losses/test_fused_head_features.py::test_features[bias-pairs-2.0]",
     ),
     Break(
         number=3,
@@ -86,10 +86,10 @@ BREAKS = [
     Break(
         number=4,
         what="padding of the vocabulary gets probability",
-        file="losses/part.py",
+        file="losses/vocab_shard.py",
         old="logits_CV.at[:, self.num_valid :].set(-jnp.inf)",
         new="logits_CV.at[:, self.num_valid :].set(0.0)",
-        test="losses/test_head.py::test_num_valid",
+        test="losses/test_fused_head.py::test_num_valid",
     ),
     Break(
         number=5,
@@ -106,7 +106,7 @@ BREAKS = [
         file="losses/sparse.py",
         old='    if tail == "drop":\n        p =',
         new="    if True:\n        p =",
-        test="losses/test_head.py::test_kl_is_never_negative",
+        test="losses/test_fused_head.py::test_kl_is_never_negative",
     ),
     Break(
         number=7,
@@ -123,24 +123,24 @@ BREAKS = [
     Break(
         number=7,
         what="the KL is reported without the teacher's entropy",
-        file="losses/chunk.py",
-        old="return _Soft(part.sum(found_C) - teacher.entropy_N, pull_draws)",
-        new="return _Soft(part.sum(found_C), pull_draws)",
+        file="losses/chunk_loss.py",
+        old="return _SoftLoss(shard.sum(local_kl_C) - teacher.entropy_N, d_log_q)",
+        new="return _SoftLoss(shard.sum(local_kl_C), d_log_q)",
         test="teacher/test_sampling.py::test_draws_are_unbiased_in_loss_and_gradient_and_"
         "truncation_is_not",
     ),
     Break(
         number=8,
         what="the teacher's arrays of all microbatches are kept",
-        file="step.py",
+        file="training/step.py",
         old="        def add(carry: Any, rows: Batch) -> tuple[Any, Any]:\n"
         "            (total, sums), grads = "
         "grad_of(trained, kept, rows, ask(frozen, rows))",
-        new="        told = jax.lax.map(lambda rows: ask(frozen, rows), batch)\n"
-        "        batch = (batch, told)"
+        new="        targets = jax.lax.map(lambda rows: ask(frozen, rows), batch)\n"
+        "        batch = (batch, targets)"
         "\n\n        def add(carry: Any, both: Any) -> tuple[Any, Any]:\n"
         "            (total, sums), grads = grad_of(trained, kept, *both)",
-        test="test_program.py::test_no_teacher_rows_of_other_microbatches_are_kept"
+        test="training/test_program.py::test_no_teacher_rows_of_other_microbatches_are_kept"
         "[dense]",
     ),
     Break(
@@ -163,7 +163,7 @@ BREAKS = [
     Break(
         number=10,
         what="a missing record falls back to the language-model loss in silence",
-        file="data/soft.py",
+        file="data/teacher_records.py",
         old="raise missing(segment, 1)",
         new="return",
         test="data/test_loader.py::test_a_missing_record_names_the_example",
@@ -180,10 +180,10 @@ BREAKS = [
     Break(
         number=11,
         what="nothing counted is 0 / 0",
-        file="metrics.py",
+        file="evaluation/calibration.py",
         old="name: float(total) / float(count) if count else 0.0",
         new="name: float(total) / float(count)",
-        test="test_metrics.py::test_nothing_counted_is_zero_not_nan",
+        test="evaluation/test_calibration.py::test_nothing_counted_is_zero_not_nan",
     ),
     Break(
         number=12,
@@ -191,12 +191,12 @@ BREAKS = [
         file="losses/options.py",
         old="return self.temperature**2 if self.scale_by_t2 else 1.0",
         new="return 1.0",
-        test="losses/test_head.py::test_scale_by_t2",
+        test="losses/test_fused_head.py::test_scale_by_t2",
     ),
     Break(
         number=12,
         what="the loss takes a temperature that the teacher was not labelled at",
-        file="data/soft.py",
+        file="data/teacher_records.py",
         old="if temperature not in cache.temperatures:",
         new="temperature = cache.temperatures[0]\n        if False:",
         test="data/test_loader.py::test_an_undeclared_temperature_names_the_declared",
@@ -204,10 +204,10 @@ BREAKS = [
     Break(
         number=13,
         what="the perplexity comes from the mixed loss",
-        file="scoring.py",
+        file="evaluation/scorer.py",
         old='nll = float(sums["nll"].sum() / counts.sum())',
         new='nll = float((sums["nll"] + sums.get("kl", 0.0)).sum() / counts.sum())',
-        test="test_scoring.py::test_nll_and_perplexity_are_the_models_own",
+        test="evaluation/test_scorer.py::test_nll_and_perplexity_are_the_models_own",
     ),
     Break(
         number=14,
@@ -215,7 +215,7 @@ BREAKS = [
         file="data/loader.py",
         old="first = stop - len(segment.target_ids)",
         new="first = start",
-        test="test_method_losses.py::test_the_loss_is_the_methods"
+        test="training/test_method_losses.py::test_the_loss_is_the_methods"
         "[finetune-hard-decoder]",
     ),
     Break(
@@ -224,7 +224,7 @@ BREAKS = [
         file="data/loader.py",
         old="first = stop - len(segment.target_ids)",
         new="first = stop - len(segment.target_ids) - len(segment.prefix_ids)",
-        test="test_method_losses.py::test_the_loss_is_the_methods"
+        test="training/test_method_losses.py::test_the_loss_is_the_methods"
         "[counterfactual-decoder-hard-decoder]",
     ),
     Break(
@@ -249,16 +249,16 @@ BREAKS = [
         file="data/templates.py",
         old="yield Text(prompt, choice, prefix",
         new="yield Text(prompt, example.answer, prefix",
-        test="test_method_losses.py::test_the_loss_is_the_methods"
+        test="training/test_method_losses.py::test_the_loss_is_the_methods"
         "[counterfactual-decoder-hard-decoder]",
     ),
     Break(
         number=16,
         what="an answer within another one counts as right",
-        file="scoring.py",
+        file="evaluation/scorer.py",
         old="name: normalise(found) == normalise(wanted)",
         new="name: normalise(wanted) in normalise(found)",
-        test="test_scoring.py::test_answers_are_parsed_and_compared",
+        test="evaluation/test_scorer.py::test_answers_are_parsed_and_compared",
     ),
 ]
 
@@ -267,6 +267,7 @@ def test_every_class_has_a_break():
     assert {b.number for b in BREAKS} == set(range(1, 17))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", BREAKS, ids=lambda b: f"{b.number}: {b.what}")
 def test_what_is_broken_exists(broken):
     assert (ROOT / "kdjax" / broken.file).read_text().count(broken.old) == 1

@@ -1,6 +1,9 @@
-"""Divergences from a teacher of which few ids a token are stored.
+"""Divergences from a teacher of which few ids per token are stored.
 
-`sparse_divergence` is for the top k (k + 1 events), `sampled_forward_kl` for draws.
+For the top k the events are the k stored ids and, with some tails, all other ids
+together: `teacher_events` has the teacher's side, `stored_events` the summand of the
+stored ids, and the divergence of the rest is added to it. `sampled_forward_kl` is for
+draws.
 
 Shapes: N tokens, K stored pairs. An unused slot has log-probability -inf on both sides.
 
@@ -12,6 +15,9 @@ What stands for the ids outside the top k is the tail policy:
   renormalize_both     both conditioned on the stored ids; ids outside get no gradient
   drop                 the stored terms of the forward KL only: not a divergence, can be
                        negative (>= P log P for a stored mass P)
+
+Source: bucket: Anshumann et al., 2025, Sparse Logit Sampling, arXiv 2503.16870, section
+3 ("ghost token").
 """
 
 import jax
@@ -48,57 +54,14 @@ def teacher_at_temperature(
     return log_probs_NK.astype(jnp.float32) / temperature - log_z_N[:, None]
 
 
-def sparse_divergence(
-    student_stored_logp_NK: Float[Array, "N K"],
-    student_tail_log_mass_N: Float[Array, "N"],
-    teacher_stored_logp_NK: Float[Array, "N K"],
-    *,
-    divergence: Divergence = FORWARD_KL,
-    tail: str = "bucket",
-) -> Float[Array, "N"]:
-    """Return a divergence over the stored ids and what stands for the others.
-
-    The teacher's tail mass is max(2^-24, 1 - sum of its stored probabilities), and 0
-    where the student has no id left (k = V), so that k = V is the dense divergence.
-
-    Args:
-      student_stored_logp_NK: log q of the stored ids, temperature applied.
-      student_tail_log_mass_N: log of the student's mass outside them, exact: a
-        log-sum-exp over the other ids, not 1 - sum, whose gradient cancels.
-      teacher_stored_logp_NK: log p of the stored ids at the same temperature. No
-        gradient flows to the teacher.
-      divergence: of the events.
-      tail: one of TAILS.
-
-    Returns:
-      Nats per token, float32; >= 0 for every policy but "drop".
-
-    Raises:
-      ValueError: an unknown `tail`, or one that this divergence cannot have.
-
-    Source: bucket: Anshumann et al., 2025, Sparse Logit Sampling, arXiv 2503.16870,
-    section 3 ("ghost token").
-    """
-    check_tail(tail, divergence)
-    student = student_stored_logp_NK.astype(jnp.float32)
-    has_rest_N = student_tail_log_mass_N > -jnp.inf
-    teacher, teacher_tail_N = teacher_events(
-        teacher_stored_logp_NK, has_rest_N, tail=tail
-    )
-    if tail == "renormalize_both":
-        student = _renormalize(student)
-    stored_N = stored_events(student, teacher, divergence=divergence, tail=tail)
-    if tail not in TAILS_WITH_BUCKET:
-        return stored_N
-    return stored_N + divergence(
-        student_tail_log_mass_N.astype(jnp.float32)[:, None], teacher_tail_N[:, None]
-    )
-
-
 def teacher_events(
     stored_logp_NK: Float[Array, "N K"], has_rest_N: Bool[Array, "N"], *, tail: str
 ) -> tuple[Float[Array, "N K"], Float[Array, "N"]]:
     """Return log p of the stored ids and of the rest, as the tail policy has them.
+
+    The mass of a bucket is max(2^-24, 1 - sum of the stored probabilities), and 0 where
+    the student has no id left (k = V), so that k = V is the dense divergence. No
+    gradient flows to the teacher.
 
     Args:
       stored_logp_NK: log p of the stored ids, temperature applied.
@@ -112,8 +75,8 @@ def teacher_events(
         return teacher, jnp.full_like(teacher[:, 0], -jnp.inf)
     # Below the rounding of 1 - sum nothing is known of the tail but that it is
     # there: 0 would make divergences infinite that are not.
-    left = jnp.maximum(_LEAST_TAIL, 1.0 - jnp.exp(teacher).sum(-1))
-    return teacher, jnp.where(has_rest_N, jnp.log(left), -jnp.inf)
+    mass_N = jnp.maximum(_LEAST_TAIL, 1.0 - jnp.exp(teacher).sum(-1))
+    return teacher, jnp.where(has_rest_N, jnp.log(mass_N), -jnp.inf)
 
 
 def stored_events(
@@ -178,7 +141,7 @@ def check_tail(tail: str, divergence: Divergence = FORWARD_KL) -> None:
 
 
 def _renormalize(logp_NK: jax.Array) -> jax.Array:
-    """Divide by the sum of the row; a row without mass stays so (and NaN-free)."""
+    """Return rows divided by their sum; a row without mass stays so (and NaN-free)."""
     empty = jnp.all(logp_NK == -jnp.inf, axis=-1, keepdims=True)
     total = jax.nn.logsumexp(jnp.where(empty, 0.0, logp_NK), axis=-1, keepdims=True)
     return logp_NK - total

@@ -4,7 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdjax.losses import LossOptions, Teacher, fused_loss
+from kdjax.losses import Divergence, LossOptions, Teacher, fused_loss
+from kdjax.losses.sparse import (
+    TAILS_WITH_BUCKET,
+    check_tail,
+    stored_events,
+    teacher_events,
+)
 
 N, V, D, K = 21, 37, 8, 6
 
@@ -53,6 +59,29 @@ def kl(logits_V, teacher_logits_V, k, temperature, tail):
         grad[stored] = p_stored * q[stored] - p[stored]
         grad[other] = p_stored * q[other]
     return value, grad / temperature
+
+
+def sparse_divergence(
+    student_NK, student_rest_N, teacher_NK, *, divergence=None, tail="bucket"
+):
+    """Return a divergence over k stored ids and the rest, made from `losses.sparse`.
+
+    Arguments are log-probabilities at one temperature, float32; those of the student's
+    rest are a log-sum-exp over the other ids.
+    """
+    divergence = divergence or Divergence()
+    check_tail(tail, divergence)
+    teacher_NK, teacher_rest_N = teacher_events(
+        teacher_NK, student_rest_N > -jnp.inf, tail=tail
+    )
+    if tail == "renormalize_both":
+        empty_N1 = jnp.isneginf(student_NK).all(-1, keepdims=True)
+        finite_NK = jnp.where(empty_N1, 0.0, student_NK)
+        student_NK = student_NK - jax.nn.logsumexp(finite_NK, axis=-1, keepdims=True)
+    value_N = stored_events(student_NK, teacher_NK, divergence=divergence, tail=tail)
+    if tail in TAILS_WITH_BUCKET:
+        value_N += divergence(student_rest_N[:, None], teacher_rest_N[:, None])
+    return value_N
 
 
 def loss(hidden, weight, targets, hard, soft, teacher_logits, *, k, temperature, tail):

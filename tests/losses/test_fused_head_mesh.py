@@ -64,7 +64,8 @@ def test_sharded_score_and_label():
 
 def test_one_device_exchanges_nothing():
     """Each would copy the head, on a CPU."""
-    (hidden, weight, *rest), _, teacher = make(temperature=2.0)
+    arrays, _, teacher = make(temperature=2.0)
+    hidden, weight, *rest = as_jax(arrays)
     mesh = make_mesh((1, 1, 1))
 
     def loss(hidden, weight):

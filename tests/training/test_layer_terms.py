@@ -5,6 +5,7 @@ import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -88,7 +89,7 @@ def test_the_terms_are_their_formulas(first):
     rows = jax.tree.map(lambda x: x[0], first.batch)
     inputs = rows.tokens, rows.positions, rows.segments
     params = {n: x for n, x in first.params.items() if n != "projection"}
-    kernel = first.params["projection"]["kernel"]
+    kernel = jnp.asarray(first.params["projection"]["kernel"])
     assert kernel.shape == (1, 32, 48)
     _, ours = decoder.captured_states(
         first.model.graphdef, params, *inputs, capture=decoder.Capture((1,), True)
