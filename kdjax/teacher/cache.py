@@ -283,8 +283,7 @@ class TeacherCache:
             return reader
 
 
-# Former names, which `build` still uses.
-Cache, open_cache = TeacherCache, load_cache
+open_cache = load_cache  # its former name, which `build` still uses
 
 
 def verify(
