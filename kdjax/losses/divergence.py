@@ -197,7 +197,7 @@ class Divergence:
 
     @property
     def is_reverse(self) -> bool:
-        """Whether it is infinite where the teacher alone has no probability."""
+        """True if infinite where the teacher alone has no probability."""
         return (
             self.name == "reverse_kl"
             or (self.name == "jsd" and self.beta == 1.0)

@@ -1,4 +1,4 @@
-"""What compares layers of the student with layers of a live teacher.
+"""Losses between layers of the student and layers of an online teacher.
 
 Hidden states and attention cannot be stored for every token as cheaply as the top k of
 a distribution: these terms want a teacher that runs beside the student.
@@ -21,7 +21,7 @@ def hidden_loss(
     kind: str,
     projection_nDE: Float[Array, "n D E"] | None = None,
 ) -> Float[Array, "B T"]:
-    """Distance of the student's hidden states from the teacher's, by position.
+    """Return the distance of the student's hidden states from the teacher's.
 
       mse     mean over the width of (h W - g)^2
       cosine  1 - cos(h W, g)
@@ -36,7 +36,7 @@ def hidden_loss(
       projection_nDE: needed where the widths differ.
 
     Returns:
-      float32, never negative, without unit.
+      float32 per position, never negative, without unit.
 
     Raises:
       ValueError: an unknown kind, or widths that differ without a projection.
@@ -68,7 +68,7 @@ def hidden_loss(
 def attention_loss(
     student_nBTS: Float[Array, "n B T S"], teacher_nBTS: Float[Array, "n B T S"]
 ) -> Float[Array, "B T"]:
-    """KL of the student's attention from the teacher's, by position that attends.
+    """Return the KL of the student's attention from the teacher's.
 
       sum_s a_s log(a_s / b_s),  a the teacher's weights, b the student's, each the mean
       over the layer's heads; the mean over the pairs of layers.
@@ -80,7 +80,7 @@ def attention_loss(
       teacher_nBTS: the same of the teacher.
 
     Returns:
-      float32 nats, never negative.
+      float32 nats per position that attends, never negative.
 
     Source: Wang et al., 2020, MiniLM, arXiv 2002.10957, equation 5, there head by head.
     """
@@ -91,5 +91,6 @@ def attention_loss(
 
 
 def _unit(x: jax.Array) -> jax.Array:
+    """Return vectors of length 1 along the last axis; 0 stays 0."""
     squared = (x * x).sum(-1, keepdims=True)
     return x * jax.lax.rsqrt(jnp.maximum(squared, _TINY))

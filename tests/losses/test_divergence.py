@@ -64,16 +64,16 @@ def test_definitions(pair):
 def test_the_ends_of_jsd_and_the_skewed_are_the_kls(pair):
     student, teacher = jnp.float32(pair)
     forward, reverse = forward_kl(student, teacher), reverse_kl(student, teacher)
-    for function, name, end, wanted in (
+    for function, name, end, expected in (
         (jsd, "beta", 0.0, forward),
         (jsd, "beta", 1.0, reverse),
         (skew_forward_kl, "alpha", 0.0, forward),
         (skew_reverse_kl, "alpha", 0.0, reverse),
     ):
         at_end = function(student, teacher, **{name: end})
-        np.testing.assert_array_equal(at_end, wanted)
+        np.testing.assert_array_equal(at_end, expected)
         near = function(student, teacher, **{name: abs(end - 1e-3)})
-        np.testing.assert_allclose(near, wanted, rtol=1e-2)
+        np.testing.assert_allclose(near, expected, rtol=1e-2)
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
@@ -212,8 +212,8 @@ def test_bucket_is_the_divergence_of_the_events(name, pair):
     value = sparse_divergence(
         *parts[0], parts[1][0], divergence=Divergence(name=name), tail="bucket"
     )
-    wanted = Divergence(name=name)(*joined)
-    np.testing.assert_allclose(value, wanted, rtol=1e-4, atol=1e-6)
+    expected = Divergence(name=name)(*joined)
+    np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("tail", TAILS)

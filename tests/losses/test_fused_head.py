@@ -331,7 +331,7 @@ def test_memory():
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("name", [n for n in DIVERGENCES if n != "forward_kl"])
 def test_every_divergence_fused_is_the_dense_one(name, temperature, k):
-    """Value and gradients against plain autodiff of whole logits."""
+    """Value and gradients against plain autodiff of all logits."""
     arrays, _, teacher = make(k=k, temperature=temperature)
     arrays = as_jax(arrays)
     divergence = Divergence(name=name, alpha=0.2, beta=0.3)

@@ -90,11 +90,11 @@ def cases(feature, teacher, temperature):
         given = OnlineTeacherLogits(jnp.float32(live_hidden), jnp.float32(live_weight))
     bias_V = jnp.float32(rng.normal(size=V)) if bias else None
     arrays = as_jax((hidden, weight, targets, hard, soft))
-    whole = jax.nn.log_softmax(jnp.float32(logits) / temperature, axis=-1)
-    return arrays, bias_V, given, whole, options
+    log_p_NV = jax.nn.log_softmax(jnp.float32(logits) / temperature, axis=-1)
+    return arrays, bias_V, given, log_p_NV, options
 
 
-def plain(arrays, bias_V, given, whole_NV, options):
+def plain(arrays, bias_V, given, log_p_NV, options):
     """The loss, its parts and gradients with all logits at once and autodiff."""
     _, _, targets, hard, soft = arrays
     t, share = options["temperature"], options.get("label_smoothing", 0.0)
@@ -114,7 +114,7 @@ def plain(arrays, bias_V, given, whole_NV, options):
         uniform = -jnp.where(valid_1V, log_q, 0.0).sum(-1) / num_valid
         log_qt = jax.nn.log_softmax(logits / t, axis=-1)
         if getattr(given, "ids_NK", None) is None:
-            kl = divergence(log_qt, whole_NV)
+            kl = divergence(log_qt, log_p_NV)
         else:
             rows = jnp.arange(len(targets))[:, None]
             rest = log_qt.at[rows, given.ids_NK].set(-jnp.inf)
@@ -168,7 +168,7 @@ SWEPT = [*itertools.product(("plain", "all"), ("pairs", "dense"))]
 
 
 def slow_unless(condition):
-    """Return the marks of a case of a grid that runs whole under `slow` alone."""
+    """Return the marks of a case of a grid that runs complete under `slow` alone."""
     return () if condition else (pytest.mark.slow,)
 
 
@@ -180,8 +180,8 @@ def slow_unless(condition):
     ],
 )
 def test_features(feature, teacher, temperature):
-    arrays, bias_V, given, whole, options = cases(feature, teacher, temperature)
-    expected = plain(arrays, bias_V, given, whole, options)
+    arrays, bias_V, given, log_p_NV, options = cases(feature, teacher, temperature)
+    expected = plain(arrays, bias_V, given, log_p_NV, options)
     assert_close(fused(arrays, bias_V, given, options, None), expected)
 
 
@@ -189,8 +189,8 @@ def test_features(feature, teacher, temperature):
 @pytest.mark.parametrize("teacher", TEACHERS)
 def test_meshes(mesh, teacher):
     """V = 37 divides over no tensor axis: rows are added, and masked."""
-    arrays, bias_V, given, whole, options = cases("all", teacher, 2.0)
-    expected = plain(arrays, bias_V, given, whole, options)
+    arrays, bias_V, given, log_p_NV, options = cases("all", teacher, 2.0)
+    expected = plain(arrays, bias_V, given, log_p_NV, options)
     assert_close(fused(arrays, bias_V, given, options, mesh), expected)
 
 

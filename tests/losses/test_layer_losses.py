@@ -33,9 +33,9 @@ def test_hidden_loss_is_the_formula(kind, projected):
     projection = PROJECTION if projected else None
     teacher = TEACHER if projected else TEACHER[..., :4]
     wide = np.einsum("nbtd,nde->nbte", STUDENT, PROJECTION) if projected else STUDENT
-    found = hidden_loss(STUDENT, teacher, kind=kind, projection_nDE=projection)
-    assert found.shape == (3, 5) and found.dtype == jnp.float32
-    np.testing.assert_allclose(found, oracle(kind, wide, teacher), rtol=1e-5)
+    loss_BT = hidden_loss(STUDENT, teacher, kind=kind, projection_nDE=projection)
+    assert loss_BT.shape == (3, 5) and loss_BT.dtype == jnp.float32
+    np.testing.assert_allclose(loss_BT, oracle(kind, wide, teacher), rtol=1e-5)
     # Differences are taken with arrays of NumPy.
     check_grads(
         lambda h: hidden_loss(
@@ -60,8 +60,8 @@ def test_hidden_loss_of_equals_is_zero_and_never_negative(kind):
 
 
 def test_cosine_is_blind_to_length():
-    found = hidden_loss(3 * TEACHER, TEACHER, kind="cosine")
-    np.testing.assert_allclose(found, 0, atol=1e-6)
+    loss_BT = hidden_loss(3 * TEACHER, TEACHER, kind="cosine")
+    np.testing.assert_allclose(loss_BT, 0, atol=1e-6)
 
 
 def test_hidden_loss_refuses():
@@ -74,8 +74,8 @@ def test_hidden_loss_refuses():
 def test_attention_loss_is_a_kl():
     a, b = weights(2, 3, 5, 5, seed=1), weights(2, 3, 5, 5, seed=2)
     p, q = np.float64(a), np.float64(b)
-    wanted = (p * np.log(p / q)).sum(-1).mean(0)
-    np.testing.assert_allclose(attention_loss(b, a), wanted, rtol=1e-5)
+    expected = (p * np.log(p / q)).sum(-1).mean(0)
+    np.testing.assert_allclose(attention_loss(b, a), expected, rtol=1e-5)
     assert (attention_loss(a, a) == 0).all()
     gradient = jax.grad(lambda b: attention_loss(b, a).sum())(b)
     np.testing.assert_allclose(gradient, (1 - p / q) / 2, rtol=1e-4, atol=1e-5)

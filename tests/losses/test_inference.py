@@ -1,4 +1,4 @@
-"""Scores and labels from the head, the chunk size, and what is refused."""
+"""Scores and labels from the head, the chunk size, and refused options and shapes."""
 
 import jax
 import jax.numpy as jnp
@@ -71,10 +71,10 @@ def test_top_k_is_that_of_the_library(size, spread):
         values = draws.integers(0, spread, (40, size)).astype(np.float32)
     values[::2, draws.integers(0, size, size // 2)] = -np.inf
     values[0] = values[2, 3:] = -np.inf
-    found = chunk_label.top_k(jnp.asarray(values), K)
-    for mine, theirs in zip(found, jax.lax.top_k(values, K), strict=True):
-        assert mine.dtype == theirs.dtype
-        np.testing.assert_array_equal(mine, theirs)
+    largest = chunk_label.top_k(jnp.asarray(values), K)
+    for actual, expected in zip(largest, jax.lax.top_k(values, K), strict=True):
+        assert actual.dtype == expected.dtype
+        np.testing.assert_array_equal(actual, expected)
 
 
 def test_label_then_loss_is_zero():
