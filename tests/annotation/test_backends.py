@@ -15,8 +15,6 @@ from kdjax.config import AnnotateConfig
 from kdjax.data import kinship
 from tests import helpers
 
-pytest.importorskip("openai")
-
 KEY = "sk-very-secret"
 NUM = 24
 

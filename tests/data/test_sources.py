@@ -2,6 +2,7 @@ import json
 import logging
 import os
 
+import datasets
 import pytest
 
 from kdjax.config import DataConfig
@@ -226,7 +227,6 @@ def test_kinship_needs_a_number():
 
 
 def test_datasets_saved_to_disk(tmp_path):
-    datasets = pytest.importorskip("datasets")
     rows = [{**CSQA, "id": f"c{i}"} for i in range(3)]
     splits = {
         "train": datasets.Dataset.from_list(rows[:2]),
@@ -251,7 +251,6 @@ def test_datasets_saved_to_disk(tmp_path):
 
 
 def test_a_folder_of_files_through_datasets(tmp_path, monkeypatch):
-    datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "data").mkdir()
     write(tmp_path / "data" / "train.jsonl", plain(3))

@@ -154,7 +154,6 @@ def test_a_wrong_rationale_is_read_as_a_right_one():
 
 
 def test_a_prefix_before_the_answer_after_a_chat_template():
-    pytest.importorskip("jinja2")
     template = "{% for m in messages %}{{ m.content }}{% endfor %}<assistant>"
     tok = byte_level(chat_template=template)
     config = DataConfig(chat_template=True)
@@ -236,7 +235,6 @@ def test_no_second_space_where_the_tokenizer_adds_one():
 
 
 def test_chat_template_wraps_the_prompt_only():
-    pytest.importorskip("jinja2")
     template = (
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"

@@ -3,6 +3,8 @@
 import jax
 import numpy as np
 import pytest
+import torch
+import transformers
 
 from kdjax.models import decoder, hf
 from tests.models.test_decoder import CONFIG, positions_of, run, tokens_of
@@ -22,8 +24,6 @@ def captured_states(graphdef, params, tokens, positions, segments, capture):
 
 
 def test_layers_are_those_of_transformers(tmp_path):
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=61,

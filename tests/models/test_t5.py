@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+import transformers
 from safetensors.numpy import load_file, save_file
 
 from kdjax.config import MeshConfig, T5Config
@@ -71,8 +73,6 @@ def model():
 
 def theirs(config):
     """A random model of transformers whose attention and biases matter."""
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
     transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(0)
     shape = transformers.T5Config(
@@ -104,7 +104,6 @@ def theirs(config):
 
 
 def their_logits(model, encoder_tokens, decoder_tokens):
-    torch = pytest.importorskip("torch")
     as_long = lambda tokens: torch.tensor(tokens, dtype=torch.long)  # noqa: E731
     with torch.no_grad():
         return model(
@@ -113,7 +112,6 @@ def their_logits(model, encoder_tokens, decoder_tokens):
 
 
 def load_theirs(folder):
-    transformers = pytest.importorskip("transformers")
     return transformers.AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
 
 
@@ -138,7 +136,6 @@ def test_their_model_loads_here(tmp_path, config):
     ("config", "max_shard_bytes"), [(V1_0, 20_000), (V1_1, 2**30)], ids=["v1.0", "v1.1"]
 )
 def test_our_model_loads_there_and_comes_back(tmp_path, config, max_shard_bytes):
-    pytest.importorskip("torch")
     params = t5.init_params(config, jax.random.key(0))
     folder = tmp_path / "new" / "model"
     hf.save(folder, config, params, max_shard_bytes=max_shard_bytes)
@@ -156,7 +153,6 @@ def test_our_model_loads_there_and_comes_back(tmp_path, config, max_shard_bytes)
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_tying_and_scaling_are_told_apart(tmp_path, tied):
-    pytest.importorskip("torch")
     config = dataclasses.replace(V1_1, tie_embeddings=tied, scale_outputs=not tied)
     params = t5.init_params(config, jax.random.key(0))
     hf.save(tmp_path / "model", config, params)
@@ -168,7 +164,6 @@ def test_tying_and_scaling_are_told_apart(tmp_path, tied):
 
 @CONFIGS
 def test_greedy_tokens_equal_theirs(tmp_path, config):
-    torch = pytest.importorskip("torch")
     model = theirs(config)
     model.save_pretrained(tmp_path)
     params = hf.load_params(tmp_path, config)
@@ -207,8 +202,7 @@ def test_greedy_tokens_equal_theirs(tmp_path, config):
 @pytest.mark.parametrize("bidirectional", [True, False])
 @pytest.mark.parametrize("sizes", [(32, 128), (8, 16), (32, 20), (64, 256), (6, 7)])
 def test_buckets_are_theirs(sizes, bidirectional):
-    torch = pytest.importorskip("torch")
-    modeling = pytest.importorskip("transformers.models.t5.modeling_t5")
+    modeling = transformers.models.t5.modeling_t5
     num_buckets, max_distance = sizes
     distance = np.arange(-3 * max_distance, 3 * max_distance, dtype=np.int32)
     found = t5_layers.relative_buckets(
@@ -392,7 +386,6 @@ def test_dropout_keeps_the_expectation(model):
 @CONFIGS
 def test_dropout_is_where_theirs_is(tmp_path, monkeypatch, config):
     """With a sine in its place on both sides, every place shows in the logits."""
-    torch = pytest.importorskip("torch")
     model = theirs(config)
     model.set_attn_implementation("eager")
     model.save_pretrained(tmp_path)

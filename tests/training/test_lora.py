@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+import transformers
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from kdjax import evaluate, export, train
@@ -201,8 +203,6 @@ def test_what_is_exported_computes_the_same(tmp_path):
     plain = decoder_logits(decoder.create(SHAPE)[0], lora.without(params), tokens_BT)
     assert np.abs(plain - wanted).max() > 0.1
 
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
     transformers.utils.logging.disable_progress_bar()
     model = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "model", dtype=torch.float32
@@ -224,8 +224,6 @@ def test_what_is_exported_of_t5_computes_the_same(tmp_path):
     plain = t5_logits(t5.create(T5)[0], lora.without(params), *inputs)
     assert np.abs(plain - wanted).max() > 0.1
 
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
     transformers.utils.logging.disable_progress_bar()
     model = transformers.AutoModelForSeq2SeqLM.from_pretrained(
         tmp_path / "model", dtype=torch.float32

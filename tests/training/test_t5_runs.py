@@ -6,6 +6,8 @@ import json
 import jax
 import numpy as np
 import pytest
+import torch
+import transformers
 
 from kdjax import export, train
 from kdjax.config import MeshConfig, T5Config
@@ -116,8 +118,6 @@ def test_a_resumed_run_is_the_uninterrupted_one(finished, tmp_path):
 
 
 def test_export_is_read_by_transformers(finished, tmp_path):
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
     config, workdir = finished
     export.write(config, workdir, tmp_path / "out")
     theirs = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out").eval()

@@ -11,6 +11,8 @@ import shutil
 import jax
 import numpy as np
 import pytest
+import torch
+import transformers
 
 from kdjax.config import FAMILIES, MeshConfig, RopeConfig, StudentConfig
 from kdjax.experiment import validate
@@ -69,8 +71,6 @@ def test_golden_logits(name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_alike_in_transformers_both_ways(name, tmp_path):
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
     transformers.utils.logging.disable_progress_bar()
     model, tokens = make_families.build(name), make_families.tokens()
     model.save_pretrained(tmp_path / "theirs")
@@ -134,8 +134,6 @@ def test_packed_rows_with_windows_equal_one_example_a_row(name):
 
 
 def test_kept_layers_keep_their_windows_and_positions(tmp_path):
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
     config = helpers.small_config(
         teacher={"path": str(FOLDER / "gemma3")},
         student=StudentConfig(init="teacher_layers", keep_layers=(2, 3)),

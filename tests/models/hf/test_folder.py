@@ -7,6 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
+import torch
+import transformers
 from safetensors.numpy import load_file, save_file
 
 from kdjax.config import DecoderConfig
@@ -48,8 +51,6 @@ def our_logits(config, params, tokens_BT):
 
 
 def their_logits(folder, tokens_BT):
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
     transformers.utils.logging.disable_progress_bar()
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32
@@ -78,8 +79,6 @@ def edit_config(folder, **fields):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_their_model_loads_here(tmp_path, tied):
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     shape = transformers.LlamaConfig(
         vocab_size=67,
@@ -117,8 +116,6 @@ def test_our_model_loads_there_and_comes_back(tmp_path, config, max_shard_bytes)
 
 
 def test_special_ids_come_from_the_tokenizer(tmp_path):
-    tokenizers = pytest.importorskip("tokenizers")
-    transformers = pytest.importorskip("transformers")
     words = tokenizers.models.WordLevel({"<pad>": 0, "<eos>": 1, "a": 2}, unk_token="a")
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizers.Tokenizer(words),
@@ -268,7 +265,6 @@ def test_save_replaces_model_folders_only(saved, tmp_path):
 
 @pytest.mark.real_data
 def test_smollm2_gives_the_logits_of_transformers(smollm2, real_data, tmp_path):
-    transformers = pytest.importorskip("transformers")
     tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2)
     lines = (real_data / "gsm8k" / "train.jsonl").read_text().splitlines()[:10]
     text = "\n\n".join(json.loads(line)["question"] for line in lines)
@@ -284,8 +280,6 @@ def test_smollm2_gives_the_logits_of_transformers(smollm2, real_data, tmp_path):
 
 @pytest.mark.real_data
 def test_smollm2_continues_prompts_like_transformers(smollm2, real_data):
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
     tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2)
     lines = (real_data / "gsm8k" / "train.jsonl").read_text().splitlines()[:20]
     prompts = [tokenizer(json.loads(line)["question"]).input_ids for line in lines]
