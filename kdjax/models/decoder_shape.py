@@ -1,4 +1,4 @@
-"""Which configs describe a decoder, and those of models made of another's layers."""
+"""Checks of decoder configs, and configs with a subset of another's layers."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -7,24 +7,24 @@ from kdjax.config import ACTIVATIONS, FAMILIES, ROPE_TYPES, ROTARY, DecoderConfi
 
 
 def select_layers(config: DecoderConfig, layers: Sequence[int]) -> DecoderConfig:
-    """The shape of a model made of some layers of another, in this order."""
+    """Return the config of a model made of some layers of another, in this order."""
 
-    def kept(values: tuple, plain: int | str) -> tuple:
-        found = tuple(values[layer] for layer in layers) if values else ()
-        return found if any(value != plain for value in found) else ()
+    def select(values: tuple, default: int | str) -> tuple:
+        selected = tuple(values[layer] for layer in layers) if values else ()
+        return selected if any(value != default for value in selected) else ()
 
     return dataclasses.replace(
         config,
         num_layers=len(layers),
-        windows=kept(config.windows, 0),
-        rotary=kept(config.rotary, "global"),
+        windows=select(config.windows, 0),
+        rotary=select(config.rotary, "global"),
     )
 
 
-def check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
-    """Raise ValueError unless a value is one of those known."""
-    if value not in known:
-        raise ValueError(f"{name}={value!r} is unknown: use one of {known}")
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless a value is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown: use one of {choices}")
 
 
 def check_shape(config: DecoderConfig) -> None:

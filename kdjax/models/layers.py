@@ -32,7 +32,7 @@ def normal(key: Array, shape: tuple[int, ...], std: float) -> nnx.Param:
 
 
 def recomputing(body: Callable, remat: str) -> Callable:
-    """The body of a scan over layers, with what its backward pass recomputes.
+    """Wrap the body of a scan over layers, so that its backward pass recomputes.
 
     Args:
       body: (carry, layer) -> (carry, output).
@@ -46,25 +46,24 @@ def recomputing(body: Callable, remat: str) -> Callable:
     return jax.checkpoint(body, policy=policy, prevent_cse=False)
 
 
-MOST_UNROLLED = 8  # layers; more would take long to compile
+MAX_UNROLLED_LAYERS = 8  # more would take long to compile
 
 
 def scan_layers(body: Callable, start: Any, layers: Any, *, unroll: bool) -> Any:
-    """`jax.lax.scan` over the layers, as a loop or written out.
+    """Scan over the layers with `jax.lax.scan`, as a loop or unrolled.
 
-    Written out, a CPU takes a tenth less time for a step: what the backward pass needs
-    stays where it was made, and is not copied into arrays of all layers and back. On
-    accelerators the loop costs nothing.
+    Unrolled, a step takes a tenth less time on a CPU: residuals of the backward pass
+    are not copied into stacked arrays and back. On accelerators the loop costs nothing.
 
     Args:
       body: (carry, layer) -> (carry, output).
       start: the first carry.
       layers: tree of arrays, each with its layers on axis 0.
-      unroll: write out up to MOST_UNROLLED layers.
+      unroll: unroll up to MAX_UNROLLED_LAYERS layers.
     """
     num_layers = jax.tree.leaves(layers)[0].shape[0]
-    whole = unroll and num_layers <= MOST_UNROLLED
-    return jax.lax.scan(body, start, layers, unroll=num_layers if whole else 1)
+    unroll = unroll and num_layers <= MAX_UNROLLED_LAYERS
+    return jax.lax.scan(body, start, layers, unroll=num_layers if unroll else 1)
 
 
 class Linear(nnx.Module):
@@ -141,7 +140,7 @@ class Embedding(nnx.Module):
 
 
 class Head(nnx.Module):
-    """The untied output weight, one row a vocabulary entry; applied by the losses."""
+    """The untied output weight, one row per vocabulary entry; applied by the losses."""
 
     def __init__(self, num: int, dim: int, *, std: float, rngs: nnx.Rngs):
         """Draw a weight of shape [num, dim]."""

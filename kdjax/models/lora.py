@@ -27,12 +27,12 @@ NAMES = ("lora_a", "lora_b")
 
 
 def is_adapter(path: str) -> bool:
-    """Whether the parameter of a path, "a/b/c", belongs to an adapter."""
+    """Return whether the parameter of a path, "a/b/c", belongs to an adapter."""
     return path.rsplit("/", 1)[-1] in NAMES
 
 
 def add(model: nnx.Module, config: LoraConfig | None) -> Any:
-    """Gives the linear layers that the targets name their adapters, all zero.
+    """Add adapters, all zero, to the linear layers that the targets match.
 
     Args:
       model: with its layers stacked on axis 0 of every kernel.
@@ -52,15 +52,15 @@ def add(model: nnx.Module, config: LoraConfig | None) -> Any:
         if isinstance(layer, Linear)
     }
     for target in config.targets:
-        found = [name for name in layers if re.fullmatch(rf"(.*/)?({target})", name)]
-        if not found:
+        matches = [name for name in layers if re.fullmatch(rf"(.*/)?({target})", name)]
+        if not matches:
             near = difflib.get_close_matches(target, layers, n=3, cutoff=0.0)
             raise ValueError(
                 f"student.lora.targets={target!r} matches no linear layer: a regular "
                 "expression matches a whole name, or its end after a slash; the "
                 f"nearest are {near}"
             )
-        for name in found:
+        for name in matches:
             layer = layers[name]
             *stack, in_dim, out_dim = layer.kernel.shape
             layer.lora_a = nnx.Param(jnp.zeros((*stack, in_dim, config.rank)))
@@ -70,7 +70,7 @@ def add(model: nnx.Module, config: LoraConfig | None) -> Any:
 
 
 def without(params: Any) -> Any:
-    """The nested dict (of anything) without what belongs to adapters."""
+    """Drop the adapters from a nested dict (of anything)."""
     flat = flatten_dict(params, sep="/")
     return unflatten_dict(
         {path: x for path, x in flat.items() if not is_adapter(path)}, sep="/"
@@ -78,7 +78,7 @@ def without(params: Any) -> Any:
 
 
 def beside(params: Any, abstract: Any, key: jax.Array) -> Any:
-    """A model's own parameters, and the new adapters that `abstract` has beside them.
+    """Add the adapters of `abstract`, freshly drawn, to a model's own parameters.
 
     A is uniform within +-I^-1/2 (Kaiming's for a slope of sqrt 5) as in the authors'
     code and peft, so that their learning rates serve; B is 0: at first nothing changes.
@@ -88,8 +88,8 @@ def beside(params: Any, abstract: Any, key: jax.Array) -> Any:
       abstract: shapes and shardings, with them.
       key: of the random numbers.
     """
-    found = flatten_dict(abstract, sep="/")
-    shapes = {path: x for path, x in found.items() if is_adapter(path)}
+    flat = flatten_dict(abstract, sep="/")
+    shapes = {path: x for path, x in flat.items() if is_adapter(path)}
     if not shapes:
         return params
 
@@ -109,7 +109,7 @@ def beside(params: Any, abstract: Any, key: jax.Array) -> Any:
 
 
 def merged(params: Any, config: LoraConfig) -> Any:
-    """The parameters of a plain model of the same outputs: W + (alpha / rank) A B.
+    """Merge adapters into the kernels: W + (alpha / rank) A B.
 
     In float32, whatever the device multiplies in otherwise.
     """

@@ -29,12 +29,12 @@ class Rope:
 
 
 def ropes(config: DecoderConfig) -> tuple[Rope, ...]:
-    """What each of `kinds(config)` does."""
+    """Return the frequencies of each of `kinds(config)`."""
     return tuple(_rope(config, kind) for kind in kinds(config))
 
 
 def kinds(config: DecoderConfig) -> tuple[str, ...]:
-    """The kinds of rotary positions that layers of a model have."""
+    """Return the kinds of rotary positions that layers of a model have."""
     return tuple(sorted(set(config.rotary))) or ("global",)
 
 
@@ -59,7 +59,7 @@ def _rope(config: DecoderConfig, kind: str) -> Rope:
 
 
 def frequencies(rope: Rope) -> Float[Array, "K/2"]:
-    """Radians a position of each pair of dimensions: theta^(-2i/K), stretched or not.
+    """Compute radians per position of each pair of dimensions, theta^(-2i/K), scaled.
 
     default  as they are; linear: divided by the factor
     llama3   a frequency that turns fewer than `low` times within the original length
@@ -94,24 +94,24 @@ def frequencies(rope: Rope) -> Float[Array, "K/2"]:
 
 
 def _index(rope: Rope, turns: float) -> float:
-    """The index, not an integer, of what turns so often in the original length."""
+    """Return the fractional index of the frequency with so many turns in the length."""
     base = rope.original_length / (turns * 2 * math.pi)
     return rope.head_dim * math.log(base) / (2 * math.log(rope.theta))
 
 
 def angles(all_ropes: tuple[Rope, ...], positions_BT: Int[Array, "B T"]) -> Angles:
-    """Cosine and sine of position * frequency, float32; stacked if of several kinds."""
+    """Compute cosine and sine of position * frequency, float32; stacked for kinds."""
     position = positions_BT[:, :, None, None].astype(jnp.float32)
-    found = []
+    pairs = []
     for rope in all_ropes:
         angle = position * frequencies(rope)[None, None, None, :]
         pair = jnp.cos(angle), jnp.sin(angle)
         if rope.attention_factor != 1.0:
             pair = pair[0] * rope.attention_factor, pair[1] * rope.attention_factor
-        found.append(pair)
-    if len(found) == 1:
-        return found[0]
-    cosines, sines = zip(*found, strict=True)
+        pairs.append(pair)
+    if len(pairs) == 1:
+        return pairs[0]
+    cosines, sines = zip(*pairs, strict=True)
     return jnp.stack(cosines), jnp.stack(sines)
 
 

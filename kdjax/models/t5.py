@@ -76,14 +76,14 @@ class T5(nnx.Module):
             self.head = Head(*shape, std=config.width**-0.5, rngs=rngs)
 
     def encode(self, rows: Rows, dropout=None):
-        """The encoder's hidden states."""
+        """Compute the encoder's hidden states."""
         mask_BSS = _same(rows.segments, rows.segments)
         attend = self.encoder.attend(mask_BSS, _distances(rows.segments.shape[1]))
         x_BSD = self.embed(rows.tokens, jnp.dtype(self.dtype))
         return self.encoder(x_BSD, Reads(attend), dropout)[0]
 
     def decode(self, tokens_BT, reads, dropout=None, cache=None):
-        """The decoder's hidden states, and new keys and values."""
+        """Compute the decoder's hidden states, and new keys and values."""
         x_BTD = self.embed(tokens_BT, jnp.dtype(self.dtype))
         return self.decoder(x_BTD, reads, dropout, cache)
 
@@ -129,7 +129,7 @@ def create(
 
 
 def init_params(config: T5Config, key: Array) -> Params:
-    """Random float32 parameters, pure; see `decoder.init_params`.
+    """Draw random float32 parameters, pure; see `decoder.init_params`.
 
     Normal with standard deviation `init_factor` times: 1 (embedding), (D K)^-0.5
     (queries), (H K)^-0.5 (attention's output), F^-0.5 (MLP's output), else D^-0.5.
@@ -144,20 +144,6 @@ def init_params(config: T5Config, key: Array) -> Params:
     return jax.tree.map(lambda leaf: config.init_factor * leaf, params)
 
 
-def encode(
-    graphdef: nnx.GraphDef,
-    params: Params,
-    rows: Rows,
-    *,
-    dropout: Array | None = None,
-) -> Float[Array, "B S D"]:
-    """The encoder's hidden states after the final norm, in the compute dtype.
-
-    Attention goes both ways within equal segments; padding attends to padding.
-    """
-    return nnx.merge(graphdef, params).encode(rows, dropout)
-
-
 def hidden_states(
     graphdef: nnx.GraphDef,
     params: Params,
@@ -166,7 +152,7 @@ def hidden_states(
     *,
     dropout: Array | None = None,
 ) -> Float[Array, "B T D"]:
-    """The decoder's hidden states after the final norm, for packed pairs of rows.
+    """Compute the decoder's hidden states after the final norm, for packed row pairs.
 
     Args:
       graphdef: from `create`.
@@ -196,7 +182,7 @@ def hidden_states(
 def init_cache(
     config: T5Config, batch_size: int, max_length: int, dtype: str
 ) -> Memory:
-    """Zeroed keys and values of the decoder's own tokens: [L, B, max_length, H, K]."""
+    """Return zeroed keys and values of decoder tokens, [L, B, max_length, H, K]."""
     heads = (config.num_heads, config.head_dim)
     shape = (config.num_decoder_layers, batch_size, max_length, *heads)
     return {name: jnp.zeros(shape, dtype) for name in ("key", "value")}
@@ -240,7 +226,7 @@ def decode(
     positions_BT: Int[Array, "B T"],
     cache: Cache,
 ) -> tuple[Float[Array, "B T D"], Cache]:
-    """Hidden states of the next tokens of each row, reading and extending the cache.
+    """Compute hidden states of new tokens per row, reading and extending the cache.
 
     The start token has position 0. Slots are positions, as in `decoder.decode`.
 
@@ -265,7 +251,7 @@ def _same(segments_BT, segments_BS) -> Array:
 
 
 def _distances(length: int) -> Int[Array, "1 T T"]:
-    """Column that is read minus column that reads, for all rows."""
+    """Return key column minus query column, for all rows."""
     column = jnp.arange(length, dtype=jnp.int32)
     return (column[None, :] - column[:, None])[None]
 

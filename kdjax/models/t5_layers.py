@@ -23,7 +23,7 @@ Memory = dict[str, Array]  # "key", "value": [B, S, H, K], what a layer attends 
 
 
 class Reads(NamedTuple):
-    """What all layers of a stack attend to, and how."""
+    """Keys, values and attention functions that all layers of a stack share."""
 
     attend: attention.Attend  # to the stack's own keys and values
     encoded: Array | None = None  # [B, S, D], the encoder's result, unless cached
@@ -38,7 +38,7 @@ def relative_buckets(
     num_buckets: int,
     max_distance: int,
 ) -> Int[Array, "..."]:
-    """The bucket of each position that is read, minus the position that reads.
+    """Return the bucket of each distance, key position minus query position.
 
     Half of the buckets hold one distance each, the other half ever wider ranges of
     distances up to `max_distance`. With `bidirectional`, positions ahead have buckets
@@ -59,7 +59,7 @@ def relative_buckets(
 
 
 def _bucket_table(num_buckets: int, max_distance: int) -> np.ndarray:
-    """The bucket of each distance from 0 to `max_distance`."""
+    """Return the bucket of each distance from 0 to `max_distance`."""
     exact = num_buckets // 2
     distance = np.arange(max_distance + 1)
     ratio = np.maximum(distance, exact).astype(np.float32) / np.float32(exact)
@@ -72,12 +72,12 @@ def _bucket_table(num_buckets: int, max_distance: int) -> np.ndarray:
 
 
 def split_keys(keys_B: Array, count: int) -> Array:
-    """New random keys for each row: [count, B]."""
+    """Split the random key of each row: [count, B]."""
     return jax.vmap(lambda key: jax.random.split(key, count), out_axes=1)(keys_B)
 
 
 def _droppers(rate: float, keys_B: Array | None, count: int) -> list[Callable]:
-    """Functions that each set a share of an array to 0 and scale up the rest.
+    """Return functions that each set a share of an array to 0 and scale up the rest.
 
     Every row has a key of its own, so what is dropped does not depend on how rows are
     cut into microbatches or spread over devices. The share is exact to 2^-32.
@@ -88,14 +88,14 @@ def _droppers(rate: float, keys_B: Array | None, count: int) -> list[Callable]:
     scale = 2**32 / (2**32 - dropped)
 
     def drop(keys_B: Array, x: Array) -> Array:
-        kept = random_bits(keys_B, x.shape[1:]) >= jnp.uint32(dropped)
-        return jnp.where(kept, x * scale, 0.0)
+        mask = random_bits(keys_B, x.shape[1:]) >= jnp.uint32(dropped)
+        return jnp.where(mask, x * scale, 0.0)
 
     return [functools.partial(drop, keys_B) for keys_B in split_keys(keys_B, count)]
 
 
 def random_bits(keys_B: Array, shape: tuple[int, ...]) -> Array:
-    """Uniform random uint32 [B, *shape]: a hash of each row's key and the place.
+    """Hash each row's key and the position to uniform random uint32, [B, *shape].
 
     For dropout only. `jax.random.bits` writes and reads whole arrays of a CPU's memory
     ten times; this is one pass, which compilers fuse with what uses it.
@@ -121,7 +121,7 @@ def _hash(x: Array) -> Array:
 
 
 class PositionBias(nnx.Module):
-    """What the distance of two positions adds to their score, by head."""
+    """A learned bias of scores by distance and head."""
 
     def __init__(self, config: T5Config, *, bidirectional: bool, rngs: nnx.Rngs):
         """Draw the table that all layers of a stack share."""
@@ -207,7 +207,7 @@ class Block(nnx.Module):
         self.mlp = MLP(config, rngs=rngs)
 
     def __call__(self, x_BTD, dropout, reads, cache):
-        """One layer, and what later tokens will attend to if there is a cache."""
+        """Apply one layer; also return keys and values if there is a cache."""
         drops = _droppers(self.rate, dropout, 6)
         normed_BTD = self.attention_norm(x_BTD)
         memory = self.attention.memory(normed_BTD)
@@ -249,11 +249,11 @@ class Stack(nnx.Module):
         self.norm = RMSNorm(config.width, eps=config.norm_eps)
 
     def attend(self, mask_BTS, distance_BTS) -> attention.Attend:
-        """Attention where the mask is true, biased by distance."""
+        """Return attention where the mask is true, biased by distance."""
         return attending(mask_BTS, self.position_bias(distance_BTS))
 
     def __call__(self, x_BTD, reads, dropout=None, cache=None):
-        """Hidden states after the final norm, and what later tokens will read."""
+        """Compute hidden states after the final norm, and new keys and values."""
         graphdef, stacked = nnx.split(self.layers)
         keys_L = keys_B = None
         if dropout is not None:
@@ -276,7 +276,7 @@ class Stack(nnx.Module):
 def attending(
     mask_BTS: Bool[Array, "B T S"], bias_BHTS: Float[Array, "#B H T S"] | None = None
 ) -> attention.Attend:
-    """T5's attention where the mask is true: biased, not scaled."""
+    """Return T5's attention where the mask is true: biased, not scaled."""
     return functools.partial(
         attention.attend,
         mask_B1TS=mask_BTS[:, None],
@@ -286,7 +286,7 @@ def attending(
 
 
 def _extended(old: Memory, new: Memory, slots_BT) -> Memory:
-    """Keys and values with new ones at their slots; one beyond the last is dropped."""
+    """Write new keys and values at their slots; one beyond the last is dropped."""
     rows_B1 = jnp.arange(slots_BT.shape[0])[:, None]
     return {
         name: old[name]

@@ -1,4 +1,4 @@
-"""Groups of config.json fields, and what they say of a DecoderConfig: both ways.
+"""Groups of config.json fields, to and from values of a DecoderConfig.
 
 A family (`kdjax.models.hf.families`) is a few of these parts. `read` takes the part's
 fields from a `Json` and returns values of a DecoderConfig; `write` is its inverse.
@@ -57,7 +57,7 @@ _NEEDED = object()
 
 
 class Json:
-    """The fields of one config.json; `finish` refuses those that nobody took."""
+    """The fields of one config.json; `finish` refuses those that were not read."""
 
     def __init__(self, raw: Mapping[str, Any], file: str, defaults: Mapping[str, Any]):
         """Remember `defaults` for fields that files of the family may omit."""
@@ -65,7 +65,7 @@ class Json:
         self._taken = {"model_type"}
 
     def take(self, name: str, default: Any = _NEEDED) -> Any:
-        """The value of a field.
+        """Return the value of a field, and mark it as read.
 
         Raises:
           ValueError: the file lacks it, and there is no default.
@@ -148,7 +148,7 @@ sizes = Part(_read_sizes, _write_sizes)
 
 
 def activation(*names: str) -> Part:
-    """The MLP's activation; families differ in the field's name, the first one rules.
+    """Return the part of the MLP's activation; the first of the field's names rules.
 
     The other fields, if there, must agree: transformers does not read them.
     """
@@ -209,7 +209,7 @@ _ROPE_FIELDS: dict[str, tuple[dict[str, str], dict[str, str]]] = {
 
 
 def _read_scaling(json: Json, field: str, stated: Values) -> RopeConfig:
-    """The rotary positions of one dictionary; its theta is read elsewhere."""
+    """Read the rotary positions of one dictionary; its theta is read elsewhere."""
     kind = str(stated.get("rope_type", stated.get("type", "default")))
     if kind not in _ROPE_FIELDS:
         json.refuse(field, stated, f"only rope_type {', '.join(_ROPE_FIELDS)}")
@@ -272,7 +272,7 @@ rope = Part(_read_rope, _write_rope)
 
 
 def _read_two_ropes(json: Json) -> Values:
-    """Gemma 3: one for global layers, and one that is not stretched for local ones."""
+    """Read Gemma 3's two ropes: of global layers, and, not stretched, of local ones."""
     nested, old = _stated(json, "rope_parameters"), _stated(json, "rope_scaling")
     if unknown := nested.keys() - {SLIDING, FULL}:
         json.refuse("rope_parameters", nested, f"{sorted(unknown)} is no layer type")

@@ -1,4 +1,4 @@
-"""Which config.json and which tensors belong to a DecoderConfig, family by family.
+"""config.json fields and tensor names of a DecoderConfig, family by family.
 
 A family is a row of `_TABLE`: the fields of its config.json in groups, what is so in
 all its models, and the tensors behind our parameters. Another one is another row.
@@ -171,7 +171,7 @@ assert set(_TABLE) == set(FAMILIES)
 
 
 def read(raw: Mapping[str, Any], file: str) -> DecoderConfig:
-    """The shape that the content of a config.json describes.
+    """Read the shape that the content of a config.json describes.
 
     Raises:
       ValueError: a family, a field or a value that the decoder does not implement, or
@@ -201,7 +201,7 @@ def read(raw: Mapping[str, Any], file: str) -> DecoderConfig:
 
 
 def write(config: DecoderConfig) -> dict[str, Any]:
-    """The config.json of a shape, without what describes its files.
+    """Return the config.json of a shape, without what describes its files.
 
     Raises:
       ValueError: the family's config.json cannot say this.
@@ -243,5 +243,5 @@ def stored_names(
 def without_copies(
     tensors: dict[str, Any], files: dict[str, Any], config: DecoderConfig
 ) -> dict[str, Any]:
-    """The tensors without the rotary frequencies, which follow from the config."""
+    """Drop the rotary frequencies, which follow from the config."""
     return {n: t for n, t in tensors.items() if not n.endswith("rotary_emb.inv_freq")}

@@ -30,7 +30,7 @@ from kdjax.runtime.files import write_json
 
 
 def resolve(path: str | os.PathLike) -> pathlib.Path:
-    """The local folder of a model: `path` itself, else a hub name, downloaded.
+    """Return the local folder of a model: `path` itself, else a hub name, downloaded.
 
     Raises:
       ValueError: neither a folder nor a model that the hub or its local cache has.
@@ -51,7 +51,7 @@ def resolve(path: str | os.PathLike) -> pathlib.Path:
 
 
 def read_config(path: str | os.PathLike) -> Shape:
-    """The shape of the model in a folder.
+    """Read the shape of the model in a folder.
 
     Raises:
       ValueError: a family, a field or a value that is not implemented, or not known.
@@ -67,7 +67,7 @@ def read_config(path: str | os.PathLike) -> Shape:
 
 
 def _names(config: Shape) -> ModuleType:
-    """What knows the tensors' names: functions of the same names for either kind."""
+    """Return the module of tensor names: functions of the same names for both kinds."""
     return t5 if isinstance(config, T5Config) else families
 
 
@@ -218,12 +218,12 @@ def fingerprint(path: str | os.PathLike) -> str:
 
 
 def join(key_path) -> str:
-    """A path of `jax.tree_util` in a nested dict, as "layers/mlp/up/kernel"."""
+    """Join a path of `jax.tree_util` in a nested dict, as "layers/mlp/up/kernel"."""
     return "/".join(key.key for key in key_path)
 
 
 def _stack_of(config: Shape, path: str) -> str:
-    """The stack of layers that a parameter belongs to; "" for none."""
+    """Return the stack of layers that a parameter belongs to; "" for none."""
     return next((s for s in lm.stacks(config) if path.startswith(s)), "")
 
 
@@ -281,7 +281,7 @@ def _read(
     transposed: bool,
     dtype: str,
 ) -> np.ndarray:
-    """The part `index` of a parameter, from the tensors behind it."""
+    """Read the slice `index` of a parameter from the tensors behind it."""
     if not stacked:
         return tensors[names[0]][index].astype(jnp.dtype(dtype), copy=False)
     layers, *rest = index
@@ -298,7 +298,7 @@ def _placed(
     sharding: jax.sharding.Sharding,
     read: Callable[[tuple[slice, ...]], np.ndarray],
 ) -> jax.Array:
-    """An array of the parts that `read` gives, of which the host holds one at a time.
+    """Make an array of slices that `read` returns, one at a time on the host.
 
     Devices that hold the same part share one read of it.
     """
@@ -328,7 +328,7 @@ def _stored(
 
 
 def _to_host(leaf: Any, layer: int | None) -> np.ndarray:
-    """A parameter, or one layer of it; every process must call this."""
+    """Fetch a parameter, or one layer of it; every process must call this."""
     # An array remembers its copy on the host: this one is gone with it.
     array = leaf.copy() if layer is None else leaf[layer]
     if isinstance(array, jax.Array) and not array.is_fully_addressable:

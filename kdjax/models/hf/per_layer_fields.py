@@ -12,7 +12,7 @@ def _window(json: Json) -> int:
 
 
 def _types(json: Json) -> list[str] | None:
-    """The layer types that a file states, if it does."""
+    """Read the layer types that a file states; None if it does not."""
     types = json.take("layer_types", None)
     if types is None:
         return None

@@ -44,7 +44,7 @@ class Tensor:
 
 
 def find(folder: pathlib.Path) -> tuple[dict[str, Tensor], dict[str, pathlib.Path]]:
-    """The tensors of a folder, and the file of each, by name.
+    """Find the tensors of a folder, and the file of each, by name.
 
     The files are also those of tensors that an index names and no file holds.
 
@@ -76,7 +76,7 @@ def find(folder: pathlib.Path) -> tuple[dict[str, Tensor], dict[str, pathlib.Pat
 
 
 def names(folder: pathlib.Path) -> set[str]:
-    """Names of the tensors of a folder; none where it has no weights."""
+    """Return the names of the tensors of a folder; none if it has no weights."""
     return set(find(folder)[0]) if any(folder.glob("*.safetensors")) else set()
 
 
@@ -103,13 +103,13 @@ def write(
     itemsize = jnp.dtype(dtype).itemsize
     sizes = {name: itemsize * math.prod(shape) for name, shape in shapes.items()}
     shards: list[list[str]] = [[]]
-    room = max_shard_bytes
+    available = max_shard_bytes
     for name, size in sizes.items():
-        if size > room and shards[-1]:
+        if size > available and shards[-1]:
             shards.append([])
-            room = max_shard_bytes
+            available = max_shard_bytes
         shards[-1].append(name)
-        room -= size
+        available -= size
     files = ["model.safetensors"]
     if len(shards) > 1:
         count = len(shards)
@@ -135,7 +135,7 @@ def write(
 
 
 def _header(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> bytes:
-    """What a file begins with: where each of its tensors is, and how long that is."""
+    """Encode the header of a file: offset, type and shape of each of its tensors."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():
@@ -148,7 +148,7 @@ def _header(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> bytes:
 
 
 def read_json(file: pathlib.Path) -> dict[str, Any]:
-    """The object in a file.
+    """Read the object in a JSON file.
 
     Raises:
       ValueError: the file holds none.

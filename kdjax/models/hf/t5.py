@@ -49,7 +49,7 @@ GATED = {"relu": False, "gated-gelu": True}
 def stored_names(
     config: T5Config, path: str, layers: Sequence[int]
 ) -> tuple[list[str], bool]:
-    """Names of the tensors behind one parameter, and whether they are transposed.
+    """Return the names of the tensors behind a parameter, and if they are transposed.
 
     Args:
       config: shape of the model.
@@ -71,7 +71,7 @@ def stored_names(
 
 
 def read(raw: Mapping[str, Any], file: str, has_head: Callable[[], bool]) -> T5Config:
-    """The shape of a model from its config.json, and from the names of its weights.
+    """Read the shape of a model from its config.json and the names of its weights.
 
     Args:
       raw: content of config.json.
@@ -127,7 +127,7 @@ def read(raw: Mapping[str, Any], file: str, has_head: Callable[[], bool]) -> T5C
 
 
 def write(config: T5Config) -> dict[str, Any]:
-    """The config.json of a shape, without what describes its files.
+    """Return the config.json of a shape, without what describes its files.
 
     Where only one of tied embeddings and scaled outputs holds, which no published model
     has, transformers 5 computes the same numbers, and 4 cannot.
@@ -161,7 +161,7 @@ def write(config: T5Config) -> dict[str, Any]:
 def without_copies(
     tensors: dict[str, Any], files: dict[str, Any], config: T5Config
 ) -> dict[str, Any]:
-    """The tensors without those that no part of the model reads.
+    """Drop the tensors that no part of the model reads.
 
     Raises:
       ValueError: a copy of the embedding that is none.
