@@ -183,10 +183,10 @@ def _noncentral_t(t: float, df: float, c: float) -> float:
     SciPy gives a NaN for some t and c on two sides of 0, all of them where the
     probability is within 1e-12 of 0 or 1.
     """
-    found = float(extras.load("scipy.stats").nct.cdf(t, df, c))
-    if math.isnan(found) and t * c < 0:
+    probability = float(extras.load("scipy.stats").nct.cdf(t, df, c))
+    if math.isnan(probability) and t * c < 0:
         return 0.0 if c > 0 else 1.0
-    return found
+    return probability
 
 
 def _crossing(

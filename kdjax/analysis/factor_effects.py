@@ -60,31 +60,31 @@ class Model:
     pairs_statement: str = ""  # which interactions are seen
 
 
-def levels(found: Sequence[runs.Run], design: runs.Design) -> dict[str, list[str]]:
+def levels(table: Sequence[runs.Run], design: runs.Design) -> dict[str, list[str]]:
     """Return the factors that have two levels or more, with their levels in order."""
     every = {
-        factor: list(dict.fromkeys(runs.level_of(run, (factor,)) for run in found))
+        factor: list(dict.fromkeys(runs.level_of(run, (factor,)) for run in table))
         for factor in design.factors
     }
     return {factor: names for factor, names in every.items() if len(names) > 1}
 
 
 def compare(
-    found: Sequence[runs.Run], metric: str, design: runs.Design
+    table: Sequence[runs.Run], metric: str, design: runs.Design
 ) -> runs.Analysis[Model]:
     """Estimate the effect of every factor of a design on one metric.
 
     Outliers are looked for among the runs that are alike in all factors.
 
     Args:
-      found: all runs, failed ones too.
+      table: all runs, failed ones too.
       metric: column.
       design: names the factors.
     """
     alike = dataclasses.replace(design, compare=design.factors, within=())
-    groups = runs.groups(found, metric, alike)
+    groups = runs.groups(table, metric, alike)
     without, outliers = runs.without_outliers(groups, metric, alike)
-    names = levels(found, design)
+    names = levels(table, design)
 
     def model(these: Sequence[runs.Group]) -> Model:
         members = [run for group in these for run in group.runs]
@@ -173,7 +173,7 @@ def _factor(
         key: np.full(term.shape[1], 1 / term.shape[1])
         for key, term in fit.terms.items()
     }
-    found = [
+    levels = [
         Level(
             name=level,
             members=tuple(inside[level]),
@@ -183,7 +183,7 @@ def _factor(
         for place, level in enumerate(present)
     ]
     none = effect_sizes.nothing("no run has a number")
-    found += [
+    levels += [
         Level(name=level, members=(), mean=none, difference=none)
         for level in names
         if not inside[level]
@@ -199,7 +199,7 @@ def _factor(
         reason = f"F has {df}: {unknown[0]}" if unknown else ""
     return Factor(
         name=name,
-        levels=tuple(found),
+        levels=tuple(levels),
         **test,
         partial_eta_squared=eta,
         statement=reason,
@@ -232,13 +232,12 @@ def _interaction(fit: least_squares.Fit, first: str, second: str) -> Interaction
 
 
 def _verdict(pairs: Sequence[Interaction]) -> str:
-    found = {pair.name: pair.p for pair in pairs if pair.p is not None}
-    if not found:
+    p_values = {pair.name: pair.p for pair in pairs if pair.p is not None}
+    if not p_values:
         return "no pair of factors can be tested for an interaction" if pairs else ""
-    seen = [name for name, p in found.items() if p < group_tests.ALPHA]
-    words = (
-        f"interactions seen at the {group_tests.ALPHA:.0%} level, of {len(found)} pairs"
-    )
+    seen = [name for name, p in p_values.items() if p < group_tests.ALPHA]
+    num = len(p_values)
+    words = f"interactions seen at the {group_tests.ALPHA:.0%} level, of {num} pairs"
     if not seen:
         return f"{words}: none"
     return f"{words}: {', '.join(seen)}; there a difference is one of averages"

@@ -95,20 +95,20 @@ class Comparison(runs.Analysis[Tests]):
     collapsed: tuple[runs.Run, ...]  # finished, but at chance or not finite
 
 
-def compare(found: Sequence[runs.Run], metric: str, design: runs.Design) -> Comparison:
+def compare(table: Sequence[runs.Run], metric: str, design: runs.Design) -> Comparison:
     """Compare the groups of a design by one metric.
 
     Args:
-      found: all runs, failed ones too.
+      table: all runs, failed ones too.
       metric: column.
       design: names the factors.
     """
-    groups = runs.groups(found, metric, design)
+    groups = runs.groups(table, metric, design)
     without, outliers = runs.without_outliers(groups, metric, design)
     absent = tuple(run for group in groups for run in group.absent)
-    collapsed = tuple(run for run in found if run.collapsed)
+    collapsed = tuple(run for run in table if run.collapsed)
     num = sum(len(group.values) for group in groups)
-    words = [f"{num} of {len(found)} runs have a number"]
+    words = [f"{num} of {len(table)} runs have a number"]
     if absent:
         words.append(f"{len(absent)} have none and are in no test")
     inside = [run for run in collapsed if run.value(metric) is not None]
@@ -310,13 +310,13 @@ def _tukey(filled: Sequence[runs.Group], confidence: float) -> list[dict[str, fl
         return []
     values = [value for group in filled for value in group.values]
     labels = [i for i, group in enumerate(filled) for _ in group.values]
-    found = extras.load("statsmodels.stats.multicomp").pairwise_tukeyhsd(
+    result = extras.load("statsmodels.stats.multicomp").pairwise_tukeyhsd(
         np.asarray(values), np.asarray(labels), alpha=1 - confidence
     )
     # Its differences are the second group's mean less the first's.
     return [
         {"low": -float(high), "high": -float(low), "tukey_p": float(p)}
-        for (low, high), p in zip(found.confint, found.pvalues, strict=True)
+        for (low, high), p in zip(result.confint, result.pvalues, strict=True)
     ]
 
 
@@ -347,10 +347,8 @@ def _dunn(filled: Sequence[runs.Group]) -> np.ndarray | None:
     return posthocs.posthoc_dunn(values, p_adjust="bonferroni").to_numpy()
 
 
-def _verdict(found: Sequence[float | None], reason: str) -> str:
+def _verdict(p_values: Sequence[float | None], reason: str) -> str:
     if reason:
         return reason
-    num = sum(p is not None and p < ALPHA for p in found)
-    return (
-        f"pairs that differ at the {ALPHA:.0%} level: {num or 'none'} of {len(found)}"
-    )
+    num = sum(p is not None and p < ALPHA for p in p_values) or "none"
+    return f"pairs that differ at the {ALPHA:.0%} level: {num} of {len(p_values)}"

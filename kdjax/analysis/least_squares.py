@@ -59,8 +59,8 @@ class Fit:
 
     def less(self, name: str) -> "Fit":
         """Return the fit without a factor."""
-        kept = {key: term for key, term in self.terms.items() if key != name}
-        return Fit(self.values, kept, self.confidence)
+        others = {key: term for key, term in self.terms.items() if key != name}
+        return Fit(self.values, others, self.confidence)
 
     def test(self, smaller: "Fit") -> dict[str, float]:
         """Return df, f and p of the gain over a smaller fit; {} without a test."""

@@ -164,7 +164,7 @@ def pareto(
 
 
 def levels(
-    found: Sequence[factor_effects.Factor],
+    factors: Sequence[factor_effects.Factor],
     label: str,
     *,
     anchor: str,
@@ -173,7 +173,7 @@ def levels(
     """Means of the levels with their intervals, one panel a factor.
 
     Args:
-      found: factors.
+      factors: factors.
       label: of the axis that all panels share.
       anchor: begins the ids of levels: "<anchor>-<factor>-<level>", each from 1.
       name: unique in the page; stands before all ids.
@@ -181,16 +181,18 @@ def levels(
     Returns:
       SVG; "" where no level has a mean.
     """
-    if not any(level.mean.value is not None for one in found for level in one.levels):
+    if not any(
+        level.mean.value is not None for factor in factors for level in factor.levels
+    ):
         return ""
-    columns = min(_PANELS, len(found))
-    lines = math.ceil(len(found) / columns)
+    columns = min(_PANELS, len(factors))
+    lines = math.ceil(len(factors) / columns)
     with _style():
         figure = _figure(7.2, 2.5 * lines)
         grid = figure.subplots(lines, columns, squeeze=False, sharey=True)
-        for axes in grid.ravel()[len(found) :]:
+        for axes in grid.ravel()[len(factors) :]:
             axes.set_visible(False)
-        pairs = zip(grid.ravel(), found, strict=False)
+        pairs = zip(grid.ravel(), factors, strict=False)
         for order, (axes, factor) in enumerate(pairs, start=1):
             _levels(axes, factor, f"#{anchor}-{order}")
         for line in grid:
@@ -214,8 +216,8 @@ def frontier(points: Sequence[Point], *, lowest: bool = False) -> list[Point]:
             for other in points
         )
 
-    found = [point for point in points if not beaten(point)]
-    return sorted(found, key=lambda point: point.cost)
+    best = [point for point in points if not beaten(point)]
+    return sorted(best, key=lambda point: point.cost)
 
 
 def reliability(

@@ -24,7 +24,7 @@ Bins = Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[float]]]
 
 def write(
     path: str | os.PathLike,
-    found: Sequence[runs.Run],
+    table: Sequence[runs.Run],
     design: runs.Design,
     *,
     title: str = "Comparison",
@@ -35,18 +35,18 @@ def write(
 
     Args:
       path: of the HTML file.
-      found: all runs, failed ones too.
+      table: all runs, failed ones too.
       design: what is compared.
       title: of the page.
       folder: where the runs' directories are, seen from the page.
       reliability: title -> bins, as of `plots.reliability`; None has no diagram.
     """
-    text = render(found, design, title=title, folder=folder, reliability=reliability)
+    text = render(table, design, title=title, folder=folder, reliability=reliability)
     files.write_atomically(path, text)
 
 
 def render(
-    found: Sequence[runs.Run],
+    table: Sequence[runs.Run],
     design: runs.Design,
     *,
     title: str = "Comparison",
@@ -58,23 +58,23 @@ def render(
     The same runs give the same text.
     """
     comparisons = [
-        group_tests.compare(found, metric, design) for metric in design.metrics
+        group_tests.compare(table, metric, design) for metric in design.metrics
     ]
-    points, pareto = _pareto(found, design, comparisons[0])
+    points, pareto = _pareto(table, design, comparisons[0])
     return _template().render(
         title=title,
         design=design,
-        runs=found,
-        counts=_counts(found),
-        failed=[run for run in found if run.status != "done"],
-        collapsed=[run for run in found if run.collapsed],
+        runs=table,
+        counts=_counts(table),
+        failed=[run for run in table if run.status != "done"],
+        collapsed=[run for run in table if run.collapsed],
         columns=tuple(dict.fromkeys((*design.factors, design.seed))),
         link=lambda run: _link(run, folder),
-        digits={m: _decimals(_values(found, m)) for m in design.numbers},
+        digits={m: _decimals(_values(table, m)) for m in design.numbers},
         alpha=group_tests.ALPHA,
         versions=_versions,
         **_groups_context(comparisons, design),
-        **_factors_context(found, design),
+        **_factors_context(table, design),
         sentence=sentence,
         points=points,
         frontier=plots.frontier(points, lowest=_falls(design)),
@@ -116,11 +116,11 @@ def _groups_context(
     }
 
 
-def _factors_context(found: Sequence[runs.Run], design: runs.Design) -> dict[str, Any]:
+def _factors_context(table: Sequence[runs.Run], design: runs.Design) -> dict[str, Any]:
     """Return what the template shows of factors: nothing unless several vary."""
-    several = len(factor_effects.levels(found, design)) > 1
+    several = len(factor_effects.levels(table, design)) > 1
     by_factor = {
-        index: factor_effects.compare(found, metric, design)
+        index: factor_effects.compare(table, metric, design)
         for index, metric in enumerate(design.metrics if several else (), start=1)
     }
     panels = {
@@ -217,15 +217,15 @@ def _decimals(values: Sequence[float]) -> int:
     return min(max(_DIGITS - 1 - math.floor(math.log10(largest)), 0), 12)
 
 
-def _values(found: Sequence[runs.Run], column: str) -> list[float]:
-    values = (run.value(column) for run in found)
+def _values(table: Sequence[runs.Run], column: str) -> list[float]:
+    values = (run.value(column) for run in table)
     return [value for value in values if value is not None]
 
 
-def _counts(found: Sequence[runs.Run]) -> dict[str, int]:
+def _counts(table: Sequence[runs.Run]) -> dict[str, int]:
     """Return the number of runs of each status, in order of appearance."""
     counts: dict[str, int] = {}
-    for run in found:
+    for run in table:
         status = run.status or "no status"
         counts[status] = counts.get(status, 0) + 1
     return counts
@@ -270,12 +270,12 @@ def _falls(design: runs.Design) -> bool:
 
 
 def _pareto(
-    found: Sequence[runs.Run], design: runs.Design, first: group_tests.Comparison
+    table: Sequence[runs.Run], design: runs.Design, first: group_tests.Comparison
 ) -> tuple[list[plots.Point], str]:
     """Return mean quality (the first metric) and cost of each group, and a figure."""
     if not design.cost:
         return [], ""
-    costs = runs.groups(found, design.cost, design)
+    costs = runs.groups(table, design.cost, design)
     points = [
         plots.Point(
             name=group.name,
