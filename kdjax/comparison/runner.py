@@ -17,8 +17,8 @@ from kdjax.comparison.grid import Task
 from kdjax.runtime import files, processes
 
 FINISHED, FAILED, LOG = "finished.json", "failed.json", "log.txt"
-# What the commands have in common; the commands themselves are run as __main__.
-PRELOAD = ("kdjax.experiment.build", "kdjax.cli")
+# What the commands import where they run; they themselves are run as __main__.
+PRELOAD = ("kdjax.training.loop", "kdjax.evaluation.scorer", "kdjax.teacher.build")
 _POLL_SECONDS = 0.1
 
 

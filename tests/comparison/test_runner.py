@@ -1,6 +1,7 @@
 """Tasks as processes: order, side by side, failures, and going on."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import pathlib
@@ -12,6 +13,12 @@ from kdjax.comparison.grid import Task
 from kdjax.config import Config
 
 COMMAND = "tests.comparison.command"
+PRELOAD = runner.PRELOAD
+
+
+def test_what_the_fork_server_imports_is_there():
+    # It ignores what it cannot import.
+    assert all(importlib.util.find_spec(name) for name in PRELOAD)
 
 
 @pytest.fixture(autouse=True)
