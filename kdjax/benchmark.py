@@ -41,7 +41,7 @@ _DECODE = flags.DEFINE_bool(
 
 
 def run(config: Config, workdir: pathlib.Path) -> None:
-    """Measures one config, prints the tables and writes what was asked for."""
+    """Measure one config, print tables and write the result where --json says."""
     from kdjax.bench import report, workload
     from kdjax.parallel import distributed, sharding
     from kdjax.teacher import build as build_lib
@@ -49,24 +49,26 @@ def run(config: Config, workdir: pathlib.Path) -> None:
     if _DECODE.value:
         _decode(config, workdir)
         return
-    mesh = sharding.make_mesh(config.mesh)
     with tempfile.TemporaryDirectory(prefix="kdjax-benchmark-") as folder:
-        load = None if _SYNTHETIC.value else workload.real(config, workdir, mesh)
-        if load is None:
+        measured = None
+        if not _SYNTHETIC.value:
+            measured = workload.open_real(config, workdir)
+        if measured is None:
             if not _SYNTHETIC.value and distributed.is_main():
                 where = build_lib.folder(config, workdir, "train")
                 print(f"{where} is not labelled: random tokens", file=sys.stderr)
-            load = workload.make_synthetic(config, pathlib.Path(folder), mesh)
-        found = report.measure(
-            load,
+            mesh = sharding.make_mesh(config.mesh)
+            measured = workload.make_synthetic(config, pathlib.Path(folder), mesh)
+        results = report.measure(
+            measured,
             steps=_STEPS.value,
             rounds=_ROUNDS.value,
             online=_ONLINE.value,
             profile=_PROFILE.value,
         )
     if distributed.is_main():
-        report.print_report(found)
-        cli.write_json(found)
+        report.print_report(results)
+        cli.write_json(results)
 
 
 def _decode(config: Config, workdir: pathlib.Path) -> None:

@@ -32,7 +32,6 @@ _WORKDIR = flags.DEFINE_string(
 )
 _COMPILED_BYTES = 2 * 2**30  # beyond it what was not used for longest goes
 _FLAG_ERRORS = (flags.Error, KeyError, TypeError, ValueError, OSError, AttributeError)
-CONFIG = "config.json"  # of a run, in its directory
 _JSON = flags.DEFINE_string("json", None, "Also write the result to this file.")
 STEP = flags.DEFINE_integer(
     "step", None, "Checkpoint of the student; the newest by default.", lower_bound=1
@@ -174,7 +173,7 @@ def given_config(validate: Callable[[Any], None] | None = None) -> Any:
     """
     config = _CONFIG.value
     if config is None:
-        file = pathlib.Path(_WORKDIR.value or "") / CONFIG
+        file = pathlib.Path(_WORKDIR.value or "") / "config.json"
         if validate is not None:
             raise ValueError("--config is missing: give --config=compare/NAME")
         if not _WORKDIR.value or not file.is_file():
@@ -214,44 +213,6 @@ def check_type(config: Any, expected: type) -> None:
 def workdir(config: Any) -> pathlib.Path:
     """--workdir, or runs/<name>."""
     return pathlib.Path(_WORKDIR.value or pathlib.Path("runs") / config.name)
-
-
-def claim(folder: pathlib.Path, config: Config) -> None:
-    """Makes a working directory this config's own, or checks that it is.
-
-    Raises:
-      ValueError: another config has run there; the fields that differ are named.
-    """
-    check_owner(folder, config)
-
-    from kdjax.parallel import distributed
-
-    distributed.barrier("claim")
-    if distributed.is_main():
-        write_config(folder, config)
-
-
-def check_owner(folder: pathlib.Path, config: Config) -> None:
-    """Checks that no other config has run in a directory.
-
-    Raises:
-      ValueError: one has; the fields that differ are named.
-    """
-    from kdjax.experiment import resume
-
-    file = folder / CONFIG
-    if file.exists():
-        changed = resume.differences(config_lib.from_json(file.read_text()), config)
-        if changed:
-            raise ValueError(
-                f"workdir={str(folder)!r} holds a run of another config "
-                f"({'; '.join(changed)}): use another --workdir, or remove it"
-            )
-
-
-def write_config(folder: pathlib.Path, config: Config) -> None:
-    """Writes the config that a directory is of."""
-    files.write_atomically(folder / CONFIG, config_lib.to_json(config))
 
 
 def write_json(found: Any) -> None:

@@ -37,12 +37,13 @@ flags.declare_key_flag("json")
 def run(comparison: Comparison, workdir: pathlib.Path) -> None:
     """Run the stage that the flags name; exit code 1 if a run of it failed."""
     from kdjax.comparison import grid, results, runner
+    from kdjax.experiment import workdir as workdir_lib
 
     workdir = workdir.resolve()
     tasks = grid.tasks(comparison, workdir)
     # What is shared is named after all that decides its content.
     for task in (task for task in tasks if task.is_run):
-        cli.check_owner(workdir / task.name, task.config)
+        workdir_lib.check_owner(workdir / task.name, task.config)
     stage = _STAGE.value
     runner.slots(_JOBS.value)
     _write_list(tasks, workdir)
@@ -95,13 +96,14 @@ def _select(tasks: list[Task], stage: str, workdir: pathlib.Path) -> list[Task]:
 def _run(tasks: list[Task], workdir: pathlib.Path) -> list[Task]:
     """Run tasks; return those that failed."""
     from kdjax.comparison import runner
+    from kdjax.experiment import workdir as workdir_lib
 
     todo = [task for task in tasks if not runner.finished(task, workdir)]
     failed: list[Task] = []
     for task in todo:
         folder = workdir / task.name
-        if not (folder / cli.CONFIG).exists():
-            cli.write_config(folder, task.config)
+        if not (folder / workdir_lib.CONFIG).exists():
+            workdir_lib.write_config(folder, task.config)
     with progress(len(tasks), "compare", start=len(tasks) - len(todo)) as advance:
 
         def report(task: Task, error: str) -> None:

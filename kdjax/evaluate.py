@@ -38,50 +38,45 @@ flags.declare_key_flag("step")
 
 def score(
     config: Config, workdir: pathlib.Path, name: str, *, step: int | None = None
-) -> dict[str, float]:
-    """The metrics of "student", "teacher" or a Hugging Face folder."""
-    return _score(config, workdir, name, step)[0]
-
-
-def _score(
-    config: Config, workdir: pathlib.Path, name: str, step: int | None
 ) -> tuple[dict[str, float], Shape]:
-    from kdjax.evaluation.scorer import Scorer, match_rates
-    from kdjax.experiment.data import load_data
+    """Score "student", "teacher" or a Hugging Face folder.
+
+    Returns:
+      Held-out metrics, and the shape of the model.
+    """
+    from kdjax.evaluation.scorer import Scorer
+    from kdjax.evaluation.text_match import match_rates
     from kdjax.experiment.models import load_model
+    from kdjax.experiment.run import open_run
     from kdjax.experiment.teacher import teacher_folder
-    from kdjax.parallel import sharding
-    from kdjax.teacher import build as build_lib
+    from kdjax.teacher import build
     from kdjax.training.checkpoint import load_student
 
-    mesh = sharding.make_mesh(config.mesh)
-    data = load_data(config, splits=("eval",))
-    cache = build_lib.open_split(config, data, workdir, "eval")
+    student_run = open_run(config, workdir, splits=("eval",))
+    cache = build.open_split(student_run, "eval")
     if name == "student":
-        model, params = load_student(config, workdir, mesh, data.tokenizer, step=step)
+        model, params = student_run.student, load_student(student_run, step=step)
     else:
-        teacher = teacher_folder(config, workdir)
-        model, params = load_model(
-            teacher if name == "teacher" else name, mesh, dtype=config.train.dtype
-        )
-    scorer = Scorer(config, data, model, mesh, cache=cache)
-    metrics = scorer(params)
-    return metrics | match_rates(scorer.generations(params)), model.shape
+        path = teacher_folder(config, workdir) if name == "teacher" else name
+        model, params = load_model(path, student_run.mesh, dtype=config.train.dtype)
+    scorer = Scorer(student_run, model, cache=cache)
+    metrics = scorer(params) | match_rates(scorer.generations(params))
+    return metrics, model.shape
 
 
 def run(config: Config, workdir: pathlib.Path) -> None:
-    """Evaluates one model, prints a table and writes the metrics where asked."""
+    """Evaluate one model, print a table and write the metrics where --json says."""
     from kdjax.evaluation import simulator
+    from kdjax.evaluation.summary import evaluation_row
     from kdjax.parallel import distributed
-    from kdjax.training.meter import evaluation_row
 
     if _SIMULATOR.value:
         simulator.train_simulator(config, pathlib.Path(_SIMULATOR.value))
     if _FAITHFULNESS.value:
-        _explain(config, workdir)
+        _measure_faithfulness(config, workdir)
     if _SIMULATOR.value or _FAITHFULNESS.value:
         return
-    metrics, shape = _score(config, workdir, _MODEL.value, cli.STEP.value)
+    metrics, shape = score(config, workdir, _MODEL.value, step=cli.STEP.value)
     if distributed.is_main():
         print_table(
             f"{config.name}: held-out results",
@@ -90,17 +85,19 @@ def run(config: Config, workdir: pathlib.Path) -> None:
         cli.write_json({"model": _MODEL.value} | metrics)
 
 
-def _explain(config: Config, workdir: pathlib.Path) -> None:
+def _measure_faithfulness(config: Config, workdir: pathlib.Path) -> None:
     from kdjax.evaluation import faithfulness
+    from kdjax.experiment.run import open_run
     from kdjax.parallel import distributed
 
     folder = pathlib.Path(_SIMULATOR.value) if _SIMULATOR.value else None
-    found = faithfulness.measure(config, workdir, simulator=folder)
+    finished = open_run(config, workdir, splits=("eval",))
+    measures = faithfulness.measure(finished, simulator=folder)
     if distributed.is_main():
-        rows = [{"measure": k, "value": f"{v:.4f}"} for k, v in found.items()]
+        rows = [{"measure": k, "value": f"{v:.4f}"} for k, v in measures.items()]
         print_table(f"{config.name}: its explanations", rows)
-        files.write_json(workdir / "faithfulness.json", found)
-        cli.write_json(found)
+        files.write_json(workdir / "faithfulness.json", measures)
+        cli.write_json(measures)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,7 @@
 kdjax, as a teacher or a student. Tokenizer, chat template and a model card are in it.
 """
 
-import json
 import pathlib
-from typing import Any
 
 from absl import flags
 
@@ -20,60 +18,15 @@ _DTYPE = flags.DEFINE_enum(
 )
 
 
-def write(
-    config: Config,
-    workdir: pathlib.Path,
-    out: pathlib.Path,
-    *,
-    step: int | None = None,
-    dtype: str = "float32",
-) -> None:
-    """Exports a checkpoint (None = the newest) with its tokenizer and a model card.
-
-    Adapters are multiplied and added into their kernels: the result is a plain model.
-    """
-    from kdjax.experiment import model_card, provenance
-    from kdjax.experiment.data import load_tokenizer
-    from kdjax.experiment.teacher import teacher_folder
-    from kdjax.models import hf, lora
-    from kdjax.parallel import distributed, sharding
-    from kdjax.training.checkpoint import load_student
-
-    mesh = sharding.make_mesh(config.mesh)
-    tokenizer = load_tokenizer(config)
-    model, params = load_student(config, workdir, mesh, tokenizer, step=step)
-    params = lora.merged(params, config.student.lora)
-    found = provenance.find(config, model, teacher_folder(config, workdir))
-    done = step or _newest(workdir)
-    readme = model_card.write(
-        config, model.shape, found, step=done, summary=_summary(workdir, done)
-    )
-    hf.save(out, model.shape, params, tokenizer, dtype=dtype, readme=readme)
-    distributed.barrier("export")
-
-
-def _newest(workdir: pathlib.Path) -> int:
-    from kdjax.training.checkpoint import Checkpoints
-
-    checkpoints = Checkpoints(workdir / "checkpoints")
-    step = checkpoints.latest_step()
-    checkpoints.close()
-    return step or 0
-
-
-def _summary(workdir: pathlib.Path, step: int) -> dict[str, Any] | None:
-    """The results of a run, unless they are of another step."""
-    file = workdir / "summary.json"
-    found = json.loads(file.read_text()) if file.is_file() else {}
-    return found if found.get("steps") == step else None
-
-
 def run(config: Config, workdir: pathlib.Path) -> None:
-    """Exports what the flags say."""
+    """Export the student of a run."""
+    from kdjax.experiment.run import open_run
     from kdjax.parallel import distributed
+    from kdjax.pipeline.student import export_student
 
     out = pathlib.Path(_OUT.value or workdir / "export")
-    write(config, workdir, out, step=cli.STEP.value, dtype=_DTYPE.value)
+    student_run = open_run(config, workdir, splits=())
+    export_student(student_run, out, step=cli.STEP.value, dtype=_DTYPE.value)
     if distributed.is_main():
         print(f"exported to {out}")
 

@@ -13,11 +13,11 @@ from kdjax.runtime.console import print_table
 
 
 def run(config: Config, workdir: pathlib.Path) -> None:
-    """Labels what is missing and prints what the caches hold."""
-    from kdjax.experiment.data import load_data
+    """Label what is missing and print what the caches hold."""
+    from kdjax.experiment.run import open_run
     from kdjax.experiment.teacher import teacher_folder
     from kdjax.parallel import distributed
-    from kdjax.teacher import build as build_lib
+    from kdjax.teacher import build
 
     teacher_path = teacher_folder(config, workdir)
     if not (config.teacher.path or pathlib.Path(teacher_path).is_dir()):
@@ -25,13 +25,13 @@ def run(config: Config, workdir: pathlib.Path) -> None:
             f"teacher.path='' and {teacher_path} does not exist: give "
             "--config.teacher.path, or run kdjax.train, which trains a teacher first"
         )
-    data = load_data(config)
-    build_lib.check(config, data, workdir)
-    caches = build_lib.ensure(config, data, workdir, teacher_path)
+    labelled = open_run(config, workdir)
+    build.check(labelled)
+    caches = build.ensure(labelled)
     if distributed.is_main():
         print_table(
             f"{config.name}: teacher caches",
-            [build_lib.describe(config, workdir, name) for name in caches],
+            [build.describe(config, workdir, name) for name in caches],
         )
 
 

@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from kdjax import config as config_lib
-from kdjax import train
+from kdjax import evaluate, train
 from kdjax.config import (
     CacheConfig,
     Config,
@@ -33,10 +33,12 @@ from kdjax.config import (
 )
 from kdjax.data import loader
 from kdjax.data.batch import Batch, EncoderRows
-from kdjax.experiment.data import Data, load_data, load_tokenizer
+from kdjax.experiment.data import Data, load_data
 from kdjax.experiment.models import Model, make_model, student_params, student_shape
 from kdjax.experiment.rows import make_plan
+from kdjax.experiment.run import Run, open_run
 from kdjax.parallel import sharding
+from kdjax.pipeline.student import export_student
 from kdjax.teacher.codec import Record
 from kdjax.training import checkpoint, meter, program
 from tests import xla_flags
@@ -262,7 +264,7 @@ class TrainSteps:
             def write(self, step, scalars):
                 rows.append({"step": step} | scalars)
 
-        spared = program.untrained(self.config, self.model.abstract)
+        spared = program.frozen_params_kwargs(self.config, self.model.abstract)
         reporter = meter.Meter(
             self.config, self.model.shape, self.plan, self.views, Rows(), spared
         )
@@ -367,8 +369,23 @@ def copy_run(workdir: pathlib.Path, copy: pathlib.Path, *, unfinished: bool = Fa
 
 def load_student(config: Config, workdir: pathlib.Path) -> tuple[Model, Any]:
     """The student of a run and its parameters at the newest checkpoint."""
-    mesh = sharding.make_mesh(config.mesh)
-    return checkpoint.load_student(config, workdir, mesh, load_tokenizer(config))
+    run = open_run(config, workdir, splits=())
+    return run.student, checkpoint.load_student(run)
+
+
+def open_eval(config: Config, workdir: pathlib.Path) -> Run:
+    """A run with its held-out split alone."""
+    return open_run(config, workdir, splits=("eval",))
+
+
+def score(config: Config, workdir: pathlib.Path, name: str) -> dict[str, float]:
+    """The metrics of "student", "teacher" or a Hugging Face folder."""
+    return evaluate.score(config, workdir, name)[0]
+
+
+def export(config: Config, workdir: pathlib.Path, out: pathlib.Path) -> None:
+    """Writes the student of a run as a Hugging Face folder."""
+    export_student(open_run(config, workdir, splits=()), out)
 
 
 def summary(workdir: pathlib.Path) -> dict[str, Any]:

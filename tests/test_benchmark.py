@@ -17,6 +17,7 @@ from kdjax.config import MeshConfig
 from kdjax.data import loader
 from kdjax.experiment import methods
 from kdjax.experiment.data import load_data
+from kdjax.experiment.run import open_run
 from kdjax.experiment.teacher import teacher_shape
 from kdjax.models import decoder, flops, hf
 from kdjax.parallel import sharding
@@ -120,14 +121,10 @@ def first_batch(load):
 
 def test_hard_alone_keeps_tokens_and_total_weight(tmp_path):
     load = workload.make_synthetic(tiny(), tmp_path, mesh())
-    soft, hard = first_batch(load), first_batch(workload.hard_alone(load))
+    soft, hard = first_batch(load), first_batch(workload.hard_labels_only(load))
     np.testing.assert_array_equal(soft.tokens, hard.tokens)
     assert (soft.segments == 1).all()  # no padding
-    assert {name for name in soft if name not in hard} == {
-        "teacher_ids",
-        "teacher_log_probs",
-        "teacher_log_z",
-    }
+    assert hard.teacher is None and soft.teacher.ids is not None
     total = soft.weights["hard"].sum() + soft.weights["soft"].sum()
     assert hard.weights["hard"].sum() == pytest.approx(total)
 
@@ -189,13 +186,13 @@ def test_without_soft_terms_there_is_no_teacher(tmp_path):
 
 def test_a_labelled_cache_is_what_is_measured(tmp_path):
     config = helpers.small_config(method={"temperature": 2.0})
-    assert workload.real(config, tmp_path, mesh()) is None
+    assert workload.open_real(config, tmp_path) is None
     data = load_data(config)
     shape = teacher_shape(config, data.tokenizer)
     params = decoder.init_params(shape, jax.random.key(0))
     hf.save(tmp_path / "teacher", shape, params, data.tokenizer)
-    build_lib.ensure(config, data, tmp_path, str(tmp_path / "teacher"))
-    load = workload.real(config, tmp_path, mesh())
+    build_lib.ensure(open_run(config, tmp_path))
+    load = workload.open_real(config, tmp_path)
     assert load is not None
     assert load.source == "real"
     assert len(load.plan.segments) == len(data.train)

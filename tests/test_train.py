@@ -13,14 +13,13 @@ import numpy as np
 import pytest
 
 from kdjax import config as config_lib
-from kdjax import evaluate, export, label, train
+from kdjax import label, train
 from kdjax.config import Config
 from kdjax.evaluation import scorer as scorer_lib
-from kdjax.experiment.data import load_tokenizer
 from kdjax.models import hf
-from kdjax.parallel import sharding
+from kdjax.parallel import distributed
 from kdjax.teacher import cache as cache_lib
-from kdjax.training.checkpoint import Checkpoints, load_student
+from kdjax.training.checkpoint import Checkpoints
 from tests import helpers, xla_flags
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -40,9 +39,7 @@ def summary(workdir: pathlib.Path) -> dict:
 
 
 def final_params(config: Config, workdir: pathlib.Path):
-    mesh = sharding.make_mesh(config.mesh)
-    tokenizer = load_tokenizer(config)
-    _, params = load_student(config, workdir, mesh, tokenizer)
+    _, params = helpers.load_student(config, workdir)
     return jax.tree.map(np.asarray, params)
 
 
@@ -143,7 +140,7 @@ def test_resume_is_bit_for_bit(finished, tmp_path, monkeypatch):
     config, workdir = finished
     for stop in (1, 3, 4):
         monkeypatch.setattr(
-            train.distributed.Preemption,
+            distributed.Preemption,
             "requested",
             lambda self, step, stop=stop: step == stop,
         )
@@ -379,16 +376,16 @@ def test_a_non_finite_loss_stops_the_run_and_is_not_saved(finished, tmp_path):
 
 def test_export_and_evaluate(finished, tmp_path):
     config, workdir = finished
-    export.write(config, workdir, tmp_path / "out")
+    helpers.export(config, workdir, tmp_path / "out")
     readme = (tmp_path / "out" / "README.md").read_text()
     assert f"| nll | {summary(workdir)['student']['nll']:.4g} | " in readme
     assert str(workdir) not in readme and "| teacher | trained for this run |" in readme
     exported = hf.load_params(tmp_path / "out", hf.read_config(tmp_path / "out"))
     jax.tree.map(np.testing.assert_array_equal, final_params(config, workdir), exported)
     wanted = summary(workdir)
-    student = evaluate.score(config, workdir, "student")
+    student = helpers.score(config, workdir, "student")
     assert student == wanted["student"]
-    again = evaluate.score(config, workdir, str(tmp_path / "out"))
+    again = helpers.score(config, workdir, str(tmp_path / "out"))
     assert again == wanted["student"]
-    teacher = evaluate.score(config, workdir, "teacher")
+    teacher = helpers.score(config, workdir, "teacher")
     assert teacher["nll"] == wanted["teacher"]["nll"]

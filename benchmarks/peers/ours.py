@@ -123,7 +123,7 @@ def run(folder: pathlib.Path, mode: str, steps: int) -> None:
     )
     batch = whole.batch
     if mode == "dense":
-        label = components.make_live_label(load, teacher, batch, k=None)
+        label = components.make_online_label(load, teacher, batch, k=None)
         plain = batch.without_teacher()
         batch = plain | jax.block_until_ready(label(params))
         del params

@@ -112,7 +112,7 @@ class Local:
             [ids] = views.prompt_ids([prompts.plain(messages)], self._tokenizer)
         shape = self._model.shape
         if isinstance(shape, T5Config):
-            return loader.ended(ids, shape.eos_id)
+            return loader.with_end(ids, shape.eos_id)
         limit = lm.max_prompt_length(shape, self._annotate.max_new_tokens)
         if len(ids) > limit:
             raise ValueError(

@@ -246,7 +246,7 @@ def model_flops(config: Config, shape: Shape) -> tuple[int, int]:
     """
     sizes = flops_kwargs(shape, config.train)
     _, params = lm.create(shape, adapters=config.student.lora)
-    frozen_kwargs = program.untrained(config, params)
+    frozen_kwargs = program.frozen_params_kwargs(config, params)
     useful = flops.train_flops(shape, **sizes | frozen_kwargs)
     if config.train.remat != "full":
         return useful, 0
@@ -336,5 +336,5 @@ def state_bytes(config: Config, devices: Sequence[jax.Device]) -> int:
         adapters=config.student.lora,
     )
     built = program.Program(config, model, mesh)
-    trained, _ = trainable.split(built.abstract.params, built.frozen)
+    trained, _ = trainable.partition(built.abstract.params, built.frozen_paths)
     return bytes_of(built.abstract) + bytes_of(trained)

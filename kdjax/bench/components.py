@@ -1,4 +1,4 @@
-"""The parts of a training step, each compiled and run by itself, to time them.
+"""Components of a training step, each compiled and run alone to be timed.
 
 Legend: M microbatches, N tokens of a microbatch, D width, V vocabulary, K stored pairs.
 """
@@ -21,78 +21,81 @@ from kdjax.data.batch import TeacherRecords
 from kdjax.experiment.models import Model, make_model, shared_vocab_size
 from kdjax.models import hf, lm
 from kdjax.parallel import sharding
-from kdjax.training import program, step, trainable
+from kdjax.training import step, trainable
+from kdjax.training.program import Program, loss_options
+from kdjax.training.state import TrainState
 
 _TOKEN_SPEC = P(("data", "fsdp"))  # [N, ...]
 
 
-def parts(load: Workload, whole: Step) -> dict[str, Callable[[], Any]]:
-    """The parts of `whole` alone: one microbatch of student and head, one update.
+def components(workload: Workload, step: Step) -> dict[str, Callable[[], Any]]:
+    """Make functions that run the components of a step, each alone.
 
-    "student" is the forward and backward pass up to the hidden states, with their sum
-    in place of the loss; "head" the loss and its gradients on given hidden states;
-    "optimizer" the update with given gradients.
+    "student" is the forward and backward pass of one microbatch up to the hidden
+    states, with their sum in place of the loss; "head" the loss of one microbatch and
+    its gradients on given hidden states; "optimizer" the update with given gradients.
     """
-    carry, mesh = whole.carry, load.mesh
+    shared, mesh = step.shared, workload.mesh
     placed = NamedSharding(mesh, _TOKEN_SPEC)
     rows = jax.jit(
         lambda batch: jax.tree.map(lambda x: x[0], batch), out_shardings=placed
-    )(whole.batch)
-    frozen = whole.program.frozen
-    student = _student_pass(load, frozen)
-    fused_head = _head_pass(load, frozen)
-    update = _update(whole.program)
-    num_tokens = rows.tokens.size
+    )(step.batch)
+    frozen_paths = step.program.frozen_paths
+    student = _student_pass(workload, frozen_paths)
+    head = _head_pass(workload, frozen_paths)
+    update = _update(step.program, workload.config.optim.ema_decay)
     hidden_ND = jax.jit(
         lambda key: jax.random.normal(
-            key, (num_tokens, load.model.shape.width), load.config.train.dtype
+            key,
+            (rows.tokens.size, workload.model.shape.width),
+            workload.config.train.dtype,
         ),
         out_shardings=placed,
     )(jax.random.key(0))
 
-    def update_step() -> Any:
-        old = carry.state
-        trained, kept = trainable.split(old.params, frozen)
-        trained, opt_state, norm = update(trained, old.opt_state)
-        params = trainable.merged(kept, trained)
-        carry.state = old._replace(params=params, opt_state=opt_state)
+    def run_head() -> Any:
+        return head(hidden_ND, lm.head_weight(shared.state.params), rows)[0]
+
+    def run_optimizer() -> Any:
+        shared.state, norm = update(shared.state)
         return norm
 
     return {
-        "student": lambda: student(carry.state.params, rows)[0],
-        "head": lambda: fused_head(hidden_ND, lm.head_weight(carry.state.params), rows)[
-            0
-        ],
-        "optimizer": update_step,
+        "student": lambda: student(shared.state.params, rows)[0],
+        "head": run_head,
+        "optimizer": run_optimizer,
     }
 
 
-def _student_pass(load: Workload, frozen: Collection[str]) -> Callable[[Any, Any], Any]:
-    def loss_of(trained: Any, kept: Any, rows: Any) -> jax.Array:
-        params = trainable.merged(kept, trained)
-        hidden_BTD = lm.hidden_states(load.model.graphdef, params, rows)
+def _student_pass(
+    workload: Workload, frozen_paths: Collection[str]
+) -> Callable[[Any, Any], Any]:
+    def loss_of(trained: Any, frozen: Any, rows: Any) -> jax.Array:
+        params = trainable.merge(frozen, trained)
+        hidden_BTD = lm.hidden_states(workload.model.graphdef, params, rows)
         return hidden_BTD.astype(jnp.float32).sum()
 
     def gradient_of(params: Any, rows: Any) -> Any:
-        return jax.value_and_grad(loss_of)(*trainable.split(params, frozen), rows)
+        parts = trainable.partition(params, frozen_paths)
+        return jax.value_and_grad(loss_of)(*parts, rows)
 
-    shardings = load.model.shardings
-    everywhere = sharding.replicated(load.mesh)
+    shardings = workload.model.shardings
+    everywhere = sharding.replicated(workload.mesh)
     return jax.jit(
         gradient_of,
-        in_shardings=(shardings, NamedSharding(load.mesh, _TOKEN_SPEC)),
-        out_shardings=(everywhere, trainable.split(shardings, frozen)[0]),
+        in_shardings=(shardings, NamedSharding(workload.mesh, _TOKEN_SPEC)),
+        out_shardings=(everywhere, trainable.partition(shardings, frozen_paths)[0]),
     )
 
 
 def _head_pass(
-    load: Workload, frozen: Collection[str]
+    workload: Workload, frozen_paths: Collection[str]
 ) -> Callable[[Any, Any, Any], Any]:
-    options = program.loss_options(
-        load.config,
-        load.model,
-        load.config.method.temperature,
-        shared_vocab_size(load.model.shape, load.cache),
+    options = loss_options(
+        workload.config,
+        workload.model,
+        workload.config.method.temperature,
+        shared_vocab_size(workload.model.shape, workload.cache),
     )
 
     def loss_of(hidden_ND: Any, weight_VD: Any, rows: Any) -> jax.Array:
@@ -105,61 +108,62 @@ def _head_pass(
             flat.weights["soft"],
             step.stored_teacher(rows),
             options,
-            placement=losses.Placement(load.mesh, sharding.HEAD_SPEC, "tensor"),
+            placement=losses.Placement(workload.mesh, sharding.HEAD_SPEC, "tensor"),
         )[0]
 
-    trains_head = lm.head_weight(trainable.trains(load.model.abstract, frozen))
+    mask = trainable.trainable_mask(workload.model.abstract, frozen_paths)
+    trains_head = lm.head_weight(mask)
     argnums = (0, 1) if trains_head else 0
     return jax.jit(jax.value_and_grad(loss_of, argnums=argnums))
 
 
-def _update(made: program.Program) -> Callable[[Any, Any], Any]:
-    """The step's update; the gradients are made from the trained parameters."""
-    shardings = jax.tree.map(lambda x: x.sharding, made.abstract)
-    placed = trainable.split(shardings.params, made.frozen)[0]
+def _update(
+    program: Program, ema_decay: float
+) -> Callable[[TrainState], tuple[TrainState, jax.Array]]:
+    """Compile the step's update, with gradients made of the trained parameters."""
+    shardings = jax.tree.map(lambda x: x.sharding, program.abstract)
 
-    def update(params: Any, opt_state: Any) -> Any:
-        grads = jax.tree.map(lambda x: x * 1e-3, params)
+    def update(state: TrainState) -> tuple[TrainState, jax.Array]:
+        trained, _ = trainable.partition(state.params, program.frozen_paths)
+        grads = jax.tree.map(lambda x: x * 1e-3, trained)
         norm = optax.tree.norm(grads)
-        with jax.numpy_dtype_promotion("standard"):  # as the step: optax is not strict
-            updates, new_state = made.optimizer.update(grads, opt_state, params)
-            new_params = optax.apply_updates(params, updates)
-        new, old = (new_params, new_state), (params, opt_state)
-        finite = jnp.isfinite(norm)
-        chosen = jax.tree.map(lambda x, y: jnp.where(finite, x, y), new, old)
-        return *chosen, norm
+        state = step.apply_update(
+            program.optimizer,
+            state,
+            grads,
+            finite=jnp.isfinite(norm),
+            frozen_paths=program.frozen_paths,
+            ema_decay=ema_decay,
+        )
+        return state, norm
 
-    return jax.jit(
-        update,
-        donate_argnums=(0, 1),
-        out_shardings=(placed, shardings.opt_state, None),
-    )
+    return jax.jit(update, donate_argnums=0, out_shardings=(shardings, None))
 
 
-def online(load: Workload, whole: Step) -> dict[str, Callable[[], Any]]:
-    """A live teacher's part of a step, and the step with it.
+def online_teacher(workload: Workload, offline: Step) -> dict[str, Callable[[], Any]]:
+    """Make functions that run an online teacher alone, and the step with it.
 
     The teacher has the shape of the config's, and random parameters. "label" is its
     forward pass and top k (dense: whole rows) on the prepared batch; "online" the
     training step with the teacher in it. {} without soft terms, or with draws.
 
     Args:
-      load: the workload.
-      whole: its step.
+      workload: the config, its student and its batches.
+      offline: its step.
     """
-    if load.cache is None or load.cache.kind == "sampled":
+    if workload.cache is None or workload.cache.kind == "sampled":
         return {}
-    model, params = _random_teacher(load)
-    k = None if load.cache.kind == "dense" else load.cache.k
-    label = make_live_label(load, model, whole.batch, k=k)
-    beside = Step(load, whole.carry, teacher=(model, params))
-    return {"label": lambda: label(params), "online": beside.prepared}
+    model, params = _random_teacher(workload)
+    k = None if workload.cache.kind == "dense" else workload.cache.k
+    label = make_online_label(workload, model, offline.batch, k=k)
+    online = Step(workload, offline.shared, teacher=(model, params))
+    return {"label": lambda: label(params), "online": online.prepared}
 
 
-def _random_teacher(load: Workload) -> tuple[Model, Any]:
-    """A teacher of the config's shape, its parameters drawn at random."""
-    config, mesh = load.config, load.mesh
-    shape = teacher_shape(config, load.model.shape.vocab_size)
+def _random_teacher(workload: Workload) -> tuple[Model, Any]:
+    """Make a teacher of the config's shape with random parameters."""
+    config, mesh = workload.config, workload.mesh
+    shape = teacher_shape(config, workload.model.shape.vocab_size)
     model = make_model(shape, mesh, dtype=config.train.dtype)
     init = jax.jit(
         lambda key: lm.init_params(shape, key), out_shardings=model.shardings
@@ -167,18 +171,18 @@ def _random_teacher(load: Workload) -> tuple[Model, Any]:
     return model, init(jax.random.key(config.teacher_seed))
 
 
-def make_live_label(
-    load: Workload, model: Model, batch: Any, *, k: int | None
+def make_online_label(
+    workload: Workload, model: Model, batch: Any, *, k: int | None
 ) -> Callable[[Any], TeacherRecords]:
     """Compile the teacher's parameters -> its records for `batch`.
 
     Args:
-      load: the workload.
+      workload: the config, its student and its batches.
       model: the teacher's.
       batch: on the devices.
       k: pairs a token; None = whole rows.
     """
-    config, mesh = load.config, load.mesh
+    config, mesh = workload.config, workload.mesh
     label_step = step.make_label_step(
         model.graphdef,
         mesh,
@@ -205,7 +209,7 @@ def make_live_label(
 
 
 def teacher_shape(config: Config, vocab_size: int) -> lm.Shape:
-    """The shape of the config's teacher; only its config.json is read."""
+    """Return the shape of the config's teacher; only its config.json is read."""
     if config.teacher.path:
         return hf.read_config(config.teacher.path)
     shape = config.teacher.decoder

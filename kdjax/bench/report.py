@@ -40,7 +40,7 @@ def measure(
     num_steps = 1 + rounds * per_round  # of a loop, the first one untimed
     whole = Step(load)
     soft = load.cache is not None
-    hard = Step(workload.hard_alone(load), whole.carry) if soft else whole
+    hard = Step(workload.hard_labels_only(load), whole.shared) if soft else whole
     matmul = timing.matmul(load.config.train.dtype)
     extra = _PROFILED_STEPS if profile else 0
     variants: dict[str, Callable[[], Any]] = {
@@ -50,9 +50,9 @@ def measure(
     }
     if soft:
         variants |= {"step_hard": hard.prepared, "loop_hard": hard.loop(num_steps)}
-    variants |= components.parts(load, whole)
+    variants |= components.components(load, whole)
     if online:
-        variants |= components.online(load, whole)
+        variants |= components.online_teacher(load, whole)
     with progress(
         len(variants) * (1 + rounds * per_round),
         "benchmark",
@@ -85,10 +85,10 @@ def _report(
     train = config.train
     batch = whole.host_batch
     positions = train.batch_size * train.row_length
-    loop_steps = len(whole.waits)
+    loop_steps = len(whole.wait_seconds)
     # A host makes its own rows of a batch; hosts have equally many.
-    tokens_per_step = whole.tokens * jax.process_count() / loop_steps
-    targets_per_step = whole.targets * jax.process_count() / loop_steps
+    tokens_per_step = whole.num_tokens * jax.process_count() / loop_steps
+    targets_per_step = whole.num_targets * jax.process_count() / loop_steps
     data: dict[str, Any] = {
         "source": load.source,
         "examples": len(load.plan.segments),
@@ -154,7 +154,7 @@ def _shares(
         "optimizer": samples["optimizer"].median / total,
     }
     shares["other"] = 1 - sum(shares.values())
-    return shares | {"data_wait": sum(whole.waits) / samples["loop"].total}
+    return shares | {"data_wait": sum(whole.wait_seconds) / samples["loop"].total}
 
 
 def _rate(
@@ -165,7 +165,7 @@ def _rate(
     targets = whole.host_batch.num_target_tokens * jax.process_count()
     shape = load.model.shape
     sizes = flops_kwargs(shape, train) | {"num_head_tokens": targets}
-    spared = program.untrained(load.config, load.model.abstract)
+    spared = program.frozen_params_kwargs(load.config, load.model.abstract)
     per_step = flops.train_flops(shape, **sizes, **spared)
     # One CPU device computes with all cores, however many devices it is made to be.
     num_devices = 1 if device.platform == "cpu" else jax.device_count()

@@ -1,4 +1,4 @@
-"""What a benchmark runs: the training step of a config, on real or synthetic data."""
+"""Workloads of the benchmark: a config's training step on real or synthetic data."""
 
 import dataclasses
 import pathlib
@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from kdjax.config import Config, T5Config, TrainConfig
 from kdjax.data import loader
 from kdjax.experiment import methods
-from kdjax.experiment.data import load_data, load_tokenizer
+from kdjax.experiment.data import load_tokenizer
 from kdjax.experiment.models import (
     Model,
     make_model,
@@ -21,8 +21,8 @@ from kdjax.experiment.models import (
     student_shape,
 )
 from kdjax.experiment.rows import make_plan
+from kdjax.experiment.run import open_run
 from kdjax.models.lm import Shape
-from kdjax.parallel import sharding
 from kdjax.teacher import build as build_lib
 from kdjax.teacher import label, synthetic
 from kdjax.teacher.cache import TeacherCache
@@ -45,33 +45,31 @@ class Workload:
 
 
 @dataclasses.dataclass(slots=True)
-class Carry:
-    """The one training state, which every variant of the step takes and leaves."""
+class SharedState:
+    """The one training state that all variants of the step update."""
 
     state: TrainState
 
 
-def real(config: Config, workdir: pathlib.Path, mesh: Mesh) -> Workload | None:
-    """The config's own data and cache; None where the cache was never made."""
+def open_real(config: Config, workdir: pathlib.Path) -> Workload | None:
+    """Open the config's own data and cache; None where the cache does not exist."""
     _check(config)
     soft = methods.has_soft_terms(config.method)
     if soft and label.missing(build_lib.folder(config, workdir, "train")):
         return None
-    data = load_data(config, splits=("train",))
-    cache = build_lib.open_split(config, data, workdir, "train") if soft else None
-    shape = student_shape(config, data.tokenizer)
+    run = open_run(config, workdir, splits=("train",))
     return Workload(
         config=config,
-        mesh=mesh,
-        model=_student(config, shape, mesh),
-        plan=make_plan(config, shape, data.train),
-        cache=cache,
+        mesh=run.mesh,
+        model=run.student,
+        plan=make_plan(config, run.student.shape, run.data.train),
+        cache=build_lib.open_split(run, "train") if soft else None,
         source="real",
     )
 
 
 def make_synthetic(config: Config, folder: pathlib.Path, mesh: Mesh) -> Workload:
-    """Random tokens in rows without padding, and a cache of random rows in `folder`.
+    """Make random tokens in rows without padding, and a random cache in `folder`.
 
     Raises:
       ValueError: a cache that does not hold the top k.
@@ -117,7 +115,7 @@ def make_synthetic(config: Config, folder: pathlib.Path, mesh: Mesh) -> Workload
 
 
 def _prompt_length(shape: Shape, train: TrainConfig) -> int:
-    """Tokens of a prompt that fills an encoder's row; 1 without one."""
+    """Return the tokens of a prompt that fills an encoder's row; 1 without one."""
     if not isinstance(shape, T5Config):
         return 1
     return (train.encoder_row_length or train.row_length) - 1  # the end token follows
@@ -132,17 +130,17 @@ def _check(config: Config) -> None:
         )
 
 
-def hard_alone(load: Workload) -> Workload:
-    """The same student and batches with the soft terms' weight on the hard ones."""
-    method = load.config.method
+def hard_labels_only(workload: Workload) -> Workload:
+    """Return the same workload with the soft terms' weight on the hard ones."""
+    method = workload.config.method
     method = dataclasses.replace(
         method,
         hard_weight=method.hard_weight + method.soft_weight,
         soft_weight=0.0,
         weight_schedule="constant",
     )
-    config = dataclasses.replace(load.config, method=method)
-    return dataclasses.replace(load, config=config, cache=None)
+    config = dataclasses.replace(workload.config, method=method)
+    return dataclasses.replace(workload, config=config, cache=None)
 
 
 class Step:
@@ -153,114 +151,96 @@ class Step:
       compile_seconds: tracing, lowering and compiling.
       batch: the prepared batch on the devices.
       host_batch: the same, this process's rows.
+      wait_seconds: for the batch, of each step of the loop.
+      num_tokens, num_targets: of the loop's batches.
     """
 
     def __init__(
         self,
-        load: Workload,
-        carry: Carry | None = None,
+        workload: Workload,
+        shared: SharedState | None = None,
         *,
-        make_params: Callable[[], Any] | None = None,
+        init_params: Callable[[], Any] | None = None,
         teacher: tuple[Model, Any] | None = None,
     ) -> None:
-        """Compiles the step and makes the state.
+        """Compile the step and make the state.
 
         Args:
-          load: what is trained.
-          carry: a state to share; None makes one.
-          make_params: makes its parameters, sharded; None draws them at random.
-          teacher: a model and its parameters that run in the step, in place of the
-            cache's records; None = the records.
+          workload: the config, its student and its batches.
+          shared: a state to share with other steps; None makes one.
+          init_params: makes its parameters, sharded; None draws them at random.
+          teacher: an online teacher and its parameters, in place of the cache's
+            records; None = the records.
         """
-        self._load = load
-        model, params = teacher or (None, None)
-        self._beside = () if model is None else (params,)
-        told_by = load.cache if model is None else model.shape
+        self._workload = workload
+        model = teacher[0] if teacher else None
+        self._teacher_params = teacher[1:] if teacher else ()
+        source = workload.cache if model is None else model.shape
         self.program = program.Program(
-            load.config,
-            load.model,
-            load.mesh,
-            num_valid=shared_vocab_size(load.model.shape, told_by),
+            workload.config,
+            workload.model,
+            workload.mesh,
+            num_valid=shared_vocab_size(workload.model.shape, source),
             teacher=model,
         )
-        self._rows = sharding.local_rows(load.mesh, self.program.num_rows)
-        self._terms = methods.terms(load.config.method)
-        self.host_batch = self.make_batch(0)
-        self.batch = self._place(self.host_batch)
+        self.host_batch = self.program.make_batch(workload.plan, 0, workload.cache)
+        self.batch = self.program.place(self.host_batch)
         start = time.perf_counter()
         self.compiled = self.program.step.lower(
-            self.program.abstract, self.batch, *self._beside
+            self.program.abstract, self.batch, *self._teacher_params
         ).compile()
         self.compile_seconds = time.perf_counter() - start
-        self.carry = carry or Carry(self._init(make_params))
-        self.waits: list[float] = []  # seconds for the batch, each step of the loop
-        self.tokens = self.targets = 0  # of the loop's batches
-
-    def make_batch(self, index: int) -> loader.Batch:
-        """This process's rows of a batch."""
-        batch = loader.make_batch(
-            self._load.plan,
-            index,
-            terms=self._terms,
-            cache=self._load.cache,
-            temperature=self._load.config.method.temperature,
-            rows=self._rows,
-            dropout=self.program.dropout,
-        )
-        return batch.without_teacher() if self._beside else batch
+        self.shared = shared or SharedState(self._init(init_params))
+        self.wait_seconds: list[float] = []
+        self.num_tokens = self.num_targets = 0
 
     def prepared(self) -> Any:
-        """Starts a step on the prepared batch."""
-        return self.run(self.batch)
-
-    def run(self, batch: Any) -> Any:
-        """Starts a step on a batch that is on the devices."""
-        self.carry.state, found = self.program.step(
-            self.carry.state, batch, *self._beside
+        """Dispatch a step on the prepared batch."""
+        self.shared.state, metrics = self.program.step(
+            self.shared.state, self.batch, *self._teacher_params
         )
-        return found
+        return metrics
 
     def loop(self, num_steps: int) -> Callable[[], Any]:
-        """As `prepared`, in training's own loop: read ahead, place, run, read back."""
-        train = self._load.config.train
-        batches = loader.iterate(
-            self.make_batch,
-            0,
-            num_steps,
-            num_threads=train.num_threads,
-            prefetch=train.prefetch,
+        """Return a function that dispatches the next step as training's loop does.
+
+        It fetches a batch that was made ahead, places it, dispatches the step and reads
+        the metrics of the step before.
+        """
+        workload = self._workload
+        batches = self.program.batches(
+            workload.plan, 0, num_steps, cache=workload.cache
         )
         pending: list[Any] = []
 
-        def start_step() -> Any:
-            since = time.perf_counter()
-            _, batch = next(batches)
-            self.waits.append(time.perf_counter() - since)
-            self.tokens += int((batch.segments > 0).sum())
-            self.targets += batch.num_target_tokens
-            found = self.run(self._place(batch))
+        def next_step() -> Any:
+            start = time.perf_counter()
+            index, batch = next(batches)
+            self.wait_seconds.append(time.perf_counter() - start)
+            self.num_tokens += int((batch.segments > 0).sum())
+            self.num_targets += batch.num_target_tokens
+            self.shared.state, metrics = self.program.run(
+                self.shared.state, index, batch, *self._teacher_params
+            )
             if pending:
                 jax.device_get(pending.pop())
-            pending.append(found)
-            return found
+            pending.append(metrics)
+            return metrics
 
-        return start_step
+        return next_step
 
     def reset(self) -> None:
-        """Forgets what the loop counted so far."""
-        self.waits.clear()
-        self.tokens = self.targets = 0
+        """Forget what the loop has counted."""
+        self.wait_seconds.clear()
+        self.num_tokens = self.num_targets = 0
 
-    def _place(self, batch: loader.Batch) -> Any:
-        return sharding.global_batch(batch, self._load.mesh, self.program.num_rows)
-
-    def _init(self, make_params: Callable[[], Any] | None) -> TrainState:
-        if make_params is None:
-            config = self._load.config
+    def _init(self, init_params: Callable[[], Any] | None) -> TrainState:
+        if init_params is None:
+            config = self._workload.config
             student = dataclasses.replace(config.student, init="random")
             config = dataclasses.replace(config, student=student)
-            make_params = student_params(config, self._load.model, "")
-        return self.program.init(make_params)
+            init_params = student_params(config, self._workload.model, "")
+        return self.program.init(init_params)
 
 
 def batch_bytes(batch: loader.Batch) -> dict[str, int]:
@@ -273,7 +253,7 @@ def batch_bytes(batch: loader.Batch) -> dict[str, int]:
 
 
 def cache_bytes(cache: TeacherCache) -> int:
-    """Bytes of the shards on disk."""
+    """Return the bytes of the shards on disk."""
     names = [shard.name for shard in cache.manifest.shards]
     return sum((cache.folder / name).stat().st_size for name in names)
 

@@ -117,7 +117,7 @@ class BatchPlan:
 
     def encoder_ids(self, segment: Segment) -> Int32[np.ndarray, " p"]:
         """What the encoder reads: the prompt and the end token."""
-        ids = ended(segment.prompt_ids.tolist(), self._end_id)
+        ids = with_end(segment.prompt_ids.tolist(), self._end_id)
         return np.asarray(ids, np.int32)
 
     def steps_per_epoch(self, epoch: int) -> int:
@@ -181,8 +181,8 @@ class BatchPlan:
         return self._rows[epoch]
 
 
-def ended(prompt_ids: Sequence[int], end_id: int) -> list[int]:
-    """A prompt as an encoder reads it: with its end token, once."""
+def with_end(prompt_ids: Sequence[int], end_id: int) -> list[int]:
+    """Return a prompt as an encoder reads it: with its end token, once."""
     ends = len(prompt_ids) and prompt_ids[-1] == end_id
     return [*prompt_ids] if ends else [*prompt_ids, end_id]
 

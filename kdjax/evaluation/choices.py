@@ -1,21 +1,19 @@
-"""Choices of a finished run's model, by likelihood, after what it is made to read."""
+"""Choices of a finished run's student, by likelihood, after any text."""
 
 import dataclasses
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Float64
 
-from kdjax.config import Config, DataConfig, T5Config
+from kdjax.config import DataConfig, T5Config
 from kdjax.data import views
 from kdjax.data.example import Example
 from kdjax.data.templates import Text
 from kdjax.data.views import Segment
 from kdjax.evaluation.scorer import Scorer
-from kdjax.experiment.data import Data
+from kdjax.experiment.run import Run
 from kdjax.training.checkpoint import load_student
 
 _MULTIPLE = 128  # rows are made longer by multiples of this
@@ -23,7 +21,7 @@ _MULTIPLE = 128  # rows are made longer by multiples of this
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Chooser:
-    """What a model is asked through."""
+    """A model that scores and continues texts."""
 
     tokenizer: Any
     data: DataConfig  # how prompts read, and the limits of segments
@@ -31,29 +29,26 @@ class Chooser:
     texts: Callable[[Sequence[str]], list[str]]  # what it writes after prompts
 
 
-def load(config: Config, workdir: pathlib.Path, mesh: Mesh, data: Data) -> Chooser:
-    """The student of a finished run, asked with the same words as in its run.
+def load(run: Run) -> Chooser:
+    """Load the student of a finished run at its newest checkpoint.
 
     A target may be longer than `data.max_target` by what the student generates; what is
     longer still loses its beginning, whatever `data.on_long` says.
 
     Args:
-      config: the run.
-      workdir: its checkpoints, of which the newest is read.
-      mesh: devices.
-      data: with its held-out segments.
+      run: with its held-out segments.
     """
+    config, shape = run.config, run.student.shape
     limits = dataclasses.replace(
         config.data,
         max_target=config.data.max_target + config.evaluation.max_new_tokens,
         on_long="truncate",
     )
-    model, params = load_student(config, workdir, mesh, data.tokenizer)
     rows = config.evaluation.row_length or config.train.row_length
     prompt_rows = (
         config.evaluation.encoder_row_length or config.train.encoder_row_length or rows
     )
-    if isinstance(model.shape, T5Config):
+    if isinstance(shape, T5Config):
         needed, prompts_needed = limits.max_target, limits.max_prompt + 1
     else:
         needed, prompts_needed = limits.max_prompt + limits.max_target, 0
@@ -63,9 +58,10 @@ def load(config: Config, workdir: pathlib.Path, mesh: Mesh, data: Data) -> Choos
         encoder_row_length=_at_least(prompt_rows, prompts_needed),
     )
     config = dataclasses.replace(config, evaluation=evaluation)
-    scorer = Scorer(config, data, model, mesh)
+    scorer = Scorer(dataclasses.replace(run, config=config))
+    params = load_student(run)
     return Chooser(
-        tokenizer=data.tokenizer,
+        tokenizer=run.tokenizer,
         data=limits,
         log_probs=lambda segments: scorer.log_probs(params, segments),
         texts=lambda prompts: scorer.texts(params, prompts),
@@ -83,7 +79,7 @@ def choose(
     *,
     change: Callable[[Segment], Segment] = lambda segment: segment,
 ) -> list[str]:
-    """The most probable choice of each example; the first of equally probable ones.
+    """Return the most probable choice of each example, the first of equal ones.
 
     A choice's probability is that of all its tokens and the end token, as of the
     accuracy of a run.
@@ -96,13 +92,13 @@ def choose(
     """
     if not examples:
         return []
-    found = views.choice_segments(
+    choices = views.choice_segments(
         examples, chooser.tokenizer, chooser.data, texts=texts
     )
-    log_probs_N = chooser.log_probs([change(segment) for segment in found.segments])
+    log_probs_N = chooser.log_probs([change(segment) for segment in choices.segments])
     best = []
     for index, example in enumerate(examples):
-        (members,) = np.nonzero(found.example == index)
-        chosen = members[log_probs_N[members].argmax()]
-        best.append(example.choices[found.choice[chosen]])
+        (members,) = np.nonzero(choices.example == index)
+        highest = members[log_probs_N[members].argmax()]
+        best.append(example.choices[choices.choice[highest]])
     return best

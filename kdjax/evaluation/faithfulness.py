@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32
 
-from kdjax.config import Config
 from kdjax.data import templates
 from kdjax.data.example import Example, wrong_choices
 from kdjax.data.templates import Text
@@ -20,24 +19,20 @@ from kdjax.evaluation import simulator as simulators
 from kdjax.evaluation.choices import Chooser
 from kdjax.evaluation.rationale_metrics import Record, same
 from kdjax.experiment import methods
-from kdjax.experiment.data import load_data
-from kdjax.parallel import sharding
+from kdjax.experiment.run import Run
 
 Row = Mapping[str, Any]
 
 
-def measure(
-    config: Config, workdir: pathlib.Path, *, simulator: pathlib.Path | None = None
-) -> dict[str, float]:
-    """All that can be said of how a student's rationales and answers hang together.
+def measure(run: Run, *, simulator: pathlib.Path | None = None) -> dict[str, float]:
+    """Measure how a student's rationales and answers depend on each other.
 
     A pure function of what the run has left; a measure that the method, the data or the
     lack of a simulator rules out has no key. The examples are those that the run has
     generated for (`evaluation.num_generations`).
 
     Args:
-      config: of a finished run.
-      workdir: its directory.
+      run: a finished one, with its held-out split.
       simulator: folder of `simulator.train_simulator`; None leaves out LAS.
 
     Returns:
@@ -47,15 +42,14 @@ def measure(
     Raises:
       ValueError: a run that is not finished, or generations of other examples.
     """
-    rows = read_rows(workdir)
-    data = load_data(config, splits=("eval",))
+    config, data = run.config, run.data
+    rows = read_rows(run.workdir)
     found = records(rows, data.eval_examples)
     measures = rationale_metrics.describe(found)
     explained = [row for row in rows if row["view"] in templates.EXPLAINED]
     one_text = [r for r in records(explained, data.eval_examples) if r.choices]
     if one_text:
-        mesh = sharding.make_mesh(config.mesh)
-        student = choices.load(config, workdir, mesh, data)
+        student = choices.load(run)
         examples = _examples(one_text, data.eval_examples)
         view = explained[0]["view"]
         measures |= forced(student, one_text, examples, view, seed=config.seed)

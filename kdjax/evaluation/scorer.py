@@ -1,33 +1,29 @@
-"""Measures of a model on held-out examples; teacher and student by the same code."""
+"""Scores of a model on held-out examples, for teacher and student alike."""
 
 import hashlib
 import json
 import math
 import pathlib
-import re
 from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Float64
 
-from kdjax.config import Config, DecoderConfig, T5Config
+from kdjax.config import DecoderConfig, T5Config
 from kdjax.data import loader, templates, views
-from kdjax.data.example import Example
-from kdjax.data.templates import Text
-from kdjax.evaluation import calibration
+from kdjax.evaluation import calibration, text_match
 from kdjax.experiment import methods
-from kdjax.experiment.data import Data
 from kdjax.experiment.models import (
     Model,
     load_model,
     make_model,
     shared_vocab_size,
-    student_shape,
 )
 from kdjax.experiment.rows import joint_row_length, row_kwargs
+from kdjax.experiment.run import Run
+from kdjax.experiment.teacher import teacher_folder
 from kdjax.models import hf
 from kdjax.models.generate import Decoding, Generator
 from kdjax.models.lm import Shape
@@ -36,32 +32,25 @@ from kdjax.runtime import files
 from kdjax.training import step
 from kdjax.training.program import chunk_size
 
-MATCHES = (
-    "exact_match",
-    "exact_match_strict",
-    "answer_match",
-    "answer_match_strict",
-)
-
 
 class Scorer:
-    """Scores the parameters of one model: compiled once, called as often as wanted.
+    """Scorer of the parameters of one model, compiled once for all calls.
 
     Args:
-      config: evaluation settings, and the data's limits.
-      data: held-out examples and segments.
-      model: structure and shardings.
-      mesh: devices.
+      run: evaluation settings, held-out examples and segments, devices.
+      model: structure and shardings; None = the student of the run.
       cache: the teacher's records of the held-out segments; None leaves out KL and
         agreement.
     """
 
     def __init__(
-        self, config: Config, data: Data, model: Model, mesh: Mesh, *, cache: Any = None
+        self, run: Run, model: Model | None = None, *, cache: Any = None
     ) -> None:
+        config, data, mesh = run.config, run.data, run.mesh
+        model = run.student if model is None else model
         self._config, self._data, self._model = config, data, model
         self._mesh, self._cache = mesh, cache
-        self._student = student_shape(config, data.tokenizer)
+        self._student = run.student.shape
         self._tokens = self._plan(data.evaluation)
         self._choices = None
         if "label" in data.eval_views and any(e.choices for e in data.eval_examples):
@@ -94,7 +83,7 @@ class Scorer:
         )
 
     def __call__(self, params: Any) -> dict[str, float]:
-        """Metrics of the model with these parameters.
+        """Compute the metrics of the model with these parameters.
 
         Returns:
           nll (nats per target token of the data's labels, all views), perplexity,
@@ -105,7 +94,7 @@ class Scorer:
         return self._token_metrics(params) | self._choice_metrics(params)
 
     def digest(self) -> str:
-        """A name for what is measured: all that decides it but for the model."""
+        """Return a hash of everything that decides the metrics, but for the model."""
         settings = (
             self._config.method.tail,
             self._config.train.dtype,
@@ -114,20 +103,20 @@ class Scorer:
             self._data.eval_views,
             self._cache is not None,
         )
-        found = hashlib.blake2b(repr(settings).encode(), digest_size=16)
+        digest = hashlib.blake2b(repr(settings).encode(), digest_size=16)
         choices = self._choices
         measured = [*self._data.evaluation, *(choices.segments if choices else ())]
         for segment in measured:
-            found.update(segment.key + bytes([segment.view]))
+            digest.update(segment.key + bytes([segment.view]))
         if choices:
-            found.update(np.asarray(choices.example).tobytes())
-            found.update(np.asarray(choices.correct).tobytes())
-        return found.hexdigest()
+            digest.update(np.asarray(choices.example).tobytes())
+            digest.update(np.asarray(choices.correct).tobytes())
+        return digest.hexdigest()
 
     def log_probs(
         self, params: Any, segments: Sequence[views.Segment]
     ) -> Float64[np.ndarray, " N"]:
-        """Log-probability of the target of each segment, nats."""
+        """Compute the log-probability of the target of each segment, nats."""
         return -self._per_segment(params, self._plan(segments), None)["nll"]
 
     def _plan(self, segments: Sequence[views.Segment]) -> loader.BatchPlan:
@@ -147,7 +136,7 @@ class Scorer:
     def _per_segment(
         self, params: Any, plan: loader.BatchPlan, cache: Any
     ) -> dict[str, np.ndarray]:
-        """Sums over the target tokens of every segment, float64 [num_segments]."""
+        """Sum scores over the target tokens of each segment, float64 [num_segments]."""
         num_rows = plan.batch_size
         terms = () if cache is None else self._soft
         rows = sharding.local_rows(self._mesh, num_rows)
@@ -171,16 +160,16 @@ class Scorer:
         counts = np.array([len(s.target_ids) for s in segments])
         view = np.array([s.view for s in segments])
         nll = float(sums["nll"].sum() / counts.sum())
-        found = {"nll": nll, "perplexity": math.exp(min(nll, 700.0))}
+        metrics = {"nll": nll, "perplexity": math.exp(min(nll, 700.0))}
         for index, name in enumerate(self._data.eval_views):
             of_view = view == index
-            found[f"nll/{name}"] = float(
+            metrics[f"nll/{name}"] = float(
                 sums["nll"][of_view].sum() / max(1, counts[of_view].sum())
             )
         if self._cache is not None:
-            found["kl"] = float(sums["kl"].sum() / counts.sum())
-            found["agreement"] = float(sums["agrees"].sum() / counts.sum())
-        return found
+            metrics["kl"] = float(sums["kl"].sum() / counts.sum())
+            metrics["agreement"] = float(sums["agrees"].sum() / counts.sum())
+        return metrics
 
     def _choice_metrics(self, params: Any) -> dict[str, float]:
         if self._choices is None:
@@ -205,121 +194,79 @@ class Scorer:
         }
 
     def generations(self, params: Any) -> list[dict[str, Any]]:
-        """Greedy answers to the first held-out examples, one object a view.
+        """Answer the first held-out examples by greedy decoding.
 
         Returns:
-          Objects with id, view, and what `judge` says.
+          One object per example and view: id, view, and `text_match.compare`'s.
         """
         config, data = self._config, self._data
         examples = data.eval_examples[: config.evaluation.num_generations]
-        wanted = [
+        prompts = [
             (example, view, text)
             for example in examples
             for view in data.eval_views
             for text in templates.render(example, view, config.data)
             if text.prompt
         ]
-        if not wanted:
+        if not prompts:
             return []
-        texts = self.texts(params, [text.prompt for _, _, text in wanted])
+        texts = self.texts(params, [text.prompt for _, _, text in prompts])
         return [
-            {"id": example.id, "view": view} | judge(generated, example, view, text)
-            for (example, view, text), generated in zip(wanted, texts, strict=True)
+            {"id": example.id, "view": view}
+            | text_match.compare(generated, example, view, text)
+            for (example, view, text), generated in zip(prompts, texts, strict=True)
         ]
 
-    def texts(self, params: Any, asked: Sequence[str]) -> list[str]:
-        """What follows each of some prompts, by greedy decoding."""
+    def texts(self, params: Any, prompts: Sequence[str]) -> list[str]:
+        """Continue each prompt by greedy decoding."""
         config, data = self._config, self._data
-        prompts = views.prompt_ids(
-            asked, data.tokenizer, chat_template=config.data.chat_template
+        prompt_ids = views.prompt_ids(
+            prompts, data.tokenizer, chat_template=config.data.chat_template
         )
-        prompts = [ids[-config.data.max_prompt :] for ids in prompts]
+        prompt_ids = [ids[-config.data.max_prompt :] for ids in prompt_ids]
         if isinstance(self._model.shape, T5Config):
             end = self._model.shape.eos_id
-            prompts = [loader.ended(ids, end) for ids in prompts]
-        tokens = self._generate(params, prompts)
+            prompt_ids = [loader.with_end(ids, end) for ids in prompt_ids]
+        tokens = self._generate(params, prompt_ids)
         return data.tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
 
 def score_teacher(
-    config: Config,
-    data: Data,
+    run: Run,
     folder: pathlib.Path,
-    mesh: Mesh,
     *,
-    path: str,
     cache: Any = None,
-    live: tuple[Model, Any] | None = None,
+    teacher: tuple[Model, Any] | None = None,
 ) -> tuple[dict[str, float], Shape]:
-    """Held-out metrics of a teacher, and its shape: computed once for all runs.
+    """Compute the held-out metrics of a run's teacher, once for all runs.
 
     Args:
-      config: of one of them.
-      data: held-out examples and segments.
-      folder: keeps the metrics, under a name that says of what they are.
-      mesh: devices.
-      path: of the teacher.
+      run: held-out examples and segments, devices.
+      folder: keeps the metrics, in a file named by a hash of what decides them.
       cache: the teacher's own records of the held-out segments.
-      live: the teacher, where it is loaded already.
+      teacher: model and parameters, where they are loaded already.
+
+    Returns:
+      The metrics, and the teacher's shape.
     """
+    path = teacher_folder(run.config, run.workdir)
     shape = hf.read_config(path)
-    dtype = config.train.dtype
-    model = live[0] if live else make_model(shape, mesh, dtype=dtype)
-    scorer = Scorer(config, data, model, mesh, cache=cache)
+    dtype = run.config.train.dtype
+    model = teacher[0] if teacher else make_model(shape, run.mesh, dtype=dtype)
+    scorer = Scorer(run, model, cache=cache)
     file = folder / f"{hf.fingerprint(path)}-{scorer.digest()}.json"
-    found = _read_metrics(file) if file.is_file() else None
+    metrics = _read_metrics(file) if file.is_file() else None
     # Every process looks before one of them writes.
     distributed.barrier("look at the teacher's scores")
-    if found is None:
-        params = live[1] if live else load_model(path, mesh, dtype=dtype)[1]
-        found = scorer(params)
+    if metrics is None:
+        params = teacher[1] if teacher else load_model(path, run.mesh, dtype=dtype)[1]
+        metrics = scorer(params)
         if distributed.is_main():
-            files.write_json(file, found)
-    return found, shape
+            files.write_json(file, metrics)
+    return metrics, shape
 
 
 def _read_metrics(file: pathlib.Path) -> dict[str, float]:
     """Read metrics; null stands for what is not finite."""
     values = json.loads(file.read_text())
     return {name: math.nan if x is None else x for name, x in values.items()}
-
-
-def judge(generated: str, example: Example, view: str, text: Text) -> dict[str, Any]:
-    """How a generated text compares with the data's.
-
-    Returns:
-      prompt, target, generated; exact_match: whether the last two are equal up to case,
-      white space and a final full stop; exact_match_strict: up to white space at their
-      ends. For a view that explains, then answers, also answer (what is generated after
-      the last "Answer:", all of it without one), answer_match and answer_match_strict:
-      the same of the answers alone.
-    """
-    row: dict[str, Any] = {"prompt": text.prompt, "target": text.target}
-    row["generated"] = generated.strip()
-    row |= _matches("exact_match", generated, text.target)
-    if view in templates.EXPLAINED:
-        row["answer"] = templates.final_answer(generated)
-        row |= _matches("answer_match", row["answer"], example.answer)
-    return row
-
-
-def _matches(name: str, found: str, wanted: str) -> dict[str, bool]:
-    return {
-        name: normalise(found) == normalise(wanted),
-        f"{name}_strict": found.strip() == wanted.strip(),
-    }
-
-
-def match_rates(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Shares of generations that match, a view: exact_match/<view> and the others."""
-    found: dict[str, list[bool]] = {}
-    for row in rows:
-        for name in MATCHES:
-            if name in row:
-                found.setdefault(f"{name}/{row['view']}", []).append(row[name])
-    return {name: float(np.mean(values)) for name, values in found.items()}
-
-
-def normalise(text: str) -> str:
-    """Lower case, single spaces, no final full stop."""
-    return re.sub(r"\s+", " ", text.lower()).strip().rstrip(".").rstrip()

@@ -12,16 +12,13 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
-from kdjax import cli
 from kdjax import config as config_lib
 from kdjax.config import (
     Config,
     DataConfig,
     DecoderConfig,
     EvalConfig,
-    MeshConfig,
     MethodConfig,
     OptimConfig,
     PrefixConfig,
@@ -33,14 +30,14 @@ from kdjax.data import tokenizer as tokenizers
 from kdjax.data.example import Example
 from kdjax.evaluation import choices, rationale_metrics
 from kdjax.evaluation.rationale_metrics import Record
-from kdjax.experiment import validate
+from kdjax.experiment import validate, workdir
 from kdjax.experiment.data import Data, load_tokenizer, tokenizer_path
-from kdjax.experiment.models import make_model, student_params, student_shape
+from kdjax.experiment.models import student_params
+from kdjax.experiment.run import open_run
 from kdjax.models import hf
-from kdjax.parallel import sharding
 from kdjax.runtime import files
 from kdjax.training.checkpoint import Checkpoints
-from kdjax.training.loop import fit
+from kdjax.training.loop import train_loop
 
 _VIEWS = ("label",)
 _RECORDS = "records.jsonl"  # what a simulator was trained on, if not on the data
@@ -127,7 +124,7 @@ def train_simulator(
     _claim_records(folder, records)
     if config.data.tokenizer:
         config.data.tokenizer = str(_own_tokenizer(folder, config.data.tokenizer))
-    cli.claim(folder, config)
+    workdir.claim(folder, config)
     if _finished(folder, steps):
         return
     examples = (
@@ -142,8 +139,6 @@ def train_simulator(
             "training examples an answer and a rationale (data.rationales)"
         )
     tokenizer = load_tokenizer(config)
-    mesh = _mesh()
-    model = make_model(student_shape(config, tokenizer), mesh, dtype=config.train.dtype)
     data = Data(
         tokenizer=tokenizer,
         views=_VIEWS,
@@ -153,14 +148,8 @@ def train_simulator(
         eval_examples=[],
         labels={},
     )
-    fit(
-        config,
-        workdir=folder,
-        mesh=mesh,
-        data=data,
-        model=model,
-        make_params=student_params(config, model, ""),
-    )
+    run = open_run(config, folder, data=data, devices=_devices())
+    train_loop(run, student_params(config, run.student, ""))
 
 
 def las(records: Sequence[Record], simulator: pathlib.Path) -> dict[str, float]:
@@ -223,7 +212,7 @@ def predict(records: Sequence[Record], simulator: pathlib.Path) -> dict[str, lis
         eval_examples=examples,
         labels={},
     )
-    chooser = choices.load(config, simulator, _mesh(), data)
+    chooser = choices.load(open_run(config, simulator, data=data, devices=_devices()))
     return {show: choices.choose(chooser, _shown(examples, show)) for show in SHOWN}
 
 
@@ -257,9 +246,9 @@ def _same(record: Record, choice: str) -> bool:
     return rationale_metrics.same(record.answer, choice)
 
 
-def _mesh() -> Mesh:
-    """One device: a simulator is small."""
-    return sharding.make_mesh(MeshConfig(), devices=jax.local_devices()[:1])
+def _devices() -> list[jax.Device]:
+    """Return one device: a simulator is small."""
+    return jax.local_devices()[:1]
 
 
 def _finished(folder: pathlib.Path, steps: int) -> bool:

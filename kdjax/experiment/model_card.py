@@ -27,7 +27,7 @@ def write(
     Args:
       config: the run.
       shape: the student's.
-      found: the origins of its parameters, from `provenance.find`.
+      found: the origins of its parameters, from `provenance.initial_params`.
       step: optimizer steps done.
       summary: content of the run's summary.json, where that is of this step.
     """
@@ -86,7 +86,7 @@ def _facts(
     teacher, path = "none", config.teacher.path
     if _uses_teacher(config):
         teacher = provenance.name_of(path) if path else "trained for this run"
-    starts = [f"{row['parameters']}: {row['from']}" for row in provenance.rows(found)]
+    starts = [f"{row['parameters']}: {row['from']}" for row in provenance.table(found)]
     facts = [
         ("teacher", teacher),
         ("starts from", "; ".join(starts)),

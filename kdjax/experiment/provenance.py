@@ -1,4 +1,4 @@
-"""Where a student's initial parameters come from, in words that name no machine."""
+"""Provenance of a student's initial parameters, without paths of this machine."""
 
 import os
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from kdjax.models import hf, lora
 
 
 def is_hub_name(path: str) -> bool:
-    """Whether a path names a model or data set of the hub, and is no local file."""
+    """Tell whether a path is the name of a model or data set of the hub."""
     try:
         utils.validate_repo_id(path)
     except errors.HFValidationError:
@@ -21,22 +21,22 @@ def is_hub_name(path: str) -> bool:
 
 
 def name_of(path: str) -> str:
-    """A hub name as it is, of a local path the last component."""
+    """Return a hub name as it is, of a local path the last component."""
     return path if is_hub_name(path) else os.path.basename(os.path.abspath(path))
 
 
-def find(config: Config, model: Model, teacher: str) -> dict[str, str]:
-    """The origin of each of the student's parameters, by its path.
+def initial_params(config: Config, model: Model, teacher: str) -> dict[str, str]:
+    """Return the origin of each of the student's initial parameters, by its path.
 
     Args:
       config: the run.
       model: the student.
       teacher: the teacher's folder or hub name.
     """
-    student, kept = config.student, {}
+    student, layers_of = config.student, {}
     name = name_of(student.path if student.init == "folder" else teacher)
     if student.init == "teacher_layers":
-        kept = student_layers(config, hf.read_config(teacher))
+        layers_of = student_layers(config, hf.read_config(teacher))
 
     def origin(path: str) -> str:
         if lora.is_adapter(path):
@@ -45,7 +45,7 @@ def find(config: Config, model: Model, teacher: str) -> dict[str, str]:
             return "random"
         if student.init == "folder":
             return f"folder {name}"
-        for stack, layers in kept.items():
+        for stack, layers in layers_of.items():
             if path.startswith(f"{stack}/"):
                 return f"teacher layers {tuple(layers)} of {name}"
         return f"teacher {name}"
@@ -53,10 +53,10 @@ def find(config: Config, model: Model, teacher: str) -> dict[str, str]:
     return {path: origin(path) for path in flatten_dict(model.abstract, sep="/")}
 
 
-def rows(found: Mapping[str, str]) -> list[dict[str, str]]:
-    """One line an origin: the parameters that have it, stacks and others by name."""
+def table(origins: Mapping[str, str]) -> list[dict[str, str]]:
+    """Tabulate the parameters of each origin, stacks and others by name."""
     groups: dict[str, dict[str, None]] = {}
-    for path, origin in found.items():
+    for path, origin in origins.items():
         before, layers, _ = path.partition("layers/")
         group = before + "layers" if layers else path.rsplit("/", 1)[0]
         groups.setdefault(origin, {})[group] = None

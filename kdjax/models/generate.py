@@ -353,7 +353,9 @@ def find_shared_prefix(
             fewest = chunks
             numbers = {start: number for number, start in enumerate(leaders)}
             groups = [numbers.get(start, 0) for start in starts]
-            arrays = np.int32([*leaders.values()]), np.int32(groups)
+            arrays = tuple(
+                np.asarray(x, np.int32) for x in ([*leaders.values()], groups)
+            )
             best = SharedPrefix(num_tokens=shared * chunk_size, arrays=arrays)
     return best
 

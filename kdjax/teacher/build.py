@@ -1,4 +1,4 @@
-"""The caches of one experiment: what is there is checked, what is missing is built."""
+"""Teacher caches of a run: checked where they exist, built where they are missing."""
 
 import dataclasses
 import functools
@@ -15,10 +15,10 @@ from kdjax.data import loader, teacher_records
 from kdjax.data import tokenizer as tokenizers
 from kdjax.data.views import Segment
 from kdjax.experiment import methods
-from kdjax.experiment.data import Data
 from kdjax.experiment.models import load_model
 from kdjax.experiment.rows import row_kwargs
-from kdjax.experiment.teacher import has_teacher, teacher_shape
+from kdjax.experiment.run import Run
+from kdjax.experiment.teacher import has_teacher, teacher_folder, teacher_shape
 from kdjax.models import flops, hf
 from kdjax.models.lm import Shape
 from kdjax.parallel import distributed, sharding
@@ -30,28 +30,29 @@ from kdjax.training import step
 
 
 def folder(config: Config, workdir: pathlib.Path, split: str) -> pathlib.Path:
-    """Where the cache of a split is."""
+    """Return the folder of the cache of a split."""
     return pathlib.Path(config.cache.path or workdir / "cache") / split
 
 
-def wanted(config: Config, data: Data) -> dict[str, list[Segment]]:
-    """The segments that need records: held-out ones, and training ones if soft."""
+def segments_to_label(run: Run) -> dict[str, list[Segment]]:
+    """Return the segments that need records: held-out ones, training ones if soft."""
+    config = run.config
     if not has_teacher(config):
         return {}
-    found = {"eval": data.evaluation}
+    segments = {"eval": run.data.evaluation}
     if methods.has_soft_terms(config.method) and not config.teacher.online:
-        found["train"] = data.train
-    return found
+        segments["train"] = run.data.train
+    return segments
 
 
-def check(config: Config, data: Data, workdir: pathlib.Path) -> None:
-    """Opens those caches that are finished, so that their errors come first.
+def check(run: Run) -> None:
+    """Open the caches that are finished, so that their errors come first.
 
     Raises:
       ValueError: a cache that does not fit, or an example longer than a labelled row.
     """
-    splits = wanted(config, data)
-    rows = _rows(config, teacher_shape(config, data.tokenizer)) if splits else {}
+    config, splits = run.config, segments_to_label(run)
+    rows = _rows(config, teacher_shape(config, run.tokenizer)) if splits else {}
     for split, segments in splits.items():
         try:
             loader.BatchPlan(segments, batch_size=1, shuffle=False, **rows)
@@ -59,31 +60,29 @@ def check(config: Config, data: Data, workdir: pathlib.Path) -> None:
             raise ValueError(
                 f"labelling {split}, with cache.row_length: {error}"
             ) from None
-        if not label.missing(folder(config, workdir, split)):
-            _open(config, data, workdir, split, segments)
+        if not label.missing(folder(config, run.workdir, split)):
+            _open(run, split, segments)
 
 
 def _rows(config: Config, teacher: Shape) -> dict[str, Any]:
-    """How the teacher reads rows."""
+    """Return the keywords of `BatchPlan` for rows as the teacher reads them."""
     cache = config.cache
     return row_kwargs(teacher, cache.row_length, cache.encoder_row_length)
 
 
-def open_split(
-    config: Config, data: Data, workdir: pathlib.Path, split: str
-) -> cache_lib.TeacherCache | None:
-    """The cache of a split, or None (said on stderr) where it was never labelled."""
-    if not has_teacher(config):
+def open_split(run: Run, split: str) -> cache_lib.TeacherCache | None:
+    """Open the cache of a split; None, with a note on stderr, if it is not labelled."""
+    if not has_teacher(run.config):
         return None
-    path = folder(config, workdir, split)
+    path = folder(run.config, run.workdir, split)
     if label.missing(path):
         print(f"{path} is not labelled: no KL, no agreement", file=sys.stderr)
         return None
-    return _open(config, data, workdir, split, wanted(config, data)[split])
+    return _open(run, split, segments_to_label(run)[split])
 
 
 def describe(config: Config, workdir: pathlib.Path, split: str) -> dict[str, Any]:
-    """One line about a finished cache: records, tokens, bytes a target token."""
+    """Summarize a finished cache: records, tokens, bytes per target token."""
     path = folder(config, workdir, split)
     manifest = cache_lib.read_manifest(path)
     size = sum((path / shard.name).stat().st_size for shard in manifest.shards)
@@ -98,15 +97,15 @@ def describe(config: Config, workdir: pathlib.Path, split: str) -> dict[str, Any
     }
 
 
-def ensure(
-    config: Config, data: Data, workdir: pathlib.Path, teacher_path: str
-) -> dict[str, cache_lib.TeacherCache]:
-    """Labels what is not labelled yet and opens all of it, by split.
+def ensure(run: Run) -> dict[str, cache_lib.TeacherCache]:
+    """Label what is not labelled yet, and open all caches, by split.
 
     Raises:
       ValueError: a finished cache that does not fit the config or lacks an example.
     """
-    splits = wanted(config, data)
+    config, workdir = run.config, run.workdir
+    teacher_path = teacher_folder(config, workdir)
+    splits = segments_to_label(run)
     todo = {
         split: segments
         for split, segments in splits.items()
@@ -115,25 +114,17 @@ def ensure(
     # Every process looks before any of them finishes a cache.
     distributed.barrier("look")
     if todo:
-        _build(config, data, workdir, teacher_path, todo)
+        _build(run, teacher_path, todo)
     if set(splits) - set(todo):
         _check_teacher(config, workdir, teacher_path, set(splits) - set(todo))
-    return {
-        split: _open(config, data, workdir, split, segments)
-        for split, segments in splits.items()
-    }
+    return {split: _open(run, split, segments) for split, segments in splits.items()}
 
 
-def _open(
-    config: Config,
-    data: Data,
-    workdir: pathlib.Path,
-    split: str,
-    segments: list[Segment],
-) -> cache_lib.TeacherCache:
-    kind, k = _kind(config, data, split)
-    cache = cache_lib.open_cache(
-        folder(config, workdir, split),
+def _open(run: Run, split: str, segments: list[Segment]) -> cache_lib.TeacherCache:
+    config, data = run.config, run.data
+    kind, k = _kind(run, split)
+    cache = cache_lib.load_cache(
+        folder(config, run.workdir, split),
         tokenizer_fingerprint=tokenizers.fingerprint(data.tokenizer),
         kind=kind,
         k=k,
@@ -148,7 +139,7 @@ def _open(
 def _check_teacher(
     config: Config, workdir: pathlib.Path, teacher_path: str, splits: set[str]
 ) -> None:
-    """Refuses caches of another teacher; an import's is only known by name."""
+    """Refuse caches of another teacher; an import's is only known by name."""
     fingerprint = hf.fingerprint(teacher_path)
     for split in sorted(splits):
         path = folder(config, workdir, split)
@@ -161,27 +152,22 @@ def _check_teacher(
             )
 
 
-def _kind(config: Config, data: Data, split: str) -> tuple[str, int]:
-    """The kind of a split's cache, and its pairs or draws a token.
+def _kind(run: Run, split: str) -> tuple[str, int]:
+    """Return the kind of a split's cache, and its pairs or draws per token.
 
     Held-out measures are exact: that split has the top k where training has draws, and
     where it has whole rows of an online teacher.
     There are no more pairs than the vocabulary has.
     """
-    kind = config.cache.kind
+    config, kind = run.config, run.config.cache.kind
     if kind == "sampled" and split == "train":
         return kind, config.cache.num_draws
     whole = kind == "dense" and not config.teacher.online
-    return "dense" if whole else "top_k", min(config.cache.k, len(data.tokenizer))
+    return "dense" if whole else "top_k", min(config.cache.k, len(run.tokenizer))
 
 
-def _build(
-    config: Config,
-    data: Data,
-    workdir: pathlib.Path,
-    teacher_path: str,
-    todo: dict[str, list[Segment]],
-) -> None:
+def _build(run: Run, teacher_path: str, todo: dict[str, list[Segment]]) -> None:
+    config, data = run.config, run.data
     # Each process labels its own shards on its own devices.
     devices = jax.local_devices()
     mesh = sharding.make_mesh(MeshConfig(data=-1), devices=devices)
@@ -215,11 +201,11 @@ def _build(
         )
 
     for split, segments in todo.items():
-        path = folder(config, workdir, split)
+        path = folder(config, run.workdir, split)
         num_tokens = sum(len(s.target_ids) for s in segments)
         # Shards of a killed run over other examples are refused, not mixed in.
         content = hashlib.blake2b(b"".join(s.key for s in segments), digest_size=16)
-        kind, k = _kind(config, data, split)
+        kind, k = _kind(run, split)
         names = data.eval_views if split == "eval" else data.views
         manifest = dataclasses.replace(
             base,
@@ -257,12 +243,14 @@ def _build(
 
 
 def _place_and_run(
-    label_step: Any, params: Any, placed: Any, batch: Any, points: Any
+    label_step: Any, params: Any, placed: Any, batch: Any, uniforms: Any
 ) -> Any:
-    return label_step(params, *jax.device_put((batch, points), placed))
+    return label_step(params, *jax.device_put((batch, uniforms), placed))
 
 
-def _print_speed(config: Config, split: str, totals: dict[str, float], shape: Shape):
+def _print_speed(
+    config: Config, split: str, totals: dict[str, float], shape: Shape
+) -> None:
     if not totals["seconds"]:
         return
     rows, num_tokens = _rows(config, shape), int(totals["positions"])

@@ -283,9 +283,6 @@ class TeacherCache:
             return reader
 
 
-open_cache = load_cache  # its former name, which `build` still uses
-
-
 def verify(
     cache: TeacherCache, *, advance: Callable[[int], None] = lambda num_tokens: None
 ) -> dict[str, float]:

@@ -5,11 +5,9 @@ import pathlib
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
-from kdjax.config import Config
-from kdjax.experiment.models import Model, make_model, student_shape
+from kdjax.experiment.run import Run
 from kdjax.parallel.sharding import path_name
 from kdjax.training import trainable
 from kdjax.training.state import PROJECTION, TrainState
@@ -99,12 +97,12 @@ class Checkpoints:
         self._check({"params": abstract}, step, partial=True)
         found = _shapes(self._checkpointer.metadata(step).metadata)
         averaged = {p.removeprefix("ema/") for p in found if p.startswith("ema/")}
-        params, ema = trainable.split(abstract, averaged)
+        params, ema = trainable.partition(abstract, averaged)
         wanted = {name: x for name, x in (("params", params), ("ema", ema)) if x}
         loading = ocp.options.PyTreeOptions.Loading(partial_load=True)
         with ocp.Context(pytree_options=ocp.options.PyTreeOptions(loading=loading)):
             loaded = self._checkpointer.load(step, wanted)
-        return trainable.merged(loaded.get("params", {}), loaded.get("ema", {}))
+        return trainable.merge(loaded.get("params", {}), loaded.get("ema", {}))
 
     def _found(self, step: int | None) -> int:
         step = self.latest_step() if step is None else step
@@ -167,23 +165,10 @@ def _shapes(tree: Any) -> dict[str, str]:
     }
 
 
-def load_student(
-    config: Config,
-    workdir: pathlib.Path,
-    mesh: Mesh,
-    tokenizer: Any,
-    *,
-    step: int | None = None,
-) -> tuple[Model, Any]:
-    """The student of a run and its parameters at a checkpoint (None = the newest).
+def load_student(run: Run, *, step: int | None = None) -> Any:
+    """Read the student's parameters at a checkpoint (None = the newest).
 
-    Adapters stay beside their kernels; where there are averages, these are read.
+    Adapters stay beside their kernels; where averages are kept, these are read.
     """
-    shape = student_shape(config, tokenizer)
-    model = make_model(
-        shape, mesh, dtype=config.train.dtype, adapters=config.student.lora
-    )
-    checkpoints = Checkpoints(workdir / "checkpoints")
-    params = checkpoints.restore_params(model.abstract, step=step)
-    checkpoints.close()
-    return model, params
+    with Checkpoints(run.workdir / "checkpoints") as checkpoints:
+        return checkpoints.restore_params(run.student.abstract, step=step)

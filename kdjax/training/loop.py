@@ -1,140 +1,111 @@
 """The training loop: from initial parameters to the last step."""
 
-import pathlib
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from jax.sharding import Mesh
-
-from kdjax.config import Config, to_json
-from kdjax.data import loader
-from kdjax.evaluation.scorer import Scorer
-from kdjax.experiment.data import Data
+from kdjax.config import to_json
 from kdjax.experiment.models import Model, shared_vocab_size
 from kdjax.experiment.rows import make_plan
-from kdjax.parallel import distributed, sharding
+from kdjax.experiment.run import Run
+from kdjax.parallel import distributed
 from kdjax.runtime.console import print_table
 from kdjax.runtime.metrics_writer import MetricsWriter
 from kdjax.training import state
 from kdjax.training.checkpoint import Checkpoints
-from kdjax.training.meter import Meter, epoch_rows, state_rows
-from kdjax.training.program import Program, untrained
+from kdjax.training.meter import Meter, epoch_table, state_table
+from kdjax.training.program import Program, frozen_params_kwargs
 
 
-def fit(
-    config: Config,
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Trained:
+    """The result of a training loop."""
+
+    params: Any  # nested dict of the model's parameters; averages where they are kept
+    throughput: dict[str, float]  # of this process's steps; {} if none was timed
+    metrics: dict[str, float]  # held-out, after the last step; {} if none was evaluated
+
+
+def train_loop(
+    run: Run,
+    init_params: Callable[[], Any],
     *,
-    workdir: pathlib.Path,
-    mesh: Mesh,
-    data: Data,
-    model: Model,
-    make_params: Callable[[], Any],
     cache: Any = None,
     teacher: tuple[Model, Any] | None = None,
-    scorer: Scorer | None = None,
-) -> tuple[Any, dict[str, float], dict[str, float]]:
-    """Trains a model to the last step, from its newest checkpoint if it has one.
+    evaluate: Callable[[Any], dict[str, float]] | None = None,
+) -> Trained:
+    """Train the student of a run to the last step, from its newest checkpoint if any.
 
     Args:
-      config: the run.
-      workdir: for checkpoints and metrics.
-      mesh: devices.
-      data: its training segments are used.
-      model: structure and shardings.
-      make_params: makes the initial parameters, sharded.
+      run: its training segments are used; its directory gets checkpoints and metrics.
+      init_params: makes the initial parameters, sharded.
       cache: the teacher's records; None without soft terms.
-      teacher: with its parameters, where it runs beside the student.
-      scorer: held-out evaluation every `train.eval_every` steps.
-
-    Returns:
-      The parameters (averages where they are kept), the throughput of this process's
-      steps, and the held-out metrics after the last step ({} without a scorer, or if no
-      step was left to do).
+      teacher: with its parameters, where it runs in the step.
+      evaluate: parameters -> held-out metrics, every `train.eval_every` steps and after
+        the last one.
 
     Raises:
       ValueError: a non-finite loss with train.non_finite="stop".
     """
-    train = config.train
-    frozen = () if teacher is None else (teacher[1],)
-    source = cache if teacher is None else teacher[0].shape
+    config, train, student = run.config, run.config.train, run.student
+    teacher_model = teacher[0] if teacher else None
+    teacher_params = teacher[1:] if teacher else ()
+    source = cache if teacher_model is None else teacher_model.shape
     program = Program(
         config,
-        model,
-        mesh,
-        num_valid=shared_vocab_size(model.shape, source),
-        teacher=teacher[0] if teacher is not None else None,
+        student,
+        run.mesh,
+        num_valid=shared_vocab_size(student.shape, source),
+        teacher=teacher_model,
     )
-    abstract, num_rows = program.abstract, program.num_rows
-    plan = make_plan(config, model.shape, data.train)
-    rows = sharding.local_rows(mesh, num_rows)
-
-    def make_batch(index: int) -> loader.Batch:
-        return loader.make_batch(
-            plan,
-            index,
-            terms=program.terms(index),
-            cache=cache,
-            temperature=program.temperature(index),
-            rows=rows,
-            online=bool(frozen),
-            dropout=program.dropout,
-        )
-
+    plan = make_plan(config, student.shape, run.data.train)
     checkpoints = Checkpoints(
-        workdir / "checkpoints",
+        run.workdir / "checkpoints",
         keep_last=train.keep_last,
         keep_best=train.keep_best,
         config_json=to_json(config),
     )
     start = checkpoints.latest_step() or 0
-    current = checkpoints.restore(abstract) if start else program.init(make_params)
+    if start:
+        current = checkpoints.restore(program.abstract)
+    else:
+        current = program.init(init_params)
     if distributed.is_main():
-        rows_held = state_rows(abstract, program.frozen)
-        print_table(f"{config.name}: what is trained", rows_held)
-        print_table(f"{config.name}: the first epoch", epoch_rows(plan))
+        table = state_table(program.abstract, program.frozen_paths)
+        print_table(f"{config.name}: what is trained", table)
+        print_table(f"{config.name}: the first epoch", epoch_table(plan))
     preemption = distributed.Preemption()
     writer = MetricsWriter(
-        workdir,
+        run.workdir,
         total_steps=train.steps,
         is_main=distributed.is_main(),
         resume_step=start,
     )
-    spared = untrained(config, model.abstract)
-    meter = Meter(config, model.shape, plan, data.views, writer, spared)
+    frozen_params = frozen_params_kwargs(config, student.abstract)
+    meter = Meter(config, student.shape, plan, run.data.views, writer, frozen_params)
     pending: tuple[int, Any] | None = None
     held_out: dict[str, float] = {}
-    batches = loader.iterate(
-        make_batch,
-        start,
-        train.steps,
-        num_threads=train.num_threads,
-        prefetch=train.prefetch,
-    )
+    batches = program.batches(plan, start, train.steps, cache=cache)
     with writer, checkpoints:
         for index, batch in meter.timed(batches):
-            step = program.step_at(program.temperature(index))
-            current, found = step(
-                current, sharding.global_batch(batch, mesh, num_rows), *frozen
-            )
+            current, metrics = program.run(current, index, batch, *teacher_params)
             # The device is busy with this step while the last one is written.
             if pending is not None:
                 meter.report(*pending)
-            pending, done = (index + 1, found), index + 1
+            pending, done = (index + 1, metrics), index + 1
             stopping = preemption.requested(done)
             last = done == train.steps
-            evaluate = bool(train.eval_every) and done % train.eval_every == 0
-            save = bool(train.save_every) and done % train.save_every == 0
-            if not (evaluate or save or last or stopping):
+            evaluating = bool(train.eval_every) and done % train.eval_every == 0
+            saving = bool(train.save_every) and done % train.save_every == 0
+            if not (evaluating or saving or last or stopping):
                 continue
             # Nothing is saved before its loss is known to be finite.
             meter.report(*pending)
             pending = None
-            held_out = (
-                {}
-                if scorer is None or not (evaluate or last)
-                else meter.held_out(done, scorer(state.in_use(current)))
-            )
-            if save or last or stopping:
+            held_out = {}
+            if evaluate is not None and (evaluating or last):
+                held_out = meter.held_out(done, evaluate(state.eval_params(current)))
+            if saving or last or stopping:
                 checkpoints.save(done, current, nll=held_out.get("nll"))
             if stopping and not last:
                 checkpoints.close()
@@ -142,4 +113,8 @@ def fit(
         checkpoints.close()
         preemption.close()
         writer.write_curves()
-    return state.in_use(current), meter.throughput(), held_out
+    return Trained(
+        params=state.eval_params(current),
+        throughput=meter.throughput(),
+        metrics=held_out,
+    )

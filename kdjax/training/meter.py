@@ -1,10 +1,6 @@
-"""What the loop reports: metrics of a step, throughput, the final summary."""
+"""Metrics, throughput and MFU of the training loop."""
 
-import importlib.metadata
-import json
 import math
-import pathlib
-import platform
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -12,25 +8,20 @@ from typing import Any
 import jax
 import numpy as np
 
-import kdjax
 from kdjax.config import Config
 from kdjax.data.loader import BatchPlan
-from kdjax.evaluation import calibration
-from kdjax.experiment import methods, provenance
+from kdjax.experiment import methods
 from kdjax.experiment.rows import flops_kwargs
 from kdjax.models import flops
 from kdjax.models.lm import Shape
-from kdjax.runtime import chips, files
-from kdjax.runtime.console import print_table
+from kdjax.runtime import chips
 from kdjax.runtime.metrics_writer import MetricsWriter
 from kdjax.training import trainable
 from kdjax.training.state import TrainState
 
-_LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
-
 
 class Meter:
-    """Turns the step's sums into metrics, and watches time and finiteness.
+    """Meter of a run: metrics of its steps, throughput, a check that they are finite.
 
     Args:
       config: the run.
@@ -38,7 +29,8 @@ class Meter:
       plan: to name the examples of a step.
       views: names of the views.
       writer: gets one object every `train.log_every` steps.
-      untrained: keywords of `flops.train_flops` for what is not trained.
+      frozen_params: keywords of `flops.train_flops` for parameters that are not
+        trained.
     """
 
     def __init__(
@@ -48,14 +40,14 @@ class Meter:
         plan: BatchPlan,
         views: Sequence[str],
         writer: MetricsWriter,
-        untrained: Mapping[str, Any],
+        frozen_params: Mapping[str, Any],
     ) -> None:
         self._config, self._plan = config, plan
         self._terms = methods.terms(config.method)
         self._views, self._writer = views, writer
         divergence = config.method.divergence
         self._soft_name = "kl" if divergence == "forward_kl" else divergence
-        sizes = flops_kwargs(shape, config.train) | dict(untrained)
+        sizes = flops_kwargs(shape, config.train) | dict(frozen_params)
         self._flops = flops.train_flops(shape, **sizes)
         self._peak = chips.peak_flops(jax.devices()[0], config.train.dtype)
         self._waited = 0.0  # seconds for data since the last line
@@ -64,7 +56,7 @@ class Meter:
         self._total = {"tokens": 0, "targets": 0, "steps": 0, "seconds": 0.0}
 
     def timed(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """The same batches; what the loop waits for them is measured."""
+        """Yield the same batches, and measure how long the loop waits for them."""
         iterator = iter(batches)
         while True:
             start = time.perf_counter()
@@ -75,15 +67,15 @@ class Meter:
             self._waited += time.perf_counter() - start
             yield item
 
-    def report(self, step: int, found: dict[str, Any]) -> None:
-        """Reads a finished step's metrics and writes them where a line is due.
+    def report(self, step: int, metrics: dict[str, Any]) -> None:
+        """Read a finished step's metrics and write them every `train.log_every` steps.
 
         Raises:
           ValueError: the loss or gradient is not finite and train.non_finite="stop".
         """
-        values = jax.device_get(found)
+        values = jax.device_get(metrics)
         if not values["finite"]:
-            self._refuse(step, values)
+            self._raise_or_count(step, values)
         if self._since is None:
             self._since, self._waited = time.perf_counter(), 0.0
         else:
@@ -95,7 +87,7 @@ class Meter:
         self._writer.write(step, self._scalars(values) | self._speed())
 
     def held_out(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
-        """Writes an evaluation, whose time is not training time; returns it."""
+        """Write and return held-out metrics; their time is not training time."""
         self._writer.write(step, {f"eval/{k}": v for k, v in metrics.items()})
         if self._since is not None:
             self._since, self._waited = time.perf_counter(), 0.0
@@ -103,18 +95,18 @@ class Meter:
         return metrics
 
     def throughput(self) -> dict[str, float]:
-        """Means over all timed steps: tokens_per_second and the like; {} if none."""
+        """Return means over all timed steps (tokens_per_second, ...); {} if none."""
         total = self._total
         if not total["steps"]:
             return {}
         seconds = total["seconds"]
-        found = {
+        speed = {
             "tokens_per_second": total["tokens"] / seconds,
             "target_tokens_per_second": total["targets"] / seconds,
             "step_seconds": seconds / total["steps"],
             "skipped_steps": self._skipped,
         }
-        return found | self._mfu(seconds / total["steps"])
+        return speed | self._mfu(seconds / total["steps"])
 
     def _mfu(self, step_seconds: float) -> dict[str, float]:
         value = flops.mfu(
@@ -145,7 +137,7 @@ class Meter:
             return {}
         now = time.perf_counter()
         seconds = now - self._since
-        found = {
+        speed = {
             "tokens_per_second": self._tokens / seconds,
             "data_wait_fraction": self._waited / seconds,
         } | self._mfu(seconds / self._steps)
@@ -158,10 +150,10 @@ class Meter:
             self._total[name] += amount
         self._since, self._waited = now, 0.0
         self._tokens = self._targets = self._steps = 0
-        return found
+        return speed
 
-    def _refuse(self, step: int, values: dict[str, np.ndarray]) -> None:
-        """Stops at, or counts, a step whose update was not applied."""
+    def _raise_or_count(self, step: int, values: dict[str, np.ndarray]) -> None:
+        """Raise for a step whose update was not applied, or count it (`non_finite`)."""
         if self._config.train.non_finite == "skip":
             self._skipped += 1
             self._writer.write(step, {"skipped_steps": self._skipped})
@@ -189,107 +181,40 @@ class Meter:
         )
 
 
-def state_rows(abstract: TrainState, frozen: Collection[str]) -> list[dict[str, str]]:
-    """What a run holds over all devices, and how many of the parameters it trains.
+def state_table(
+    abstract: TrainState, frozen_paths: Collection[str]
+) -> list[dict[str, str]]:
+    """Tabulate what a state holds over all devices, and what is trained of it.
 
     Args:
       abstract: the state.
-      frozen: paths of the parameters that are not trained.
+      frozen_paths: of the parameters that are not trained.
     """
     parts = {
         "parameters": abstract.params,
-        "of them trained": trainable.split(abstract.params, frozen)[0],
+        "of them trained": trainable.partition(abstract.params, frozen_paths)[0],
         "optimizer state": abstract.opt_state,
         "averages": abstract.ema,
     }
-    found = {name: jax.tree.leaves(part) for name, part in parts.items()}
+    leaves_of = {name: jax.tree.leaves(part) for name, part in parts.items()}
     return [
         {
             "what": name,
             "numbers": f"{sum(x.size for x in leaves):,}",
             "bytes": f"{sum(x.size * x.dtype.itemsize for x in leaves):,}",
         }
-        for name, leaves in found.items()
+        for name, leaves in leaves_of.items()
         if leaves
     ]
 
 
-def epoch_rows(plan: BatchPlan) -> list[dict[str, str]]:
-    """What shows that rows are of a length that the segments do not fill."""
+def epoch_table(plan: BatchPlan) -> list[dict[str, str]]:
+    """Tabulate how well the segments of the first epoch fill their rows."""
     return [
         {
             "steps": f"{plan.steps_per_epoch(0):,}",
-            "rows a step": str(plan.batch_size),
-            "tokens a row": str(plan.row_length),
+            "rows per step": str(plan.batch_size),
+            "tokens per row": str(plan.row_length),
             "packing efficiency": f"{plan.packing_efficiency():.0%}",
         }
     ]
-
-
-def report_origins(workdir: pathlib.Path, name: str, found: dict[str, str]) -> None:
-    """Shows where the initial parameters come from, and writes it to init.json.
-
-    Args:
-      workdir: of the run.
-      name: of the run.
-      found: from `provenance.find`.
-    """
-    files.write_json(workdir / "init.json", found)
-    print_table(f"{name}: what the student starts from", provenance.rows(found))
-
-
-def evaluation_row(
-    name: str, metrics: dict[str, float], shape: Shape
-) -> dict[str, Any]:
-    """One line of the final table."""
-    row = {"model": name, "params": f"{flops.params_count(shape):,}"}
-    names = ("accuracy", "nll", "kl", "agreement", "ece")
-    return row | {key: f"{metrics[key]:.4f}" for key in names if key in metrics}
-
-
-def run_summary(
-    workdir: pathlib.Path,
-    config: Config,
-    *,
-    student: dict[str, float],
-    teacher: dict[str, float],
-    student_shape: Shape,
-    teacher_shape: Shape | None,
-    throughput: dict[str, float],
-    generations: list[dict[str, Any]],
-    bins: calibration.Bins | None,
-    labels: dict[str, Any],
-) -> None:
-    """Writes summary.json and generations.jsonl."""
-    if not throughput and (workdir / "summary.json").is_file():
-        # Everything was done already: keep the speed that was measured then.
-        earlier = json.loads((workdir / "summary.json").read_text())
-        throughput = earlier.get("throughput", {})
-    summary = {
-        "name": config.name,
-        "seed": config.seed,
-        "steps": config.train.steps,
-        "student": student,
-        "teacher": teacher,
-        "parameters": {
-            "student": flops.params_count(student_shape),
-            "teacher": teacher_shape and flops.params_count(teacher_shape),
-        },
-        **({"labels": labels} if labels else {}),
-        "tokens_per_second": throughput.get("tokens_per_second"),
-        "throughput": throughput,
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "processes": jax.process_count(),
-        "versions": {
-            "kdjax": kdjax.__version__,
-            "python": platform.python_version(),
-        }
-        | {name: importlib.metadata.version(name) for name in _LIBRARIES},
-    }
-    if bins is not None:
-        names = ("counts", "confidences", "corrects")
-        numbers = (np.asarray(x).tolist() for x in bins)
-        summary["reliability"] = dict(zip(names, numbers, strict=True))
-    files.write_json(workdir / "summary.json", summary)
-    lines = "".join(json.dumps(row) + "\n" for row in generations)
-    files.write_atomically(workdir / "generations.jsonl", lines)

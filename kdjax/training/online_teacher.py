@@ -1,4 +1,4 @@
-"""A teacher that runs beside the student, outside of what is differentiated.
+"""An online teacher: its distributions and layers, computed in the train step.
 
 Legend: B rows of a microbatch, T time, N = B * T tokens, V vocabulary, D width of the
 student, E of the teacher, n pairs of compared layers, K pairs.
@@ -18,17 +18,17 @@ from kdjax.models import decoder, lm
 from kdjax.parallel import sharding
 
 
-class LiveTeacher(NamedTuple):
-    """A teacher that runs beside the student."""
+class OnlineTeacher(NamedTuple):
+    """A teacher that runs in the train step, outside of the gradient."""
 
     graphdef: nnx.GraphDef
     abstract: Any  # its parameters' shapes and shardings
     num_pairs: int | None  # the top k serve as its rows; None = the whole rows
-    soft: bool = True  # its distributions are wanted
+    soft: bool = True  # there is a soft term, which needs its distributions
 
 
-class Matching(NamedTuple):
-    """Which layers of student and live teacher are compared, and how."""
+class LayerMatching(NamedTuple):
+    """Pairs of layers of student and teacher, and the losses between them."""
 
     student_layers: tuple[int, ...]
     teacher_layers: tuple[int, ...]  # one for each of the student's
@@ -47,51 +47,51 @@ class Matching(NamedTuple):
         return jax.tree.map(lambda x: x[places], captured)
 
 
-class FromTeacher(NamedTuple):
-    """What the teacher says of a microbatch."""
+class TeacherTargets(NamedTuple):
+    """The teacher's distributions and captured layers for a microbatch."""
 
-    rows: losses.Teacher | losses.OnlineTeacherLogits | None
+    distribution: losses.Teacher | losses.OnlineTeacherLogits | None
     captured: decoder.CapturedOutputs | None = None
 
 
-def compared(
-    matching: Matching, student: Any, teacher: Any, projection_nDE: Any
+def layer_terms(
+    matching: LayerMatching, student: Any, teacher: Any, projection_nDE: Any
 ) -> dict[str, jax.Array]:
-    """The terms of layers that are compared, each [B, T]."""
-    found = {}
+    """Compute the losses between matched layers, each [B, T]."""
+    terms = {}
     if matching.hidden is not None:
-        found["hidden"] = layer_losses.hidden_loss(
+        terms["hidden"] = layer_losses.hidden_loss(
             student.states_nBTD,
             teacher.states_nBTD,
             kind=matching.hidden,
             projection_nDE=projection_nDE,
         )
     if matching.attention:
-        found["attention"] = layer_losses.attention_loss(
+        terms["attention"] = layer_losses.attention_loss(
             student.attention_nBTT, teacher.attention_nBTT
         )
-    return found
+    return terms
 
 
-def ask(
+def teacher_targets(
     mesh: Mesh,
-    teacher: LiveTeacher,
+    teacher: OnlineTeacher,
     params: Any,
     rows: Batch,
-    matching: Matching | None,
+    matching: LayerMatching | None,
     *,
     num_rows: int,
     options: losses.LossOptions,
-) -> FromTeacher:
-    """What the teacher says of a microbatch.
+) -> TeacherTargets:
+    """Compute the targets that the teacher sets for a microbatch.
 
     Args:
       mesh: devices.
       teacher: its structure.
       params: its parameters.
-      rows: the microbatch; of tokens with a soft weight the distribution is wanted.
-      matching: the layers that are wanted; None = none.
-      num_rows: of the student's head, to which a teacher's of whole rows is padded.
+      rows: the microbatch; tokens without a soft weight get no distribution.
+      matching: layers to capture; None = none.
+      num_rows: of the student's head, to which a dense teacher's is padded.
       options: of the loss, for its temperature, chunk size and the teacher's logits.
     """
     captured = None
@@ -109,14 +109,16 @@ def ask(
         )
         captured = captured and matching.of_teacher(captured)
     if not teacher.soft:
-        return FromTeacher(None, captured)
+        return TeacherTargets(None, captured)
     hidden_NE = hidden_BTE.reshape(-1, hidden_BTE.shape[-1])
     weight_VE = lm.head_weight(params)
     if teacher.num_pairs is None:
         missing = num_rows - weight_VE.shape[0]
         weight_VE = jnp.pad(weight_VE, ((0, missing), (0, 0)))
-        return FromTeacher(losses.OnlineTeacherLogits(hidden_NE, weight_VE), captured)
-    found = losses.label(
+        return TeacherTargets(
+            losses.OnlineTeacherLogits(hidden_NE, weight_VE), captured
+        )
+    labels = losses.label(
         hidden_NE,
         weight_VE,
         rows.targets.reshape(-1),
@@ -131,8 +133,8 @@ def ask(
         placement=losses.Placement(mesh, sharding.HEAD_SPEC),
     )
     pairs = losses.Teacher(
-        ids_NK=found["ids_NK"],
-        log_probs_NK=found["log_probs_NK"],
-        log_z_N=found["log_z_NS"][:, 0],
+        ids_NK=labels["ids_NK"],
+        log_probs_NK=labels["log_probs_NK"],
+        log_z_N=labels["log_z_NS"][:, 0],
     )
-    return FromTeacher(pairs, captured)
+    return TeacherTargets(pairs, captured)

@@ -1,6 +1,7 @@
-"""The compiled training step that a config stands for, and the shapes that it takes."""
+"""The compiled training step of a config, its batches and its state."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from kdjax import losses
 from kdjax.config import CacheConfig, Config, T5Config
+from kdjax.data import loader
 from kdjax.data.batch import Batch, BatchSpec
 from kdjax.experiment import methods
 from kdjax.experiment.models import Model
@@ -28,7 +30,7 @@ class Program:
     Attributes:
       abstract: shapes and shardings of the state.
       optimizer: of the state.
-      frozen: paths of the model's parameters that are not trained.
+      frozen_paths: of the model's parameters that are not trained.
       num_rows: rows of a microbatch, over all hosts.
       dropout: whether batches bring keys for it.
     """
@@ -53,47 +55,47 @@ class Program:
           teacher: one that runs in the step (teacher.online); else None.
 
         Raises:
-          ValueError: what `trainable.frozen_paths` and `matching` refuse.
+          ValueError: what `trainable.frozen_paths` and `layer_matching` refuse.
         """
         self._config, self._model, self._mesh = config, model, mesh
         self._num_valid, self._teacher = num_valid, teacher
-        beside = None if teacher is None else teacher.shape
-        self._matching = matching(config, model.shape, beside)
+        teacher_shape = None if teacher is None else teacher.shape
+        self._matching = layer_matching(config, model.shape, teacher_shape)
         self.optimizer = optimizer.make_optimizer(
             config.optim, steps=config.train.steps
         )
         params = model.abstract | self._projection(jax.random.key(0), abstract=True)
         self.dropout = lm.dropout(model.shape) > 0
-        self.frozen = trainable.frozen_paths(model.abstract, config.optim.freeze)
+        self.frozen_paths = trainable.frozen_paths(model.abstract, config.optim.freeze)
         self.abstract = state.abstract_state(
             params,
             self.optimizer,
             mesh,
-            frozen=self.frozen,
+            frozen_paths=self.frozen_paths,
             averages=config.optim.ema_decay > 0,
         )
         self.num_rows = config.train.batch_size // config.train.num_microbatches
         self._steps: dict[float, TrainStep] = {}
 
-    def init(self, make_params: Callable[[], Any]) -> TrainState:
-        """The state at step 0; `make_params` makes the model's parameters, sharded."""
+    def init(self, init_params: Callable[[], Any]) -> TrainState:
+        """Make the state at step 0; `init_params` makes the parameters, sharded."""
         key = jax.random.fold_in(jax.random.key(self._config.seed), 1)
         return state.init_state(
             self.abstract,
             self.optimizer,
-            lambda: make_params() | self._projection(key),
-            frozen=self.frozen,
+            lambda: init_params() | self._projection(key),
+            frozen_paths=self.frozen_paths,
         )
 
     def _projection(self, key: jax.Array, *, abstract: bool = False) -> dict[str, Any]:
-        """The learned projection of the hidden-state loss, normal(0, D^-1/2)."""
-        found, teacher = self._matching, self._teacher
-        if found is None or teacher is None or found.hidden is None:
+        """Make the projection of the hidden-state loss, normal(0, D^-1/2)."""
+        matching, teacher = self._matching, self._teacher
+        if matching is None or teacher is None or matching.hidden is None:
             return {}
         if not self._config.method.hidden_projection:
             return {}
         width, out = self._model.shape.width, teacher.shape.width
-        shape = (len(found.student_layers), width, out)
+        shape = (len(matching.student_layers), width, out)
 
         def make(key: jax.Array) -> Any:
             kernel_nDE = jax.random.normal(key, shape, jnp.float32) * width**-0.5
@@ -107,39 +109,96 @@ class Program:
 
     @property
     def step(self) -> TrainStep:
-        """The step at the first temperature of the run."""
+        """Return the step at the first temperature of the run."""
         return self.step_at(self._config.method.temperature)
 
     def progress(self, index: int) -> float:
-        """How far a step of the run is: 0 for the first, 1 for the last."""
+        """Return the progress of a step: 0 for the first of the run, 1 for the last."""
         return index / max(1, self._config.train.steps - 1)
 
     def temperature(self, index: int) -> float:
-        """The temperature of a step of the run."""
+        """Return the temperature of a step of the run."""
         config = self._config
         declared = config.cache.temperatures
         return methods.temperature(config.method, declared, self.progress(index))
 
     def terms(self, index: int) -> tuple[methods.Term, ...]:
-        """The loss's terms in a step of the run."""
+        """Return the terms of the loss in a step of the run."""
         return methods.terms(self._config.method, self.progress(index))
 
     def step_at(self, temperature: float) -> TrainStep:
-        """(state, batch, parameters of a live teacher) -> (state, metrics)."""
+        """Return (state, batch, online teacher's parameters) -> (state, metrics)."""
         if temperature not in self._steps:
             self._steps[temperature] = self._make(temperature)
         return self._steps[temperature]
 
+    def run(
+        self, state: TrainState, index: int, batch: Batch, *teacher_params: Any
+    ) -> tuple[TrainState, dict[str, Any]]:
+        """Dispatch a step of the run.
+
+        Args:
+          state: donated.
+          index: of the step, from 0.
+          batch: this process's rows, from `batches`.
+          *teacher_params: of an online teacher; nothing without one.
+
+        Returns:
+          The state after the step, and its metrics; both may still be computed.
+        """
+        step = self.step_at(self.temperature(index))
+        return step(state, self.place(batch), *teacher_params)
+
+    def place(self, batch: Batch) -> Batch:
+        """Make global arrays of this process's rows."""
+        return sharding.global_batch(batch, self._mesh, self.num_rows)
+
+    def make_batch(self, plan: loader.BatchPlan, index: int, cache: Any) -> Batch:
+        """Make this process's rows of a step's batch, in NumPy.
+
+        Args:
+          plan: the order of the batches.
+          index: of the step, from 0.
+          cache: the teacher's records; None without soft terms.
+        """
+        return loader.make_batch(
+            plan,
+            index,
+            terms=self.terms(index),
+            cache=cache if self._teacher is None else None,
+            temperature=self.temperature(index),
+            rows=self._local_rows,
+            online=self._teacher is not None,
+            dropout=self.dropout,
+        )
+
+    @functools.cached_property
+    def _local_rows(self) -> slice:
+        return sharding.local_rows(self._mesh, self.num_rows)
+
+    def batches(
+        self, plan: loader.BatchPlan, start: int, stop: int, *, cache: Any = None
+    ) -> Iterator[tuple[int, Batch]]:
+        """Yield (index, batch) of the steps from start to stop, made ahead."""
+        train = self._config.train
+        return loader.iterate(
+            lambda index: self.make_batch(plan, index, cache),
+            start,
+            stop,
+            num_threads=train.num_threads,
+            prefetch=train.prefetch,
+        )
+
     def _make(self, temperature: float) -> TrainStep:
         config, teacher = self._config, self._teacher
-        beside = None
+        in_step = None
         if teacher is not None:
-            whole = config.cache.kind == "dense"
+            dense = config.cache.kind == "dense"
             pairs = stored_pairs(config.cache, teacher.shape.vocab_size)
-            beside = online_teacher.LiveTeacher(
+            in_step = online_teacher.OnlineTeacher(
                 teacher.graphdef,
                 teacher.abstract,
-                None if whole else pairs,
+                None if dense else pairs,
                 soft=methods.has_soft_terms(config.method),
             )
         return step.make_train_step(
@@ -152,15 +211,19 @@ class Program:
             loss_options=loss_options(
                 config, self._model, temperature, self._num_valid, teacher
             ),
-            teacher=beside,
+            teacher=in_step,
             matching=self._matching,
-            frozen_paths=self.frozen,
+            frozen_paths=self.frozen_paths,
             ema_decay=config.optim.ema_decay,
         )
 
 
 def check_teacher(config: Config, student: Shape, teacher: Shape) -> None:
-    """Raises ValueError where a teacher cannot do what the config asks of it."""
+    """Check that a teacher suits the config and the student.
+
+    Raises:
+      ValueError: it does not.
+    """
     starts = [getattr(shape, "start_id", None) for shape in (student, teacher)]
     runs = config.teacher.online and methods.needs_teacher(config.method)
     if runs and starts[0] != starts[1]:
@@ -169,13 +232,13 @@ def check_teacher(config: Config, student: Shape, teacher: Shape) -> None:
             "neither have an encoder, and their decoders start alike: use "
             "teacher.online=False"
         )
-    matching(config, student, teacher)
+    layer_matching(config, student, teacher)
 
 
-def matching(
+def layer_matching(
     config: Config, student: Shape, teacher: Shape | None
-) -> online_teacher.Matching | None:
-    """Which layers the method compares; None = none.
+) -> online_teacher.LayerMatching | None:
+    """Return the layers that the method compares; None = none.
 
     Raises:
       ValueError: a map that does not fit the models, or widths that differ without a
@@ -210,7 +273,7 @@ def matching(
             f"{teacher.width}: use method.hidden_projection=True"
         )
     layers = tuple(i for i, layer in enumerate(chosen) if layer >= 0)
-    return online_teacher.Matching(
+    return online_teacher.LayerMatching(
         student_layers=layers,
         teacher_layers=tuple(chosen[i] for i in layers),
         hidden=method.hidden_loss if method.hidden_weight else None,
@@ -218,21 +281,23 @@ def matching(
     )
 
 
-def untrained(config: Config, params: Any) -> dict[str, Any]:
-    """Keywords of `flops.train_flops` for what a run does not train.
+def frozen_params_kwargs(config: Config, params: Any) -> dict[str, Any]:
+    """Return the keywords of `flops.train_flops` for parameters that are not trained.
 
     Args:
       config: the run.
       params: of the model, or their shapes.
     """
     frozen = trainable.frozen_paths(params, config.optim.freeze)
-    kept = flatten_dict(trainable.split(params, frozen)[1], sep="/")
-    kernels = {path: x.size for path, x in kept.items() if path.endswith("/kernel")}
+    frozen_params = flatten_dict(trainable.partition(params, frozen)[1], sep="/")
+    kernels = {
+        path: x.size for path, x in frozen_params.items() if path.endswith("/kernel")
+    }
     of_encoder = sum(n for path, n in kernels.items() if lm.reads_encoder(path))
     return {
         "num_frozen": sum(kernels.values()) - of_encoder,
         "num_frozen_encoder": of_encoder,
-        "trains_head": lm.head_weight(trainable.trains(params, frozen)),
+        "trains_head": lm.head_weight(trainable.trainable_mask(params, frozen)),
     }
 
 
@@ -271,7 +336,7 @@ def loss_options(
 
 
 def chunk_size(config: Config, model: Model) -> int:
-    """Tokens of a chunk of the fused head."""
+    """Return the tokens per chunk of the fused head."""
     train = config.train
     return train.chunk_size or losses.chunk_size(
         train.memory_mib, model.shape.vocab_size
@@ -309,7 +374,7 @@ def abstract_batch(
 
 
 def stored_pairs(cache: CacheConfig, vocab_size: int) -> int:
-    """Columns of the teacher's arrays in a training batch."""
+    """Return the number of columns of the teacher's arrays in a training batch."""
     if cache.kind == "dense":
         return vocab_size
     return cache.num_draws if cache.kind == "sampled" else min(cache.k, vocab_size)

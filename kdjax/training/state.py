@@ -1,4 +1,4 @@
-"""What a run carries from step to step, and how it is made in place on a mesh."""
+"""TrainState: parameters, optimizer state and averages, made in place on a mesh."""
 
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
@@ -24,22 +24,22 @@ class TrainState(NamedTuple):
 PROJECTION = "projection"  # parameters of the loss, beside those of the model
 
 
-def split(params: Any) -> tuple[Any, Any]:
-    """The model's parameters, and the projection [n, D, E] of the hidden-state loss."""
+def split_projection(params: Any) -> tuple[Any, Any]:
+    """Split off the projection [n, D, E] of the hidden-state loss."""
     model = {name: part for name, part in params.items() if name != PROJECTION}
     return model, params.get(PROJECTION, {}).get("kernel")
 
 
-def in_use(current: TrainState) -> Any:
-    """The model's parameters to evaluate, export and return: averages where kept."""
+def eval_params(current: TrainState) -> Any:
+    """Return the parameters to evaluate and export: averages where they are kept."""
     params = current.params
     if current.ema is not None:
-        params = trainable.merged(params, current.ema)
-    return split(params)[0]
+        params = trainable.merge(params, current.ema)
+    return split_projection(params)[0]
 
 
-def averaged(ema: Any, params: Any, *, decay: float, step: Int[Array, ""]) -> Any:
-    """Exponential moving averages after an update: d ema + (1 - d) params.
+def update_ema(ema: Any, params: Any, *, decay: float, step: Int[Array, ""]) -> Any:
+    """Update exponential moving averages: d ema + (1 - d) params.
 
     d = min(decay, (1 + step) / (10 + step)): early averages do not cling to the
     initial parameters, and none needs a correction of its bias.
@@ -61,21 +61,21 @@ def abstract_state(
     optimizer: optax.GradientTransformation,
     mesh: jax.sharding.Mesh,
     *,
-    frozen: Collection[str] = (),
+    frozen_paths: Collection[str] = (),
     averages: bool = False,
 ) -> TrainState:
-    """Shapes, dtypes and shardings of the state; no memory is taken.
+    """Describe the state: shapes, dtypes and shardings, without memory.
 
     Args:
       params: nested dict of arrays or ShapeDtypeStructs.
-      optimizer: what makes the optimizer state.
+      optimizer: makes the optimizer state.
       mesh: the devices.
-      frozen: paths of parameters that are not trained, from `trainable.frozen_paths`.
+      frozen_paths: of parameters that are not trained, from `trainable.frozen_paths`.
       averages: averages of the others are kept.
     """
     shardings = sharding.param_shardings(params, mesh)
-    trained = trainable.split(params, frozen)[0]
-    trained_shardings = trainable.split(shardings, frozen)[0]
+    trained = trainable.partition(params, frozen_paths)[0]
+    trained_shardings = trainable.partition(shardings, frozen_paths)[0]
     state = TrainState(
         step=jax.ShapeDtypeStruct((), jnp.int32),
         params=params,
@@ -96,21 +96,21 @@ def abstract_state(
 def init_state(
     abstract: TrainState,
     optimizer: optax.GradientTransformation,
-    make_params: Callable[[], Any],
+    init_params: Callable[[], Any],
     *,
-    frozen: Collection[str] = (),
+    frozen_paths: Collection[str] = (),
 ) -> TrainState:
-    """A state at step 0, created with its shardings.
+    """Make a state at step 0 with its shardings.
 
     Args:
       abstract: from `abstract_state`.
       optimizer: the same as there.
-      make_params: returns the initial parameters, already sharded.
-      frozen: the same as there.
+      init_params: returns the initial parameters, already sharded.
+      frozen_paths: the same as there.
     """
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    params = make_params()
-    trained = trainable.split(params, frozen)[0]
+    params = init_params()
+    trained = trainable.partition(params, frozen_paths)[0]
     opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(trained)
     step = jax.device_put(jnp.zeros((), jnp.int32), shardings.step)
     ema = None

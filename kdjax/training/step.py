@@ -1,4 +1,4 @@
-"""The compiled steps: one optimizer step, one scoring pass, one labelling pass.
+"""Compiled steps: an optimizer step, a scoring step and a labelling step.
 
 Legend: M microbatches, B rows of a microbatch, T time, V vocabulary, D width,
 N = B * T tokens, K stored pairs.
@@ -37,6 +37,39 @@ def stored_teacher(batch: Batch) -> losses.Teacher | None:
     )
 
 
+def apply_update(
+    optimizer: optax.GradientTransformation,
+    old: TrainState,
+    grads: Any,
+    *,
+    finite: jax.Array,
+    frozen_paths: Collection[str] = (),
+    ema_decay: float = 0.0,
+) -> TrainState:
+    """Update parameters, optimizer state and averages by a gradient, and count a step.
+
+    Args:
+      optimizer: of the state.
+      old: the state before.
+      grads: nested dict of the gradients of the trained parameters.
+      finite: bool; where it is False nothing but the step changes.
+      frozen_paths: of parameters that have no gradient.
+      ema_decay: of the averages, where the state has them.
+    """
+    trained, frozen = trainable.partition(old.params, frozen_paths)
+    with jax.numpy_dtype_promotion("standard"):  # ours is strict, optax is not
+        updates, opt_state = optimizer.update(grads, old.opt_state, trained)
+        params = optax.apply_updates(trained, updates)
+    ema = state.update_ema(old.ema, params, decay=ema_decay, step=old.step)
+    params, opt_state, ema = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old),
+        (params, opt_state, ema),
+        (trained, old.opt_state, old.ema),
+    )
+    params = trainable.merge(frozen, params)
+    return TrainState(old.step + 1, params, opt_state, ema)
+
+
 def make_train_step(
     graphdef: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
@@ -46,12 +79,12 @@ def make_train_step(
     *,
     num_views: int,
     loss_options: losses.LossOptions,
-    teacher: online_teacher.LiveTeacher | None = None,
-    matching: online_teacher.Matching | None = None,
+    teacher: online_teacher.OnlineTeacher | None = None,
+    matching: online_teacher.LayerMatching | None = None,
     frozen_paths: Collection[str] = (),
     ema_decay: float = 0.0,
 ) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
-    """Compiles (state, batch, the teacher's parameters or None) -> (state, metrics).
+    """Compile (state, batch, the teacher's parameters or None) -> (state, metrics).
 
     The state's memory is reused.
 
@@ -68,8 +101,8 @@ def make_train_step(
       abstract: shapes and shardings of the state.
       num_views: views are numbered 0..num_views-1 in `Batch.view`.
       loss_options: of `losses.fused_loss`, with the logit transforms of the models.
-      teacher: one that runs in the step, outside of what is differentiated; else the
-        batch brings the cache's records where there are soft terms.
+      teacher: one that runs in the step, without gradient; else the batch brings the
+        cache's records where there are soft terms.
       matching: layers that are compared with those of `teacher`.
       frozen_paths: parameters that have no gradient, as in `abstract`.
       ema_decay: of the averages, where `abstract` has them.
@@ -83,11 +116,11 @@ def make_train_step(
     shardings = _placed(abstract)
     placement = losses.Placement(mesh, sharding.HEAD_SPEC, vocab_axis="tensor")
 
-    def ask(teacher_params: Any, rows: Batch) -> online_teacher.FromTeacher:
+    def targets_of(teacher_params: Any, rows: Batch) -> online_teacher.TeacherTargets:
         if teacher is None:
-            return online_teacher.FromTeacher(stored_teacher(rows))
+            return online_teacher.TeacherTargets(stored_teacher(rows))
         num_rows = abstract.params["embed"]["embedding"].shape[0]
-        return online_teacher.ask(
+        return online_teacher.teacher_targets(
             mesh,
             teacher,
             teacher_params,
@@ -98,9 +131,11 @@ def make_train_step(
         )
 
     def loss_of(
-        trained: Any, kept: Any, rows: Batch, said: online_teacher.FromTeacher
+        trained: Any, frozen: Any, rows: Batch, targets: online_teacher.TeacherTargets
     ) -> tuple[jax.Array, Any]:
-        params, projection_nDE = state.split(trainable.merged(kept, trained))
+        params, projection_nDE = state.split_projection(
+            trainable.merge(frozen, trained)
+        )
         if matching is None:
             hidden_BTD, captured = lm.hidden_states(graphdef, params, rows), None
         else:
@@ -119,15 +154,15 @@ def make_train_step(
             rows.targets.reshape(-1),
             rows.weights["hard"].reshape(-1),
             rows.weights["soft"].reshape(-1),
-            said.rows,
+            targets.distribution,
             loss_options,
             placement=placement,
         )
         if matching is not None:
-            compared = online_teacher.compared(
-                matching, captured, said.captured, projection_nDE
+            layer_terms = online_teacher.layer_terms(
+                matching, captured, targets.captured, projection_nDE
             )
-            for name, each_BT in compared.items():
+            for name, each_BT in layer_terms.items():
                 weights_BT = rows.weights[name]
                 each_BT = jnp.where(weights_BT != 0, each_BT, 0.0)
                 total += (weights_BT * each_BT).sum()
@@ -146,16 +181,20 @@ def make_train_step(
 
     grad_of = jax.value_and_grad(loss_of, has_aux=True)
 
-    def gradients(params: Any, batch: Batch, frozen: Any) -> tuple[Any, Any, Any]:
+    def gradients(
+        params: Any, batch: Batch, teacher_params: Any
+    ) -> tuple[Any, Any, Any]:
         num_microbatches = batch.tokens.shape[0]
-        trained, kept = trainable.split(params, frozen_paths)
+        trained, frozen = trainable.partition(params, frozen_paths)
         if num_microbatches == 1:
             rows = jax.tree.map(lambda x: x[0], batch)
-            (total, sums), grads = grad_of(trained, kept, rows, ask(frozen, rows))
+            targets = targets_of(teacher_params, rows)
+            (total, sums), grads = grad_of(trained, frozen, rows, targets)
             return total, jax.tree.map(lambda x: x[None], sums), grads
 
         def add(carry: Any, rows: Batch) -> tuple[Any, Any]:
-            (total, sums), grads = grad_of(trained, kept, rows, ask(frozen, rows))
+            targets = targets_of(teacher_params, rows)
+            (total, sums), grads = grad_of(trained, frozen, rows, targets)
             return jax.tree.map(jnp.add, carry, (total, grads)), sums
 
         zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, trained))
@@ -163,23 +202,21 @@ def make_train_step(
         return total, sums, grads
 
     def train_step(
-        old: TrainState, batch: Batch, frozen: Any = None
+        old: TrainState, batch: Batch, teacher_params: Any = None
     ) -> tuple[TrainState, Any]:
-        total, sums, grads = gradients(old.params, batch, frozen)
+        total, sums, grads = gradients(old.params, batch, teacher_params)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(total) & jnp.isfinite(grad_norm)
-        # Ours is written for strict promotion, optax is not.
-        trained, kept = trainable.split(old.params, frozen_paths)
-        with jax.numpy_dtype_promotion("standard"):
-            updates, opt_state = optimizer.update(grads, old.opt_state, trained)
-            params = optax.apply_updates(trained, updates)
-            learning_rate = schedule(old.step)
-        ema = state.averaged(old.ema, params, decay=ema_decay, step=old.step)
-        params, opt_state, ema = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            (params, opt_state, ema),
-            (trained, old.opt_state, old.ema),
+        new = apply_update(
+            optimizer,
+            old,
+            grads,
+            finite=finite,
+            frozen_paths=frozen_paths,
+            ema_decay=ema_decay,
         )
+        with jax.numpy_dtype_promotion("standard"):  # optax is not strict
+            learning_rate = schedule(old.step)
         metrics = {
             "loss": total,
             "grad_norm": grad_norm,
@@ -188,8 +225,7 @@ def make_train_step(
             "finite_rows": sums.pop("finite_rows"),
             "num_tokens": batch.num_tokens,
         } | jax.tree.map(lambda x: x.sum(0), sums)
-        params = trainable.merged(kept, params)
-        return TrainState(old.step + 1, params, opt_state, ema), metrics
+        return new, metrics
 
     return jax.jit(
         train_step,
@@ -216,7 +252,7 @@ def make_score_step(
     chunk_size: int,
     num_valid: int | None = None,
 ) -> Callable[[Any, Batch], dict[str, jax.Array]]:
-    """Compiles (params, batch) -> per-token scores [M * B, T] on every device.
+    """Compile (params, batch) -> per-token scores [M * B, T] on every device.
 
     Args:
       graphdef: the scored model's structure.
@@ -249,14 +285,14 @@ def make_score_step(
             active_N=batch.view.reshape(-1) >= 0,
             placement=losses.Placement(mesh, sharding.HEAD_SPEC),
         )
-        found = {"nll": scores["nll"]}
+        per_token = {"nll": scores["nll"]}
         if teacher is not None and teacher.log_probs_NK is not None:
             best = jnp.argmax(teacher.log_probs_NK, axis=-1).astype(jnp.int32)
             if teacher.ids_NK is not None:
                 best = jnp.take_along_axis(teacher.ids_NK, best[:, None], axis=-1)[:, 0]
-            found["kl"] = scores["kl"]
-            found["agrees"] = (best == scores["top1_ids"]).astype(jnp.float32)
-        return jax.tree.map(lambda x: x.reshape(hidden_BTD.shape[:2]), found)
+            per_token["kl"] = scores["kl"]
+            per_token["agrees"] = (best == scores["top1_ids"]).astype(jnp.float32)
+        return jax.tree.map(lambda x: x.reshape(hidden_BTD.shape[:2]), per_token)
 
     return jax.jit(
         score_step,

@@ -1,4 +1,4 @@
-"""Which parameters are trained: nested dicts, taken apart by path and put together."""
+"""Trainable and frozen parameters: nested dicts, partitioned by path and merged."""
 
 import difflib
 import re
@@ -11,7 +11,7 @@ from kdjax.models import lora
 
 
 def frozen_paths(params: Any, patterns: Sequence[str]) -> frozenset[str]:
-    """Paths of the parameters of a model that are not trained.
+    """Return the paths of the parameters of a model that are not trained.
 
     Args:
       params: nested dict of the model's parameters, or of their shapes. Where it has
@@ -25,14 +25,14 @@ def frozen_paths(params: Any, patterns: Sequence[str]) -> frozenset[str]:
     adapters = {path for path in paths if lora.is_adapter(path)}
     frozen = set(paths) - adapters if adapters else set()
     for pattern in patterns:
-        found = {path for path in paths if re.fullmatch(pattern, path)}
-        if not found:
+        matches = {path for path in paths if re.fullmatch(pattern, path)}
+        if not matches:
             near = difflib.get_close_matches(pattern, paths, n=3, cutoff=0.0)
             raise ValueError(
                 f"optim.freeze={pattern!r} matches no parameter: a regular expression "
                 f"matches a whole path, of which the nearest are {near}"
             )
-        frozen |= found
+        frozen |= matches
     if frozen == set(paths):
         raise ValueError(
             f"optim.freeze={tuple(patterns)} leaves nothing to train of "
@@ -41,21 +41,21 @@ def frozen_paths(params: Any, patterns: Sequence[str]) -> frozenset[str]:
     return frozenset(frozen)
 
 
-def split(params: Any, frozen: Collection[str]) -> tuple[Any, Any]:
-    """The parameters that are trained, and those of the paths `frozen`."""
+def partition(params: Any, frozen_paths: Collection[str]) -> tuple[Any, Any]:
+    """Return the trained parameters, and those at `frozen_paths`."""
     flat = flatten_dict(params, sep="/")
-    kept = {path: x for path, x in flat.items() if path in frozen}
-    trained = {path: x for path, x in flat.items() if path not in frozen}
-    return unflatten_dict(trained, sep="/"), unflatten_dict(kept, sep="/")
+    frozen = {path: x for path, x in flat.items() if path in frozen_paths}
+    trained = {path: x for path, x in flat.items() if path not in frozen_paths}
+    return unflatten_dict(trained, sep="/"), unflatten_dict(frozen, sep="/")
 
 
-def trains(params: Any, frozen: Collection[str]) -> Any:
-    """Like `params`, with True for what is trained and False for the paths `frozen`."""
+def trainable_mask(params: Any, frozen_paths: Collection[str]) -> Any:
+    """Return a tree like `params`: True where trained, False at `frozen_paths`."""
     flat = flatten_dict(params, sep="/")
-    return unflatten_dict({path: path not in frozen for path in flat}, sep="/")
+    return unflatten_dict({path: path not in frozen_paths for path in flat}, sep="/")
 
 
-def merged(params: Any, others: Any) -> Any:
-    """All parameters of both; where both have a path, those of `others`."""
+def merge(params: Any, others: Any) -> Any:
+    """Merge two nested dicts; where both have a path, `others` wins."""
     flat = flatten_dict(params, sep="/") | flatten_dict(others, sep="/")
     return unflatten_dict(flat, sep="/")

@@ -319,11 +319,11 @@ def test_every_method_has_its_measures(method, architecture, tmp_path):
         student={"architecture": architecture},
     )
     finished(config, tmp_path)
-    found = faithfulness.measure(config, tmp_path)
+    found = faithfulness.measure(helpers.open_eval(config, tmp_path))
     assert set(found) == {f"faithfulness/{name}" for name in MEASURES[method]}
     assert all(np.isfinite(list(found.values())))
     if method == "multitask_counterfactual":
-        assert faithfulness.measure(config, tmp_path) == found
+        assert faithfulness.measure(helpers.open_eval(config, tmp_path)) == found
 
 
 def test_a_run_is_measured_with_a_simulator(tmp_path, monkeypatch):
@@ -337,7 +337,9 @@ def test_a_run_is_measured_with_a_simulator(tmp_path, monkeypatch):
         return {"las": 0.25}
 
     monkeypatch.setattr(faithfulness.simulators, "las", las)
-    found = faithfulness.measure(config, tmp_path, simulator=tmp_path / "simulator")
+    found = faithfulness.measure(
+        helpers.open_eval(config, tmp_path), simulator=tmp_path / "simulator"
+    )
     assert found["faithfulness/las"] == 0.25
     assert found["faithfulness/self_consistency"] == 1
 
@@ -358,25 +360,26 @@ def test_the_command_writes_what_is_measured(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "faithfulness.json").read_text())
-    assert found == pytest.approx(faithfulness.measure(config, tmp_path))
+    assert found == pytest.approx(
+        faithfulness.measure(helpers.open_eval(config, tmp_path))
+    )
     assert found == json.loads((tmp_path / "found.json").read_text())
     assert "oracle_accuracy" in done.stdout
 
 
 def test_a_run_that_is_not_finished_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"no generations\.jsonl: let the run finish"):
-        faithfulness.measure(helpers.small_config(), tmp_path)
+        faithfulness.measure(helpers.open_eval(helpers.small_config(), tmp_path))
 
 
 def test_choices_after_the_label_prompt_are_those_of_the_accuracy(tmp_path):
     config = helpers.small_config(method={"name": "multitask", "soft_weight": 0.0})
     finished(config, tmp_path)
-    mesh = sharding.make_mesh(config.mesh)
-    data = load_data(config, splits=("eval",))
-    student = choices.load(config, tmp_path, mesh, data)
+    run = helpers.open_eval(config, tmp_path)
+    data = run.data
+    student = choices.load(run)
     chosen = choices.choose(student, data.eval_examples)
     right = [c == e.answer for c, e in zip(chosen, data.eval_examples, strict=True)]
-    model, params = load_student(config, tmp_path, mesh, data.tokenizer)
-    accuracy = Scorer(config, data, model, mesh)(params)["accuracy"]
+    accuracy = Scorer(run)(load_student(run))["accuracy"]
     assert np.mean(right) == pytest.approx(accuracy)
     assert choices.choose(student, []) == []

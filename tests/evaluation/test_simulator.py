@@ -10,7 +10,6 @@ from kdjax.config import Config, DataConfig, DecoderConfig, from_json
 from kdjax.data import loader, tokenizer
 from kdjax.evaluation import simulator
 from kdjax.evaluation.rationale_metrics import Record
-from kdjax.training import loop
 from tests import helpers
 
 WORDS = ("zero", "one", "two")
@@ -143,7 +142,7 @@ def test_a_finished_simulator_is_left_as_it_is(trained, config, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(simulator, "fit", refuse)
+    monkeypatch.setattr(simulator, "train_loop", refuse)
     simulator.train_simulator(config, trained, decoder=DECODER, steps=250)
     with pytest.raises(ValueError, match=r"train\.steps: 250 -> 900"):
         simulator.train_simulator(config, trained, decoder=DECODER, steps=900)
@@ -170,7 +169,7 @@ def test_a_killed_simulator_goes_on(config, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return original(plan, index, **arguments)
 
-    monkeypatch.setattr(loop.loader, "make_batch", interrupted)
+    monkeypatch.setattr(loader, "make_batch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(cut)
     monkeypatch.undo()

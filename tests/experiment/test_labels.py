@@ -9,7 +9,7 @@ from kdjax import config as config_lib
 from kdjax import train
 from kdjax.data import kinship
 from kdjax.data import tokenizer as tokenizers
-from kdjax.experiment import resume, validate
+from kdjax.experiment import resume, validate, workdir
 from kdjax.experiment.data import load_data
 from tests import helpers
 
@@ -86,7 +86,7 @@ def test_a_run_reports_how_right_the_teacher_is(places, tmp_path, capsys):
         other = config_lib.from_json(config_lib.to_json(made))
         setattr(other.data, name, value)
         with pytest.raises(ValueError, match=f"another config .data.{name}: "):
-            train.run(other, tmp_path)
+            workdir.check_owner(tmp_path, other)
         assert len(resume.differences(made, other)) == 1
 
 

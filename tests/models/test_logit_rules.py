@@ -106,7 +106,7 @@ def test_training_with_a_live_teacher(mesh, models, batch, log_probs, num_pairs)
             ),
             chunk_size=16,
         ),
-        teacher=online_teacher.LiveTeacher(
+        teacher=online_teacher.OnlineTeacher(
             teacher.graphdef, teacher.abstract, num_pairs
         ),
     )

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from kdjax import evaluate, export, train
+from kdjax import train
 from kdjax.config import MeshConfig
 from kdjax.experiment import validate
-from kdjax.experiment.data import load_tokenizer
 from kdjax.experiment.models import student_params
 from kdjax.models import hf
 from kdjax.parallel import sharding
-from kdjax.training import loop, state
-from kdjax.training.checkpoint import Checkpoints, load_student
+from kdjax.pipeline import distill
+from kdjax.training import state
+from kdjax.training.checkpoint import Checkpoints
 from kdjax.training.program import Program
 from tests import helpers
 from tests.helpers import TrainSteps, step_config
@@ -36,7 +36,7 @@ def test_the_recursion(mesh):
     devices = jax.devices()[: 1 if mesh is None else 8]
     found = TrainSteps(config, num=5, mesh=mesh, devices=devices)
     start = found.params(0)
-    assert averages(found, 0).keys() == start.keys() - found.made.frozen
+    assert averages(found, 0).keys() == start.keys() - found.made.frozen_paths
     for path, mean in averages(found, 0).items():
         np.testing.assert_array_equal(mean, start[path])
         wanted = np.asarray(mean, np.float64)
@@ -82,10 +82,10 @@ def test_the_first_averages_have_memory_of_their_own():
 def test_what_is_in_use():
     params = {"a": {"x": jnp.ones(2), "y": jnp.ones(2)}, "projection": {"kernel": 1}}
     ema = {"a": {"y": jnp.zeros(2)}, "projection": {"kernel": 2}}
-    found = state.in_use(state.TrainState(0, params, (), ema))
+    found = state.eval_params(state.TrainState(0, params, (), ema))
     assert found.keys() == {"a"}
     assert found["a"]["x"].all() and not found["a"]["y"].any()
-    found = state.in_use(state.TrainState(0, params, ()))
+    found = state.eval_params(state.TrainState(0, params, ()))
     assert found["a"]["y"].all()
 
 
@@ -99,13 +99,14 @@ def paths_in(folder):
 def test_a_run_evaluates_exports_and_returns_the_averages(tmp_path, monkeypatch):
     config, run = helpers.small_config(optim={"ema_decay": 0.5}), tmp_path / "run"
     returned = {}
-    fit = loop.fit
+    train_loop = distill.train_loop
 
-    def keep(config, **keywords):
-        returned[config.name] = fit(config, **keywords)
-        return returned[config.name]
+    def keep(run, *arguments, **keywords):
+        trained = train_loop(run, *arguments, **keywords)
+        returned[run.config.name] = trained.params
+        return trained
 
-    monkeypatch.setattr(loop, "fit", keep)
+    monkeypatch.setattr(distill, "train_loop", keep)
     train.run(config, run)
     summary = json.loads((run / "summary.json").read_text())["student"]
     assert paths_in(run / "checkpoints") == {"step", "params", "opt_state", "ema"}
@@ -113,9 +114,8 @@ def test_a_run_evaluates_exports_and_returns_the_averages(tmp_path, monkeypatch)
     assert teacher == {"step", "params", "opt_state"}
 
     mesh = sharding.make_mesh(config.mesh)
-    tokenizer = load_tokenizer(config)
-    model, read = load_student(config, run, mesh, tokenizer)
-    jax.tree.map(np.testing.assert_array_equal, read, returned.pop("small")[0])
+    model, read = helpers.load_student(config, run)
+    jax.tree.map(np.testing.assert_array_equal, read, returned.pop("small"))
     checkpoints = Checkpoints(run / "checkpoints")
     stored = checkpoints.restore(Program(config, model, mesh).abstract)
     checkpoints.close()
@@ -123,9 +123,9 @@ def test_a_run_evaluates_exports_and_returns_the_averages(tmp_path, monkeypatch)
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), read, stored.params)
     assert min(jax.tree.leaves(moved)) > 0
 
-    found = evaluate.score(config, run, "student")
+    found = helpers.score(config, run, "student")
     assert found["nll"] == pytest.approx(summary["nll"], abs=1e-6)
-    export.write(config, run, tmp_path / "out")
+    helpers.export(config, run, tmp_path / "out")
     exported = hf.load_params(tmp_path / "out", model.shape)
     jax.tree.map(np.testing.assert_array_equal, exported, read)
 
@@ -134,7 +134,7 @@ def test_a_run_evaluates_exports_and_returns_the_averages(tmp_path, monkeypatch)
     shutil.rmtree(tmp_path / "again" / "checkpoints" / "6")
     (tmp_path / "again" / "summary.json").unlink()
     train.run(config, tmp_path / "again")
-    jax.tree.map(np.testing.assert_array_equal, returned.pop("small")[0], read)
+    jax.tree.map(np.testing.assert_array_equal, returned.pop("small"), read)
     again = json.loads((tmp_path / "again" / "summary.json").read_text())["student"]
     assert again == summary
 

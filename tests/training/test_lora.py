@@ -12,18 +12,16 @@ import torch
 import transformers
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from kdjax import evaluate, export, train
+from kdjax import train
 from kdjax.aot import compile
 from kdjax.bench import workload
 from kdjax.config import DecoderConfig, LoraConfig, MeshConfig, T5Config
 from kdjax.experiment import validate
-from kdjax.experiment.data import load_tokenizer
 from kdjax.experiment.models import make_model
 from kdjax.models import decoder, flops, hf, lm, lora, t5
 from kdjax.models.decoder_shape import select_layers
 from kdjax.parallel import sharding
 from kdjax.training import meter, program
-from kdjax.training.checkpoint import load_student
 from tests import helpers
 from tests.helpers import TrainSteps, step_config
 
@@ -263,7 +261,7 @@ def test_only_adapters_are_trained(steps):
         assert np.array_equal(before[path], after[path]) == (path not in adapters), path
     moments = flatten_dict(steps.made.abstract.opt_state[0].mu, sep="/")
     assert moments.keys() == adapters
-    rows = meter.state_rows(steps.made.abstract, steps.made.frozen)
+    rows = meter.state_table(steps.made.abstract, steps.made.frozen_paths)
     found = {row["what"]: int(row["numbers"].replace(",", "")) for row in rows}
     sizes = {path: x.size for path, x in before.items()}
     trained = sum(sizes[path] for path in adapters)
@@ -292,13 +290,15 @@ def test_products_that_are_spared_are_counted():
     plain = step_config()
     _, params = decoder.create(SHAPE)
     nothing = {"num_frozen": 0, "num_frozen_encoder": 0, "trains_head": True}
-    assert program.untrained(plain, params) == nothing
+    assert program.frozen_params_kwargs(plain, params) == nothing
     _, params = decoder.create(SHAPE, adapters=LORA)
     weights = flops.matmul_params(SHAPE) - 67 * 32
     wanted = {"num_frozen": weights, "trains_head": False}
-    assert program.untrained(step_config(lora=LORA), params) == nothing | wanted
+    assert (
+        program.frozen_params_kwargs(step_config(lora=LORA), params) == nothing | wanted
+    )
     _, params = t5.create(T5, adapters=LORA)
-    found = program.untrained(step_config(lora=LORA), params)
+    found = program.frozen_params_kwargs(step_config(lora=LORA), params)
     sizes = {"num_tokens": 8, "num_encoder_tokens": 24, "num_head_tokens": 8}
     sizes |= {"row_length": 1, "encoder_row_length": 1}
     forward = flops.forward_flops(T5, **sizes)
@@ -353,19 +353,17 @@ def test_a_whole_run(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "of them trained" in printed and "averages" in printed
     summary = json.loads((run / "summary.json").read_text())
-    found = evaluate.score(config, run, "student")
+    found = helpers.score(config, run, "student")
     assert found["nll"] == pytest.approx(summary["student"]["nll"], abs=1e-6)
 
-    export.write(config, run, tmp_path / "plain")
+    helpers.export(config, run, tmp_path / "plain")
     shape = hf.read_config(tmp_path / "plain")
     assert shape == select_layers(hf.read_config(run / "teacher"), (1,))
-    plain = evaluate.score(config, run, str(tmp_path / "plain"))
+    plain = helpers.score(config, run, str(tmp_path / "plain"))
     assert plain["nll"] == pytest.approx(found["nll"], abs=1e-5)
 
     # The base is the teacher's layer, bit for bit; what was learned is in A and B.
-    mesh = sharding.make_mesh(config.mesh)
-    tokenizer = load_tokenizer(config)
-    _, params = load_student(config, run, mesh, tokenizer)
+    _, params = helpers.load_student(config, run)
     base = hf.load_params(run / "teacher", shape, keep_layers={"layers": (1,)})
     jax.tree.map(np.testing.assert_array_equal, lora.without(params), base)
 

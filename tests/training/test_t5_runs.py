@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from kdjax import export, train
+from kdjax import train
 from kdjax.config import MeshConfig, T5Config
 from kdjax.data import loader
 from kdjax.data import tokenizer as tokenizers
@@ -18,12 +18,13 @@ from kdjax.experiment import methods
 from kdjax.experiment.data import load_data, load_tokenizer
 from kdjax.experiment.models import make_model, student_params, student_shape
 from kdjax.experiment.rows import make_plan, row_kwargs
+from kdjax.experiment.run import open_run
 from kdjax.models import hf, lm, t5
 from kdjax.models.generate import Decoding, Generator
 from kdjax.parallel import sharding
 from kdjax.teacher import build
-from kdjax.training import loop, program, state
-from kdjax.training.checkpoint import load_student
+from kdjax.training import program, state
+from kdjax.training.loop import train_loop
 from tests import helpers
 
 SHAPE = T5Config(
@@ -55,9 +56,7 @@ def finished(tmp_path_factory):
 
 
 def load(config, workdir):
-    mesh = sharding.make_mesh(config.mesh)
-    tokenizer = load_tokenizer(config)
-    return load_student(config, workdir, mesh, tokenizer)
+    return helpers.load_student(config, workdir)
 
 
 def test_a_run_with_a_decoder_only_teacher(finished):
@@ -78,27 +77,18 @@ def test_a_resumed_run_is_the_uninterrupted_one(finished, tmp_path):
     half = config(train={"steps": 6, "save_every": 3}, **DROPPED)
     link = dataclasses.replace(half.cache, path=str(workdir / "cache"))
     half.cache, half.teacher.path = link, str(workdir / "teacher")
-    mesh = sharding.make_mesh(half.mesh)
-    data = load_data(half)
-    shape = student_shape(half, data.tokenizer)
-    model = make_model(shape, mesh, dtype="float32")
-    cache = build.ensure(half, data, tmp_path, half.teacher.path)["train"]
+    run = open_run(half, tmp_path)
+    cache = build.ensure(run)["train"]
+    init = student_params(half, run.student, "")
 
     def fit(folder, calls):
+        own = dataclasses.replace(run, workdir=folder)
         for _ in range(calls):
             try:
-                found = loop.fit(
-                    half,
-                    workdir=folder,
-                    mesh=mesh,
-                    data=data,
-                    model=model,
-                    make_params=student_params(half, model, ""),
-                    cache=cache,
-                )
+                trained = train_loop(own, init, cache=cache)
             except KeyboardInterrupt:
                 continue
-        return found[0]
+        return trained.params
 
     whole = fit(tmp_path / "whole", 1)
     original = loader.make_batch
@@ -119,11 +109,12 @@ def test_a_resumed_run_is_the_uninterrupted_one(finished, tmp_path):
 
 def test_export_is_read_by_transformers(finished, tmp_path):
     config, workdir = finished
-    export.write(config, workdir, tmp_path / "out")
+    helpers.export(config, workdir, tmp_path / "out")
     theirs = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out").eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     model, params = load(config, workdir)
-    data = load_data(config, splits=("eval",))
+    run = helpers.open_eval(config, workdir)
+    data = run.data
     segment = data.evaluation[0]
     prompt = [*segment.prompt_ids, tokenizer.eos_token_id]
     wanted = theirs.generate(
@@ -141,7 +132,7 @@ def test_export_is_read_by_transformers(finished, tmp_path):
     nll = torch.nn.functional.cross_entropy(
         logits[0], torch.tensor(segment.target_ids.astype(np.int64)), reduction="sum"
     ).item()
-    scorer = Scorer(config, data, model, sharding.make_mesh(config.mesh))
+    scorer = Scorer(run)
     scores = scorer._per_segment(params, scorer._tokens, None)
     np.testing.assert_allclose(scores["nll"][0], nll, rtol=1e-4)
 
@@ -149,9 +140,9 @@ def test_export_is_read_by_transformers(finished, tmp_path):
 def test_packed_rows_score_as_single_ones(finished):
     config, workdir = finished
     model, params = load(config, workdir)
-    data = load_data(config, splits=("eval",))
-    mesh = sharding.make_mesh(config.mesh)
-    scorer = Scorer(config, data, model, mesh)
+    run = helpers.open_eval(config, workdir)
+    data = run.data
+    scorer = Scorer(run)
     packed = scorer._per_segment(params, scorer._tokens, None)["nll"]
     assert max(len(row) for row in scorer._tokens.batch(0)) > 1
     longest = max(len(s.prompt_ids) for s in data.evaluation) + 1
@@ -184,7 +175,7 @@ def one_step(config, *, devices=8, dropout=True):
         assert described == jax.tree.map(lambda x: (x.shape, x.dtype), batch)
     placed = sharding.global_batch(batch, mesh, made.num_rows)
     after, metrics = made.step(first, placed)
-    return metrics, jax.tree.map(np.asarray, state.split(after.params)[0])
+    return metrics, jax.tree.map(np.asarray, state.split_projection(after.params)[0])
 
 
 def test_dropout_does_not_depend_on_how_the_batch_is_cut():

@@ -42,7 +42,7 @@ def test_what_is_frozen_stays_and_the_rest_learns(half):
     before, after = half.params(0), half.params(2)
     assert before.keys() == after.keys()
     frozen = {p for p in before if p == HALF[0] or p.startswith("layers/mlp/")}
-    assert half.made.frozen == frozen and len(frozen) == 4
+    assert half.made.frozen_paths == frozen and len(frozen) == 4
     for path in before:
         assert np.array_equal(before[path], after[path]) == (path in frozen), path
 
@@ -50,7 +50,7 @@ def test_what_is_frozen_stays_and_the_rest_learns(half):
 def test_gradients_are_those_of_the_rest(whole, half):
     """The same numbers as with all parameters, and their norm."""
     full, some = moments(whole), moments(half)
-    assert some.keys() == full.keys() - half.made.frozen
+    assert some.keys() == full.keys() - half.made.frozen_paths
     for path, found in some.items():
         np.testing.assert_allclose(found, full[path], rtol=1e-5, atol=1e-8)
     norm = np.sqrt(
@@ -72,7 +72,7 @@ def test_clipping_is_by_the_norm_of_the_rest(half):
 def test_frozen_memory_is_reused_and_never_copied(half):
     """The donated buffers are those of the result."""
     after = pointers(half.last.params)
-    assert all(half.pointers[path] == after[path] for path in half.made.frozen)
+    assert all(half.pointers[path] == after[path] for path in half.made.frozen_paths)
     abstract = half.made.abstract
     batch = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
@@ -81,7 +81,7 @@ def test_frozen_memory_is_reused_and_never_copied(half):
     found = half.made.step.lower(abstract, batch).compile()
     held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract))
     assert found.memory_analysis().alias_size_in_bytes == held
-    names = ["____".join(path.split("/")) for path in half.made.frozen]
+    names = ["____".join(path.split("/")) for path in half.made.frozen_paths]
     copies = re.findall(r" copy\(%old_params__(\w+?)__[.\d]*\)", found.as_text())
     assert not set(copies) & set(names)
 
@@ -145,10 +145,10 @@ def test_both_kinds_of_models_are_taken_apart_and_put_together(name):
         _, params = t5.create(T5Config(vocab_size=64))
         patterns = ("encoder/.*", "decoder/position_bias/table")
     frozen = trainable.frozen_paths(params, patterns)
-    trained, kept = trainable.split(params, frozen)
+    trained, kept = trainable.partition(params, frozen)
     assert flatten_dict(kept, sep="/").keys() == frozen
-    assert trainable.merged(kept, trained) == trainable.merged(trained, kept) == params
-    assert trainable.split(params, ())[0] == params
+    assert trainable.merge(kept, trained) == trainable.merge(trained, kept) == params
+    assert trainable.partition(params, ())[0] == params
     assert not any(part == {} for part in trained.values())
 
 
@@ -179,7 +179,7 @@ def test_the_built_in_teacher_trains_all_of_itself():
 
 
 def test_without_a_pattern_the_state_is_what_it_was(whole):
-    assert whole.made.frozen == frozenset()
+    assert whole.made.frozen_paths == frozenset()
     found = whole.made.abstract
     assert isinstance(found, state.TrainState) and found.ema is None
     shapes = jax.tree.map(lambda x: x.shape, found.params)

@@ -1,0 +1,89 @@
+"""Results of a finished run: summary.json, generations.jsonl and a table."""
+
+import importlib.metadata
+import json
+import platform
+from typing import Any
+
+import jax
+import numpy as np
+
+import kdjax
+from kdjax.evaluation import calibration
+from kdjax.experiment import workdir
+from kdjax.experiment.run import Run
+from kdjax.models import flops
+from kdjax.models.lm import Shape
+from kdjax.runtime import files
+
+_LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
+
+
+def evaluation_row(
+    name: str, metrics: dict[str, float], shape: Shape
+) -> dict[str, Any]:
+    """Return one line of the table of held-out results."""
+    row = {"model": name, "params": f"{flops.params_count(shape):,}"}
+    names = ("accuracy", "nll", "kl", "agreement", "ece")
+    return row | {key: f"{metrics[key]:.4f}" for key in names if key in metrics}
+
+
+def write_summary(
+    run: Run,
+    *,
+    student: dict[str, float],
+    teacher: dict[str, float],
+    teacher_shape: Shape | None,
+    throughput: dict[str, float],
+    generations: list[dict[str, Any]],
+    bins: calibration.Bins | None,
+) -> dict[str, Any]:
+    """Write summary.json and generations.jsonl.
+
+    Args:
+      run: a finished one.
+      student: its held-out metrics.
+      teacher: the teacher's; {} without one.
+      teacher_shape: None without one.
+      throughput: of the training; {} if every step had been done before.
+      generations: rows of generations.jsonl.
+      bins: of the student's calibration.
+
+    Returns:
+      The summary.
+    """
+    config, labels = run.config, run.data.labels
+    file = run.workdir / workdir.SUMMARY
+    if not throughput and file.is_file():
+        # Everything was done already: keep the speed that was measured then.
+        earlier = json.loads(file.read_text())
+        throughput = earlier.get("throughput", {})
+    summary = {
+        "name": config.name,
+        "seed": config.seed,
+        "steps": config.train.steps,
+        "student": student,
+        "teacher": teacher,
+        "parameters": {
+            "student": flops.params_count(run.student.shape),
+            "teacher": teacher_shape and flops.params_count(teacher_shape),
+        },
+        **({"labels": labels} if labels else {}),
+        "tokens_per_second": throughput.get("tokens_per_second"),
+        "throughput": throughput,
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "processes": jax.process_count(),
+        "versions": {
+            "kdjax": kdjax.__version__,
+            "python": platform.python_version(),
+        }
+        | {name: importlib.metadata.version(name) for name in _LIBRARIES},
+    }
+    if bins is not None:
+        names = ("counts", "confidences", "corrects")
+        numbers = (np.asarray(x).tolist() for x in bins)
+        summary["reliability"] = dict(zip(names, numbers, strict=True))
+    files.write_json(file, summary)
+    lines = "".join(json.dumps(row) + "\n" for row in generations)
+    files.write_atomically(run.workdir / workdir.GENERATIONS, lines)
+    return summary

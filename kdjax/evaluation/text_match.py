@@ -1,0 +1,61 @@
+"""Exact matches between generated texts and the data's."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from kdjax.data import templates
+from kdjax.data.example import Example
+from kdjax.data.templates import Text
+
+MATCHES = (
+    "exact_match",
+    "exact_match_strict",
+    "answer_match",
+    "answer_match_strict",
+)
+
+
+def compare(generated: str, example: Example, view: str, text: Text) -> dict[str, Any]:
+    """Compare a generated text with the data's.
+
+    Returns:
+      prompt, target, generated. For the label view exact_match: whether the last two
+      are equal up to case, white space and a final full stop; exact_match_strict: up to
+      white space at their ends. For a view that explains, then answers, answer (what is
+      generated after the last "Answer:", all of it without one), answer_match and
+      answer_match_strict: the same of the answers alone. A rationale has no match:
+      there is more than one good one.
+    """
+    row: dict[str, Any] = {"prompt": text.prompt, "target": text.target}
+    row["generated"] = generated.strip()
+    if view == "label":
+        row |= _matches("exact_match", generated, text.target)
+    if view in templates.EXPLAINED:
+        row["answer"] = templates.final_answer(generated)
+        row |= _matches("answer_match", row["answer"], example.answer)
+    return row
+
+
+def _matches(name: str, text: str, target: str) -> dict[str, bool]:
+    return {
+        name: normalise(text) == normalise(target),
+        f"{name}_strict": text.strip() == target.strip(),
+    }
+
+
+def match_rates(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Return the share of matching generations per view: exact_match/<view>, ..."""
+    matches: dict[str, list[bool]] = {}
+    for row in rows:
+        for name in MATCHES:
+            if name in row:
+                matches.setdefault(f"{name}/{row['view']}", []).append(row[name])
+    return {name: float(np.mean(values)) for name, values in matches.items()}
+
+
+def normalise(text: str) -> str:
+    """Return a text in lower case, with single spaces and no final full stop."""
+    return re.sub(r"\s+", " ", text.lower()).strip().rstrip(".").rstrip()

@@ -1,0 +1,65 @@
+"""A config and everything that is made of it once."""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from kdjax.config import Config
+from kdjax.experiment.data import Data, load_data
+from kdjax.experiment.models import Model, make_model, student_shape
+from kdjax.parallel import sharding
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """A config with its directory, devices, data and student; it holds no parameters.
+
+    `open_run` makes one; what trains, labels, scores or exports takes it whole.
+    """
+
+    config: Config
+    workdir: pathlib.Path
+    mesh: Mesh
+    data: Data  # the tokenizer, examples and segments of the splits that were read
+    student: Model  # structure, shapes and shardings
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of data, student and teacher."""
+        return self.data.tokenizer
+
+
+def open_run(
+    config: Config,
+    workdir: pathlib.Path,
+    *,
+    splits: tuple[str, ...] = ("train", "eval"),
+    data: Data | None = None,
+    devices: Sequence[jax.Device] | None = None,
+) -> Run:
+    """Read the data of a config and describe its student; nothing is computed.
+
+    Args:
+      config: a valid one.
+      workdir: of the run; nothing is written there.
+      splits: those whose examples are read; () = only the tokenizer.
+      data: takes the place of the config's; None = read them.
+      devices: of the mesh; None = all.
+
+    Raises:
+      ValueError: an error of data, mesh or student.
+    """
+    mesh = sharding.make_mesh(config.mesh, devices=devices)
+    data = load_data(config, splits=splits) if data is None else data
+    student = make_model(
+        student_shape(config, data.tokenizer),
+        mesh,
+        dtype=config.train.dtype,
+        remat=config.train.remat,
+        adapters=config.student.lora,
+    )
+    return Run(config=config, workdir=workdir, mesh=mesh, data=data, student=student)

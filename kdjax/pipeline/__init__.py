@@ -1,0 +1,1 @@
+"""Whole experiments, stage by stage, and their finished students."""
