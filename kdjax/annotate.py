@@ -1,7 +1,7 @@
-"""A teacher writes rationales by prompting: python -m kdjax.annotate --config=FILE.py.
+"""Write rationales by a prompted teacher: python -m kdjax.annotate --config=FILE.py.
 
-`config.annotate` says how (docs/annotate.md). Killed anywhere and started again it goes
-on with the rows that are missing; with none missing it does nothing.
+Settings are in `config.annotate` (docs/annotate.md). Killed anywhere and started again
+it writes the missing rows; with none missing it does nothing.
 """
 
 import pathlib
@@ -16,7 +16,7 @@ flags.declare_key_flag("json")
 
 
 def run(config: Config, workdir: pathlib.Path) -> None:
-    """Annotates, prints what was kept, and writes the report where asked."""
+    """Annotate, print the counts, and write the report to --json."""
     from kdjax.annotation import annotate
     from kdjax.parallel import distributed
 

@@ -120,7 +120,7 @@ def test_annotate_smoke(method, real_data, smollm2, tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     folder = tmp_path / "annotations" / f"train-{method}"
-    name = annotate.result_name(AnnotateConfig(method=method))
+    name = annotate.result_file(AnnotateConfig(method=method))
     rows = [json.loads(line) for line in (folder / name).read_text().splitlines()]
     assert len(rows) == (20 if method == "counterfactual" else 5)
     if method == "answer":

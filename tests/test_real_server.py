@@ -203,7 +203,7 @@ def test_a_real_server_that_fails(real_data, smollm2, port, tmp_path, monkeypatc
         made = config(real_data, smollm2, server.url)
         report = annotate.annotate(made, tmp_path)
         assert server.faults.keys() == {*FAULTS.values(), "hang", None}
-        folder = annotate.folder_of(made, tmp_path)
+        folder = annotate.output_folder(made, tmp_path)
         lines = (folder / "rationales.jsonl").read_text().splitlines()
         rows = [json.loads(line) for line in lines]
         examples = sources.load_examples(made.data, "train", seed=0)

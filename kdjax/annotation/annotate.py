@@ -1,6 +1,6 @@
-"""A teacher writes rationales: from examples to a folder of annotations.
+"""Annotation of examples by a prompted teacher, into a folder of rows.
 
-Work (`asking`) is answered in batches by a local model and in threads by a server.
+A local model completes requests in batches, a server from threads.
 """
 
 import collections
@@ -15,7 +15,7 @@ import jax
 
 from kdjax.annotation import backends, prompts, store
 from kdjax.annotation.prompts import PromptFiles
-from kdjax.annotation.quality import Gates
+from kdjax.annotation.quality import QualityFilters
 from kdjax.annotation.requests import Item, Work, make_items
 from kdjax.annotation.store import Key, Row
 from kdjax.config import AnnotateConfig, Config
@@ -28,31 +28,31 @@ from kdjax.runtime.console import progress
 
 
 def annotate(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
-    """Writes what is missing of the annotations of a config; the report of all.
+    """Write the missing annotations of a config, and return the report of all.
 
     Several processes share the examples by a hash of their ids; the first one merges
     what all have written.
 
     Raises:
       ValueError: data without what the method needs, a folder of other settings, or
-        what keeps the backend from answering.
+        a backend that fails.
     """
-    asked = config.annotate
-    files = prompts.load(asked.prompts)
+    options = config.annotate
+    files = prompts.load(options.prompts)
     examples = _examples(config)
-    items = make_items(examples, asked)
+    items = make_items(examples, options)
     path = _model_path(config, workdir)
     settings = _settings(config, files, path)
-    folder = folder_of(config, workdir)
+    folder = output_folder(config, workdir)
     store.claim(folder, settings)
-    with store.Part(folder, jax.process_index()) as part:
-        done, spent = _done(folder, items, files, asked)
-        mine = [item for item in items if _owner(item) == jax.process_index()]
-        todo = [item for item in mine if item.key not in done]
+    with store.PartWriter(folder, jax.process_index()) as part:
+        done, spent = _finished(folder, items, files, options)
+        own_items = [item for item in items if _process_of(item) == jax.process_index()]
+        remaining = [item for item in own_items if item.key not in done]
         with progress(
-            len(mine),
-            f"annotate {asked.split}",
-            start=len(mine) - len(todo),
+            len(own_items),
+            f"annotate {options.split}",
+            start=len(own_items) - len(remaining),
             is_main=distributed.is_main(),
         ) as advance:
 
@@ -60,50 +60,50 @@ def annotate(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
                 part.append(work.row(settings))
                 advance()
 
-            if todo and asked.backend == "server":
-                _in_threads(config, todo, files, write, spent)
-            elif todo:
-                _in_batches(config, path, mine, done, files, write)
+            if remaining and options.backend == "server":
+                _annotate_by_server(config, remaining, files, write, spent)
+            elif remaining:
+                _annotate_locally(config, path, own_items, done, files, write)
     distributed.barrier("annotate")
     report = {}
     if distributed.is_main():
-        report = _merge(folder, items, examples, files, asked)
+        report = _write_results(folder, items, examples, files, options)
     distributed.barrier("merge annotations")
     return report
 
 
-def folder_of(config: Config, workdir: pathlib.Path) -> pathlib.Path:
-    """Where the annotations are."""
-    asked = config.annotate
-    default = workdir / "annotations" / f"{asked.split}-{asked.method}"
-    return pathlib.Path(asked.path or default)
+def output_folder(config: Config, workdir: pathlib.Path) -> pathlib.Path:
+    """Return the folder of the annotations."""
+    options = config.annotate
+    default = workdir / "annotations" / f"{options.split}-{options.method}"
+    return pathlib.Path(options.path or default)
 
 
-def result_name(asked: AnnotateConfig) -> str:
-    """The file of kept rows: what `data.rationales` and the like take."""
+def result_file(options: AnnotateConfig) -> str:
+    """Return the file name of the result, which `data.rationales` and the like take."""
     names = {"counterfactual": "counterfactuals.jsonl", "answer": "labels.jsonl"}
-    return names.get(asked.method, "rationales.jsonl")
+    return names.get(options.method, "rationales.jsonl")
 
 
-def _in_batches(
+def _annotate_locally(
     config: Config,
     path: str,
-    mine: Sequence[Item],
+    own_items: Sequence[Item],
     done: Collection[Key],
     files: PromptFiles,
     write: Callable[[Work], None],
 ) -> None:
-    """A local model answers items of like length together, the longest first.
+    """Complete items of like length together with a local model, the longest first.
 
-    Those of an example stay together: their prompts begin alike. Batches are those of a
-    start from nothing, so that a killed run goes on with the same ones.
+    Items of an example stay together: their prompts share a prefix. Batches are those
+    of an uninterrupted run, so that a killed one goes on with the same.
     """
     model = backends.Local(config, path)
 
     def length(item: Item) -> int:
         return len(item.example.question) + sum(map(len, item.example.choices))
 
-    ordered = sorted(mine, key=length, reverse=True)
+    ordered = sorted(own_items, key=length, reverse=True)
     for start in range(0, len(ordered), model.batch_size):
         batch = ordered[start : start + model.batch_size]
         if all(item.key in done for item in batch):
@@ -117,16 +117,16 @@ def _in_batches(
                 write(work)
 
 
-def _in_threads(
+def _annotate_by_server(
     config: Config,
-    todo: Sequence[Item],
+    remaining: Sequence[Item],
     files: PromptFiles,
     write: Callable[[Work], None],
     spent: int,
 ) -> None:
-    """A server answers several items at a time; each is written when it is finished.
+    """Complete several items at a time by a server, and write each when finished.
 
-    After an error nothing more is asked for, but what is finished is still written.
+    After an error no further request is made, but finished items are still written.
     """
     server = backends.Server(config.annotate, spent=spent)
 
@@ -143,7 +143,7 @@ def _in_threads(
     pool = concurrent.futures.ThreadPoolExecutor(config.annotate.concurrency)
     failure: Exception | None = None
     try:
-        futures = [pool.submit(finish, item) for item in todo]
+        futures = [pool.submit(finish, item) for item in remaining]
         for future in concurrent.futures.as_completed(futures):
             try:
                 write(future.result())
@@ -160,16 +160,16 @@ def _in_threads(
         raise failure
 
 
-def _done(
+def _finished(
     folder: pathlib.Path,
     items: Sequence[Item],
     files: PromptFiles,
-    asked: AnnotateConfig,
+    options: AnnotateConfig,
 ) -> tuple[set[Key], int]:
-    """Keys of the rows that are there, and the tokens that all rows took.
+    """Return the keys of the finished rows, and the tokens that all rows used.
 
     Raises:
-      ValueError: a row whose example reads otherwise now.
+      ValueError: a row whose example has changed.
     """
     by_key = {item.key: item for item in items}
     done, spent = set(), 0
@@ -178,7 +178,7 @@ def _done(
         spent += (row["prompt_tokens"] or 0) + (row["new_tokens"] or 0)
         if key not in by_key:
             continue
-        if row["prompt_hash"] != Work(by_key[key], files, asked).prompt_hash:
+        if row["prompt_hash"] != Work(by_key[key], files, options).prompt_hash:
             raise ValueError(
                 f"annotate.path={str(folder)!r} has a row of id {key[0]!r} for another "
                 "prompt: the data has changed; use another annotate.path"
@@ -187,66 +187,67 @@ def _done(
     return done, spent
 
 
-def _merge(
+def _write_results(
     folder: pathlib.Path,
     items: Sequence[Item],
     examples: Sequence[Example],
     files: PromptFiles,
-    asked: AnnotateConfig,
+    options: AnnotateConfig,
 ) -> dict[str, Any]:
-    """Writes the rows that are kept, those that are not, and the report."""
-    found: dict[Key, Row] = {}
+    """Filter the rows, write both sorts, and return the report."""
+    rows_by_key: dict[Key, Row] = {}
     for row in store.read(folder):
-        found.setdefault(store.key_of(row), row)
-    missing = [item.key for item in items if item.key not in found]
+        rows_by_key.setdefault(store.key_of(row), row)
+    missing = [item.key for item in items if item.key not in rows_by_key]
     if missing:
         raise ValueError(
             f"annotate.path={str(folder)!r} lacks {len(missing)} rows (first: "
             f"{missing[0]}): all processes need the same folder; start again"
         )
     shown = (*files.demonstrations, *files.critiques, *files.revisions)
-    gates = Gates(
+    filters = QualityFilters(
         [*(example.question for example in examples), *(r["question"] for r in shown)]
     )
-    kept: list[Row] = []
+    passed: list[Row] = []
     dropped: list[Row] = []
-    gate_counts = dict.fromkeys(gates.names, 0)
+    failures = dict.fromkeys(filters.names, 0)
     for item in items:
-        row = found[item.key]
-        row["gates"] = gates(row, item.example, row.get("answer", item.answer))
-        for gate in row["gates"]:
-            gate_counts[gate] += 1
-        (dropped if set(row["gates"]) & set(asked.drop) else kept).append(row)
-    store.write_rows(folder / result_name(asked), kept)
+        row = rows_by_key[item.key]
+        row["gates"] = filters(row, item.example, row.get("answer", item.answer))
+        for name in row["gates"]:
+            failures[name] += 1
+        (dropped if set(row["gates"]) & set(options.drop) else passed).append(row)
+    store.write_rows(folder / result_file(options), passed)
     store.write_rows(folder / "dropped.jsonl", dropped)
-    rows = [*kept, *dropped]
+    rows = [*passed, *dropped]
     report = {
-        "file": str(folder / result_name(asked)),
-        "method": asked.method,
-        "split": asked.split,
+        "file": str(folder / result_file(options)),
+        "method": options.method,
+        "split": options.split,
         "examples": len(examples),
-        "examples_without": len(examples) - len({row["id"] for row in kept}),
+        "examples_without": len(examples) - len({row["id"] for row in passed}),
         "rows": len(rows),
-        "kept": len(kept),
+        "kept": len(passed),
         "dropped": len(dropped),
-        "drop": list(asked.drop),
-        "gates": gate_counts,
+        "drop": list(options.drop),
+        "gates": failures,
         "finish_reasons": dict(
             sorted(collections.Counter(row["finish_reason"] for row in rows).items())
         ),
         "prompt_tokens": sum(row["prompt_tokens"] or 0 for row in rows),
         "new_tokens": sum(row["new_tokens"] or 0 for row in rows),
     }
-    if asked.method == "answer":
-        answers = [(found[item.key]["answer"], item.answer) for item in items]
-        told = [answer == gold for answer, gold in answers if answer]
-        report |= {"answered": len(told), "accuracy": sum(told) / max(1, len(told))}
+    if options.method == "answer":
+        answers = [(rows_by_key[item.key]["answer"], item.answer) for item in items]
+        matches = [answer == gold for answer, gold in answers if answer]
+        accuracy = sum(matches) / max(1, len(matches))
+        report |= {"answered": len(matches), "accuracy": accuracy}
     store.write_json(folder / "report.json", report)
     return report
 
 
 def _examples(config: Config) -> list[Example]:
-    """The examples to annotate, without what would be joined to them.
+    """Load the examples to annotate, without rationales that would be joined to them.
 
     With a teacher's labels rationales explain its answers.
     """
@@ -261,7 +262,7 @@ def _examples(config: Config) -> list[Example]:
 
 
 def _model_path(config: Config, workdir: pathlib.Path) -> str:
-    """The folder or hub name of the model, or the server's name for it."""
+    """Return the folder or hub name of the model, or the server's name for it."""
     if config.annotate.model:
         return config.annotate.model
     path = teacher_folder(config, workdir)
@@ -275,26 +276,26 @@ def _model_path(config: Config, workdir: pathlib.Path) -> str:
 
 
 def _settings(config: Config, files: PromptFiles, path: str) -> Row:
-    """Whatever decides what is written, but for the examples."""
-    asked = config.annotate
+    """Return the settings that decide the rows, beside the examples."""
+    options = config.annotate
     names = (
         *("method", "quality", "num_demonstrations", "contrast", "contrast_weight"),
         *("max_new_tokens", "temperature", "top_p", "stop", "seed", "backend"),
     )
-    settings = {name: getattr(asked, name) for name in names}
-    settings["stop"] = list(asked.stop)
+    settings = {name: getattr(options, name) for name in names}
+    settings["stop"] = list(options.stop)
     settings["prompts"] = files.digest
-    if asked.backend == "server":
-        return settings | {"model": asked.model}
+    if options.backend == "server":
+        return settings | {"model": options.model}
     return settings | {
-        "model": asked.model or config.teacher.path or "teacher",
+        "model": options.model or config.teacher.path or "teacher",
         "fingerprint": hf.fingerprint(path),
         "chat_template": config.data.chat_template,
         "dtype": config.train.dtype,
     }
 
 
-def _owner(item: Item) -> int:
-    """The process that writes an item's row."""
-    found = hashlib.blake2b(item.example.id.encode(), digest_size=8).digest()
-    return int.from_bytes(found) % jax.process_count()
+def _process_of(item: Item) -> int:
+    """Return the number of the process that writes an item's row."""
+    digest = hashlib.blake2b(item.example.id.encode(), digest_size=8).digest()
+    return int.from_bytes(digest) % jax.process_count()

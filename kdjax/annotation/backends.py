@@ -1,9 +1,8 @@
-"""Who answers the prompts of an annotation: a model of this process, or a server."""
+"""Backends that complete requests: a model of this process, or a server."""
 
 import json
 import logging
 import os
-import random
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -23,8 +22,8 @@ from kdjax.models import hf, lm
 from kdjax.models.generate import Decoding, Generator
 from kdjax.parallel import sharding
 
-_FIRST_DELAY, _LONGEST_DELAY = 0.5, 60.0  # seconds before a request is repeated
-_PASSING = (408, 409, 429)  # statuses that may be gone next time, as all from 500
+_FIRST_DELAY, _MAX_DELAY = 0.5, 60.0  # seconds between attempts
+_TRANSIENT_STATUSES = (408, 409, 429)  # worth a retry, as are all from 500
 
 
 class Local:
@@ -97,7 +96,7 @@ class Local:
         ]
 
     def _tokens(self, request: Request, messages: Messages) -> list[int]:
-        """The prompt as the model reads it."""
+        """Tokenise a prompt as the model reads it."""
         if self._chat:
             if self._tokenizer.chat_template is None:
                 raise ValueError(
@@ -143,12 +142,20 @@ class Stopped(Exception):
     """A request that was not made, because another one ended the run."""
 
 
-class Server:
-    """An OpenAI-compatible server, asked by the official client from many threads.
+class _Transient(Exception):
+    """A failure that may pass; `wait` is the server's Retry-After, seconds."""
 
-    Too many requests, errors of the server, timeouts, lost connections and answers
-    that make no sense are tried again, later each time. The key comes from the
-    environment and is written nowhere.
+    def __init__(self, message: str, wait: float = 0.0) -> None:
+        super().__init__(message)
+        self.wait = wait
+
+
+class Server:
+    """An OpenAI-compatible server, called through the official client by many threads.
+
+    Too many requests, errors of the server, timeouts, lost connections and malformed
+    answers are retried with growing delays. The key comes from the environment and is
+    written nowhere.
 
     Args:
       annotate: url, model, key_variable, num_retries, timeout, token_budget, sampling.
@@ -161,10 +168,11 @@ class Server:
     def __init__(self, annotate: AnnotateConfig, *, spent: int = 0) -> None:
         try:
             import openai
+            import tenacity
         except ImportError as error:
             raise ValueError(
-                "annotate.backend='server' needs the package openai: pip install "
-                "'kdjax[annotate]'"
+                f"annotate.backend='server' needs the package {error.name}: pip "
+                "install 'kdjax[annotate]'"
             ) from error
         self._openai, self._annotate = openai, annotate
         self._key = "none"
@@ -176,58 +184,71 @@ class Server:
                     "of the environment is not set: put the server's key there, or use "
                     "--config.annotate.key_variable='' for a server without one"
                 )
-        # What the client logs of a request would have the prompt, and its headers.
+        # The client's own log of a request would have the prompt, and its headers.
         logging.getLogger("openai").setLevel(logging.WARNING)
         self._client = openai.OpenAI(
             api_key=self._key,
             base_url=annotate.url,
             timeout=float(annotate.timeout),
-            max_retries=0,  # ours see malformed answers too
+            max_retries=0,  # it does not see malformed answers, nor `stop`
         )
         self._stopped = threading.Event()
         self._lock = threading.Lock()
         self._spent, self._pending = spent, 0
+        backoff = tenacity.wait_random_exponential(_FIRST_DELAY, _MAX_DELAY)
 
-    def __call__(self, request: Request) -> Completion:
-        """Answers one request; called from many threads.
+        def delay(state: tenacity.RetryCallState) -> float:
+            """Return the backoff, or the server's longer wait."""
+            error: Any = state.outcome and state.outcome.exception()
+            return max(backoff(state), error.wait)
 
-        Raises:
-          ValueError: the server refuses key, model or request, no try succeeded, or the
-            budget is spent.
-          Stopped: `stop` was called.
-        """
-        for attempt in range(self._annotate.num_retries + 1):
-            if self._stopped.is_set():
-                raise Stopped
-            self._reserve()
-            try:
-                completion, wait = self._try(request)
-            finally:
-                with self._lock:
-                    self._pending -= 1
-            if isinstance(completion, Completion):
-                return completion
-            delay = min(_LONGEST_DELAY, _FIRST_DELAY * 2**attempt)
-            delay *= random.uniform(0.5, 1.0)  # waiting threads do not come together
-            if attempt < self._annotate.num_retries:
-                self._stopped.wait(max(wait, delay))
-        raise ValueError(
-            f"the server at {self._annotate.url} failed {attempt + 1} times for "
-            f"example {request.id!r} ({completion}): start again when it is well, or "
-            f"raise annotate.num_retries={self._annotate.num_retries}; what is done "
-            "is kept"
+        self._retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(_Transient),
+            stop=tenacity.stop_after_attempt(annotate.num_retries + 1),
+            wait=delay,
+            sleep=tenacity.sleep_using_event(self._stopped),
+            reraise=True,
         )
 
+    def __call__(self, request: Request) -> Completion:
+        """Complete one request; called from many threads.
+
+        Raises:
+          ValueError: the server refuses key, model or request, every attempt failed, or
+            the budget is spent.
+          Stopped: `stop` was called.
+        """
+        try:
+            return self._retrying(self._attempt, request)
+        except _Transient as error:
+            num_retries = self._annotate.num_retries
+            raise ValueError(
+                f"the server at {self._annotate.url} failed {num_retries + 1} times "
+                f"for example {request.id!r} ({error}): start again when it is well, "
+                f"or raise annotate.num_retries={num_retries}; what is done is kept"
+            ) from None
+
     def stop(self) -> None:
-        """No request is made any more; those under way are answered."""
+        """Make no further request; those under way are completed."""
         self._stopped.set()
 
     def close(self) -> None:
-        """Closes connections."""
+        """Close all connections."""
         self._client.close()
 
-    def _try(self, request: Request) -> tuple[Completion | str, float]:
-        """The completion, or what went wrong in passing and the seconds to wait."""
+    def _attempt(self, request: Request) -> Completion:
+        """Make one request within the budget; a failure that may pass is transient."""
+        if self._stopped.is_set():
+            raise Stopped
+        self._reserve()
+        try:
+            return self._read(self._send(request))
+        finally:
+            with self._lock:
+                self._pending -= 1
+
+    def _send(self, request: Request) -> str:
+        """Send a request, and return the body of the answer."""
         annotate, openai = self._annotate, self._openai
         messages: Any = request.messages  # as plain dicts
         try:
@@ -241,18 +262,24 @@ class Server:
                 seed=request.seed,
             )
         except openai.APITimeoutError:
-            return f"no answer within annotate.timeout={annotate.timeout} s", 0.0
+            raise _Transient(
+                f"no answer within annotate.timeout={annotate.timeout} s"
+            ) from None
         except openai.APIConnectionError as error:
-            return self._safe(f"no connection: {error.__cause__ or error}"), 0.0
+            cause = error.__cause__ or error
+            raise _Transient(self._safe(f"no connection: {cause}")) from None
         except openai.APIStatusError as error:
-            if error.status_code in _PASSING or error.status_code >= 500:
-                wait = _seconds(error.response.headers.get("retry-after"))
-                return self._safe(f"status {error.status_code}: {_said(error)}"), wait
-            raise ValueError(self._refused(error, request)) from None
-        return self._read(answer.http_response.text), 0.0
+            status = error.status_code
+            if status not in _TRANSIENT_STATUSES and status < 500:
+                raise ValueError(self._refusal(error, request)) from None
+            raise _Transient(
+                self._safe(f"status {status}: {_error_text(error)}"),
+                _retry_after(error.response.headers.get("retry-after")),
+            ) from None
+        return answer.http_response.text
 
-    def _read(self, body: str) -> Completion | str:
-        """The completion in an answer's body, or what is wrong with it."""
+    def _read(self, body: str) -> Completion:
+        """Parse the completion in an answer's body."""
         try:
             answer = json.loads(body)
             choice = answer["choices"][0]
@@ -260,11 +287,14 @@ class Server:
             usage = answer.get("usage") or {}
             counts = [usage.get("prompt_tokens"), usage.get("completion_tokens")]
         except (ValueError, LookupError, TypeError, AttributeError):
-            return self._safe(f"an answer that is no chat completion: {body[:100]!r}")
+            text = f"an answer that is no chat completion: {body[:100]!r}"
+            raise _Transient(self._safe(text)) from None
         with self._lock:
             self._spent += sum(n for n in counts if isinstance(n, int))
         if not isinstance(text, str | None) or not isinstance(reason, str):
-            return f"an answer with content {text!r}, finish_reason {reason!r}"
+            raise _Transient(
+                f"an answer with content {text!r}, finish_reason {reason!r}"
+            )
         if not all(isinstance(n, int) for n in counts):
             if self._annotate.token_budget:
                 raise ValueError(
@@ -280,7 +310,7 @@ class Server:
         )
 
     def _reserve(self) -> None:
-        """Counts a request as under way, if the budget has room for its new tokens."""
+        """Count a request as pending, if the budget covers its new tokens."""
         budget, each = self._annotate.token_budget, self._annotate.max_new_tokens
         with self._lock:
             if budget and self._spent + (self._pending + 1) * each > budget:
@@ -290,48 +320,49 @@ class Server:
                 )
             self._pending += 1
 
-    def _refused(self, error: Any, request: Request) -> str:
+    def _refusal(self, error: Any, request: Request) -> str:
+        """Describe an error that no retry mends."""
         annotate, status = self._annotate, error.status_code
         if status in (401, 403):
-            which = "its key" if annotate.key_variable else "requests without one"
+            key = "its key" if annotate.key_variable else "requests without one"
             return (
                 f"annotate.key_variable={annotate.key_variable!r}: the server at "
-                f"{annotate.url} refuses {which} (status {status}): put a valid key "
+                f"{annotate.url} refuses {key} (status {status}): put a valid key "
                 "into an environment variable and name that"
             )
         if status == 404:
             return self._safe(
                 f"annotate.model={annotate.model!r}: unknown to the server at "
                 f"{annotate.url}, or that is not the url of its API (status 404: "
-                f"{_said(error)}): give the name it is served by"
+                f"{_error_text(error)}): give the name it is served by"
             )
         return self._safe(
             f"annotate.model={annotate.model!r}: the server at {annotate.url} refuses "
             f"the {request.step} prompt of example {request.id!r} (status {status}: "
-            f"{_said(error)})"
+            f"{_error_text(error)})"
         )
 
     def _safe(self, text: str) -> str:
-        """One line without the key, which servers may repeat."""
+        """Return one line without the key, which servers may repeat."""
         if self._annotate.key_variable:
             text = text.replace(self._key, "[key]")
         return " ".join(text.split())[:500]
 
 
 def _before(text: str, stops: Sequence[str]) -> str:
-    """What comes before the first of the stop strings."""
+    """Cut a text before the first of the stop strings."""
     ends = [text.find(stop) for stop in stops if stop in text]
     return text[: min(ends)] if ends else text
 
 
-def _said(error: Any) -> str:
-    """What a server says about an error, in whatever form."""
+def _error_text(error: Any) -> str:
+    """Return the text of a server's error, in whatever form."""
     return error.response.text.strip() or error.message
 
 
-def _seconds(header: str | None) -> float:
-    """What a Retry-After header says, at most a minute; 0 for a date or nothing."""
+def _retry_after(header: str | None) -> float:
+    """Parse the seconds of a Retry-After header, at most a minute; 0 for a date."""
     try:
-        return min(_LONGEST_DELAY, max(0.0, float(header or 0)))
+        return min(_MAX_DELAY, max(0.0, float(header or 0)))
     except ValueError:
         return 0.0

@@ -2,11 +2,11 @@
 
 A turn states a question, its lettered choices and the answer to be explained; worked
 examples come before it as turns of their own. What they say is in the files of a
-folder, `prompt_files/` unless the user has another:
+folder, by default `prompt_files/`:
 
   demonstrations.jsonl  {question, choices, answer, rationale}
   adjectives.json       {good: [...], bad: [...]}: qualities of a rationale
-  requests.jsonl        {name, critique, revision}: what is asked for in turn
+  requests.jsonl        {name, critique, revision}: the requests for both
   critiques.jsonl       {question, choices, answer, rationale, request, critique}
   revisions.jsonl       the same, and revision
 """
@@ -48,7 +48,7 @@ _COLUMNS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class PromptFiles:
-    """What a folder of prompt files says."""
+    """The content of a folder of prompt files."""
 
     demonstrations: tuple[dict[str, Any], ...]
     adjectives: dict[str, list[str]]  # quality -> adjectives
@@ -59,14 +59,14 @@ class PromptFiles:
 
 
 def load(folder: str = "") -> PromptFiles:
-    """Reads and checks a folder of prompt files; "" is the built-in one.
+    """Read and check a folder of prompt files; "" is the built-in one.
 
     Raises:
       ValueError: a file, column or adjective that is missing, or an answer that is none
         of its choices.
     """
     path = pathlib.Path(folder) if folder else FOLDER
-    found = {name: _rows(path / f"{name}.jsonl", _COLUMNS[name]) for name in _COLUMNS}
+    tables = {name: _rows(path / f"{name}.jsonl", _COLUMNS[name]) for name in _COLUMNS}
     adjectives = _json(path / "adjectives.json", _read(path / "adjectives.json"))
     for quality in ("good", "bad"):
         words = adjectives.get(quality) if isinstance(adjectives, dict) else None
@@ -75,16 +75,16 @@ def load(folder: str = "") -> PromptFiles:
                 f"{path / 'adjectives.json'}: {quality!r} is {words!r}: give a list of "
                 "two adjectives or more"
             )
-    content = json.dumps([found, adjectives], sort_keys=True)
+    content = json.dumps([tables, adjectives], sort_keys=True)
     return PromptFiles(
-        **{name: tuple(rows) for name, rows in found.items()},
+        **{name: tuple(rows) for name, rows in tables.items()},
         adjectives=adjectives,
         digest=hashlib.blake2b(content.encode(), digest_size=16).hexdigest(),
     )
 
 
 def draw(items: Sequence[_T], num: int, *key: object) -> list[_T]:
-    """Some of the items, in an order that follows from the key: seed, id, purpose."""
+    """Draw items without replacement; the key (seed, id, purpose) decides which."""
 
     def rank(index: int) -> bytes:
         text = json.dumps([*map(str, key), index])
@@ -94,7 +94,7 @@ def draw(items: Sequence[_T], num: int, *key: object) -> list[_T]:
 
 
 def zero_shot(example: Example, answer: str) -> Messages:
-    """The question, the answer, and the request to think step by step."""
+    """Prompt with the question, its answer, and the request to think step by step."""
     return [_user(f"{_stated(example, answer)}\n{STEP_BY_STEP}")]
 
 
@@ -106,10 +106,10 @@ def few_shot(
     adjectives: Sequence[str],
     num_demonstrations: int,
 ) -> Messages:
-    """Worked examples, each qualified by the adjectives, and the question likewise.
+    """Prompt with worked examples and the question, all qualified by adjectives.
 
     Args:
-      example: what is asked about.
+      example: to be explained.
       answer: the text of the choice to explain, right or wrong; "" leaves it open.
       files: where the worked examples are.
       adjectives: "Explanation (clear, complete):" asks for two of them.
@@ -130,7 +130,7 @@ def few_shot(
 def question(
     example: Example, files: PromptFiles, *, num_demonstrations: int
 ) -> Messages:
-    """Worked questions with their answers, and the question, whose answer is open.
+    """Prompt with answered questions, and the question, whose answer is open.
 
     Raises:
       ValueError: the file has fewer worked examples.
@@ -143,7 +143,7 @@ def question(
 def critique(
     example: Example, rationale: str, request: str, files: PromptFiles
 ) -> Messages:
-    """Worked critiques, and the request for one of this rationale."""
+    """Prompt with worked critiques, and the request for one of this rationale."""
     turns = [
         (_criticise(_example(row), row["rationale"], row["request"]), row["critique"])
         for row in files.critiques
@@ -154,7 +154,7 @@ def critique(
 def revision(
     example: Example, rationale: str, criticism: str, request: str, files: PromptFiles
 ) -> Messages:
-    """Worked revisions, and the request for one of this rationale."""
+    """Prompt with worked revisions, and the request for one of this rationale."""
     turns = [
         (
             _revise(_example(row), row["rationale"], row["critique"], row["request"]),
@@ -162,14 +162,14 @@ def revision(
         )
         for row in files.revisions
     ]
-    asked = _revise(example, rationale, criticism, request)
-    return _dialogue(REVISION_TASK, turns, asked)
+    last = _revise(example, rationale, criticism, request)
+    return _dialogue(REVISION_TASK, turns, last)
 
 
 def plain(messages: Messages) -> str:
-    """The messages as one text for models without a chat template.
+    """Join the messages into one text for models without a chat template.
 
-    A turn ends with a blank line; what the assistant said follows its cue after one
+    A turn ends with a blank line; the assistant's text follows its cue after one
     space.
     """
     text = ""
@@ -180,13 +180,13 @@ def plain(messages: Messages) -> str:
 
 
 def digest(*prompts: Messages) -> str:
-    """blake2b-128 of prompts, hexadecimal."""
+    """Compute the blake2b-128 of prompts, hexadecimal."""
     content = json.dumps(prompts, ensure_ascii=True).encode()
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def lettered(example: Example, choice: str) -> str:
-    """A choice with its letter, as "(b) shed"; a free answer as it is."""
+    """Return a choice with its letter, as "(b) shed"; a free answer as it is."""
     if choice not in example.choices:
         return choice
     letters = LETTERS[example.choices.index(choice) :]
@@ -194,7 +194,7 @@ def lettered(example: Example, choice: str) -> str:
 
 
 def _first(files: PromptFiles, num: int) -> Sequence[dict[str, Any]]:
-    """The first demonstrations."""
+    """Return the first demonstrations."""
     if num > len(files.demonstrations):
         raise ValueError(
             f"annotate.num_demonstrations={num}: the prompt files have "
@@ -207,13 +207,13 @@ def _user(content: str) -> Message:
     return {"role": "user", "content": content}
 
 
-def _dialogue(task: str, turns: list[tuple[str, str]], asked: str) -> Messages:
-    """The task before the first turn, the turns, and what is asked."""
-    contents = [*(said for said, _ in turns), asked]
+def _dialogue(task: str, turns: list[tuple[str, str]], last: str) -> Messages:
+    """Make a chat of the task, worked turns (user, assistant) and the last turn."""
+    contents = [*(content for content, _ in turns), last]
     contents[0] = f"{task}\n\n{contents[0]}"
     messages = [_user(contents[0])]
-    for (_, answered), said in zip(turns, contents[1:], strict=True):
-        messages += [{"role": "assistant", "content": answered}, _user(said)]
+    for (_, reply), content in zip(turns, contents[1:], strict=True):
+        messages += [{"role": "assistant", "content": reply}, _user(content)]
     return messages
 
 

@@ -1,4 +1,4 @@
-"""What may be wrong with a written rationale, and which choice an answer names."""
+"""Quality filters for rationales, and the parser of answers."""
 
 import re
 from collections.abc import Iterable
@@ -13,8 +13,8 @@ from kdjax.data.templates import CHOICES, LETTERS
 _MARKS = re.compile(rf"^\s*({re.escape(QUESTION)}|{re.escape(CHOICES)})", re.MULTILINE)
 
 
-class Gates:
-    """Finds what is wrong with rationales of examples.
+class QualityFilters:
+    """Checks of a rationale; the names of those that it fails.
 
     empty        there is no text
     cut_off      it did not end by itself: the limit of tokens came first
@@ -23,7 +23,7 @@ class Gates:
     leaks        it goes on to another turn, or has another question's words
 
     Args:
-      questions: those that prompts show and that the data asks.
+      questions: of the data and of the prompts' worked examples, which must not leak.
     """
 
     names = GATES
@@ -31,12 +31,12 @@ class Gates:
     def __init__(self, questions: Iterable[str]) -> None:
         self._by_start: dict[str, set[str]] = {}
         for question in questions:
-            words = _normal(question)
+            words = _words(question)
             for start in _sentences(question)[:1]:
                 self._by_start.setdefault(start, set()).add(words)
 
     def __call__(self, row: dict[str, Any], example: Example, answer: str) -> list[str]:
-        """The gates that a row does not pass.
+        """Return the names of the filters that a row fails.
 
         Args:
           row: its text and finish_reason.
@@ -44,29 +44,29 @@ class Gates:
           answer: the text of the choice that it explains.
         """
         text = row["text"]
-        told = replace(example, answer=answer, rationale=text)
+        explained = replace(example, answer=answer, rationale=text)
         checks = {
             "empty": not text,
             "cut_off": row["finish_reason"] != "stop",
             "no_choice": bool(example.choices) and not _names_choice(text, example),
-            "contradicts": contradicts(told),
+            "contradicts": contradicts(explained),
             "leaks": self._leaks(text, example),
         }
-        return [name for name, found in checks.items() if found]
+        return [name for name, failed in checks.items() if failed]
 
     def _leaks(self, text: str, example: Example) -> bool:
         if _MARKS.search(text):
             return True
-        whole, own = _normal(text), _normal(example.question)
+        words, own_words = _words(text), _words(example.question)
         return any(
-            question in whole and question not in own
+            question in words and question not in own_words
             for sentence in _sentences(text)
             for question in self._by_start.get(sentence, ())
         )
 
 
-def chosen(text: str, example: Example) -> str:
-    """The choice that a text answers a question with; "" where it names none, or two.
+def parse_choice(text: str, example: Example) -> str:
+    """Return the choice that a text answers with; "" if it names none, or two.
 
     By its first letter in brackets, by a letter alone, or by the words of one choice.
     Without choices, the text's first line.
@@ -79,25 +79,25 @@ def chosen(text: str, example: Example) -> str:
     if letters:
         index = LETTERS.index(letters[0])
         return example.choices[index] if index < len(example.choices) else ""
-    words = f" {_normal(text)} "
-    named = {c for c in example.choices if _normal(c) and f" {_normal(c)} " in words}
-    same = {c for c in named if _normal(c) == words.strip()}
-    return named.pop() if len(named) == 1 else same.pop() if len(same) == 1 else ""
+    words = f" {_words(text)} "
+    named = {c for c in example.choices if _words(c) and f" {_words(c)} " in words}
+    exact = {c for c in named if _words(c) == words.strip()}
+    return named.pop() if len(named) == 1 else exact.pop() if len(exact) == 1 else ""
 
 
 def _names_choice(text: str, example: Example) -> bool:
-    words = f" {_normal(text)} "
+    words = f" {_words(text)} "
     letters = (
         f"({letter})" for letter, _ in zip(LETTERS, example.choices, strict=False)
     )
     named = any(letter in text.lower() for letter in letters)
-    return named or any(f" {_normal(c)} " in words for c in example.choices if c)
+    return named or any(f" {_words(c)} " in words for c in example.choices if c)
 
 
 def _sentences(text: str) -> list[str]:
-    return list(filter(None, map(_normal, re.split(r"(?<=[.?!])\s+|\n", text))))
+    return list(filter(None, map(_words, re.split(r"(?<=[.?!])\s+|\n", text))))
 
 
-def _normal(text: str) -> str:
-    """Lower case words with one space between them."""
+def _words(text: str) -> str:
+    """Return the lower-case words, without punctuation, one space between them."""
     return " ".join(re.findall(r"\w+", text.lower()))

@@ -1,7 +1,7 @@
-"""What a teacher is asked for each rationale or answer, request by request.
+"""Requests that a teacher completes for each rationale or answer.
 
 Adjectives, critique requests, wrong choices and the seeds of sampling follow from
-(annotate.seed, id), whatever the order in which examples are taken.
+(annotate.seed, id), whatever the order of the examples.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from collections.abc import Generator, Sequence
 
 from kdjax.annotation import prompts
 from kdjax.annotation.prompts import Messages, PromptFiles
-from kdjax.annotation.quality import chosen
+from kdjax.annotation.quality import parse_choice
 from kdjax.annotation.store import Key, Row
 from kdjax.config import AnnotateConfig
 from kdjax.data.example import Example, wrong_choices
@@ -22,7 +22,7 @@ class Request:
     """One text to be generated."""
 
     id: str  # of the example
-    step: str  # what for
+    step: str  # "rationale", "answer", "draft", "critique" or "revision"
     messages: Messages
     contrast: Messages | None = None  # decoded against, where there is one
     seed: int  # of its sampling, below 2^31
@@ -30,11 +30,11 @@ class Request:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Completion:
-    """What was generated."""
+    """One generated text."""
 
     text: str  # as it came, up to the end token or a stop string
-    finish_reason: str  # "stop", "length", or what a server says
-    prompt_tokens: int | None  # None where a server does not say
+    finish_reason: str  # "stop", "length", or another one of a server
+    prompt_tokens: int | None  # None if a server does not report it
     new_tokens: int | None
 
 
@@ -48,12 +48,12 @@ class Item:
 
     @property
     def key(self) -> Key:
-        """Names its row."""
+        """Key of its row."""
         return self.example.id, self.choice
 
 
-def make_items(examples: Sequence[Example], asked: AnnotateConfig) -> list[Item]:
-    """What is to be written: a rationale or answer an example, or one a wrong choice.
+def make_items(examples: Sequence[Example], config: AnnotateConfig) -> list[Item]:
+    """List the items: one per example, or for counterfactuals per wrong choice.
 
     Raises:
       ValueError: an example without question, answer, or the choices that are needed.
@@ -65,17 +65,17 @@ def make_items(examples: Sequence[Example], asked: AnnotateConfig) -> list[Item]
                 f"example {example.id!r} has no question with an answer: rationales "
                 "are written for these; use another data.schema"
             )
-        if asked.method == "counterfactual" or (
-            asked.method == "contrastive" and asked.contrast == "wrong"
+        if config.method == "counterfactual" or (
+            config.method == "contrastive" and config.contrast == "wrong"
         ):
             wrong = _wrong(example)
             if not wrong:
                 raise ValueError(
                     f"example {example.id!r} has no wrong choice, which annotate.method"
-                    f"={asked.method!r} needs: use another one"
-                    + (" or contrast='empty'" * (asked.method == "contrastive"))
+                    f"={config.method!r} needs: use another one"
+                    + (" or contrast='empty'" * (config.method == "contrastive"))
                 )
-            if asked.method == "counterfactual":
+            if config.method == "counterfactual":
                 items += [Item(example=example, answer=c, choice=c) for c in wrong]
                 continue
         items.append(Item(example=example, answer=example.answer))
@@ -83,35 +83,35 @@ def make_items(examples: Sequence[Example], asked: AnnotateConfig) -> list[Item]
 
 
 class Work:
-    """An item on its way: the request that is to be answered next, or None."""
+    """The progress of an item: its next request, None when it is finished."""
 
-    def __init__(self, item: Item, files: PromptFiles, asked: AnnotateConfig) -> None:
+    def __init__(self, item: Item, files: PromptFiles, config: AnnotateConfig) -> None:
         self.item = item
         self._drawn: Row = {}
         self._calls: list[Row] = []
-        self._answers = asked.method == "answer"
-        self._asked = _asked(item, files, asked, self._drawn)
-        self.request: Request | None = next(self._asked)
+        self._answers = config.method == "answer"
+        self._sequence = _requests(item, files, config, self._drawn)
+        self.request: Request | None = next(self._sequence)
         self.prompt_hash = _digest(self.request)  # of the first prompt
 
     def take(self, completion: Completion) -> None:
-        """The answer to the request."""
+        """Take the completion of the request, and go on to the next one."""
         assert self.request is not None
         call = {"step": self.request.step, "prompt_hash": _digest(self.request)}
         self._calls.append(call | dataclasses.asdict(completion))
         try:
-            self.request = self._asked.send(completion)
+            self.request = self._sequence.send(completion)
         except StopIteration:
             self.request = None
 
     def row(self, settings: Row) -> Row:
-        """What is written: the last text, and how it came about."""
+        """Return the row to write: the last text, and all calls that led to it."""
         row: Row = {"id": self.item.example.id}
         if self.item.choice:
             row["choice"] = self.item.choice
         row["text"] = self._calls[-1]["text"].strip()
         if self._answers:
-            row["answer"] = chosen(row["text"], self.item.example)
+            row["answer"] = parse_choice(row["text"], self.item.example)
         row["finish_reason"] = self._calls[-1]["finish_reason"]
         row["prompt_hash"] = self.prompt_hash
         for name in ("prompt_tokens", "new_tokens"):
@@ -120,11 +120,11 @@ class Work:
         return row | self._drawn | {"calls": self._calls, "settings": settings}
 
 
-def _asked(
-    item: Item, files: PromptFiles, asked: AnnotateConfig, drawn: Row
+def _requests(
+    item: Item, files: PromptFiles, config: AnnotateConfig, drawn: Row
 ) -> Generator[Request, Completion, None]:
-    """The requests of an item in turn; notes in `drawn` what was drawn for it."""
-    example, where = item.example, (asked.seed, *item.key)
+    """Yield the requests of an item in turn; store random choices in `drawn`."""
+    example, where = item.example, (config.seed, *item.key)
 
     def request(
         step: str, messages: Messages, contrast: Messages | None = None
@@ -135,16 +135,16 @@ def _asked(
             id=example.id, step=step, messages=messages, contrast=contrast, seed=seed
         )
 
-    if asked.method == "zero_shot":
+    if config.method == "zero_shot":
         yield request("rationale", prompts.zero_shot(example, item.answer))
         return
-    if asked.method == "answer":
-        num = asked.num_demonstrations
+    if config.method == "answer":
+        num = config.num_demonstrations
         asks = prompts.question(example, files, num_demonstrations=num)
         yield request("answer", asks)
         return
-    words = files.adjectives[asked.quality]
-    drawn["adjectives"] = prompts.draw(words, 2, asked.seed, example.id, "adjectives")
+    words = files.adjectives[config.quality]
+    drawn["adjectives"] = prompts.draw(words, 2, config.seed, example.id, "adjectives")
 
     def few_shot(answer: str) -> Messages:
         return prompts.few_shot(
@@ -152,17 +152,17 @@ def _asked(
             answer,
             files,
             adjectives=drawn["adjectives"],
-            num_demonstrations=asked.num_demonstrations,
+            num_demonstrations=config.num_demonstrations,
         )
 
-    if asked.method == "contrastive":
+    if config.method == "contrastive":
         other = ""
-        if asked.contrast == "wrong":
+        if config.contrast == "wrong":
             [other] = prompts.draw(_wrong(example), 1, *where, "contrast")
         drawn["contrast"] = other
         yield request("rationale", few_shot(item.answer), few_shot(other))
         return
-    if asked.method != "critique_revision":
+    if config.method != "critique_revision":
         yield request("rationale", few_shot(item.answer))
         return
     [pair] = prompts.draw(files.requests, 1, *where, "request")
@@ -180,7 +180,7 @@ def _asked(
 
 
 def _wrong(example: Example) -> list[str]:
-    """The texts of the wrong choices, each once."""
+    """Return the distinct wrong choices."""
     if not example.choices:
         return []
     return [c for c in dict.fromkeys(wrong_choices(example)) if c != example.answer]

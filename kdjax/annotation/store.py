@@ -1,14 +1,13 @@
-"""Annotations on disk: what is written row by row, and what is made of it at the end.
+"""Annotations on disk: rows as they are finished, and the results made of them.
 
-  settings.json       what the rows were made with; another start must agree
+  settings.json       settings of the rows; a later start must agree
   parts/part-N.jsonl  the rows of process N, in the order in which they were finished
-  rationales.jsonl    the rows that are kept, in the data's order; counterfactuals.jsonl
-                      where they are those of wrong choices
-  dropped.jsonl       those that are not
+  rationales.jsonl    the rows that pass the filters, in the data's order;
+                      counterfactuals.jsonl for wrong choices, labels.jsonl for answers
+  dropped.jsonl       the other rows
   report.json         counts
 
-A part only grows. A last line that a kill cut short is no row: whoever owns its example
-writes it again.
+A part only grows. A last line that a kill cut short is no row; it is written again.
 """
 
 import contextlib
@@ -27,12 +26,12 @@ Row = dict[str, Any]
 
 
 def key_of(row: Row) -> Key:
-    """The key of a row."""
+    """Return the key of a row."""
     return row["id"], row.get("choice", "")
 
 
 def claim(folder: pathlib.Path, settings: dict[str, Any]) -> None:
-    """Makes a folder that of these settings, or checks that it is.
+    """Write the settings of a folder, or check that it has the same.
 
     Raises:
       ValueError: its rows were made with others; those that differ are named.
@@ -56,7 +55,7 @@ def claim(folder: pathlib.Path, settings: dict[str, Any]) -> None:
 
 
 def read(folder: pathlib.Path) -> Iterator[Row]:
-    """All whole rows of all parts.
+    """Read all complete rows of all parts.
 
     Raises:
       ValueError: a line, other than a part's last one, that is not a row.
@@ -75,15 +74,15 @@ def read(folder: pathlib.Path) -> Iterator[Row]:
                     ) from error
 
 
-class Part:
-    """The rows that one process appends; a context manager.
+class PartWriter:
+    """Appends the rows of one process to its part; a context manager.
 
     Raises:
       ValueError: another process has it open.
     """
 
     def __init__(self, folder: pathlib.Path, number: int) -> None:
-        """Opens the part and cuts off an unfinished line."""
+        """Open the part and cut off an unfinished line."""
         path = folder / "parts" / f"part-{number:05d}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(path, "a+b")  # noqa: SIM115
@@ -99,33 +98,33 @@ class Part:
         if length < self._file.tell():
             self._file.truncate(length)
 
-    def __enter__(self) -> "Part":
-        """Returns self."""
+    def __enter__(self) -> "PartWriter":
+        """Return self."""
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Closes."""
+        """Sync and close the file."""
         with contextlib.closing(self._file):
             self._file.flush()
             os.fsync(self._file.fileno())
 
     def append(self, row: Row) -> None:
-        """Writes a row; it is there even if the process is killed next."""
+        """Append a row; it survives if the process is killed next."""
         self._file.write(json.dumps(row).encode() + b"\n")
         self._file.flush()
 
 
 def write_rows(file: pathlib.Path, rows: list[Row]) -> None:
-    """Rows as jsonl."""
+    """Write rows as jsonl."""
     _write(file, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def write_json(file: pathlib.Path, content: Any) -> None:
-    """One indented JSON value."""
+    """Write an indented JSON value."""
     _write(file, json.dumps(content, indent=2) + "\n")
 
 
 def _write(file: pathlib.Path, text: str) -> None:
-    """Write a text atomically; a file with that content is left untouched."""
+    """Write a text atomically; a file with this content is not touched."""
     if not file.exists() or file.read_text(encoding="utf-8") != text:
         files.write_atomically(file, text)

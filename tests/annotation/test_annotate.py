@@ -93,7 +93,7 @@ def sampled(places, tmp_path_factory):
     made = config(places, method="critique_revision", temperature=1.0, seed=3)
     workdir = tmp_path_factory.mktemp("sampled")
     annotate.annotate(made, workdir)
-    return made, annotate.folder_of(made, workdir)
+    return made, annotate.output_folder(made, workdir)
 
 
 def oracle(places, messages, contrast=None):
@@ -117,7 +117,7 @@ def test_every_method_writes_a_row_for_each_rationale(places, tmp_path, method):
     made = config(places, method=method, contrast_weight=0.0)
     report = annotate.annotate(made, tmp_path)
     folder = tmp_path / "annotations" / f"train-{method}"
-    result = folder / annotate.result_name(made.annotate)
+    result = folder / annotate.result_file(made.annotate)
     rows = [json.loads(line) for line in result.read_text().splitlines()]
     items = requests_lib.make_items(examples(made), made.annotate)
     assert [store.key_of(row) for row in rows] == [item.key for item in items]
@@ -171,7 +171,7 @@ def test_cut_anywhere_it_ends_the_same(sampled, tmp_path, share):
     """What a kill leaves is a beginning of the part, to the byte."""
     made, folder = sampled
     whole = (folder / "parts" / "part-00000.jsonl").read_bytes()
-    other = annotate.folder_of(made, tmp_path)
+    other = annotate.output_folder(made, tmp_path)
     (other / "parts").mkdir(parents=True)
     cut = int(share * len(whole))
     (other / "parts" / "part-00000.jsonl").write_bytes(whole[:cut])
@@ -186,8 +186,8 @@ def test_killed_it_goes_on(sampled, places, tmp_path):
     script = (
         "import os, signal, pathlib, sys\n"
         "from kdjax import config\n"
-        "from kdjax.teacher import annotating, annotations\n"
-        "append, left = annotations.Part.append, [BATCH + 2]\n"
+        "from kdjax.annotation import annotate, store\n"
+        "append, left = store.PartWriter.append, [BATCH + 2]\n"
         "def dying(self, row):\n"
         "    left[0] -= 1\n"
         "    if not left[0]:\n"
@@ -195,9 +195,9 @@ def test_killed_it_goes_on(sampled, places, tmp_path):
         "        self._file.flush()\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    append(self, row)\n"
-        "annotations.Part.append = dying\n"
+        "store.PartWriter.append = dying\n"
         "made = config.from_json(pathlib.Path(sys.argv[1]).read_text())\n"
-        "annotating.annotate(made, pathlib.Path(sys.argv[2]))\n"
+        "annotate.annotate(made, pathlib.Path(sys.argv[2]))\n"
     ).replace("BATCH", str(BATCH))
     from kdjax.config import to_json
 
@@ -209,7 +209,7 @@ def test_killed_it_goes_on(sampled, places, tmp_path):
         text=True,
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
-    other = annotate.folder_of(made, tmp_path)
+    other = annotate.output_folder(made, tmp_path)
     assert (other / "parts" / "part-00000.jsonl").read_bytes().endswith(b"tor")
     assert len(list(store.read(other))) == BATCH + 1
     annotate.annotate(made, tmp_path)
@@ -219,7 +219,7 @@ def test_killed_it_goes_on(sampled, places, tmp_path):
 def test_two_processes_write_what_one_does(sampled, tmp_path):
     made, folder = sampled
     launch.run("annotate", made, tmp_path, num_processes=2, num_devices=4)
-    other = annotate.folder_of(made, tmp_path)
+    other = annotate.output_folder(made, tmp_path)
     parts = sorted((other / "parts").iterdir())
     assert [part.name for part in parts] == ["part-00000.jsonl", "part-00001.jsonl"]
     assert all(part.read_text() for part in parts)
@@ -248,7 +248,7 @@ def test_seeds_differ_and_other_settings_are_refused(sampled, places):
 def test_more_examples_are_added_and_changed_ones_refused(places, tmp_path):
     made = config(places, data={"num_train": 3})
     annotate.annotate(made, tmp_path)
-    folder = annotate.folder_of(made, tmp_path)
+    folder = annotate.output_folder(made, tmp_path)
     before = (folder / "parts" / "part-00000.jsonl").read_bytes()
     made.data.num_train = NUM
     assert annotate.annotate(made, tmp_path)["rows"] == NUM
@@ -264,17 +264,17 @@ def test_more_examples_are_added_and_changed_ones_refused(places, tmp_path):
 
 def test_one_folder_has_one_writer(tmp_path):
     with (
-        store.Part(tmp_path, 0),
+        store.PartWriter(tmp_path, 0),
         pytest.raises(ValueError, match="is being written by another process"),
     ):
-        store.Part(tmp_path, 0)
+        store.PartWriter(tmp_path, 0)
 
 
 def test_gates_drop_what_they_are_told_to(places, tmp_path):
     made = config(places)
     first = annotate.annotate(made, tmp_path)
     assert first["gates"]["cut_off"] > 0 and first["kept"] == NUM
-    folder = annotate.folder_of(made, tmp_path)
+    folder = annotate.output_folder(made, tmp_path)
     made.annotate.drop = ("cut_off",)
     report = annotate.annotate(made, tmp_path)
     assert report["gates"] == first["gates"]
@@ -294,7 +294,7 @@ def test_gates_drop_what_they_are_told_to(places, tmp_path):
 def test_a_text_ends_before_a_stop_string(places, tmp_path):
     made = config(places)
     annotate.annotate(made, tmp_path)
-    rows = list(store.read(annotate.folder_of(made, tmp_path)))
+    rows = list(store.read(annotate.output_folder(made, tmp_path)))
     words = collections.Counter(w for row in rows for w in row["text"].split()[1:])
     stop = f" {words.most_common(1)[0][0]}"
     made.annotate.stop, made.annotate.path = (
@@ -381,9 +381,9 @@ def test_no_annotation_setting_keeps_a_training_run_from_resuming(places):
 def test_hosts_share_by_id(monkeypatch, places):
     items = requests_lib.make_items(examples(config(places)), AnnotateConfig())
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    owners = [annotate._owner(item) for item in items]
+    owners = [annotate._process_of(item) for item in items]
     assert set(owners) == {0, 1}
-    assert owners[::-1] == [annotate._owner(item) for item in items[::-1]]
+    assert owners[::-1] == [annotate._process_of(item) for item in items[::-1]]
     np.testing.assert_array_less(0, np.bincount(owners))
 
 
@@ -409,7 +409,7 @@ def test_answers_are_labels_and_rationales_explain_them(places, tmp_path, monkey
     monkeypatch.setattr(backends, "Local", FirstChoice)
     made = config(places, method="answer")
     report = annotate.annotate(made, tmp_path)
-    folder = annotate.folder_of(made, tmp_path)
+    folder = annotate.output_folder(made, tmp_path)
     lines = (folder / "labels.jsonl").read_text().splitlines()
     answers = {row["id"]: row["answer"] for row in map(json.loads, lines)}
     gold = {example.id: example.answer for example in examples(made)}
@@ -428,7 +428,7 @@ def test_answers_are_labels_and_rationales_explain_them(places, tmp_path, monkey
     more = {"labels": labels, "on_missing": "drop"}
     made = config(places, data=more)
     assert annotate.annotate(made, tmp_path)["rows"] == len(told)
-    rows = list(store.read(annotate.folder_of(made, tmp_path)))
+    rows = list(store.read(annotate.output_folder(made, tmp_path)))
     assert {row["id"] for row in rows} == told
     for item in requests_lib.make_items(examples(config(places)), made.annotate):
         if item.example.id in told:

@@ -182,7 +182,7 @@ def test_nothing_is_lost_or_doubled(tmp_path, method):
     with serving(lambda number: FAULTS[number % len(FAULTS)]) as server:
         made = config(server, method=method)
         report = annotate.annotate(made, tmp_path)
-        folder = annotate.folder_of(made, tmp_path)
+        folder = annotate.output_folder(made, tmp_path)
         rows = rows_of(folder)
         assert [row["id"] for row in rows] == [e.id for e in examples(made)]
         parts = list(store.read(folder))
@@ -266,7 +266,7 @@ def test_a_server_that_stays_ill_ends_the_run_and_the_next_one_goes_on(tmp_path)
         made = config(server, num_retries=2, concurrency=1)
         with pytest.raises(ValueError, match=r"failed 3 times .*status 500"):
             annotate.annotate(made, tmp_path)
-        folder = annotate.folder_of(made, tmp_path)
+        folder = annotate.output_folder(made, tmp_path)
         assert len(list(store.read(folder))) == 7
         assert not (folder / "rationales.jsonl").exists()
         report = annotate.annotate(made, tmp_path)
@@ -279,7 +279,7 @@ def test_the_budget_ends_the_run_before_it_is_exceeded(tmp_path):
         for _ in range(2):  # a second start may not spend it again
             with pytest.raises(ValueError, match=r"token_budget=135 is spent \(1[34]"):
                 annotate.annotate(made, tmp_path)
-        done = len(list(store.read(annotate.folder_of(made, tmp_path))))
+        done = len(list(store.read(annotate.output_folder(made, tmp_path))))
         assert done == server.served == 11  # the eleventh was asked for with 5 left
         made.annotate.token_budget = 0
         annotate.annotate(made, tmp_path)
@@ -290,7 +290,7 @@ def test_a_stop_string_that_a_server_leaves_in_is_cut_off(tmp_path):
     with serving() as server:
         made = config(server, stop=("\u00e9",))
         annotate.annotate(made, tmp_path)
-        for row in rows_of(annotate.folder_of(made, tmp_path)):
+        for row in rows_of(annotate.output_folder(made, tmp_path)):
             assert row["text"].startswith("(") and "\u00e9" not in row["text"]
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kdjax.annotation.quality import Gates, chosen
+from kdjax.annotation.quality import QualityFilters, parse_choice
 from kdjax.data.example import Example
 
 EXAMPLE = Example(
@@ -12,7 +12,7 @@ EXAMPLE = Example(
     answer="the fridge",
 )
 OTHER = "Tom went out. What did he forget at home?"
-GATES = Gates([EXAMPLE.question, OTHER, "Why?"])
+FILTERS = QualityFilters([EXAMPLE.question, OTHER, "Why?"])
 
 
 @pytest.mark.parametrize(
@@ -34,24 +34,24 @@ GATES = Gates([EXAMPLE.question, OTHER, "Why?"])
 )
 def test_texts(text, found):
     row = {"text": text, "finish_reason": "stop"}
-    assert GATES(row, EXAMPLE, EXAMPLE.answer) == found
+    assert FILTERS(row, EXAMPLE, EXAMPLE.answer) == found
 
 
 def test_a_text_that_met_its_limit_is_cut_off():
     row = {"text": "It is in the fridge, because", "finish_reason": "length"}
-    assert GATES(row, EXAMPLE, EXAMPLE.answer) == ["cut_off"]
+    assert FILTERS(row, EXAMPLE, EXAMPLE.answer) == ["cut_off"]
 
 
 def test_a_counterfactual_is_held_to_its_own_choice():
     row = {"text": "So the answer is (b).", "finish_reason": "stop"}
-    assert GATES(row, EXAMPLE, "shed") == []
-    assert GATES(row, EXAMPLE, "attic") == ["contradicts"]
+    assert FILTERS(row, EXAMPLE, "shed") == []
+    assert FILTERS(row, EXAMPLE, "attic") == ["contradicts"]
 
 
 def test_a_free_answer_names_no_choice():
     example = Example(id="sum", question="What is 2 + 2?", answer="4")
     row = {"text": "Two and two.", "finish_reason": "stop"}
-    assert GATES(row, example, "4") == []
+    assert FILTERS(row, example, "4") == []
 
 
 @pytest.mark.parametrize(
@@ -70,17 +70,18 @@ def test_a_free_answer_names_no_choice():
     ],
 )
 def test_the_choice_that_an_answer_names(text, answer):
-    assert chosen(text, EXAMPLE) == answer
+    assert parse_choice(text, EXAMPLE) == answer
 
 
 def test_a_choice_within_another_one():
     example = Example(id="y", choices=("yard", "back yard"), answer="yard")
-    assert chosen("Back yard.", example) == "back yard"
-    assert chosen("yard", example) == "yard"
-    assert chosen("in the back yard", example) == ""
+    assert parse_choice("Back yard.", example) == "back yard"
+    assert parse_choice("yard", example) == "yard"
+    assert parse_choice("in the back yard", example) == ""
 
 
 def test_a_free_answer_is_the_first_line():
     assert (
-        chosen("\n4 apples \nQuestion: no", Example(id="s", answer="4")) == "4 apples"
+        parse_choice("\n4 apples \nQuestion: no", Example(id="s", answer="4"))
+        == "4 apples"
     )
