@@ -51,7 +51,8 @@ class Scorer:
         self._config, self._data, self._model = config, data, model
         self._mesh, self._cache = mesh, cache
         self._student = run.student.shape
-        self._tokens = self._plan(data.evaluation)
+        # A run without held-out examples can still be asked for texts.
+        self._tokens = self._plan(data.evaluation) if data.evaluation else None
         self._choices = None
         if "label" in data.eval_views and any(e.choices for e in data.eval_examples):
             self._choices = views.choice_segments(
@@ -155,6 +156,8 @@ class Scorer:
         return sums
 
     def _token_metrics(self, params: Any) -> dict[str, float]:
+        if self._tokens is None:
+            raise ValueError("splits=() has no held-out examples: open the run with them")
         segments = self._data.evaluation
         sums = self._per_segment(params, self._tokens, self._cache)
         counts = np.array([len(s.target_ids) for s in segments])
