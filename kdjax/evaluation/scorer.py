@@ -157,7 +157,9 @@ class Scorer:
 
     def _token_metrics(self, params: Any) -> dict[str, float]:
         if self._tokens is None:
-            raise ValueError("splits=() has no held-out examples: open the run with them")
+            raise ValueError(
+                "splits=() has no held-out examples: open the run with some"
+            )
         segments = self._data.evaluation
         sums = self._per_segment(params, self._tokens, self._cache)
         counts = np.array([len(s.target_ids) for s in segments])
