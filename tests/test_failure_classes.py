@@ -172,8 +172,8 @@ BREAKS = [
         number=11,
         what="the end token, being the padding token too, is not learnt",
         file="data/loader.py",
-        old="batch.view[row, placement.target] = segment.view",
-        new="batch.view[row, placement.target] = np.where(\n"
+        old="batch.view[row, span.target] = segment.view",
+        new="batch.view[row, span.target] = np.where(\n"
         "        segment.target_ids == segment.target_ids[-1], -1, segment.view)",
         test="data/test_loader.py::test_rows_hold_the_segments",
     ),

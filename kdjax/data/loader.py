@@ -1,4 +1,4 @@
-"""Batches as a pure function of (segments, seed, step), and reading them ahead.
+"""Batches as a pure function of (segments, seed, step), made ahead by threads.
 
 Which segments make up step s is computed, never remembered: the packing plan of an
 epoch follows from the lengths and (seed, epoch). Resuming needs one integer and works
@@ -30,13 +30,13 @@ _DROPOUT = 1  # tells these draws from those of the order
 
 
 class BatchPlan:
-    """Which segments lie in which row of which step.
+    """Assignment of segments to the rows of every step.
 
     Epoch e packs the segments in an order drawn from (seed, e); its rows, in order,
     are cut into batches. The last batch of an epoch is filled up with empty rows.
     Segments of one example and view are alternatives: an epoch takes one of them, each
     with the same chance (without shuffling it takes all).
-    Plans are made when first asked for. Safe to use from several threads.
+    An epoch is packed when its first step is read. Safe to use from several threads.
     """
 
     def __init__(
@@ -111,22 +111,22 @@ class BatchPlan:
         self._ends: list[int] = []  # steps up to the end of each epoch
 
     def before_target(self, segment: Segment) -> Int32[np.ndarray, " p"]:
-        """What stands before the target in its row."""
+        """Return the tokens before the target in its row."""
         start = self._start_1 if self.encoder_length else segment.prompt_ids
         return np.concatenate([start, segment.prefix_ids])
 
     def encoder_ids(self, segment: Segment) -> Int32[np.ndarray, " p"]:
-        """What the encoder reads: the prompt and the end token."""
+        """Return the row of the encoder: the prompt and the end token."""
         ids = with_end(segment.prompt_ids.tolist(), self._end_id)
         return np.asarray(ids, np.int32)
 
     def steps_per_epoch(self, epoch: int) -> int:
-        """Batches in an epoch; it may differ by one or so between epochs."""
+        """Count the batches of an epoch; it may differ by one or so between epochs."""
         with self._lock:
             return self._steps(epoch)
 
     def packing_efficiency(self) -> float:
-        """Share of the positions of the first epoch's rows that a segment takes."""
+        """Return the share of the first epoch's positions that segments take."""
         with self._lock:
             rows = self._epoch(0)
         return float(
@@ -134,12 +134,12 @@ class BatchPlan:
         )
 
     def locate(self, step: int) -> tuple[int, int]:
-        """The epoch of a step, and the batch's index in it."""
+        """Return the epoch of a step, and the batch's index in it."""
         with self._lock:
             return self._locate(step)
 
     def batch(self, step: int) -> list[np.ndarray]:
-        """The rows of a step: for each of `batch_size` rows, its segments' indices."""
+        """Return the indices of the segments in each row of a step."""
         with self._lock:
             epoch, index = self._locate(step)
             rows = self._epoch(epoch)
@@ -182,23 +182,23 @@ class BatchPlan:
 
 
 def with_end(prompt_ids: Sequence[int], end_id: int) -> list[int]:
-    """Return a prompt as an encoder reads it: with its end token, once."""
+    """Return a prompt for an encoder: with its end token, once."""
     ends = len(prompt_ids) and prompt_ids[-1] == end_id
     return [*prompt_ids] if ends else [*prompt_ids, end_id]
 
 
-class Placement(NamedTuple):
-    """Where a segment lies in its row."""
+class SegmentSpan(NamedTuple):
+    """The positions of a segment in its row."""
 
     item: int  # index into the plan's segments
     segment: Segment
-    whole: slice  # its input positions
+    inputs: slice  # its input positions
     target: slice  # those that predict its target tokens, from the prompt's last on
     prompt: slice  # its positions in the encoder's row; empty without one
 
 
-def placements(plan: BatchPlan, items: Iterable[int]) -> Iterator[Placement]:
-    """Lays out one row of `BatchPlan.batch`: its segments follow one another."""
+def segment_spans(plan: BatchPlan, items: Iterable[int]) -> Iterator[SegmentSpan]:
+    """Yield the spans of a row of `BatchPlan.batch`: segments follow one another."""
     start = prompt_start = 0
     for item in items:
         segment = plan.segments[item]
@@ -207,7 +207,7 @@ def placements(plan: BatchPlan, items: Iterable[int]) -> Iterator[Placement]:
         prompt_stop = prompt_start
         if plan.encoder_length:
             prompt_stop += len(plan.encoder_ids(segment))
-        yield Placement(
+        yield SegmentSpan(
             int(item),
             segment,
             slice(start, stop),
@@ -228,7 +228,7 @@ def make_batch(
     online: bool = False,
     dropout: bool = False,
 ) -> Batch:
-    """The arrays of one step.
+    """Make the arrays of one step.
 
     A token's weight is the sum over the terms of its view and kind of
     `term.weight / count`, count being the target tokens of that view in the whole
@@ -238,7 +238,7 @@ def make_batch(
 
     Args:
       plan: the batches.
-      step: which one.
+      step: index of the step, from 0.
       terms: with fields view, kind ("hard", "soft" or others) and weight.
       cache: the teacher's records, for the views with a soft term.
       temperature: of the soft terms; one that the cache declares.
@@ -281,10 +281,10 @@ def make_batch(
     if cache is not None:
         records = RecordWriter(cache, temperature, plan.locate(step)[0])
     for row, index in enumerate(local.ravel()):
-        for number, placement in enumerate(placements(plan, contents[index]), 1):
-            _write(flat, row, number, placement, weights, plan)
-            if cache is not None and placement.segment.view in soft_views:
-                records.write(flat.teacher, row, placement.target, placement.segment)
+        for number, span in enumerate(segment_spans(plan, contents[index]), 1):
+            _write(flat, row, number, span, weights, plan)
+            if cache is not None and span.segment.view in soft_views:
+                records.write(flat.teacher, row, span.target, span.segment)
     return batch
 
 
@@ -295,7 +295,7 @@ def _soft_views(terms: Sequence[Any]) -> set[int]:
 def _weights(
     plan: BatchPlan, contents: list[np.ndarray], terms: Sequence[Any]
 ) -> dict[str, dict[int, float]]:
-    """Weight of one target token, by kind, then view."""
+    """Return the weight of one target token, by kind, then view."""
     items = np.concatenate(contents)
     kinds = dict.fromkeys(["hard", "soft", *(term.kind for term in terms)])
     weights: dict[str, dict[int, float]] = {kind: {} for kind in kinds}
@@ -311,26 +311,26 @@ def _write(
     batch: Batch,
     row: int,
     number: int,
-    placement: Placement,
+    span: SegmentSpan,
     weights: dict[str, dict[int, float]],
     plan: BatchPlan,
 ) -> None:
     """Write a segment into one row of a batch with leading axes [rows, T]."""
-    segment, span = placement.segment, placement.whole
+    segment, inputs = span.segment, span.inputs
     ids = np.concatenate([plan.before_target(segment), segment.target_ids])
-    batch.tokens[row, span] = ids[:-1]
-    batch.targets[row, span] = ids[1:]
-    batch.positions[row, span] = np.arange(len(ids) - 1)
-    batch.segments[row, span] = number
+    batch.tokens[row, inputs] = ids[:-1]
+    batch.targets[row, inputs] = ids[1:]
+    batch.positions[row, inputs] = np.arange(len(ids) - 1)
+    batch.segments[row, inputs] = number
     if batch.encoder is not None:
         prompt_p = plan.encoder_ids(segment)
-        batch.encoder.tokens[row, placement.prompt] = prompt_p
-        batch.encoder.positions[row, placement.prompt] = np.arange(len(prompt_p))
-        batch.encoder.segments[row, placement.prompt] = number
-    batch.view[row, placement.target] = segment.view
+        batch.encoder.tokens[row, span.prompt] = prompt_p
+        batch.encoder.positions[row, span.prompt] = np.arange(len(prompt_p))
+        batch.encoder.segments[row, span.prompt] = number
+    batch.view[row, span.target] = segment.view
     for kind, of_view in weights.items():
         weight = of_view.get(segment.view, 0.0) * segment.weight
-        batch.weights[kind][row, placement.target] = weight
+        batch.weights[kind][row, span.target] = weight
 
 
 def iterate(
@@ -341,7 +341,7 @@ def iterate(
     num_threads: int = 2,
     prefetch: int = 8,
 ) -> Iterator[tuple[int, Batch]]:
-    """Yields (step, make(step)) for start <= step < stop, made ahead by threads.
+    """Yield (step, make(step)) for start <= step < stop, made ahead by threads.
 
     Args:
       make: a pure function of the step, safe to call from several threads.

@@ -149,10 +149,10 @@ class Scorer:
             )
             host = {k: np.asarray(v, np.float64) for k, v in scores.items()}
             for row, items in enumerate(plan.batch(number)):
-                for place in loader.placements(plan, items):
+                for span in loader.segment_spans(plan, items):
                     for name, values in host.items():
                         total = sums.setdefault(name, np.zeros(len(plan.segments)))
-                        total[place.item] = values[row, place.target].sum()
+                        total[span.item] = values[row, span.target].sum()
         return sums
 
     def _token_metrics(self, params: Any) -> dict[str, float]:

@@ -113,10 +113,10 @@ def _uniforms(plan: Any, step: int, manifest: cache.Manifest) -> np.ndarray:
     shape = (plan.batch_size, plan.row_length, num_temperatures, num_uniforms)
     uniforms = np.zeros(shape, np.float32)
     for row, items in enumerate(plan.batch(step)):
-        for at in loader.placements(plan, items):
-            uniforms[row, at.target] = sampling.stratified_uniforms(
-                at.segment.key,
-                len(at.segment.target_ids),
+        for span in loader.segment_spans(plan, items):
+            uniforms[row, span.target] = sampling.stratified_uniforms(
+                span.segment.key,
+                len(span.segment.target_ids),
                 num_temperatures,
                 manifest.num_rounds,
                 manifest.k,
@@ -139,10 +139,10 @@ def _unpack(
     }
     num_tokens = 0
     for row, items in enumerate(plan.batch(step)):
-        for at in loader.placements(plan, items):
-            num_tokens += len(at.segment.target_ids)
-            outputs = {name: array[row, at.target] for name, array in arrays.items()}
-            yield at.segment.key, _record(outputs, at.segment, manifest)
+        for span in loader.segment_spans(plan, items):
+            num_tokens += len(span.segment.target_ids)
+            outputs = {name: array[row, span.target] for name, array in arrays.items()}
+            yield span.segment.key, _record(outputs, span.segment, manifest)
     clock.add(num_tokens, plan.batch_size * plan.row_length)
     advance(num_tokens)
 

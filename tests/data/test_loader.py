@@ -182,18 +182,18 @@ def test_a_prefix_is_read_before_the_target_and_not_learnt(form):
     batch = loader.make_batch(plan, 0, terms=terms, cache=cache, temperature=2.0)
     seen = 0
     for row, items in enumerate(plan.batch(0)):
-        for at in loader.placements(plan, items):
+        for at in loader.segment_spans(plan, items):
             segment = at.segment
             before = [91] if form else segment.prompt_ids
             ids = np.concatenate([before, segment.prefix_ids, segment.target_ids])
-            np.testing.assert_array_equal(batch.tokens[0, row, at.whole], ids[:-1])
-            np.testing.assert_array_equal(batch.targets[0, row, at.whole], ids[1:])
+            np.testing.assert_array_equal(batch.tokens[0, row, at.inputs], ids[:-1])
+            np.testing.assert_array_equal(batch.targets[0, row, at.inputs], ids[1:])
             learnt = np.arange(len(ids) - 1) >= len(ids) - 1 - len(segment.target_ids)
-            weights = batch.weights["hard"][0, row, at.whole]
+            weights = batch.weights["hard"][0, row, at.inputs]
             np.testing.assert_array_equal(weights > 0, learnt)
-            view = batch.view[0, row, at.whole]
+            view = batch.view[0, row, at.inputs]
             np.testing.assert_array_equal(view, np.where(learnt, segment.view, -1))
-            stored = batch.teacher.ids[0, row, at.whole, 0]
+            stored = batch.teacher.ids[0, row, at.inputs, 0]
             soft = learnt if segment.view else np.zeros_like(learnt)
             np.testing.assert_array_equal(stored, np.where(soft, ids[1:], -1))
             seen += len(segment.prefix_ids) > 0
@@ -367,14 +367,14 @@ def test_teacher_rows_stand_where_their_token_is_predicted(kind, form):
 
 
 @FORMS
-def test_placements_find_the_targets(form):
+def test_segment_spans_hold_the_targets(form):
     plan = make_plan(make_segments(), **form)
     batch = loader.make_batch(plan, 0, terms=())
     assert not batch.weights["hard"].any()
     for row, items in enumerate(plan.batch(0)):
-        found = list(loader.placements(plan, items))
-        assert [at.item for at in found] == items.tolist()
-        for at in found:
+        spans = list(loader.segment_spans(plan, items))
+        assert [at.item for at in spans] == items.tolist()
+        for at in spans:
             targets = batch.targets[0, row, at.target]
             np.testing.assert_array_equal(targets, at.segment.target_ids)
             assert (batch.view[0, row, at.target] == at.segment.view).all()
@@ -534,7 +534,7 @@ def test_a_segments_weight_multiplies_its_tokens_alone(form):
         found = loader.make_batch(plan, step, terms=terms, cache=cache)
         factor = np.ones(whole.view.shape)
         for row, items in enumerate(plan.batch(step)):
-            for at in loader.placements(plan, items):
+            for at in loader.segment_spans(plan, items):
                 factor[0, row, at.target] = 0.25 if at.item % 3 else 1.0
         for kind, weights in whole.weights.items():
             changed = found.weights[kind]
