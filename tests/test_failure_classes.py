@@ -255,9 +255,9 @@ BREAKS = [
     Break(
         number=16,
         what="an answer within another one counts as right",
-        file="evaluation/scorer.py",
-        old="name: normalise(found) == normalise(wanted)",
-        new="name: normalise(wanted) in normalise(found)",
+        file="evaluation/text_match.py",
+        old="name: normalize_text(text) == normalize_text(target)",
+        new="name: normalize_text(target) in normalize_text(text)",
         test="evaluation/test_scorer.py::test_answers_are_parsed_and_compared",
     ),
 ]

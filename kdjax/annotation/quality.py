@@ -9,6 +9,7 @@ from kdjax.annotation.prompts import QUESTION
 from kdjax.config import GATES
 from kdjax.data.example import Example, contradicts
 from kdjax.data.templates import CHOICES, LETTERS
+from kdjax.data.text import normalize_words
 
 _MARKS = re.compile(rf"^\s*({re.escape(QUESTION)}|{re.escape(CHOICES)})", re.MULTILINE)
 
@@ -31,7 +32,7 @@ class QualityFilters:
     def __init__(self, questions: Iterable[str]) -> None:
         self._by_start: dict[str, set[str]] = {}
         for question in questions:
-            words = _words(question)
+            words = normalize_words(question)
             for start in _sentences(question)[:1]:
                 self._by_start.setdefault(start, set()).add(words)
 
@@ -57,7 +58,7 @@ class QualityFilters:
     def _leaks(self, text: str, example: Example) -> bool:
         if _MARKS.search(text):
             return True
-        words, own_words = _words(text), _words(example.question)
+        words, own_words = normalize_words(text), normalize_words(example.question)
         return any(
             question in words and question not in own_words
             for sentence in _sentences(text)
@@ -79,25 +80,26 @@ def parse_choice(text: str, example: Example) -> str:
     if letters:
         index = LETTERS.index(letters[0])
         return example.choices[index] if index < len(example.choices) else ""
-    words = f" {_words(text)} "
-    named = {c for c in example.choices if _words(c) and f" {_words(c)} " in words}
-    exact = {c for c in named if _words(c) == words.strip()}
+    words = f" {normalize_words(text)} "
+    named = {
+        c
+        for c in example.choices
+        if normalize_words(c) and f" {normalize_words(c)} " in words
+    }
+    exact = {c for c in named if normalize_words(c) == words.strip()}
     return named.pop() if len(named) == 1 else exact.pop() if len(exact) == 1 else ""
 
 
 def _names_choice(text: str, example: Example) -> bool:
-    words = f" {_words(text)} "
+    words = f" {normalize_words(text)} "
     letters = (
         f"({letter})" for letter, _ in zip(LETTERS, example.choices, strict=False)
     )
     named = any(letter in text.lower() for letter in letters)
-    return named or any(f" {_words(c)} " in words for c in example.choices if c)
+    return named or any(
+        f" {normalize_words(c)} " in words for c in example.choices if c
+    )
 
 
 def _sentences(text: str) -> list[str]:
-    return list(filter(None, map(_words, re.split(r"(?<=[.?!])\s+|\n", text))))
-
-
-def _words(text: str) -> str:
-    """Return the lower-case words, without punctuation, one space between them."""
-    return " ".join(re.findall(r"\w+", text.lower()))
+    return list(filter(None, map(normalize_words, re.split(r"(?<=[.?!])\s+|\n", text))))

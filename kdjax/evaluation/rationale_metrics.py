@@ -9,6 +9,8 @@ import re
 import string
 from collections.abc import Iterable, Sequence
 
+from kdjax.data.text import normalize_text
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Record:
@@ -27,7 +29,7 @@ class Record:
 
 def same(first: str, second: str) -> bool:
     """Whether two answers are equal up to case, white space and a final full stop."""
-    return _normal(first) == _normal(second)
+    return normalize_text(first) == normalize_text(second)
 
 
 def named(text: str, choices: Sequence[str], *others: str) -> list[str]:
@@ -46,7 +48,7 @@ def named(text: str, choices: Sequence[str], *others: str) -> list[str]:
     for letter, choice in zip(string.ascii_lowercase, choices, strict=False):
         by_words[f"({letter})"] = choice
     for choice in (*choices, *others):
-        if words := _normal(choice):
+        if words := normalize_text(choice):
             by_words.setdefault(words, choice)
     if not by_words:
         return []
@@ -161,7 +163,3 @@ def _mean(values: Iterable[float]) -> float:
 
 def _spaced(text: str) -> str:
     return " ".join(text.lower().split())
-
-
-def _normal(text: str) -> str:
-    return _spaced(text).rstrip(".").rstrip()

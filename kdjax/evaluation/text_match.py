@@ -1,6 +1,5 @@
-"""Exact matches between generated texts and the data's."""
+"""Exact matches between generated and target texts."""
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +8,7 @@ import numpy as np
 from kdjax.data import templates
 from kdjax.data.example import Example
 from kdjax.data.templates import Text
+from kdjax.data.text import normalize_text
 
 MATCHES = (
     "exact_match",
@@ -19,15 +19,14 @@ MATCHES = (
 
 
 def compare(generated: str, example: Example, view: str, text: Text) -> dict[str, Any]:
-    """Compare a generated text with the data's.
+    """Compare a generated text with its target.
 
     Returns:
-      prompt, target, generated. For the label view exact_match: whether the last two
-      are equal up to case, white space and a final full stop; exact_match_strict: up to
-      white space at their ends. For a view that explains, then answers, answer (what is
-      generated after the last "Answer:", all of it without one), answer_match and
-      answer_match_strict: the same of the answers alone. A rationale has no match:
-      there is more than one good one.
+      prompt, target, generated. For the label view exact_match, equality of the last
+      two under `normalize_text`, and exact_match_strict, up to white space at their
+      ends. For a view that explains, then answers, answer (what is generated after the
+      last "Answer:", all of it without one), answer_match and answer_match_strict: the
+      same of the answers alone. A rationale has no match: many are good.
     """
     row: dict[str, Any] = {"prompt": text.prompt, "target": text.target}
     row["generated"] = generated.strip()
@@ -41,7 +40,7 @@ def compare(generated: str, example: Example, view: str, text: Text) -> dict[str
 
 def _matches(name: str, text: str, target: str) -> dict[str, bool]:
     return {
-        name: normalise(text) == normalise(target),
+        name: normalize_text(text) == normalize_text(target),
         f"{name}_strict": text.strip() == target.strip(),
     }
 
@@ -54,8 +53,3 @@ def match_rates(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
             if name in row:
                 matches.setdefault(f"{name}/{row['view']}", []).append(row[name])
     return {name: float(np.mean(values)) for name, values in matches.items()}
-
-
-def normalise(text: str) -> str:
-    """Return a text in lower case, with single spaces and no final full stop."""
-    return re.sub(r"\s+", " ", text.lower()).strip().rstrip(".").rstrip()
