@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from kdjax import annotate as verb
+from kdjax import annotate as command
 from kdjax import cli
 from kdjax.annotation import annotate, backends, prompts, store
 from kdjax.annotation import requests as requests_lib
@@ -245,7 +245,7 @@ def test_seeds_differ_and_other_settings_are_refused(sampled, places):
     annotate.annotate(made, workdir)
 
 
-def test_more_examples_are_added_and_changed_ones_refused(places, tmp_path):
+def test_more_examples_are_added_and_changed_ones_refused(places, tmp_path, echo):
     made = config(places, data={"num_train": 3})
     annotate.annotate(made, tmp_path)
     folder = annotate.output_folder(made, tmp_path)
@@ -270,7 +270,7 @@ def test_one_folder_has_one_writer(tmp_path):
         store.PartWriter(tmp_path, 0)
 
 
-def test_gates_drop_what_they_are_told_to(places, tmp_path):
+def test_filters_drop_the_rows_that_fail_them(places, tmp_path, echo):
     made = config(places)
     first = annotate.annotate(made, tmp_path)
     assert first["gates"]["cut_off"] > 0 and first["kept"] == NUM
@@ -312,7 +312,7 @@ def test_a_text_ends_before_a_stop_string(places, tmp_path):
             assert found["finish_reason"] == "stop"
 
 
-def test_the_result_is_training_data(places, tmp_path):
+def test_the_result_is_training_data(places, tmp_path, echo):
     made = config(places, method="counterfactual")
     annotate.annotate(made, tmp_path)
     made.annotate.method = "few_shot"
@@ -337,10 +337,10 @@ def test_the_result_is_training_data(places, tmp_path):
             assert text == wrong[example.id, choice]
 
 
-def test_the_verb_prints_counts(places, tmp_path, capsys, monkeypatch):
+def test_the_command_prints_counts(places, tmp_path, capsys, monkeypatch, echo):
     written = []
     monkeypatch.setattr(cli, "write_json", written.append)
-    verb.run(config(places, method="zero_shot"), tmp_path)
+    command.run(config(places, method="zero_shot"), tmp_path)
     lines = capsys.readouterr().out.splitlines()
     assert any("kept" in line and f" {NUM} " in line for line in lines)
     assert any("contradicts" in line for line in lines)
@@ -385,6 +385,31 @@ def test_hosts_share_by_id(monkeypatch, places):
     assert set(owners) == {0, 1}
     assert owners[::-1] == [annotate._process_of(item) for item in items[::-1]]
     np.testing.assert_array_less(0, np.bincount(owners))
+
+
+class Echo:
+    """A model that completes a request with its prompt's hash and its seed."""
+
+    batch_size = BATCH
+
+    def __init__(self, config, path):
+        pass
+
+    def __call__(self, requests):
+        return [
+            requests_lib.Completion(
+                text=f"{prompts.digest(request.messages)} {request.seed}",
+                finish_reason="stop" if request.seed % 3 else "length",
+                prompt_tokens=9,
+                new_tokens=2,
+            )
+            for request in requests
+        ]
+
+
+@pytest.fixture
+def echo(monkeypatch):
+    monkeypatch.setattr(backends, "Local", Echo)
 
 
 class FirstChoice:
