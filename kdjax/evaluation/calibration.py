@@ -18,19 +18,19 @@ class Bins(NamedTuple):
     corrects_B: Float[Array, "B"]  # number of correct predictions
 
 
-def ece(
+def reliability_bins(
     confidence_N: Float[Array, "N"],
     correct_N: Bool[Array, "N"],
     num_bins: int,
 ) -> Bins:
-    """Return the bins of the expected calibration error.
+    """Return the bins of a reliability diagram.
 
     Confidence c falls in bin ceil(c * num_bins) - 1, so bin b covers
     (b / num_bins, (b + 1) / num_bins], and 0 falls in the first one.
 
     Args:
       confidence_N: probability given to the prediction, in [0, 1].
-      correct_N: whether the prediction was right.
+      correct_N: True where the prediction was right.
       num_bins: number of bins B.
 
     Source: Guo et al., 2017, arXiv 1706.04599, section 2.
@@ -46,7 +46,7 @@ def ece(
     return Bins(sums_B3[:, 0], sums_B3[:, 1], sums_B3[:, 2])
 
 
-def finalize_ece(bins: Bins) -> float:
+def expected_calibration_error(bins: Bins) -> float:
     """Return the expected calibration error, in [0, 1]; 0.0 without predictions.
 
     ECE = sum_b (n_b / n) |accuracy_b - mean confidence_b|

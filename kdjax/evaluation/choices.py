@@ -1,4 +1,4 @@
-"""Choices of a finished run's student, by likelihood, after any text."""
+"""Multiple choice by likelihood, after any prompt and prefix."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -21,15 +21,15 @@ _MULTIPLE = 128  # rows are made longer by multiples of this
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Chooser:
-    """A model that scores and continues texts."""
+    """A model that scores and continues texts, and its tokenizer."""
 
     tokenizer: Any
-    data: DataConfig  # how prompts read, and the limits of segments
+    data: DataConfig  # form of the prompts, limits of the segments
     log_probs: Callable[[Sequence[Segment]], Float64[np.ndarray, " N"]]  # of targets
-    texts: Callable[[Sequence[str]], list[str]]  # what it writes after prompts
+    generate: Callable[[Sequence[str]], list[str]]  # greedy continuations of prompts
 
 
-def load(run: Run) -> Chooser:
+def load_chooser(run: Run) -> Chooser:
     """Load the student of a finished run at its newest checkpoint.
 
     A target may be longer than `data.max_target` by what the student generates; what is
@@ -49,13 +49,13 @@ def load(run: Run) -> Chooser:
         config.evaluation.encoder_row_length or config.train.encoder_row_length or rows
     )
     if isinstance(shape, T5Config):
-        needed, prompts_needed = limits.max_target, limits.max_prompt + 1
+        minimum, prompt_minimum = limits.max_target, limits.max_prompt + 1
     else:
-        needed, prompts_needed = limits.max_prompt + limits.max_target, 0
+        minimum, prompt_minimum = limits.max_prompt + limits.max_target, 0
     evaluation = dataclasses.replace(
         config.evaluation,
-        row_length=_at_least(rows, needed),
-        encoder_row_length=_at_least(prompt_rows, prompts_needed),
+        row_length=_row_length(rows, minimum),
+        encoder_row_length=_row_length(prompt_rows, prompt_minimum),
     )
     config = dataclasses.replace(config, evaluation=evaluation)
     scorer = Scorer(dataclasses.replace(run, config=config))
@@ -64,12 +64,12 @@ def load(run: Run) -> Chooser:
         tokenizer=run.tokenizer,
         data=limits,
         log_probs=lambda segments: scorer.log_probs(params, segments),
-        texts=lambda prompts: scorer.texts(params, prompts),
+        generate=lambda prompts: scorer.generate(params, prompts),
     )
 
 
-def _at_least(length: int, needed: int) -> int:
-    return length if length >= needed else -(-needed // _MULTIPLE) * _MULTIPLE
+def _row_length(length: int, minimum: int) -> int:
+    return length if length >= minimum else -(-minimum // _MULTIPLE) * _MULTIPLE
 
 
 def choose(
@@ -77,25 +77,27 @@ def choose(
     examples: Sequence[Example],
     texts: Sequence[Text] | None = None,
     *,
-    change: Callable[[Segment], Segment] = lambda segment: segment,
+    transform: Callable[[Segment], Segment] = lambda segment: segment,
 ) -> list[str]:
-    """Return the most probable choice of each example, the first of equal ones.
+    """Return the most probable choice of each example; the first one on ties.
 
-    A choice's probability is that of all its tokens and the end token, as of the
-    accuracy of a run.
+    A choice's probability is that of all its tokens and the end token, as in
+    `Scorer`'s accuracy.
 
     Args:
       chooser: the model.
       examples: with choices.
       texts: prompt and prefix of each; None = those of the label view.
-      change: of each segment before it is scored.
+      transform: applied to each segment before it is scored.
     """
     if not examples:
         return []
     choices = views.choice_segments(
         examples, chooser.tokenizer, chooser.data, texts=texts
     )
-    log_probs_N = chooser.log_probs([change(segment) for segment in choices.segments])
+    log_probs_N = chooser.log_probs(
+        [transform(segment) for segment in choices.segments]
+    )
     best = []
     for index, example in enumerate(examples):
         (members,) = np.nonzero(choices.example == index)

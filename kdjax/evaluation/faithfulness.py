@@ -1,4 +1,4 @@
-"""Whether a finished run's student explains its answers: docs/faithfulness.md."""
+"""Faithfulness of a finished run's rationales to its answers: docs/faithfulness.md."""
 
 import dataclasses
 import hashlib
@@ -17,7 +17,7 @@ from kdjax.data.views import Segment
 from kdjax.evaluation import choices, rationale_metrics
 from kdjax.evaluation import simulator as simulators
 from kdjax.evaluation.choices import Chooser
-from kdjax.evaluation.rationale_metrics import Record, same
+from kdjax.evaluation.rationale_metrics import Record, answers_match
 from kdjax.experiment import methods
 from kdjax.experiment.run import Run
 
@@ -27,8 +27,8 @@ Row = Mapping[str, Any]
 def measure(run: Run, *, simulator: pathlib.Path | None = None) -> dict[str, float]:
     """Measure how a student's rationales and answers depend on each other.
 
-    A pure function of what the run has left; a measure that the method, the data or the
-    lack of a simulator rules out has no key. The examples are those that the run has
+    A pure function of the run's files; a measure that the method, the data or the lack
+    of a simulator rules out has no key. The examples are those that the run has
     generated for (`evaluation.num_generations`).
 
     Args:
@@ -36,35 +36,38 @@ def measure(run: Run, *, simulator: pathlib.Path | None = None) -> dict[str, flo
       simulator: folder of `simulator.train_simulator`; None leaves out LAS.
 
     Returns:
-      "faithfulness/<name>": what `rationale_metrics.describe`, `forced`, `swapped` and
-      `simulator.las` return.
+      "faithfulness/<name>" for the names of `rationale_metrics.describe_rationales`,
+      `accuracy_after_rationale`, `prefix_swap` and `simulator.las`.
 
     Raises:
       ValueError: a run that is not finished, or generations of other examples.
     """
     config, data = run.config, run.data
-    rows = read_rows(run.workdir)
-    found = records(rows, data.eval_examples)
-    measures = rationale_metrics.describe(found)
+    rows = read_generations(run.workdir)
+    records = make_records(rows, data.eval_examples)
+    measures = rationale_metrics.describe_rationales(records)
     explained = [row for row in rows if row["view"] in templates.EXPLAINED]
-    one_text = [r for r in records(explained, data.eval_examples) if r.choices]
+    one_text = [r for r in make_records(explained, data.eval_examples) if r.choices]
     if one_text:
-        student = choices.load(run)
-        examples = _examples(one_text, data.eval_examples)
+        student = choices.load_chooser(run)
+        by_id = {example.id: example for example in data.eval_examples}
+        examples = [by_id[record.id] for record in one_text]
         view = explained[0]["view"]
-        measures |= forced(student, one_text, examples, view, seed=config.seed)
+        measures |= accuracy_after_rationale(
+            student, one_text, examples, view, seed=config.seed
+        )
         if "counterfactual" in methods.views(config.method):
-            measures |= swapped(student, one_text, examples)
+            measures |= prefix_swap(student, one_text, examples)
     if simulator is not None:
-        measures |= simulators.las(found, simulator)
+        measures |= simulators.las(records, simulator)
     return {f"faithfulness/{name}": value for name, value in measures.items()}
 
 
-def read_rows(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """The generations of a finished run.
+def read_generations(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """Read the generations of a finished run.
 
     Raises:
-      ValueError: there are none yet.
+      ValueError: the run is not finished.
     """
     file = workdir / "generations.jsonl"
     if not file.is_file():
@@ -74,49 +77,49 @@ def read_rows(workdir: pathlib.Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def records(rows: Iterable[Row], examples: Sequence[Example]) -> list[Record]:
-    """What a student said of each example, in the order of the rows.
+def make_records(rows: Iterable[Row], examples: Sequence[Example]) -> list[Record]:
+    """Make one record of the generations of each example, in the order of the rows.
 
     With views label and rationale, answer and rationale come from these, and `stated`
     is the answer of a view that explains, then answers, or else the choice that the
     rationale names last. Without a label view, both come from the text of the view that
     explains, then answers: the rationale stands before the last "Answer:" (without one
-    it is the whole text). Without a rationale there is no record.
+    it is all of the text). Without a rationale there is no record.
 
     Args:
       rows: of generations.jsonl.
-      examples: the held-out ones, among them all that the rows are of.
+      examples: the held-out ones, those of the rows among them.
 
     Raises:
       ValueError: a row of no example.
     """
-    known = {example.id: example for example in examples}
-    said: dict[str, dict[str, str]] = {}
+    by_id = {example.id: example for example in examples}
+    texts_by_id: dict[str, dict[str, str]] = {}
     for row in rows:
-        said.setdefault(row["id"], {})[row["view"]] = row["generated"]
-    if unknown := [key for key in said if key not in known]:
+        texts_by_id.setdefault(row["id"], {})[row["view"]] = row["generated"]
+    if unknown := [key for key in texts_by_id if key not in by_id]:
         raise ValueError(
             f"generations of {unknown[:3]}, which are no held-out examples of this "
             "config: use the run's own config.json and data"
         )
-    found = []
-    for key, texts in said.items():
-        example = known[key]
-        whole = next((texts[v] for v in templates.EXPLAINED if v in texts), None)
+    records = []
+    for key, texts in texts_by_id.items():
+        example = by_id[key]
+        explained = next((texts[v] for v in templates.EXPLAINED if v in texts), None)
         if "label" in texts and "rationale" in texts:
             rationale, answer = texts["rationale"], texts["label"]
             stated = (
-                rationale_metrics.last_named(rationale, example.choices)
-                if whole is None
-                else templates.final_answer(whole)
+                rationale_metrics.last_mention(rationale, example.choices)
+                if explained is None
+                else templates.final_answer(explained)
             )
-        elif whole is not None:
-            before, cue, _ = whole.rpartition(templates.ANSWER)
-            rationale, stated = before if cue else whole, None
-            answer = templates.final_answer(whole)
+        elif explained is not None:
+            before, cue, _ = explained.rpartition(templates.ANSWER)
+            rationale, stated = before if cue else explained, None
+            answer = templates.final_answer(explained)
         else:
             continue
-        found.append(
+        records.append(
             Record(
                 id=key,
                 question=example.question,
@@ -127,107 +130,111 @@ def records(rows: Iterable[Row], examples: Sequence[Example]) -> list[Record]:
                 stated=stated,
             )
         )
-    return found
+    return records
 
 
-def forced(
+def accuracy_after_rationale(
     student: Chooser,
-    found: Sequence[Record],
+    records: Sequence[Record],
     examples: Sequence[Example],
     view: str,
     *,
     seed: int,
 ) -> dict[str, float]:
-    """Accuracy of the choice that a student takes after a rationale it has to read.
+    """Compute the accuracy of a student's choice after a prefilled rationale.
 
     The rationale and "Answer:" stand where the student would have written them; the
     choices are ranked by their likelihood after that.
 
     Args:
       student: whose `view` explains, then answers.
-      found: what it has said of the examples.
+      records: its rationales and answers to the examples.
       examples: with choices and rationales.
       view: one of `templates.EXPLAINED`.
-      seed: of the replaced tokens.
+      seed: of the token replacements.
 
     Returns:
       plain_accuracy, after its own rationale; oracle_accuracy, after the data's;
       perturbed_accuracy, after the data's with half of its tokens replaced.
     """
-    num_cue = _num_cue(student)
+    num_cue_tokens = _num_cue_tokens(student)
 
-    def change(segment: Segment) -> Segment:
-        stop = max(0, len(segment.prefix_ids) - num_cue)
-        changed = np.concatenate(
-            [
-                perturbed(
-                    segment.prefix_ids[:stop],
-                    student.tokenizer,
-                    seed=seed,
-                    key=segment.example_id,
-                ),
-                segment.prefix_ids[stop:],
-            ]
+    def perturb(segment: Segment) -> Segment:
+        rationale_ids, cue_ids = np.split(
+            segment.prefix_ids, [max(0, len(segment.prefix_ids) - num_cue_tokens)]
         )
-        return dataclasses.replace(segment, prefix_ids=changed)
+        replaced = replace_half(
+            rationale_ids, student.tokenizer, seed=seed, key=segment.example_id
+        )
+        return dataclasses.replace(
+            segment, prefix_ids=np.concatenate([replaced, cue_ids])
+        )
 
-    own = [_after(student, e, view, r.rationale) for e, r in _pairs(examples, found)]
-    gold = [_after(student, e, view, e.rationale) for e in examples]
-    chosen = {
+    own = [
+        _prefill(student, example, view, record.rationale)
+        for example, record in zip(examples, records, strict=True)
+    ]
+    gold = [_prefill(student, e, view, e.rationale) for e in examples]
+    answers = [example.answer for example in examples]
+    predictions = {
         "plain_accuracy": choices.choose(student, examples, own),
         "oracle_accuracy": choices.choose(student, examples, gold),
-        "perturbed_accuracy": choices.choose(student, examples, gold, change=change),
+        "perturbed_accuracy": choices.choose(
+            student, examples, gold, transform=perturb
+        ),
     }
-    answers = [example.answer for example in examples]
-    return {name: _share(found, answers) for name, found in chosen.items()}
+    return {name: _match_rate(p, answers) for name, p in predictions.items()}
 
 
-def perturbed(
+def replace_half(
     ids: Int32[np.ndarray, " p"], tokenizer: Any, *, seed: int, key: str
 ) -> Int32[np.ndarray, " p"]:
-    """The tokens with half of them (rounded up) replaced by others.
+    """Replace half of the tokens (rounded up) by others.
 
-    Places and tokens are drawn evenly, the tokens from the vocabulary without special
-    ones and without the token itself; the draws follow from (seed, key).
+    Positions and tokens are drawn uniformly, the tokens from the vocabulary without
+    special ones and without the replaced token; the draws follow from (seed, key).
     """
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
     draws = np.random.default_rng([seed, int.from_bytes(digest, "big")])
-    usable = np.setdiff1d(np.arange(len(tokenizer)), tokenizer.all_special_ids)
-    changed = np.array(ids, np.int32)
-    for place in draws.choice(len(ids), size=-(-len(ids) // 2), replace=False):
-        changed[place] = draws.choice(usable[usable != ids[place]])
-    return changed
+    vocab = np.setdiff1d(np.arange(len(tokenizer)), tokenizer.all_special_ids)
+    replaced = np.array(ids, np.int32)
+    for position in draws.choice(len(ids), size=-(-len(ids) // 2), replace=False):
+        replaced[position] = draws.choice(vocab[vocab != ids[position]])
+    return replaced
 
 
-def swapped(
-    student: Chooser, found: Sequence[Record], examples: Sequence[Example]
+def prefix_swap(
+    student: Chooser, records: Sequence[Record], examples: Sequence[Example]
 ) -> dict[str, float]:
-    """Whether the words that ask for another answer change it by themselves.
+    """Compute the effect of swapping factual and counterfactual prefixes alone.
 
     Prefix and cue of the counterfactual view take the place of the factual view's, and
-    the other way round; what follows them stays.
+    vice versa; what follows them stays.
 
     Args:
       student: with factual and counterfactual views.
-      found: what its factual view has said of the examples.
+      records: its factual view's rationales and answers to the examples.
       examples: with choices.
 
     Returns:
-      Of what it writes by itself: prefix_changes_answer, share of examples whose final
-      answer differs between the two; factual_prefix_accuracy and
-      counterfactual_prefix_accuracy. Of the choices it takes after wrong rationales,
-      where the examples have some: prefix_changes_choice, share of (example, wrong
-      rationale) whose choice differs; factual_prefix_follows and
-      counterfactual_prefix_follows, shares that take the choice it argues for.
+      Of free generations: prefix_changes_answer, share of examples whose final answer
+      differs between the two; factual_prefix_accuracy and
+      counterfactual_prefix_accuracy. Of choices after prefilled wrong rationales, where
+      the examples have some: prefix_changes_choice, share of (example, wrong rationale)
+      whose choice differs; factual_prefix_follows and counterfactual_prefix_follows,
+      shares that take the choice that the rationale argues for.
     """
     views = ("factual", "counterfactual")
-    asked = [templates.make_prompt(e, "counterfactual", student.data) for e in examples]
-    otherwise = [templates.final_answer(text) for text in student.texts(asked)]
-    own, answers = [r.answer for r in found], [e.answer for e in examples]
+    prompts = [
+        templates.make_prompt(e, "counterfactual", student.data) for e in examples
+    ]
+    factual = [record.answer for record in records]
+    swapped = [templates.final_answer(text) for text in student.generate(prompts)]
+    answers = [example.answer for example in examples]
     measures = {
-        "prefix_changes_answer": 1 - _share(own, otherwise),
-        "factual_prefix_accuracy": _share(own, answers),
-        "counterfactual_prefix_accuracy": _share(otherwise, answers),
+        "prefix_changes_answer": 1 - _match_rate(factual, swapped),
+        "factual_prefix_accuracy": _match_rate(factual, answers),
+        "counterfactual_prefix_accuracy": _match_rate(swapped, answers),
     }
     wrong = [
         (example, choice, rationale)
@@ -240,35 +247,38 @@ def swapped(
     ]
     if not wrong:
         return measures
-    several = [example for example, _, _ in wrong]
-    chosen = {
+    predictions = {
         view: choices.choose(
-            student, several, [_given(student, e, view, text) for e, _, text in wrong]
+            student,
+            [example for example, _, _ in wrong],
+            [_prefill_wrong(student, e, view, text) for e, _, text in wrong],
         )
         for view in views
     }
-    argued = [choice for _, choice, _ in wrong]
-    measures["prefix_changes_choice"] = 1 - _share(*chosen.values())
+    targets = [choice for _, choice, _ in wrong]
+    measures["prefix_changes_choice"] = 1 - _match_rate(*predictions.values())
     for view in views:
-        measures[f"{view}_prefix_follows"] = _share(chosen[view], argued)
+        measures[f"{view}_prefix_follows"] = _match_rate(predictions[view], targets)
     return measures
 
 
-def _after(student: Chooser, example: Example, view: str, rationale: str) -> Text:
-    """A view's prompt, and a rationale that the answer follows."""
+def _prefill(student: Chooser, example: Example, view: str, rationale: str) -> Text:
+    """Return a view's prompt with a rationale prefilled, up to the answer."""
     prefix = f"{rationale}\n{templates.ANSWER}".strip()
     return Text(templates.make_prompt(example, view, student.data), "", prefix)
 
 
-def _given(student: Chooser, example: Example, view: str, rationale: str) -> Text:
-    """A wrong rationale where the counterfactual view has it, asked by another view."""
+def _prefill_wrong(
+    student: Chooser, example: Example, view: str, rationale: str
+) -> Text:
+    """Return a view's prompt with a wrong rationale as in the counterfactual view."""
     if student.data.counterfactual_place == "prompt":
         return Text(templates.make_prompt(example, view, student.data, rationale), "")
-    return _after(student, example, view, rationale)
+    return _prefill(student, example, view, rationale)
 
 
-def _num_cue(student: Chooser) -> int:
-    """Tokens of a prefix that are not its rationale's, at its end."""
+def _num_cue_tokens(student: Chooser) -> int:
+    """Return the number of tokens of the cue at the end of a prefilled rationale."""
     lengths = [
         len(student.tokenizer(text, add_special_tokens=False)["input_ids"])
         for text in ("So", f"So\n{templates.ANSWER}")
@@ -276,17 +286,6 @@ def _num_cue(student: Chooser) -> int:
     return lengths[1] - lengths[0]
 
 
-def _examples(found: Iterable[Record], examples: Iterable[Example]) -> list[Example]:
-    known = {example.id: example for example in examples}
-    return [known[record.id] for record in found]
-
-
-def _pairs(
-    examples: Sequence[Example], found: Sequence[Record]
-) -> list[tuple[Example, Record]]:
-    return list(zip(examples, found, strict=True))
-
-
-def _share(first: Sequence[str], second: Sequence[str]) -> float:
+def _match_rate(first: Sequence[str], second: Sequence[str]) -> float:
     pairs = zip(first, second, strict=True)
-    return float(np.mean([same(one, other) for one, other in pairs]))
+    return float(np.mean([answers_match(*pair) for pair in pairs]))

@@ -51,7 +51,7 @@ class Scorer:
         self._config, self._data, self._model = config, data, model
         self._mesh, self._cache = mesh, cache
         self._student = run.student.shape
-        # A run without held-out examples can still be asked for texts.
+        # A run without held-out examples can still generate.
         self._tokens = self._plan(data.evaluation) if data.evaluation else None
         self._choices = None
         if "label" in data.eval_views and any(e.choices for e in data.eval_examples):
@@ -67,7 +67,7 @@ class Scorer:
             chunk_size=chunk_size(config, model),
             num_valid=shared_vocab_size(model.shape, cache),
         )
-        self._generate = Generator(
+        self._generator = Generator(
             model.shape,
             model.graphdef,
             Decoding(
@@ -76,7 +76,7 @@ class Scorer:
                 pad_id=data.tokenizer.pad_token_id,
             ),
         )
-        self.bins: calibration.Bins | None = None  # of the last call's ece
+        self.bins: calibration.Bins | None = None  # of the last call's accuracy
         # Every view's records are read, whatever the training terms are.
         self._soft = tuple(
             methods.Term(name=name, view=index, kind="soft", weight=1.0)
@@ -95,7 +95,7 @@ class Scorer:
         return self._token_metrics(params) | self._choice_metrics(params)
 
     def digest(self) -> str:
-        """Return a hash of everything that decides the metrics, but for the model."""
+        """Return a hash of all that determines the metrics, but for the model."""
         settings = (
             self._config.method.tail,
             self._config.train.dtype,
@@ -188,14 +188,14 @@ class Scorer:
             shares = np.exp(scores - scores.max())
             confidence.append(shares.max() / shares.sum())
             correct.append(choices.correct[of_example][scores.argmax()])
-        self.bins = calibration.ece(
+        self.bins = calibration.reliability_bins(
             jnp.asarray(confidence, jnp.float32),
             jnp.asarray(correct, jnp.float32),
             num_bins=self._config.evaluation.num_bins,
         )
         return {
             "accuracy": float(np.mean(correct)),
-            "ece": float(calibration.finalize_ece(self.bins)),
+            "ece": calibration.expected_calibration_error(self.bins),
         }
 
     def generations(self, params: Any) -> list[dict[str, Any]]:
@@ -215,14 +215,14 @@ class Scorer:
         ]
         if not prompts:
             return []
-        texts = self.texts(params, [text.prompt for _, _, text in prompts])
+        texts = self.generate(params, [text.prompt for _, _, text in prompts])
         return [
             {"id": example.id, "view": view}
             | text_match.compare(generated, example, view, text)
             for (example, view, text), generated in zip(prompts, texts, strict=True)
         ]
 
-    def texts(self, params: Any, prompts: Sequence[str]) -> list[str]:
+    def generate(self, params: Any, prompts: Sequence[str]) -> list[str]:
         """Continue each prompt by greedy decoding."""
         config, data = self._config, self._data
         prompt_ids = views.prompt_ids(
@@ -232,7 +232,7 @@ class Scorer:
         if isinstance(self._model.shape, T5Config):
             end = self._model.shape.eos_id
             prompt_ids = [loader.with_end(ids, end) for ids in prompt_ids]
-        tokens = self._generate(params, prompt_ids)
+        tokens = self._generator(params, prompt_ids)
         return data.tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
 

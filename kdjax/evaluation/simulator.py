@@ -1,7 +1,7 @@
-"""A simulator: a small model that reads a question, a rationale or both, and answers.
+"""Simulator: a small model that predicts a student's answers from its rationales.
 
-It stands for somebody who is told of a student's rationales and foretells its answers.
-It is a run like any other, of hard labels, whose questions hold what it is shown.
+It reads a question, a rationale or both. It is a run like any other, with hard labels,
+whose questions hold its input.
 """
 
 import dataclasses
@@ -28,8 +28,12 @@ from kdjax.config import (
 from kdjax.data import sources, views
 from kdjax.data import tokenizer as tokenizers
 from kdjax.data.example import Example
-from kdjax.evaluation import choices, rationale_metrics
-from kdjax.evaluation.rationale_metrics import Record
+from kdjax.evaluation import choices
+from kdjax.evaluation.rationale_metrics import (
+    Record,
+    answers_match,
+    leakage_adjusted_simulatability,
+)
 from kdjax.experiment import validate, workdir
 from kdjax.experiment.data import Data, load_tokenizer, tokenizer_path
 from kdjax.experiment.models import student_params
@@ -40,14 +44,14 @@ from kdjax.training.checkpoint import Checkpoints
 from kdjax.training.loop import train_loop
 
 _VIEWS = ("label",)
-_RECORDS = "records.jsonl"  # what a simulator was trained on, if not on the data
+_RECORDS = "records.jsonl"  # the training records, if not of the data
 DECODER = DecoderConfig(
     width=128, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=32, mlp_width=384
 )
 
 
-# What a simulator is shown in place of the question; never an empty text.
-SHOWN: dict[str, Callable[[str, str], str]] = {
+# The simulator's input in place of the question; never an empty text.
+INPUTS: dict[str, Callable[[str, str], str]] = {
     "both": lambda question, rationale: f"{question}\n{rationale}".rstrip(),
     "question": lambda question, rationale: question,
     "rationale": lambda question, rationale: rationale or " ",
@@ -57,7 +61,7 @@ SHOWN: dict[str, Callable[[str, str], str]] = {
 def simulator_config(
     config: Config, *, decoder: DecoderConfig = DECODER, steps: int = 500
 ) -> Config:
-    """The run that a simulator is: nothing of it hangs on a student's method or seed.
+    """Return the config of a simulator, independent of a student's method and seed.
 
     Args:
       config: a run on the same data with the same tokenizer.
@@ -101,19 +105,19 @@ def train_simulator(
     steps: int = 500,
     records: Sequence[Record] | None = None,
 ) -> None:
-    """Trains a simulator, from its newest checkpoint if it has one.
+    """Train a simulator, from its newest checkpoint if it has one.
 
     It answers the data's training questions from question and rationale, from the
-    question alone and from the rationale alone: in every epoch each example is shown in
-    one of the three ways, drawn anew.
+    question alone and from the rationale alone: every epoch has each example with one
+    of the three inputs, drawn anew.
 
     Args:
       config: a run on the data; see `simulator_config`.
-      folder: the simulator's own. One that is finished is left as it is.
+      folder: the simulator's own; a finished one is left unchanged.
       decoder: the simulator's shape.
       steps: of training.
       records: a student's own questions, rationales and answers, to learn from instead
-        of the data's. Others than these have to be measured.
+        of the data's. Only other records can be measured with it.
 
     Raises:
       ValueError: examples without rationales, or a folder of another simulator or of
@@ -123,7 +127,7 @@ def train_simulator(
     validate.validate(config)
     _claim_records(folder, records)
     if config.data.tokenizer:
-        config.data.tokenizer = str(_own_tokenizer(folder, config.data.tokenizer))
+        config.data.tokenizer = str(_copy_tokenizer(folder, config.data.tokenizer))
     workdir.claim(folder, config)
     if _finished(folder, steps):
         return
@@ -153,38 +157,44 @@ def train_simulator(
 
 
 def las(records: Sequence[Record], simulator: pathlib.Path) -> dict[str, float]:
-    """Leakage-adjusted simulatability of a student's answers by its rationales.
+    """Compute the leakage-adjusted simulatability of a student's answers.
 
-    Records whose answer is none of their choices are left out: nobody who chooses among
-    these could foretell it.
+    Records whose answer is none of their choices are left out: no simulator that
+    chooses among these can predict it.
 
     Args:
       records: of one student.
       simulator: folder of `train_simulator`.
 
     Returns:
-      What `rationale_metrics.leakage_adjusted` returns; {} without a usable record.
+      As `leakage_adjusted_simulatability`; {} without a usable record.
 
     Raises:
-      ValueError: no simulator, one that is not finished, or one that has learnt from
-        these records.
+      ValueError: no simulator, an unfinished one, or one trained on these records.
     """
-    usable = [r for r in records if any(_same(r, choice) for choice in r.choices)]
-    predicted = predict(usable, simulator)
+    usable = [
+        record
+        for record in records
+        if any(answers_match(record.answer, choice) for choice in record.choices)
+    ]
+    answers = [record.answer for record in usable]
     correct = {
-        show: [_same(r, choice) for r, choice in zip(usable, found, strict=True)]
-        for show, found in predicted.items()
+        inputs: [
+            answers_match(answer, choice)
+            for answer, choice in zip(answers, predictions, strict=True)
+        ]
+        for inputs, predictions in predict(usable, simulator).items()
     }
-    return rationale_metrics.leakage_adjusted(**correct)
+    return leakage_adjusted_simulatability(**correct)
 
 
 def predict(records: Sequence[Record], simulator: pathlib.Path) -> dict[str, list[str]]:
-    """The choice that a simulator takes for each record, by what it is shown.
+    """Predict the answer of each record, from each of the simulator's inputs.
 
     Arguments and errors as `las`; all records have choices.
 
     Returns:
-      A list for each key of `SHOWN`.
+      A list for each key of `INPUTS`.
     """
     file = simulator / "config.json"
     if not file.is_file():
@@ -192,14 +202,14 @@ def predict(records: Sequence[Record], simulator: pathlib.Path) -> dict[str, lis
     config = config_lib.from_json(file.read_text())
     if not _finished(simulator, config.train.steps):
         raise ValueError(f"simulator={str(simulator)!r} is not finished: train it on")
-    learnt = {row["id"] for row in _read_records(simulator)}
-    if again := sorted(learnt & {r.id for r in records}):
+    trained = {row["id"] for row in _read_records(simulator)}
+    if overlap := sorted(trained & {r.id for r in records}):
         raise ValueError(
-            f"simulator={str(simulator)!r} has learnt from records {again[:3]}: "
+            f"simulator={str(simulator)!r} has learnt from records {overlap[:3]}: "
             "measure others"
         )
     if not records:
-        return {show: [] for show in SHOWN}
+        return {inputs: [] for inputs in INPUTS}
     examples = [_as_example(record) for record in records]
     tokenizer = load_tokenizer(config)
     segments, _ = views.make_segments(examples, _VIEWS, tokenizer, config.data)
@@ -212,22 +222,28 @@ def predict(records: Sequence[Record], simulator: pathlib.Path) -> dict[str, lis
         eval_examples=examples,
         labels={},
     )
-    chooser = choices.load(open_run(config, simulator, data=data, devices=_devices()))
-    return {show: choices.choose(chooser, _shown(examples, show)) for show in SHOWN}
+    run = open_run(config, simulator, data=data, devices=_devices())
+    chooser = choices.load_chooser(run)
+    return {
+        inputs: choices.choose(chooser, _with_inputs(examples, inputs))
+        for inputs in INPUTS
+    }
 
 
 def _segments(
     examples: Sequence[Example], tokenizer: Any, config: DataConfig
 ) -> list[views.Segment]:
-    """Each example in three ways: alternatives, of which an epoch takes one."""
-    shown = [example for show in SHOWN for example in _shown(examples, show)]
-    return views.make_segments(shown, _VIEWS, tokenizer, config)[0]
+    """Make three segments per example, alternatives of which an epoch takes one."""
+    alternatives = [
+        example for inputs in INPUTS for example in _with_inputs(examples, inputs)
+    ]
+    return views.make_segments(alternatives, _VIEWS, tokenizer, config)[0]
 
 
-def _shown(examples: Iterable[Example], show: str) -> list[Example]:
-    """The examples with what is shown as the question; the choices always are."""
+def _with_inputs(examples: Iterable[Example], inputs: str) -> list[Example]:
+    """Return the examples with these inputs as the question; the choices stay."""
     return [
-        dataclasses.replace(e, question=SHOWN[show](e.question, e.rationale))
+        dataclasses.replace(e, question=INPUTS[inputs](e.question, e.rationale))
         for e in examples
     ]
 
@@ -242,10 +258,6 @@ def _as_example(record: Record) -> Example:
     )
 
 
-def _same(record: Record, choice: str) -> bool:
-    return rationale_metrics.same(record.answer, choice)
-
-
 def _devices() -> list[jax.Device]:
     """Return one device: a simulator is small."""
     return jax.local_devices()[:1]
@@ -255,28 +267,30 @@ def _finished(folder: pathlib.Path, steps: int) -> bool:
     if not (folder / "checkpoints").is_dir():
         return False
     checkpoints = Checkpoints(folder / "checkpoints")
-    found = checkpoints.latest_step()
+    latest = checkpoints.latest_step()
     checkpoints.close()
-    return found == steps
+    return latest == steps
 
 
-def _own_tokenizer(folder: pathlib.Path, path: str) -> pathlib.Path:
-    """The simulator's copy of a tokenizer: students have it in folders of their own."""
-    given, own = tokenizers.load(hf.resolve(path)), folder / "tokenizer"
-    if not own.is_dir():
+def _copy_tokenizer(folder: pathlib.Path, path: str) -> pathlib.Path:
+    """Copy a tokenizer, which students have in folders of their own, once."""
+    original, copy = tokenizers.load(hf.resolve(path)), folder / "tokenizer"
+    if not copy.is_dir():
         scratch = folder / f".tokenizer.{os.getpid()}"
-        given.save_pretrained(scratch)
-        scratch.rename(own)
-    if tokenizers.fingerprint(tokenizers.load(own)) != tokenizers.fingerprint(given):
+        original.save_pretrained(scratch)
+        scratch.rename(copy)
+    if tokenizers.fingerprint(tokenizers.load(copy)) != tokenizers.fingerprint(
+        original
+    ):
         raise ValueError(
             f"folder={str(folder)!r} holds a simulator with another tokenizer than "
             f"{path!r}: use another folder, or remove it"
         )
-    return own
+    return copy
 
 
 def _claim_records(folder: pathlib.Path, records: Sequence[Record] | None) -> None:
-    """Writes down what is learnt from, or checks that it is the same as before."""
+    """Write the training records, or check that they are the same as before."""
     rows = [dataclasses.asdict(record) for record in records or ()]
     text = "".join(json.dumps(row) + "\n" for row in rows)
     file = folder / _RECORDS

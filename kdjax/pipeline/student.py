@@ -55,7 +55,7 @@ def generate(
         )
         config = dataclasses.replace(run.config, evaluation=evaluation)
         run = dataclasses.replace(run, config=config)
-    return Scorer(run).texts(student.params, prompts)
+    return Scorer(run).generate(student.params, prompts)
 
 
 def export_student(

@@ -1,4 +1,4 @@
-"""Records of a run, and what a student does after rationales it is made to read."""
+"""Records of a run, and a student's choices after prefilled rationales."""
 
 import dataclasses
 import json
@@ -40,7 +40,7 @@ def row(view, generated, key="q"):
 
 
 @pytest.mark.parametrize(
-    ("said", "rationale", "answer", "stated"),
+    ("texts", "rationale", "answer", "stated"),
     [
         (
             {"label": " uncle ", "rationale": "Aunt or uncle , so AUNT ."},
@@ -70,21 +70,21 @@ def row(view, generated, key="q"):
     ],
 )
 def test_records_say_where_rationale_and_answer_come_from(
-    said, rationale, answer, stated
+    texts, rationale, answer, stated
 ):
-    rows = [row(view, text) for view, text in said.items()]
-    [found] = faithfulness.records(rows, [AUNT])
-    assert (found.rationale, found.answer) == (rationale, answer)
-    assert found.stated == stated
-    assert (found.id, found.question, found.gold) == ("q", "Who ?", "aunt")
-    assert found.choices == ("aunt", "uncle")
+    rows = [row(view, text) for view, text in texts.items()]
+    [record] = faithfulness.make_records(rows, [AUNT])
+    assert (record.rationale, record.answer) == (rationale, answer)
+    assert record.stated == stated
+    assert (record.id, record.question, record.gold) == ("q", "Who ?", "aunt")
+    assert record.choices == ("aunt", "uncle")
 
 
 def test_without_a_rationale_there_is_no_record():
-    assert faithfulness.records([row("label", "aunt")], [AUNT]) == []
-    assert faithfulness.records([], [AUNT]) == []
+    assert faithfulness.make_records([row("label", "aunt")], [AUNT]) == []
+    assert faithfulness.make_records([], [AUNT]) == []
     with pytest.raises(ValueError, match=r"generations of \['other'\]"):
-        faithfulness.records([row("label", "aunt", "other")], [AUNT])
+        faithfulness.make_records([row("label", "aunt", "other")], [AUNT])
 
 
 def written(examples, answers=None):
@@ -94,15 +94,15 @@ def written(examples, answers=None):
         row("factual", f"{e.rationale}\nAnswer: {a}", e.id)
         for e, a in zip(examples, answers, strict=True)
     ]
-    return faithfulness.records(rows, examples)
+    return faithfulness.make_records(rows, examples)
 
 
-def chooser(log_probs, *, texts=None, words=WORDS, **limits):
+def chooser(log_probs, *, generate=None, words=WORDS, **limits):
     return Chooser(
         tokenizer=words,
         data=dataclasses.replace(LIMITS, **limits),
         log_probs=lambda segments: np.asarray([log_probs(s) for s in segments]),
-        texts=texts,
+        generate=generate,
     )
 
 
@@ -120,14 +120,16 @@ def test_a_student_that_follows_is_right_after_the_right_rationale():
         for r, before in zip(own, [own[-1], *own], strict=False)
     ]
     student = chooser(last_place)
-    found = faithfulness.forced(student, shifted, EXAMPLES, "factual", seed=1)
+    found = faithfulness.accuracy_after_rationale(
+        student, shifted, EXAMPLES, "factual", seed=1
+    )
     assert found["oracle_accuracy"] == 1
     assert found["plain_accuracy"] < 0.6
     right = 0
     for example in EXAMPLES:
         ids = np.asarray(WORDS.encode(example.rationale), np.int32)
         words = WORDS.decode(
-            faithfulness.perturbed(ids, WORDS, seed=1, key=example.id)
+            faithfulness.replace_half(ids, WORDS, seed=1, key=example.id)
         ).split()
         places = [
             max((i for i, w in enumerate(words) if w == choice), default=-1)
@@ -140,7 +142,9 @@ def test_a_student_that_follows_is_right_after_the_right_rationale():
 
 def test_a_student_that_ignores_rationales_is_the_same_after_all():
     student = chooser(lambda s: (int(s.target_ids[0]) * 7919) % 101)
-    found = faithfulness.forced(student, written(EXAMPLES), EXAMPLES, "factual", seed=1)
+    found = faithfulness.accuracy_after_rationale(
+        student, written(EXAMPLES), EXAMPLES, "factual", seed=1
+    )
     assert len(set(found.values())) == 1 and 0 < found["plain_accuracy"] < 1
 
 
@@ -154,7 +158,9 @@ def test_the_rationale_and_the_cue_stand_before_each_choice(words):
 
     example = EXAMPLES[0]
     student = chooser(log_probs, words=words, max_prompt=2000, max_target=2000)
-    faithfulness.forced(student, written([example]), [example], "factual", seed=0)
+    faithfulness.accuracy_after_rationale(
+        student, written([example]), [example], "factual", seed=0
+    )
     assert len(seen) == 3 * len(example.choices)
     [text] = templates.render(example, "factual", LIMITS)
     for index, segment in enumerate(seen[: 2 * len(example.choices)]):
@@ -178,7 +184,7 @@ def test_draws_follow_from_seed_and_example():
     ids = np.asarray(WORDS.encode(EXAMPLES[0].rationale), np.int32)[:9]
 
     def draw(seed=0, key="a"):
-        return faithfulness.perturbed(ids, WORDS, seed=seed, key=key)
+        return faithfulness.replace_half(ids, WORDS, seed=seed, key=key)
 
     np.testing.assert_array_equal(draw(), draw())
     assert (draw() != ids).sum() == 5
@@ -188,7 +194,7 @@ def test_draws_follow_from_seed_and_example():
     many = np.concatenate(drawn)
     assert not set(WORDS.all_special_ids) & set(many.tolist())
     assert set(many.tolist()) == set(range(len(WORDS))) - set(WORDS.all_special_ids)
-    assert len(faithfulness.perturbed(ids[:0], WORDS, seed=0, key="a")) == 0
+    assert len(faithfulness.replace_half(ids[:0], WORDS, seed=0, key="a")) == 0
 
 
 def test_prefixes_are_swapped_by_hand():
@@ -199,14 +205,14 @@ def test_prefixes_are_swapped_by_hand():
     examples = EXAMPLES[:10]
     answers = [e.answer for e in examples]
     answers[0] = wrong_choices(examples[0])[0]
-    asked = []
+    prompts_seen = []
 
-    def texts(prompts):
-        asked.extend(prompts)
-        said = [e.answer for e in examples]
-        said[1] = wrong_choices(examples[1])[0]
-        said[2] = wrong_choices(examples[2])[0]
-        return [f"So .\nAnswer: {answer}." for answer in said]
+    def generate(prompts):
+        prompts_seen.extend(prompts)
+        answers = [e.answer for e in examples]
+        answers[1] = wrong_choices(examples[1])[0]
+        answers[2] = wrong_choices(examples[2])[0]
+        return [f"So .\nAnswer: {answer}." for answer in answers]
 
     def log_probs(segment):
         read = WORDS.decode(segment.prompt_ids)
@@ -215,8 +221,8 @@ def test_prefixes_are_swapped_by_hand():
             return last_place(segment) if word < "n" else -2.0
         return last_place(segment)
 
-    found = faithfulness.swapped(
-        chooser(log_probs, texts=texts), written(examples, answers), examples
+    found = faithfulness.prefix_swap(
+        chooser(log_probs, generate=generate), written(examples, answers), examples
     )
     pairs = [(e, c) for e in examples for c in wrong_choices(e)]
     followed = [c < "n" for _, c in pairs]
@@ -231,15 +237,15 @@ def test_prefixes_are_swapped_by_hand():
             "counterfactual_prefix_follows": 1,
         }
     )
-    assert asked == [
+    assert prompts_seen == [
         templates.render(e, "counterfactual", LIMITS)[0].prompt for e in examples
     ]
 
 
 def test_without_wrong_rationales_prefixes_are_swapped_all_the_same():
     bare = [dataclasses.replace(e, counterfactuals=()) for e in EXAMPLES[:2]]
-    student = chooser(last_place, texts=lambda prompts: [""] * len(prompts))
-    found = faithfulness.swapped(student, written(bare), bare)
+    student = chooser(last_place, generate=lambda prompts: [""] * len(prompts))
+    found = faithfulness.prefix_swap(student, written(bare), bare)
     assert found == {
         "prefix_changes_answer": 1,
         "factual_prefix_accuracy": 1,
@@ -252,10 +258,10 @@ def test_wrong_rationales_stand_in_the_prompt_where_the_method_has_them():
     example, seen = EXAMPLES[0], []
     student = chooser(
         lambda s: seen.append(s) or 0.0,
-        texts=lambda prompts: ["aunt"] * len(prompts),
+        generate=lambda prompts: ["aunt"] * len(prompts),
         counterfactual_place="prompt",
     )
-    faithfulness.swapped(student, written([example]), [example])
+    faithfulness.prefix_swap(student, written([example]), [example])
     learnt, _ = views.make_segments([example], ("counterfactual",), WORDS, student.data)
     scored = {(s.prompt_ids.tobytes(), s.target_ids.tobytes()) for s in seen}
     for segment in learnt:
@@ -330,10 +336,10 @@ def test_a_run_is_measured_with_a_simulator(tmp_path, monkeypatch):
     config = helpers.small_config(method={"name": "multitask", "soft_weight": 0.0})
     examples = finished(config, tmp_path).eval_examples
 
-    def las(found, folder):
+    def las(records, folder):
         assert folder == tmp_path / "simulator"
-        assert [r.id for r in found] == [e.id for e in examples[:2]]
-        assert [r.answer for r in found] == [e.answer for e in examples[:2]]
+        assert [r.id for r in records] == [e.id for e in examples[:2]]
+        assert [r.answer for r in records] == [e.answer for e in examples[:2]]
         return {"las": 0.25}
 
     monkeypatch.setattr(faithfulness.simulators, "las", las)
@@ -377,7 +383,7 @@ def test_choices_after_the_label_prompt_are_those_of_the_accuracy(tmp_path):
     finished(config, tmp_path)
     run = helpers.open_eval(config, tmp_path)
     data = run.data
-    student = choices.load(run)
+    student = choices.load_chooser(run)
     chosen = choices.choose(student, data.eval_examples)
     right = [c == e.answer for c, e in zip(chosen, data.eval_examples, strict=True)]
     accuracy = Scorer(run)(load_student(run))["accuracy"]

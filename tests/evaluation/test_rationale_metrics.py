@@ -1,16 +1,16 @@
-"""Measures of records, by hand."""
+"""Measures of rationales, by hand."""
 
 import pytest
 
 from kdjax.evaluation import rationale_metrics
-from kdjax.evaluation.rationale_metrics import Record, leakage_adjusted
+from kdjax.evaluation.rationale_metrics import Record, leakage_adjusted_simulatability
 
 KIN = ("mother", "grandmother", "great-grandmother", "aunt")
 PLACES = ("bank", "river bank", "the U.S.", "new york")
 
 
 @pytest.mark.parametrize(
-    ("text", "choices", "found"),
+    ("text", "choices", "mentions"),
     [
         ("She is the mother of Ben .", KIN, ["mother"]),
         ("MOTHER, Aunt; (mother).", KIN, ["mother", "aunt", "mother"]),
@@ -36,14 +36,18 @@ PLACES = ("bank", "river bank", "the U.S.", "new york")
         ("mother", ("", " "), []),
     ],
 )
-def test_whole_words_and_letters_name_choices(text, choices, found):
-    assert rationale_metrics.named(text, choices) == found
-    assert rationale_metrics.last_named(text, choices) == (found[-1] if found else "")
+def test_whole_words_and_letters_name_choices(text, choices, mentions):
+    assert rationale_metrics.find_mentions(text, choices) == mentions
+    assert rationale_metrics.last_mention(text, choices) == (
+        mentions[-1] if mentions else ""
+    )
 
 
 def test_others_are_named_without_a_letter():
-    found = rationale_metrics.named("(a) (b) her uncle's aunt", ("aunt",), "uncle", "")
-    assert found == ["aunt", "uncle", "aunt"]
+    mentions = rationale_metrics.find_mentions(
+        "(a) (b) her uncle's aunt", ("aunt",), "uncle", ""
+    )
+    assert mentions == ["aunt", "uncle", "aunt"]
 
 
 @pytest.mark.parametrize(
@@ -55,7 +59,7 @@ def test_others_are_named_without_a_letter():
     ],
 )
 def test_answers_are_the_same_up_to_spelling(first, second, equal):
-    assert rationale_metrics.same(first, second) is equal
+    assert rationale_metrics.answers_match(first, second) is equal
 
 
 def record(rationale, answer="aunt", gold="mother", stated=None, choices=KIN):
@@ -71,7 +75,7 @@ def record(rationale, answer="aunt", gold="mother", stated=None, choices=KIN):
 
 
 def test_rationales_are_described_by_hand():
-    found = rationale_metrics.describe(
+    metrics = rationale_metrics.describe_rationales(
         [
             record("She is the mother .", answer="Mother.", stated="mother"),
             record("A grandmother or aunt , so (a) .", stated="mother"),
@@ -79,7 +83,7 @@ def test_rationales_are_described_by_hand():
             record("", stated=""),
         ]
     )
-    assert found == pytest.approx(
+    assert metrics == pytest.approx(
         {
             "num_records": 4,
             "words": (5 + 8 + 3 + 0) / 4,
@@ -93,37 +97,45 @@ def test_rationales_are_described_by_hand():
 
 
 def test_what_cannot_be_measured_has_no_key():
-    assert rationale_metrics.describe([]) == {}
+    assert rationale_metrics.describe_rationales([]) == {}
     free = record("So it is 12 , not (a) .", answer="12", gold="13", choices=())
-    assert rationale_metrics.describe([free]) == {
+    assert rationale_metrics.describe_rationales([free]) == {
         "num_records": 1,
         "words": 8,
         "names_gold": 0,
         "names_answer": 1,
     }
     some = [free, record("an aunt"), record("a mother", stated="mother")]
-    found = rationale_metrics.describe(some)
-    assert (found["names_distractor"], found["self_consistency"]) == (1 / 2, 0)
+    metrics = rationale_metrics.describe_rationales(some)
+    assert (metrics["names_distractor"], metrics["self_consistency"]) == (1 / 2, 0)
 
 
 def test_an_answer_that_is_no_choice_can_be_named():
     assert (
-        rationale_metrics.describe([record("her uncle", "uncle")])["names_answer"] == 1
+        rationale_metrics.describe_rationales([record("her uncle", "uncle")])[
+            "names_answer"
+        ]
+        == 1
     )
     # Not by the letter that it would have as a further choice.
-    assert rationale_metrics.describe([record("so (e)", "uncle")])["names_answer"] == 0
+    assert (
+        rationale_metrics.describe_rationales([record("so (e)", "uncle")])[
+            "names_answer"
+        ]
+        == 0
+    )
     longer = record("her grandmother-in-law", "in-law")
-    assert rationale_metrics.describe([longer])["names_answer"] == 0
+    assert rationale_metrics.describe_rationales([longer])["names_answer"] == 0
 
 
 def test_las_by_hand():
     """Leaking items gain 1, 0; the others 1, -1, 0, 0."""
-    found = leakage_adjusted(
+    metrics = leakage_adjusted_simulatability(
         both=[True, True, True, False, True, False],
         question=[False, True, False, True, True, False],
         rationale=[True, True, False, False, False, False],
     )
-    assert found == pytest.approx(
+    assert metrics == pytest.approx(
         {
             "las": (1 / 2 + 0) / 2,
             "las_leaking": 1 / 2,
@@ -137,7 +149,7 @@ def test_las_by_hand():
         }
     )
     # Not the mean over items, which is the gain.
-    assert found["las"] != pytest.approx(found["gain"])
+    assert metrics["las"] != pytest.approx(metrics["gain"])
 
 
 @pytest.mark.parametrize(
@@ -145,15 +157,15 @@ def test_las_by_hand():
     [(True, "leaking", "hidden"), (False, "hidden", "leaking")],
 )
 def test_las_of_one_group_is_its_mean(leaks, there, empty):
-    found = leakage_adjusted(
+    metrics = leakage_adjusted_simulatability(
         [True, True, False], [False, True, False], rationale=[leaks] * 3
     )
-    assert found["las"] == found[f"las_{there}"] == pytest.approx(1 / 3)
-    assert (found[f"num_{there}"], found[f"num_{empty}"]) == (3, 0)
-    assert f"las_{empty}" not in found
+    assert metrics["las"] == metrics[f"las_{there}"] == pytest.approx(1 / 3)
+    assert (metrics[f"num_{there}"], metrics[f"num_{empty}"]) == (3, 0)
+    assert f"las_{empty}" not in metrics
 
 
 def test_las_needs_all_three_of_each_item():
-    assert leakage_adjusted([], [], []) == {}
+    assert leakage_adjusted_simulatability([], [], []) == {}
     with pytest.raises(ValueError, match="rationale=1 items"):
-        leakage_adjusted([True, True], [True, False], [True])
+        leakage_adjusted_simulatability([True, True], [True, False], [True])

@@ -182,7 +182,9 @@ def test_a_killed_simulator_goes_on(config, tmp_path, monkeypatch):
 def test_each_epoch_shows_each_example_in_one_of_three_ways(config):
     examples = [simulator._as_example(r) for r in sums(60, 1)]
     shown = [
-        e.question for show in simulator.SHOWN for e in simulator._shown(examples, show)
+        e.question
+        for inputs in simulator.INPUTS
+        for e in simulator._with_inputs(examples, inputs)
     ]
     words = tokenizer.load(config.data.tokenizer)
     segments = simulator._segments(examples, words, config.data)
