@@ -61,7 +61,7 @@ def find_mentions(text: str, choices: Sequence[str], *others: str) -> list[str]:
 
 def last_mention(text: str, choices: Sequence[str]) -> str:
     """Return the choice that a text names last; "" if it names none."""
-    return next(iter(named(text, choices)[::-1]), "")
+    return next(iter(find_mentions(text, choices)[::-1]), "")
 
 
 def describe_rationales(records: Sequence[Record]) -> dict[str, float]:
