@@ -15,11 +15,13 @@ from kdjax.config import MeshConfig
 
 AXES = ("data", "fsdp", "tensor")
 
+# The width of the output head, and of the embedding that may be it, is split, not the
+# vocabulary: any vocabulary size fits any mesh.
+HEAD_SPEC = P(None, ("fsdp", "tensor"))
 # path of a parameter -> its partition; each parameter matches exactly one rule.
 RULES: tuple[tuple[str, P], ...] = (
-    # The width is split, not the vocabulary: any vocabulary size fits any mesh.
-    (r"embed/embedding", P(None, ("fsdp", "tensor"))),
-    (r"head/weight", P(None, ("fsdp", "tensor"))),
+    (r"embed/embedding", HEAD_SPEC),
+    (r"head/weight", HEAD_SPEC),
     (r"layers/attention/(query|key|value)/kernel", P(None, "fsdp", "tensor")),
     (r"layers/attention/(query|key|value)/bias", P(None, "tensor")),
     (r"layers/attention/out/kernel", P(None, "tensor", "fsdp")),
@@ -48,7 +50,6 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"(.*/)?layers/.*/(out|down)/lora_a", P(None, "tensor")),
     (r"(.*/)?layers/.*/(out|down)/lora_b", P(None, None, "fsdp")),
 )
-HEAD_SPEC = P(None, ("fsdp", "tensor"))
 BATCH_SPEC = P(None, ("data", "fsdp"))  # [microbatch, row, ...]
 
 
