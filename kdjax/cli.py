@@ -111,7 +111,7 @@ def run_actions(main: Callable[[list[str]], None]) -> None:
 
 
 def _abandon(message: str) -> None:
-    """End one of several processes at once, if it is one of several."""
+    """End this process at once if it is one of several."""
     if "jax" in sys.modules:
         from kdjax.parallel import distributed
 
@@ -211,18 +211,18 @@ def check_type(config: Any, expected: type) -> None:
 
 
 def workdir(config: Any) -> pathlib.Path:
-    """--workdir, or runs/<name>."""
+    """Return --workdir, or runs/<name>."""
     return pathlib.Path(_WORKDIR.value or pathlib.Path("runs") / config.name)
 
 
-def write_json(found: Any) -> None:
-    """Writes a result where --json says, if it does."""
+def write_json(result: Any) -> None:
+    """Write a result to the file of --json, if that is given."""
     if _JSON.value:
-        files.write_json(_JSON.value, found)
+        files.write_json(_JSON.value, result)
 
 
 def _flag_error(error: Exception, argv: list[str]) -> str:
-    """What is wrong with the --config flags, in words."""
+    """Describe what is wrong with the --config flags."""
     file = next((a.split("=", 1)[1] for a in argv if a.startswith("--config=")), None)
     if file is not None and not pathlib.Path(file.split(":")[0]).is_file():
         return f"--config={file}: no such file; give the path of a config"
