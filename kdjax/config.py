@@ -6,10 +6,14 @@ field is overridden from the command line by `--config.part.field=value`.
 
 import dataclasses
 import json
+import math
 import re
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
+
+T = TypeVar("T")
 
 SOURCES = ("kinship", "jsonl", "datasets", "tfds", "text")
 SCHEMAS = ("plain", "commonsense_qa", "gsm8k")
@@ -31,6 +35,23 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma2", "gemma3_t
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 ROTARY = ("global", "local", "none")
+METHODS = (  # keys of kdjax.experiment.methods.METHODS
+    "finetune",
+    "rationale_then_label",
+    "multitask",
+    "counterfactual",
+    "multitask_counterfactual",
+    "text",
+)
+DIVERGENCES = (  # keys of kdjax.losses.divergence.DIVERGENCES
+    "forward_kl",
+    "reverse_kl",
+    "jsd",
+    "skew_forward_kl",
+    "skew_reverse_kl",
+    "tvd",
+)
+SPLITS = ("train", "eval")
 ANNOTATIONS = (
     "zero_shot",
     "few_shot",
@@ -61,16 +82,130 @@ RENAMED_COMPARISON = {  # the same of a kdjax.comparison.Comparison
 }
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Range:
+    """Limits of a finite number."""
+
+    at_least: float = -math.inf
+    above: float = -math.inf
+    at_most: float = math.inf
+    below: float = math.inf
+
+    def error(self, value: float) -> str:
+        """Return what is wrong with a value, and the remedy; "" if it is inside."""
+        if self.at_least <= value <= self.at_most and self.above < value < self.below:
+            return ""
+        problem = "is out of range"
+        if self.at_least == 0 and 1 in (self.at_most, self.below):
+            problem = "is a share"
+        elif self.above == 0 and not value > 0:
+            problem = "must be positive"
+        elif value < self.at_least:
+            problem = f"is below {self.at_least}"
+        return f"{problem}: use {self}"
+
+    def __str__(self) -> str:
+        low = f"above {self.above}" if self.above > -math.inf else f"{self.at_least}"
+        if self.at_most < math.inf:
+            return f"{low} to {self.at_most}"
+        if self.below < math.inf:
+            below = f"below {self.below}"
+            return f"{low} to {below}" if self.at_least > -math.inf else below
+        if self.at_least > -math.inf:
+            return f"{low} or more"
+        return low if self.above > -math.inf else "a finite number"
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The values that a string may have."""
+
+    choices: tuple[str, ...]
+
+    def error(self, value: str) -> str:
+        """Return what is wrong with a value, and the remedy; "" if it is one."""
+        known = value in self.choices
+        return "" if known else f"is unknown: use one of {list(self.choices)}"
+
+    def __str__(self) -> str:
+        return ", ".join(self.choices)
+
+
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """A string that is a regular expression."""
+
+    def error(self, value: str) -> str:
+        """Return what is wrong with a value; "" if it compiles."""
+        try:
+            re.compile(value)
+        except re.error as error:
+            return f"is no regular expression: {error}"
+        return ""
+
+    def __str__(self) -> str:
+        return "a regular expression"
+
+
+# A field with a default and a limit; the limit of a tuple is that of each item.
+
+
+def limited(default: T, limit: Range | Choice | Pattern) -> T:
+    """Return a field with a limit, which `check` reads from its metadata."""
+    return field(default=default, metadata={"limit": limit})
+
+
+def number(default: T, **limits: float) -> T:
+    """Return a field of a number within the limits of a `Range`."""
+    return limited(default, Range(**limits))
+
+
+def positive(default: T) -> T:
+    """Return a field of a number above 0; an integer of 1 or more."""
+    is_integer = isinstance(default, int)
+    return number(default, at_least=1) if is_integer else number(default, above=0)
+
+
+def non_negative(default: T) -> T:
+    """Return a field of a number of 0 or more."""
+    return number(default, at_least=0)
+
+
+def share(default: T) -> T:
+    """Return a field of a number from 0 to 1."""
+    return number(default, at_least=0, at_most=1)
+
+
+def rate(default: T) -> T:
+    """Return a field of a number from 0 to below 1."""
+    return number(default, at_least=0, below=1)
+
+
+def random_seed(default: T) -> T:
+    """Return a field of a seed; JAX takes larger ones modulo 2^32."""
+    return number(default, at_least=0, below=2**32)
+
+
+def choice(default: T, choices: tuple[str, ...]) -> T:
+    """Return a field of one of several strings."""
+    return limited(default, Choice(choices))
+
+
+def patterns(default: T) -> T:
+    """Return a field of regular expressions."""
+    return limited(default, Pattern())
+
+
 @dataclass(kw_only=True, slots=True)
 class KinshipConfig:
     """The built-in task: who is X to Y, over stated family relations."""
 
-    seed: int = 0  # which examples are generated (not the order of training)
-    min_hops: int = 2  # fewest stated relations that a question needs
-    max_hops: int = 3  # most stated relations that a question needs
-    num_distractors: int = 2  # stated relations that a question does not need
-    num_choices: int = 5  # answer choices, the correct one included
-    label_noise: float = 0.0  # share of training answers replaced by a wrong choice
+    seed: int = random_seed(0)  # which examples are generated, not their order
+    min_hops: int = number(2, at_least=2)  # fewest stated relations of a question
+    max_hops: int = number(3, at_least=2)  # most stated relations of a question
+    num_distractors: int = non_negative(2)  # stated relations it does not need
+    num_choices: int = number(5, at_least=2)  # answer choices, the correct one included
+    label_noise: float = share(0.0)  # share of training answers made wrong
 
 
 @dataclass(kw_only=True, slots=True)
@@ -88,8 +223,8 @@ class PrefixConfig:
 class DataConfig:
     """Where examples come from and how they become tokens."""
 
-    source: str = "kinship"  # one of SOURCES
-    schema: str = "plain"  # columns of jsonl/datasets/tfds rows: one of SCHEMAS
+    source: str = choice("kinship", SOURCES)  # where rows come from
+    schema: str = choice("plain", SCHEMAS)  # columns of jsonl/datasets/tfds rows
     path: str = ""  # file or folder or hub name of the training rows
     eval_path: str = ""  # the same for held-out rows; "" takes eval_split of `path`
     train_split: str = "train"  # split name for datasets and tfds
@@ -97,18 +232,19 @@ class DataConfig:
     rationales: str = ""  # jsonl of {id, text} with one rationale per training row
     eval_rationales: str = ""  # the same for held-out rows
     counterfactuals: str = ""  # jsonl of {id, choice, text}: for a wrong choice each
-    counterfactual_place: str = "decoder"  # its input: one of COUNTERFACTUAL_PLACES
+    counterfactual_place: str = choice("decoder", COUNTERFACTUAL_PLACES)  # its input
     labels: str = ""  # jsonl of {id, answer} by a teacher, to train on; "" = gold
-    wrong_labels: str = "keep"  # policy for its wrong answers: one of WRONG_LABELS
-    wrong_label_weight: float = 0.5  # loss weight, 0 to 1 (wrong_labels="weight")
-    num_train: int = 0  # training examples to use; 0 = all (kinship: must be > 0)
-    num_eval: int = 0  # held-out examples to use; 0 = all (kinship: must be > 0)
+    wrong_labels: str = choice("keep", WRONG_LABELS)  # policy for its wrong answers
+    wrong_label_weight: float = share(0.5)  # loss weight (wrong_labels="weight")
+    num_train: int = non_negative(0)  # training examples; 0 = all (kinship: above 0)
+    num_eval: int = non_negative(0)  # held-out examples; 0 = all (kinship: above 0)
     tokenizer: str = ""  # Hugging Face folder or hub name; "" = the teacher's own
     chat_template: bool = False  # wrap prompts in the tokenizer's chat template
-    max_prompt: int = 256  # longest prompt, tokens
-    max_target: int = 256  # longest target, tokens, eos and a decoder's prefix too
-    on_long: str = "error"  # a longer example: one of LONG_POLICIES (counted, logged)
-    on_missing: str = "error"  # no rationale, no label: one of MISSING_POLICIES
+    max_prompt: int = positive(256)  # longest prompt, tokens
+    # longest target, tokens, eos and a decoder's prefix too
+    max_target: int = positive(256)
+    on_long: str = choice("error", LONG_POLICIES)  # a longer example (counted, logged)
+    on_missing: str = choice("error", MISSING_POLICIES)  # no rationale, no label
     prompt_suffix: bool = True  # prompts end with a line such as "Answer:"
     prefixes: PrefixConfig = field(default_factory=PrefixConfig)
     kinship: KinshipConfig = field(default_factory=KinshipConfig)
@@ -118,72 +254,82 @@ class DataConfig:
 class RopeConfig:
     """How rotary positions are stretched beyond the lengths first trained at."""
 
-    type: str = "default"  # one of ROPE_TYPES; default = not at all
-    factor: float = 1.0  # times the original length (linear, llama3, yarn)
-    original_length: int = 0  # longest position before, tokens (llama3, yarn)
-    low_freq_factor: float = 1.0  # turns below which all is stretched (llama3)
-    high_freq_factor: float = 4.0  # turns above which nothing is stretched (llama3)
-    beta_fast: float = 32.0  # turns above which nothing is stretched (yarn)
-    beta_slow: float = 1.0  # turns below which all is stretched (yarn)
-    attention_factor: float = 0.0  # scales cos and sin; 0 = 0.1 ln(factor) + 1 (yarn)
+    type: str = choice("default", ROPE_TYPES)  # default = not at all
+    # times the original length (linear, llama3, yarn)
+    factor: float = number(1.0, at_least=1)
+    # longest position before stretching, tokens (llama3, yarn)
+    original_length: int = non_negative(0)
+    # turns below which all is stretched (llama3)
+    low_freq_factor: float = positive(1.0)
+    # turns above which nothing is stretched (llama3)
+    high_freq_factor: float = positive(4.0)
+    beta_fast: float = positive(32.0)  # turns above which nothing is stretched (yarn)
+    beta_slow: float = positive(1.0)  # turns below which all is stretched (yarn)
+    # scales cos and sin; 0 = 0.1 ln(factor) + 1 (yarn)
+    attention_factor: float = non_negative(0.0)
 
 
 @dataclass(kw_only=True, slots=True)
 class DecoderConfig:
     """Shape of a decoder-only transformer; families differ by these values alone."""
 
-    vocab_size: int = 0  # rows of the embedding; 0 = the tokenizer's size
-    width: int = 64  # D, residual stream
-    num_layers: int = 2  # L
-    num_heads: int = 4  # H, query heads
-    num_kv_heads: int = 4  # key/value heads; divides num_heads
-    head_dim: int = 16  # per head
-    mlp_width: int = 192  # inner width of the gated MLP
-    rope_theta: float = 10000.0  # base of the rotary frequencies
-    norm_eps: float = 1e-5  # RMSNorm epsilon
+    vocab_size: int = non_negative(0)  # rows of the embedding; 0 = the tokenizer's size
+    width: int = positive(64)  # D, residual stream
+    num_layers: int = positive(2)  # L
+    num_heads: int = positive(4)  # H, query heads
+    num_kv_heads: int = positive(4)  # key/value heads; divides num_heads
+    head_dim: int = positive(16)  # per head
+    mlp_width: int = positive(192)  # inner width of the gated MLP
+    rope_theta: float = number(10000.0, above=1)  # base of the rotary frequencies
+    norm_eps: float = non_negative(1e-5)  # RMSNorm epsilon
     tie_embeddings: bool = True  # the output head is the embedding
-    max_length: int = 2048  # longest position the model is used at, tokens
-    init_std: float = 0.02  # standard deviation of random weights
-    family: str = "llama"  # architecture it is exported as: one of FAMILIES
+    max_length: int = positive(2048)  # longest position the model is used at, tokens
+    init_std: float = non_negative(0.02)  # standard deviation of random weights
+    family: str = choice("llama", FAMILIES)  # architecture it is exported as
     rope: RopeConfig = field(default_factory=RopeConfig)  # of the "global" layers
-    local_rope_theta: float = 10000.0  # the base in "local" layers, never stretched
-    rotary: tuple[str, ...] = ()  # of each layer, one of ROTARY; () = all "global"
-    windows: tuple[int, ...] = ()  # tokens each layer sees, 0 = all; () = all 0
+    # the base in "local" layers, never stretched
+    local_rope_theta: float = number(10000.0, above=1)
+    rotary: tuple[str, ...] = choice((), ROTARY)  # of each layer; () = all "global"
+    # tokens each layer sees, 0 = all; () = all 0
+    windows: tuple[int, ...] = non_negative(())
     qkv_bias: bool = False  # query, key and value projections have a bias
     out_bias: bool = False  # attention's output projection has a bias
     mlp_bias: bool = False  # the MLP's projections have a bias
     qk_norm: bool = False  # queries and keys are normed a head, before rotary
     post_norms: bool = False  # what attention and MLP return is normed as well
-    norm_offset: float = 0.0  # added to every norm's scale; Gemma stores scale - 1: 1.0
+    # added to every norm's scale; Gemma stores scale - 1: 1.0
+    norm_offset: float = number(0.0)
     scale_embeddings: bool = False  # times sqrt(width), rounded to the compute dtype
-    activation: str = "silu"  # of the MLP's gate: one of ACTIVATIONS
-    query_scalar: int = 0  # scores are divided by its root; 0 = head_dim
-    attention_softcap: float = 0.0  # scores stay within +-this, by tanh; 0 = no cap
-    final_softcap: float = 0.0  # logits stay within +-this, by tanh; 0 = no cap
+    activation: str = choice("silu", ACTIVATIONS)  # of the MLP's gate
+    query_scalar: int = non_negative(0)  # scores are divided by its root; 0 = head_dim
+    # scores stay within +-this, by tanh; 0 = no cap
+    attention_softcap: float = non_negative(0.0)
+    # logits stay within +-this, by tanh; 0 = no cap
+    final_softcap: float = non_negative(0.0)
 
 
 @dataclass(kw_only=True, slots=True)
 class T5Config:
     """Shape of an encoder-decoder transformer: T5 v1.0, v1.1 or FLAN."""
 
-    vocab_size: int = 0  # rows of the embedding; 0 = the tokenizer's size
-    width: int = 64  # D, residual streams
-    num_encoder_layers: int = 2  # layers that read the prompt
-    num_decoder_layers: int = 2  # layers that write the target
-    num_heads: int = 4  # H, of every attention
-    head_dim: int = 16  # per head; H * head_dim need not be the width
-    mlp_width: int = 128  # inner width of the MLP
+    vocab_size: int = non_negative(0)  # rows of the embedding; 0 = the tokenizer's size
+    width: int = positive(64)  # D, residual streams
+    num_encoder_layers: int = positive(2)  # layers that read the prompt
+    num_decoder_layers: int = positive(2)  # layers that write the target
+    num_heads: int = positive(4)  # H, of every attention
+    head_dim: int = positive(16)  # per head; H * head_dim need not be the width
+    mlp_width: int = positive(128)  # inner width of the MLP
     gated: bool = True  # gelu(gate) * up (v1.1, FLAN), else relu(up) (v1.0)
     tie_embeddings: bool = False  # the output head is the embedding (v1.0)
     scale_outputs: bool = False  # logits are multiplied by width^-0.5 (v1.0)
-    num_buckets: int = 32  # of relative positions; even
-    max_distance: int = 128  # tokens; farther ones share the last bucket
-    dropout: float = 0.1  # rate while training
-    norm_eps: float = 1e-6  # RMSNorm epsilon
-    init_factor: float = 1.0  # multiplies all random weights
-    pad_id: int = 0  # fills rows
-    eos_id: int = 1  # ends a prompt and a target
-    start_id: int = 0  # first token the decoder reads
+    num_buckets: int = number(32, at_least=4)  # of relative positions; even
+    max_distance: int = positive(128)  # tokens; farther ones share the last bucket
+    dropout: float = rate(0.1)  # rate while training
+    norm_eps: float = non_negative(1e-6)  # RMSNorm epsilon
+    init_factor: float = non_negative(1.0)  # multiplies all random weights
+    pad_id: int = non_negative(0)  # fills rows
+    eos_id: int = non_negative(1)  # ends a prompt and a target
+    start_id: int = non_negative(0)  # first token the decoder reads
 
 
 @dataclass(kw_only=True, slots=True)
@@ -193,10 +339,10 @@ class TeacherConfig:
     path: str = ""  # Hugging Face folder or hub name; "" trains `decoder` first
     online: bool = False  # runs beside the student; no cache of the training split
     decoder: DecoderConfig = field(default_factory=DecoderConfig)  # when path is ""
-    num_train: int = 20000  # examples the trained teacher sees (kinship)
-    label_noise: float = 0.0  # share of wrong answers among those (kinship)
-    steps: int = 1000  # optimizer steps of the trained teacher
-    learning_rate: float = 3e-3  # peak learning rate of the trained teacher
+    num_train: int = positive(20000)  # examples the trained teacher sees (kinship)
+    label_noise: float = share(0.0)  # share of wrong answers among those (kinship)
+    steps: int = positive(1000)  # optimizer steps of the trained teacher
+    learning_rate: float = positive(3e-3)  # peak learning rate of the trained teacher
 
 
 @dataclass(kw_only=True, slots=True)
@@ -204,38 +350,46 @@ class CacheConfig:
     """The teacher's stored outputs."""
 
     path: str = ""  # folder; "" = <workdir>/cache
-    kind: str = "top_k"  # of the training split: one of CACHE_KINDS
-    k: int = 64  # pairs stored per target token (top_k; held-out ones, if sampled)
-    num_draws: int = 50  # draws per target token, temperature and round (sampled)
-    num_rounds: int = 1  # independent rounds; epoch e uses round e mod it (sampled)
-    temperatures: tuple[float, ...] = (1.0, 2.0)  # declared: exact log Z for each
-    shard_size: int = 512  # records (example, view) per shard
-    batch_size: int = 8  # packed rows per teacher forward
-    row_length: int = 512  # tokens per packed row while labelling
-    encoder_row_length: int = 0  # the same of an encoder; 0 = row_length
-    chunk_size: int = 0  # tokens per head chunk; 0 = from memory_mib
-    memory_mib: int = 64  # memory for one chunk of logits, MiB
+    kind: str = choice("top_k", CACHE_KINDS)  # of the training split
+    # pairs stored per target token (top_k; held-out ones, if sampled)
+    k: int = positive(64)
+    # draws per target token, temperature and round (sampled)
+    num_draws: int = number(50, at_least=1, at_most=65535)
+    # independent rounds; epoch e uses round e mod it (sampled)
+    num_rounds: int = positive(1)
+    # declared: exact log Z for each
+    temperatures: tuple[float, ...] = positive((1.0, 2.0))
+    shard_size: int = positive(512)  # records (example, view) per shard
+    batch_size: int = positive(8)  # packed rows per teacher forward
+    row_length: int = positive(512)  # tokens per packed row while labelling
+    encoder_row_length: int = non_negative(0)  # of an encoder; 0 = row_length
+    chunk_size: int = non_negative(0)  # tokens per head chunk; 0 = from memory_mib
+    memory_mib: int = positive(64)  # memory for one chunk of logits, MiB
 
 
 @dataclass(kw_only=True, slots=True)
 class LoraConfig:
     """Low-rank adapters, trained in place of the weights; see `models.lora`."""
 
-    rank: int = 0  # of each adapter; 0 = none, all weights are trained
-    alpha: float = 16.0  # an adapter's product is multiplied by alpha / rank
-    targets: tuple[str, ...] = (".*",)  # regexes of linear layers: "query", "mlp/.*"
+    rank: int = non_negative(0)  # of each adapter; 0 = none, all weights are trained
+    alpha: float = positive(16.0)  # an adapter's product is multiplied by alpha / rank
+    # regexes of linear layers: "query", "mlp/.*"
+    targets: tuple[str, ...] = patterns((".*",))
 
 
 @dataclass(kw_only=True, slots=True)
 class StudentConfig:
     """How the student starts."""
 
-    init: str = "random"  # one of STUDENT_INITS
+    init: str = choice("random", STUDENT_INITS)  # where weights come from
     path: str = ""  # Hugging Face folder or hub name (init="folder")
-    keep_layers: tuple[int, ...] = ()  # teacher layers kept (init="teacher_layers")
-    keep_encoder_layers: tuple[int, ...] = ()  # of a T5 teacher's encoder; () = all
-    dropout: float = -1.0  # rate while training (T5); below 0 = as its shape says
-    architecture: str = "decoder"  # of init="random": one of ARCHITECTURES
+    # teacher layers kept (init="teacher_layers")
+    keep_layers: tuple[int, ...] = non_negative(())
+    # of a T5 teacher's encoder; () = all
+    keep_encoder_layers: tuple[int, ...] = non_negative(())
+    # rate while training (T5); below 0 = as its shape says
+    dropout: float = number(-1.0, below=1)
+    architecture: str = choice("decoder", ARCHITECTURES)  # of init="random"
     lora: LoraConfig = field(default_factory=LoraConfig)  # not with init="random"
     decoder: DecoderConfig = field(default_factory=DecoderConfig)  # init="random"
     t5: T5Config = field(default_factory=T5Config)  # init="random"; ids of tokenizer
@@ -245,120 +399,137 @@ class StudentConfig:
 class MethodConfig:
     """Which views are trained, with which terms."""
 
-    name: str = "multitask"  # key of kdjax.experiment.methods.METHODS
-    label_weight: float = 0.5  # a: label view a, rationale view 1 - a (multitask)
-    counterfactual_weight: float = 0.5  # b: that view b, factual view 1 - b
-    multitask_weight: float = 0.5  # g: a's views share g, b's 1 - g (both: all four)
-    hard_weight: float = 0.5  # weight of cross-entropy with the data
-    soft_weight: float = 0.5  # weight of the teacher's term; 0 needs no cache
-    weight_schedule: str = "constant"  # of both weights over the run: one of SCHEDULES
-    final_hard_weight: float = 0.5  # at the last step, unless constant
-    final_soft_weight: float = 0.5  # at the last step, unless constant
-    label_smoothing: float = 0.0  # share of the hard target spread over the vocabulary
-    divergence: str = "forward_kl"  # of the soft term: key of losses.divergence
-    alpha: float = 0.1  # share of the first distribution in the mixture (skew_*)
-    beta: float = 0.5  # 0 forward to 1 reverse KL (jsd, divided by beta (1 - beta))
-    temperature: float = 1.0  # T of the soft term; must be declared in the cache
-    temperature_schedule: str = "constant"  # over the run: one of SCHEDULES
-    final_temperature: float = 1.0  # at the last step, unless constant; also declared
+    name: str = choice("multitask", METHODS)  # its views
+    # a: label view a, rationale view 1 - a (multitask)
+    label_weight: float = share(0.5)
+    # b: counterfactual view b, factual view 1 - b
+    counterfactual_weight: float = share(0.5)
+    # g: a's views share g, b's 1 - g (both: all four)
+    multitask_weight: float = share(0.5)
+    hard_weight: float = non_negative(0.5)  # of cross-entropy with the data
+    # weight of the teacher's term; 0 needs no cache
+    soft_weight: float = non_negative(0.5)
+    weight_schedule: str = choice("constant", SCHEDULES)  # of both weights over the run
+    final_hard_weight: float = non_negative(0.5)  # at the last step, unless constant
+    final_soft_weight: float = non_negative(0.5)  # at the last step, unless constant
+    # share of the hard target spread over the vocabulary
+    label_smoothing: float = rate(0.0)
+    divergence: str = choice("forward_kl", DIVERGENCES)  # of the soft term
+    alpha: float = rate(0.1)  # share of the first distribution in the mixture (skew_*)
+    # 0 forward to 1 reverse KL (jsd, divided by beta (1 - beta))
+    beta: float = share(0.5)
+    # T of the soft term; must be declared in the cache
+    temperature: float = positive(1.0)
+    temperature_schedule: str = choice("constant", SCHEDULES)  # over the run
+    # at the last step, unless constant; also declared
+    final_temperature: float = positive(1.0)
     scale_by_t2: bool = True  # multiply the soft term by T^2
-    tail: str = "bucket"  # what stands for ids outside the top k: one of TAILS
-    hidden_weight: float = 0.0  # of the hidden-state term; needs teacher.online
-    hidden_loss: str = "mse"  # of mapped layers' states: one of HIDDEN_LOSSES
+    tail: str = choice("bucket", TAILS)  # what stands for ids outside the top k
+    # of the hidden-state term; needs teacher.online
+    hidden_weight: float = non_negative(0.0)
+    hidden_loss: str = choice("mse", HIDDEN_LOSSES)  # of mapped layers' states
     hidden_projection: bool = False  # learned map to the teacher's width
-    attention_weight: float = 0.0  # of the attention term; needs teacher.online
-    layer_map: tuple[int, ...] = ()  # teacher layer of each student layer; -1 = none
+    # of the attention term; needs teacher.online
+    attention_weight: float = non_negative(0.0)
+    # teacher layer of each student layer; -1 = none
+    layer_map: tuple[int, ...] = number((), at_least=-1)
 
 
 @dataclass(kw_only=True, slots=True)
 class OptimConfig:
     """Optimizer and learning-rate schedule."""
 
-    name: str = "adamw"  # one of OPTIMIZERS
-    learning_rate: float = 3e-4  # peak
-    schedule: str = "cosine"  # after warm-up: one of SCHEDULES
-    warmup_steps: int = 0  # linear from 0 to the peak
-    final_fraction: float = 0.0  # learning rate at the last step / peak
-    weight_decay: float = 0.0  # decoupled; not applied to norms
-    b1: float = 0.9  # adamw
-    b2: float = 0.95  # adamw
-    eps: float = 1e-8  # adamw
-    clip_norm: float = 1.0  # global gradient norm limit; 0 = off
-    freeze: tuple[str, ...] = ()  # regexes of paths ("layers/mlp/.*") not trained
-    ema_decay: float = 0.0  # of averaged parameters, which are evaluated; 0 = none
+    name: str = choice("adamw", OPTIMIZERS)  # update rule
+    learning_rate: float = positive(3e-4)  # peak
+    schedule: str = choice("cosine", SCHEDULES)  # after warm-up
+    warmup_steps: int = non_negative(0)  # linear from 0 to the peak
+    final_fraction: float = non_negative(0.0)  # learning rate at the last step / peak
+    weight_decay: float = non_negative(0.0)  # decoupled; not applied to norms
+    b1: float = rate(0.9)  # adamw
+    b2: float = rate(0.95)  # adamw
+    eps: float = positive(1e-8)  # adamw
+    clip_norm: float = non_negative(1.0)  # global gradient norm limit; 0 = off
+    # regexes of paths ("layers/mlp/.*") not trained
+    freeze: tuple[str, ...] = patterns(())
+    # of averaged parameters, which are evaluated; 0 = none
+    ema_decay: float = rate(0.0)
 
 
 @dataclass(kw_only=True, slots=True)
 class TrainConfig:
     """The loop."""
 
-    steps: int = 1000  # optimizer steps
-    batch_size: int = 16  # packed rows per step over all hosts
-    row_length: int = 256  # tokens per packed row
-    encoder_row_length: int = 0  # the same of an encoder (T5); 0 = row_length
-    num_microbatches: int = 1  # gradient accumulation; divides batch_size
-    dtype: str = "float32"  # compute; parameters and reductions stay float32
-    remat: str = "none"  # what the backward pass recomputes: one of REMATS
-    chunk_size: int = 0  # tokens per chunk of the fused head; 0 = from memory_mib
-    memory_mib: int = 32  # memory for one chunk of logits, MiB
-    log_every: int = 10  # steps between lines of metrics.jsonl
-    eval_every: int = 0  # steps between evaluations; 0 = only at the end
-    save_every: int = 500  # steps between checkpoints; 0 = only at the end
-    keep_last: int = 2  # recent checkpoints kept
+    steps: int = positive(1000)  # optimizer steps
+    batch_size: int = positive(16)  # packed rows per step over all hosts
+    row_length: int = positive(256)  # tokens per packed row
+    encoder_row_length: int = non_negative(0)  # of an encoder (T5); 0 = row_length
+    num_microbatches: int = positive(1)  # gradient accumulation; divides batch_size
+    # of compute; parameters and reductions stay float32
+    dtype: str = choice("float32", DTYPES)
+    remat: str = choice("none", REMATS)  # what the backward pass recomputes
+    chunk_size: int = non_negative(0)  # tokens per head chunk; 0 = from memory_mib
+    memory_mib: int = positive(32)  # memory for one chunk of logits, MiB
+    log_every: int = positive(10)  # steps between lines of metrics.jsonl
+    eval_every: int = non_negative(0)  # steps between evaluations; 0 = at the end
+    save_every: int = non_negative(500)  # steps between checkpoints; 0 = at the end
+    keep_last: int = positive(2)  # recent checkpoints kept
     keep_best: bool = True  # also keep the one with the lowest held-out NLL
-    non_finite: str = "stop"  # a non-finite loss: one of NON_FINITE
-    num_threads: int = 2  # loader threads
-    prefetch: int = 8  # batches made ahead
+    non_finite: str = choice("stop", NON_FINITE)  # a non-finite loss
+    num_threads: int = positive(2)  # loader threads
+    prefetch: int = positive(8)  # batches made ahead
 
 
 @dataclass(kw_only=True, slots=True)
 class MeshConfig:
     """Devices along each axis; exactly one may be -1, meaning "the rest"."""
 
-    data: int = -1  # batch split, parameters repeated
-    fsdp: int = 1  # batch and parameters split
-    tensor: int = 1  # heads and inner widths split
+    data: int = number(-1, at_least=-1)  # batch split, parameters repeated
+    fsdp: int = number(1, at_least=-1)  # batch and parameters split
+    tensor: int = number(1, at_least=-1)  # heads and inner widths split
 
 
 @dataclass(kw_only=True, slots=True)
 class EvalConfig:
     """What is measured on held-out examples."""
 
-    batch_size: int = 16  # packed rows per forward
-    row_length: int = 0  # tokens per packed row; 0 = train.row_length
-    encoder_row_length: int = 0  # the same of an encoder; 0 = that of training
-    num_generations: int = 64  # examples answered by greedy decoding; 0 = none
-    max_new_tokens: int = 32  # per generated answer
-    num_bins: int = 10  # bins of the expected calibration error
+    batch_size: int = positive(16)  # packed rows per forward
+    row_length: int = non_negative(0)  # tokens per packed row; 0 = train.row_length
+    encoder_row_length: int = non_negative(0)  # of an encoder; 0 = that of training
+    num_generations: int = non_negative(64)  # greedily answered examples; 0 = none
+    max_new_tokens: int = positive(32)  # per generated answer
+    num_bins: int = positive(10)  # bins of the expected calibration error
 
 
 @dataclass(kw_only=True, slots=True)
 class AnnotateConfig:
     """How a teacher writes rationales or answers; training reads none of it."""
 
-    method: str = "few_shot"  # one of ANNOTATIONS
-    split: str = "train"  # whose examples: "train" or "eval"
+    method: str = choice("few_shot", ANNOTATIONS)  # how texts are asked for
+    split: str = choice("train", SPLITS)  # whose examples
     path: str = ""  # folder; "" = <workdir>/annotations/<split>-<method>
-    backend: str = "local"  # one of BACKENDS
+    backend: str = choice("local", BACKENDS)  # who writes
     model: str = ""  # folder or hub name, "" = the teacher; or a server's name for it
     prompts: str = ""  # folder of prompt files; "" = the built-in ones
-    num_demonstrations: int = 7  # worked examples before the question (not zero_shot)
-    quality: str = "good"  # of the rationales asked for: one of QUALITIES
-    contrast: str = "wrong"  # answer that is decoded against: one of CONTRASTS
-    contrast_weight: float = 0.5  # lambda of its log-probabilities (contrastive)
-    max_new_tokens: int = 128  # of each generated text
-    temperature: float = 0.0  # 0 = most probable token, else sampling
-    top_p: float = 1.0  # sample among the fewest tokens of at least this probability
+    num_demonstrations: int = non_negative(7)  # worked examples (not zero_shot)
+    quality: str = choice("good", QUALITIES)  # of the rationales asked for
+    contrast: str = choice("wrong", CONTRASTS)  # answer that is decoded against
+    # lambda of its log-probabilities (contrastive)
+    contrast_weight: float = non_negative(0.5)
+    max_new_tokens: int = positive(128)  # of each generated text
+    temperature: float = non_negative(0.0)  # 0 = most probable token, else sampling
+    # sample among the fewest tokens of at least this probability
+    top_p: float = number(1.0, above=0, at_most=1)
     stop: tuple[str, ...] = ("\nQuestion:",)  # a text ends before the first of these
-    seed: int = 0  # of adjectives, requests, wrong choices and sampling
-    batch_size: int = 16  # prompts decoded together (local)
-    drop: tuple[str, ...] = ()  # rationales left out of the result: some of GATES
+    seed: int = random_seed(0)  # of adjectives, requests, wrong choices and sampling
+    batch_size: int = positive(16)  # prompts decoded together (local)
+    drop: tuple[str, ...] = choice((), GATES)  # rationales left out of the result
     url: str = ""  # of an OpenAI-compatible server, as "http://localhost:8000/v1"
     key_variable: str = "OPENAI_API_KEY"  # environment variable with its key; "" = none
-    concurrency: int = 8  # requests at a time (server)
-    num_retries: int = 8  # of a request that failed in passing (server)
-    timeout: float = 120.0  # seconds for a request (server)
-    token_budget: int = 0  # tokens, prompts too, to spend on a server; 0 = no limit
+    concurrency: int = positive(8)  # requests at a time (server)
+    num_retries: int = non_negative(8)  # of a request that failed in passing (server)
+    timeout: float = positive(120.0)  # seconds for a request (server)
+    # tokens, prompts too, to spend on a server; 0 = no limit
+    token_budget: int = non_negative(0)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -366,8 +537,9 @@ class Config:
     """One experiment."""
 
     name: str = "kdjax"  # names the run; the default workdir is runs/<name>
-    seed: int = 0  # data order, student initialisation, sampling
-    teacher_seed: int = 0  # initialisation and data order of a trained teacher
+    seed: int = random_seed(0)  # data order, student initialisation, sampling
+    # initialisation and data order of a trained teacher
+    teacher_seed: int = random_seed(0)
     data: DataConfig = field(default_factory=DataConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
@@ -378,6 +550,92 @@ class Config:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
     annotate: AnnotateConfig = field(default_factory=AnnotateConfig)
+
+
+class Leaf(NamedTuple):
+    """A field of a config that is no part of it."""
+
+    path: str  # "train.steps"
+    value: Any
+    type: Any  # its annotation
+    limit: Range | Choice | Pattern | None
+
+
+def leaves(part: Any, prefix: str = "") -> Iterator[Leaf]:
+    """Yield all fields of a config, those of its parts in their place.
+
+    Args:
+      part: a config or a part of one.
+      prefix: of the paths, "train." for example.
+
+    Raises:
+      ValueError: a part is not of its class.
+    """
+    for f in dataclasses.fields(part):
+        path, value = prefix + f.name, getattr(part, f.name)
+        if not dataclasses.is_dataclass(f.type):
+            yield Leaf(path, value, f.type, f.metadata.get("limit"))
+        elif isinstance(value, typing.cast(type, f.type)):
+            yield from leaves(value, f"{path}.")
+        else:
+            name = typing.cast(type, f.type).__name__
+            raise ValueError(f"{path}={value!r} is not a {name}")
+
+
+def replace(config: T, path: str, value: Any) -> T:
+    """Return a config with one field changed, the same parts elsewhere.
+
+    Args:
+      config: a config or a part of one.
+      path: of the field, "train.steps" for example.
+      value: its new value; it is not checked.
+
+    Raises:
+      ValueError: there is no such field.
+    """
+    parts: list[Any] = [config]
+    *parents, name = path.split(".")
+    for parent in parents:
+        parts.append(getattr(parts[-1], parent, None))
+    known = []
+    if dataclasses.is_dataclass(parts[-1]):
+        known = sorted(f.name for f in dataclasses.fields(parts[-1]))
+    if name not in known:
+        remedy = f": known are {known}" if known else ""
+        if path in RENAMED:
+            remedy = f": it was renamed, use {RENAMED[path]!r}"
+        raise ValueError(f"a config has no field {path!r}{remedy}")
+    for part, field_name in zip(
+        reversed(parts), [name, *reversed(parents)], strict=True
+    ):
+        value = dataclasses.replace(part, **{field_name: value})
+    return value
+
+
+def check(part: Any, prefix: str = "") -> None:
+    """Check type and limit of every field of a config.
+
+    Args:
+      part: a config or a part of one.
+      prefix: of the fields' names in errors, "train." for example.
+
+    Raises:
+      ValueError: name=value, the limit and the remedy, in one line.
+    """
+    for path, value, kind, limit in leaves(part, prefix):
+        items, item_type = (value,), kind
+        if typing.get_origin(kind) is tuple:
+            items, item_type = value, typing.get_args(kind)[0]
+        # Flags and config files may give any type; a bool is an int, an int a float.
+        types = (int, float) if item_type is float else item_type
+        if not isinstance(items, tuple) or not all(
+            isinstance(item, types) and (item_type is bool or type(item) is not bool)
+            for item in items
+        ):
+            raise ValueError(f"{path}={value!r} is not of type {kind}")
+        for item in items:
+            if limit is not None and (error := limit.error(item)):
+                raise ValueError(f"{path}={item!r} {error}")
 
 
 def to_json(config: Config) -> str:
@@ -391,27 +649,24 @@ def from_json(text: str) -> Config:
     Raises:
       ValueError: an unknown field, with the known ones.
     """
-    return _build(Config, json.loads(text), "config")
+    config = Config()
+    values = dict(_paths(json.loads(text)))
+    for path, value in values.items():
+        name = RENAMED.get(path, path)
+        config = replace(
+            config,
+            path if name in values else name,
+            tuple(value) if isinstance(value, list) else value,
+        )
+    return config
 
 
-def _build(cls: Any, values: dict[str, Any], path: str) -> Any:
-    hints = typing.get_type_hints(cls)
-    for former, name in _renamed_fields(path.removeprefix("config.")).items():
-        if former in values and name not in values:
-            values = {name if n == former else n: v for n, v in values.items()}
-    unknown = sorted(values.keys() - hints.keys())
-    if unknown:
-        raise ValueError(f"{path} has no field {unknown}: known are {sorted(hints)}")
-    return cls(
-        **{
-            name: _build(hints[name], value, f"{path}.{name}")
-            if dataclasses.is_dataclass(hints[name])
-            else tuple(value)
-            if typing.get_origin(hints[name]) is tuple
-            else value
-            for name, value in values.items()
-        }
-    )
+def _paths(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _paths(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def explain_renamed(error: str) -> str:
@@ -431,19 +686,11 @@ def explain_renamed(error: str) -> str:
     )
     if match is None:
         return ""
-    if match[1] == "Comparison" and match[2] in RENAMED_COMPARISON:
-        return f"{match[2]} was renamed: use {RENAMED_COMPARISON[match[2]]}"
-    for part, cls in typing.get_type_hints(Config).items():
-        if cls.__name__ == match[1] and match[2] in _renamed_fields(part):
-            name = _renamed_fields(part)[match[2]]
-            return f"{part}.{match[2]} was renamed: use {part}.{name}"
+    class_name, former = match.groups()
+    if class_name == "Comparison" and former in RENAMED_COMPARISON:
+        return f"{former} was renamed: use {RENAMED_COMPARISON[former]}"
+    for part in dataclasses.fields(Config):
+        path = f"{part.name}.{former}"
+        if getattr(part.type, "__name__", "") == class_name and path in RENAMED:
+            return f"{path} was renamed: use {RENAMED[path]}"
     return ""
-
-
-def _renamed_fields(part: str) -> dict[str, str]:
-    """Return former name -> name of the renamed fields of one part."""
-    return {
-        former.rpartition(".")[2]: name.rpartition(".")[2]
-        for former, name in RENAMED.items()
-        if former.rpartition(".")[0] == part
-    }
