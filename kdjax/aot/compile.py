@@ -1,6 +1,5 @@
 """Ahead-of-time compilation of the training step: memory, collectives, least time."""
 
-import dataclasses
 import math
 import re
 import time
@@ -12,7 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from kdjax.aot import hlo
-from kdjax.config import Config, DecoderConfig
+from kdjax.config import Config, DecoderConfig, replace
 from kdjax.experiment.models import make_model, student_shape
 from kdjax.experiment.rows import flops_kwargs
 from kdjax.models import attention, flops, lm
@@ -279,7 +278,7 @@ def largest_batch(
       effort: of the compiler.
     """
     config = first.config
-    twice = replace_fields(config, train={"batch_size": 2 * config.train.batch_size})
+    twice = replace(config, "train.batch_size", 2 * config.train.batch_size)
     try:
         peak = float(compile_step(twice, devices, effort=effort).memory["peak"])
     except DoesNotFit as error:
@@ -298,32 +297,23 @@ def memory_remedies(config: Config, mesh: Mesh) -> list[tuple[str, Config]]:
     """
     train, parts = config.train, mesh.shape["data"] * mesh.shape["fsdp"]
     changes: list[tuple[str, dict[str, Any]]] = [
-        ("train.remat=full", {"train": {"remat": "full"}}),
+        ("train.remat=full", {"train.remat": "full"}),
         (
             f"train.num_microbatches={train.batch_size // parts}",
-            {"train": {"num_microbatches": train.batch_size // parts}},
+            {"train.num_microbatches": train.batch_size // parts},
         ),
-        (f"mesh.data=1 mesh.fsdp={parts}", {"mesh": {"data": 1, "fsdp": parts}}),
-        ("optim.name=adafactor", {"optim": {"name": "adafactor"}}),
+        (f"mesh.data=1 mesh.fsdp={parts}", {"mesh.data": 1, "mesh.fsdp": parts}),
+        ("optim.name=adafactor", {"optim.name": "adafactor"}),
     ]
     remedies: list[tuple[str, Config]] = []
     for name, change in changes:
         before = remedies[-1][1] if remedies else config
-        after = replace_fields(before, **change)
-        if after != before and not ("mesh" in change and mesh.shape["data"] == 1):
+        after = before
+        for path, value in change.items():
+            after = replace(after, path, value)
+        if after != before and not ("mesh.data" in change and mesh.shape["data"] == 1):
             remedies.append((name, after))
     return remedies
-
-
-def replace_fields(config: Config, **parts: dict[str, Any]) -> Config:
-    """Return a config with some fields of some parts changed."""
-    return dataclasses.replace(
-        config,
-        **{
-            name: dataclasses.replace(getattr(config, name), **fields)
-            for name, fields in parts.items()
-        },
-    )
 
 
 def state_bytes(config: Config, devices: Sequence[jax.Device]) -> int:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kdjax.analysis.runs import LOWER_IS_BETTER, Design
-from kdjax.config import RENAMED, Config, DataConfig, to_json
+from kdjax.config import Config, DataConfig, replace, to_json
 from kdjax.evaluation import simulator
 from kdjax.experiment import methods, validate
 from kdjax.experiment.teacher import has_teacher, teacher_config
@@ -99,10 +99,11 @@ def runs(comparison: Comparison) -> dict[str, tuple[dict[str, str], Config]]:
             config.name, config.seed = f"{comparison.name}-{name}", seed
             for factor, level in levels.items():
                 origin = f"factors[{factor!r}][{level!r}]"
-                _change(config, comparison.factors[factor][level], origin)
+                changes = comparison.factors[factor][level]
+                config = _change(config, changes, origin)
             for part, changes in comparison.overrides:
                 if part.items() <= levels.items():
-                    _change(config, changes, f"overrides={dict(part)}")
+                    config = _change(config, changes, f"overrides={dict(part)}")
             try:
                 validate.validate(config)
             except ValueError as error:
@@ -188,22 +189,18 @@ def _check(comparison: Comparison) -> None:
     comparison.design()
 
 
-def _change(config: Config, changes: Changes, origin: str) -> None:
-    """Set fields of a config by their paths.
+def _change(config: Config, changes: Changes, origin: str) -> Config:
+    """Return a config with fields changed, by their paths.
 
     Raises:
       ValueError: there is no such field.
     """
     for path, value in changes.items():
-        *parents, name = path.split(".")
-        part: Any = config
-        for parent in parents:
-            part = getattr(part, parent, None)
-        if not dataclasses.is_dataclass(part) or not hasattr(part, name):
-            renamed = RENAMED.get(path)
-            remedy = f": it was renamed, use {renamed!r}" if renamed else ""
-            raise ValueError(f"{origin}: a config has no field {path!r}{remedy}")
-        setattr(part, name, copy.deepcopy(value))
+        try:
+            config = replace(config, path, copy.deepcopy(value))
+        except ValueError as error:
+            raise ValueError(f"{origin}: {error}") from None
+    return config
 
 
 def _digest(*parts: Any) -> str:

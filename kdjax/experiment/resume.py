@@ -1,9 +1,6 @@
-"""What a resumed run may change of its config, and what not."""
+"""Fields of a config that a resumed run may change, and those it may not."""
 
-import dataclasses
-from typing import Any
-
-from kdjax.config import Config
+from kdjax.config import Config, leaves
 
 # Fields that change neither the numbers of a run nor what a checkpoint holds.
 _FREE = (
@@ -32,21 +29,10 @@ _FREE = (
 
 
 def differences(old: Config, new: Config) -> list[str]:
-    """The fields that a resumed run may not change, as "field: old -> new"."""
-    before, after = _flat(old), _flat(new)
+    """List the fields that a resumed run may not change, as "field: old -> new"."""
+    before, after = ({leaf.path: leaf.value for leaf in leaves(c)} for c in (old, new))
     return [
         f"{name}: {before[name]!r} -> {after[name]!r}"
         for name in before
         if before[name] != after[name] and not name.startswith(_FREE)
     ]
-
-
-def _flat(part: Any, prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for f in dataclasses.fields(part):
-        value = getattr(part, f.name)
-        if dataclasses.is_dataclass(value):
-            found |= _flat(value, f"{prefix}{f.name}.")
-        else:
-            found[prefix + f.name] = value
-    return found

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
-from kdjax.config import ACTIVATIONS, FAMILIES, ROPE_TYPES, ROTARY, DecoderConfig
+from kdjax.config import Choice, DecoderConfig, check
 
 
 def select_layers(config: DecoderConfig, layers: Sequence[int]) -> DecoderConfig:
@@ -23,18 +23,15 @@ def select_layers(config: DecoderConfig, layers: Sequence[int]) -> DecoderConfig
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Raise ValueError unless a value is one of the choices."""
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is unknown: use one of {choices}")
+    if error := Choice(choices).error(value):
+        raise ValueError(f"{name}={value!r} {error}")
 
 
 def check_shape(config: DecoderConfig) -> None:
     """Raise ValueError, naming a field, for a config that describes no model."""
-    sizes = ("vocab_size", "width", "num_layers", "num_heads", "num_kv_heads")
-    for name in (*sizes, "head_dim", "mlp_width"):
-        if getattr(config, name) < 1:
-            raise ValueError(
-                f"{name}={getattr(config, name)} must be at least 1: set it"
-            )
+    check(config)
+    if not config.vocab_size:
+        raise ValueError("vocab_size=0 must be at least 1: set it")
     if config.num_heads % config.num_kv_heads:
         raise ValueError(
             f"num_kv_heads={config.num_kv_heads} does not divide "
@@ -51,31 +48,14 @@ def check_shape(config: DecoderConfig) -> None:
                 f"{name}={values} is of {len(values)} layers, num_layers="
                 f"{config.num_layers}: give one value a layer, or ()"
             )
-    for name in ("attention_softcap", "final_softcap", "query_scalar"):
-        if not getattr(config, name) >= 0:
-            raise ValueError(f"{name}={getattr(config, name)} is below 0: 0 = none")
-    if min(config.windows, default=0) < 0:
-        raise ValueError(f"windows={config.windows}: sizes are positive, 0 = all")
     rope = config.rope
     if rope.type in ("llama3", "yarn") and rope.original_length < 1:
         raise ValueError(
             f"rope.original_length={rope.original_length} with rope.type="
             f"{rope.type!r}: give the length before stretching, in tokens"
         )
-    if not min(config.rope_theta, config.local_rope_theta) > 1:
-        raise ValueError(
-            f"rope_theta={config.rope_theta}, local_rope_theta="
-            f"{config.local_rope_theta}: bases of frequencies are above 1"
-        )
     if not rope.low_freq_factor < rope.high_freq_factor:
         raise ValueError(
             f"rope.low_freq_factor={rope.low_freq_factor} is not below "
             f"rope.high_freq_factor={rope.high_freq_factor}: lower it"
         )
-    if not rope.factor >= 1:
-        raise ValueError(f"rope.factor={rope.factor} is below 1: positions stretch")
-    check_choice("family", config.family, FAMILIES)
-    check_choice("activation", config.activation, ACTIVATIONS)
-    check_choice("rope.type", rope.type, ROPE_TYPES)
-    for kind in config.rotary:
-        check_choice("rotary", kind, ROTARY)

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from kdjax.config import DTYPES, REMATS, LoraConfig, T5Config
+from kdjax.config import DTYPES, REMATS, LoraConfig, T5Config, check
 from kdjax.losses.options import LogitTransform
 from kdjax.models import lora
 from kdjax.models.decoder_shape import check_choice
@@ -258,13 +258,10 @@ def _distances(length: int) -> Int[Array, "1 T T"]:
 
 def check_shape(config: T5Config) -> None:
     """Raise ValueError, naming a field, for a config that describes no model."""
-    layers = ("num_encoder_layers", "num_decoder_layers")
-    for name in ("vocab_size", "width", *layers, "num_heads", "head_dim", "mlp_width"):
-        if getattr(config, name) < 1:
-            raise ValueError(
-                f"{name}={getattr(config, name)} must be at least 1: set it"
-            )
-    if config.num_buckets < 4 or config.num_buckets % 2:
+    check(config)
+    if not config.vocab_size:
+        raise ValueError("vocab_size=0 must be at least 1: set it")
+    if config.num_buckets % 2:
         raise ValueError(
             f"num_buckets={config.num_buckets} is not an even number from 4 on: use 32"
         )
@@ -273,5 +270,3 @@ def check_shape(config: T5Config) -> None:
             f"max_distance={config.max_distance} must exceed half of num_buckets="
             f"{config.num_buckets}, distances that have their own: use 128"
         )
-    if not 0 <= config.dropout < 1:
-        raise ValueError(f"dropout={config.dropout} is a share: use 0 to below 1")

@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from kdjax import config as config_lib
 from kdjax.aot import compile, hlo, topology
 from kdjax.aot import report as reports
 from kdjax.config import DecoderConfig, MeshConfig, StudentConfig
@@ -146,7 +147,7 @@ def test_bound_by_hand(step):
     assert bound.hbm == pytest.approx(2 * 500 / 1e9)
     assert bound.ici == pytest.approx(3 * 3000 / 1e8)
     assert bound.seconds == bound.ici
-    full = compile.replace_fields(known.config, train={"remat": "full"})
+    full = config_lib.replace(known.config, "train.remat", "full")
     assert compile.model_flops(full, SHAPE) == (useful, forward)
 
 

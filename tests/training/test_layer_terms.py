@@ -177,7 +177,7 @@ def test_a_run_continues_and_its_student_is_a_plain_model(tmp_path):
     [
         ({"layer_map": ()}, "layer_map=()"),
         ({"layer_map": (-1, -1)}, "layer_map=(-1, -1)"),
-        ({"layer_map": (0, -2)}, "layer_map=(0, -2)"),
+        ({"layer_map": (0, -2)}, "layer_map=-2 is below -1"),
         ({"hidden_loss": "l1"}, "hidden_loss='l1'"),
         ({"hidden_weight": -1.0}, "hidden_weight=-1.0"),
         ({"layer_map": (0,)}, "layer_map=(0,)"),
