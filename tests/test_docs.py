@@ -1,8 +1,9 @@
-"""Files, modules and links that the docs mention exist."""
+"""Files, modules and links that the docs mention exist; the README's Python runs."""
 
 import pathlib
 import re
 
+import jax
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -67,3 +68,12 @@ def test_what_does_not_exist_is_noticed():
     ]
     text = "`kdjax.experiment`, `kdjax.fitting.fit`, kdjax.training.loop.train_loop"
     assert missing_modules(text) == ["kdjax.fitting.fit"]
+
+
+def test_the_readme_runs():
+    [code] = re.findall(
+        r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S
+    )
+    # As a reader has it, without the suite's strict promotion.
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
