@@ -36,7 +36,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 
 
 def student() -> dict[str, Any]:
-    """Return the 1B student; a live teacher is timed in "online"."""
+    """Return the 1B student; an online teacher is timed in "online"."""
     from configs import bench_1b
 
     return _measure(bench_1b.get_config("smoke" if _SMALL.value else ""), online=False)

@@ -27,7 +27,7 @@ _SYNTHETIC = flags.DEFINE_bool(
     "synthetic", False, "Random tokens and cache, though there may be real ones."
 )
 _ONLINE = flags.DEFINE_bool(
-    "online", True, "Also time a live teacher of the config's shape, random weights."
+    "online", True, "Also time an online teacher of the config's shape, random weights."
 )
 flags.declare_key_flag("json")
 _PROFILE = flags.DEFINE_string(

@@ -290,18 +290,18 @@ def test_peers_are_compared_over_rounds_and_checked_to_do_the_same():
         {
             "kdjax: loop, cache": [line(1.0, 3.0), line(2.0, 3.0), line(1.0, 3.0)],
             "kdjax: whole rows": [line(1.0, 3.5)] * 3,
-            "x: live teacher": [line(2.0, 3.5001), line(5.0, 3.5), line(2.5, 3.5)],
-            "y: live teacher": [line(1.0, 3.6)] * 3,
-            "z: live teacher": [{"skipped": "not installed"}],
+            "x: online teacher": [line(2.0, 3.5001), line(5.0, 3.5), line(2.5, 3.5)],
+            "y: online teacher": [line(1.0, 3.6)] * 3,
+            "z: online teacher": [{"skipped": "not installed"}],
         },
     )
-    x = found["runs"]["x: live teacher"]
+    x = found["runs"]["x: online teacher"]
     assert (x["seconds"], x["times_ours"], x["tokens_per_second"]) == (2.5, 2.5, 40)
     assert (x["times_ours_lowest"], x["times_ours_highest"]) == (2.0, 2.5)
     assert x["work_rss_bytes"] == 6
-    assert found["skipped"] == {"z: live teacher": "not installed"}
-    assert found["same_problem"]["x: live teacher"]["loss"]
-    assert not found["same_problem"]["y: live teacher"]["loss"]
+    assert found["skipped"] == {"z: online teacher": "not installed"}
+    assert found["same_problem"]["x: online teacher"]["loss"]
+    assert not found["same_problem"]["y: online teacher"]["loss"]
     run.print_case(found)
 
 

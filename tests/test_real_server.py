@@ -137,12 +137,12 @@ def port(smollm2, tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         number = free.getsockname()[1]
     log = tmp_path_factory.mktemp("serve") / "log"
-    verb = pathlib.Path(sys.executable).parent / "transformers"
+    executable = pathlib.Path(sys.executable).parent / "transformers"
     where = ["--host", "127.0.0.1", "--port", str(number)]
     where += ["--device", "cpu", "--dtype", "float32"]
     with open(log, "wb") as file:
         process = subprocess.Popen(
-            [str(verb), "serve", str(smollm2), *where],
+            [str(executable), "serve", str(smollm2), *where],
             env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
             stdout=file,
             stderr=subprocess.STDOUT,

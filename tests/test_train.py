@@ -43,8 +43,8 @@ def final_params(config: Config, workdir: pathlib.Path):
     return jax.tree.map(np.asarray, params)
 
 
-def command(config: Config, workdir: pathlib.Path, verb: str = "train", *flags: str):
-    """A verb as its own process, on one device, from a config file."""
+def command(config: Config, workdir: pathlib.Path, name: str = "train", *flags: str):
+    """Return a command as its own process, on one device, from a config file."""
     file = workdir.parent / f"{workdir.name}_config.py"
     file.write_text(
         "from kdjax import config\n"
@@ -52,7 +52,7 @@ def command(config: Config, workdir: pathlib.Path, verb: str = "train", *flags: 
         f"    return config.from_json({config_lib.to_json(config)!r})\n"
     )
     where = [f"--config={file}", f"--workdir={workdir}"]
-    return [sys.executable, "-m", f"kdjax.{verb}", *where, *flags]
+    return [sys.executable, "-m", f"kdjax.{name}", *where, *flags]
 
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}

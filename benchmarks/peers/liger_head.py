@@ -7,7 +7,7 @@ Loss and gradients in hidden states and weight, bfloat16, one GPU. What each com
   torch_eager, torch_compiled  hard and soft terms against K pairs and a tail bucket,
                   all logits at once: the loss of kdjax's fused head
   liger_kl        KL against whole rows of teacher probabilities in memory
-  liger_jsd       KL against a live teacher's hidden states and head of the same width
+  liger_jsd       KL against an online teacher's hidden states and head of one width
                   (one matmul more)
   liger_chunked   the same, with hard labels
 

@@ -1,7 +1,7 @@
 """kdjax on a prepared case: python ours.py --folder=FOLDER --mode=MODE [--steps=10].
 
 Modes: "loop" (training's own loop, the top k read from the cache on disk), "step" (the
-top k in memory), "online" (a live teacher, its top k in every step), "dense" (whole
+top k in memory), "online" (an online teacher, its top k in every step), "dense" (whole
 teacher rows in memory). Prints one line of JSON; "loss" is that of the first batch with
 the initial weights; that of "dense" is the one that the other libraries compute.
 """

@@ -31,23 +31,23 @@ HERE = pathlib.Path(__file__).parent
 OURS = {
     "kdjax: loop, cache": ("ours.py", "--mode=loop"),
     "kdjax: top k": ("ours.py", "--mode=step"),
-    "kdjax: live teacher": ("ours.py", "--mode=online"),
+    "kdjax: online teacher": ("ours.py", "--mode=online"),
     "kdjax: whole rows": ("ours.py", "--mode=dense"),
 }
 # library -> its cases and what runs in them.
 PEERS: dict[str, tuple[tuple[str, ...], dict[str, tuple[str, ...]]]] = {
     "tunix": (
         ("b4_t128", "b8_t256"),
-        {"tunix: live teacher": ("tunix_peer.py",)},
+        {"tunix: online teacher": ("tunix_peer.py",)},
     ),
     "torch": (
         ("60m_b8_t256",),
         {
             "torch: whole rows": ("torch_peer.py", "--mode=dense"),
-            "torch: live teacher": ("torch_peer.py", "--mode=online"),
+            "torch: online teacher": ("torch_peer.py", "--mode=online"),
         },
     ),
-    "trl": (("soft_b4_t128",), {"trl: live teacher": ("trl_peer.py",)}),
+    "trl": (("soft_b4_t128",), {"trl: online teacher": ("trl_peer.py",)}),
 }
 _TOLERANCE = 1e-4  # of losses of the same problem, relative
 

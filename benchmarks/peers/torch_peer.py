@@ -3,7 +3,7 @@
     python torch_peer.py --folder=FOLDER --mode=dense [--steps=10]
 
 LlamaForCausalLM from the folder, AdamW, cross-entropy and KL over whole logits. Modes:
-"dense" (the teacher's logits in memory, made before) and "online" (a live teacher).
+"dense" (the teacher's logits in memory, made before) and "online" (an online teacher).
 Prints one line of JSON.
 """
 

@@ -2,7 +2,7 @@
 
     python trl_peer.py --folder=FOLDER [--steps=10]
 
-Off-policy (lmbda=0) forward KL (beta=0) from a live teacher over whole logits; it has
+Off-policy forward KL (beta=0) from an online teacher over whole logits. It has
 no hard labels and its loss no temperature, so the case must have alpha 1 and T 1.
 Prints one line of JSON.
 """

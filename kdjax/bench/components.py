@@ -76,8 +76,8 @@ def _student_pass(
         return hidden_BTD.astype(jnp.float32).sum()
 
     def gradient_of(params: Any, rows: Any) -> Any:
-        parts = trainable.partition(params, frozen_paths)
-        return jax.value_and_grad(loss_of)(*parts, rows)
+        trained, frozen = trainable.partition(params, frozen_paths)
+        return jax.value_and_grad(loss_of)(trained, frozen, rows)
 
     shardings = workload.model.shardings
     everywhere = sharding.replicated(workload.mesh)
@@ -180,7 +180,7 @@ def make_online_label(
       workload: the config, its student and its batches.
       model: the teacher's.
       batch: on the devices.
-      k: pairs a token; None = whole rows.
+      k: pairs per token; None = whole rows.
     """
     config, mesh = workload.config, workload.mesh
     label_step = step.make_label_step(

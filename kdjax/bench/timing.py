@@ -1,4 +1,4 @@
-"""Timing variants against each other: rounds in turn, medians, ratios, rates.
+"""Timing of variants against each other: rounds in turn, medians, ratios, rates.
 
 A machine is never as fast twice, so what is compared runs in one process in short
 rounds that take turns; the median over rounds forgets a disturbance that hit one.
@@ -23,27 +23,27 @@ class Samples:
 
     @property
     def all(self) -> list[float]:
-        """Seconds of every step."""
+        """Return the seconds of every step."""
         return [seconds for part in self.rounds for seconds in part]
 
     @property
     def total(self) -> float:
-        """Seconds of all steps together."""
+        """Return the seconds of all steps together."""
         return sum(self.all)
 
     @property
     def median(self) -> float:
-        """Median over rounds of the median step of a round, seconds."""
+        """Return the median over rounds of the median step of a round, seconds."""
         return statistics.median(self.round_medians)
 
     @property
     def p90(self) -> float:
-        """What nine steps in ten did not exceed, seconds."""
+        """Return the 90th percentile over all steps, seconds."""
         return float(np.quantile(self.all, 0.9))
 
     @property
     def round_medians(self) -> list[float]:
-        """Median step of each round, seconds."""
+        """Return the median step of each round, seconds."""
         return [statistics.median(part) for part in self.rounds]
 
 
@@ -54,7 +54,7 @@ def alternate(
     steps: int,
     advance: Callable[[int], None] = lambda amount: None,
 ) -> dict[str, Samples]:
-    """Runs the variants in turn, the order reversed every other round.
+    """Run the variants in turn, the order reversed every other round.
 
     As in training, a step is dispatched before the one before it is waited for; the
     seconds of a step are those between two completions, so they add up to the round.
@@ -64,15 +64,15 @@ def alternate(
         run before, so that nothing is compiled here.
       rounds: of each variant.
       steps: of a round.
-      advance: told the steps done.
+      advance: called with the steps done since the last call.
     """
-    found = {name: Samples() for name in variants}
+    samples = {name: Samples() for name in variants}
     for index in range(rounds):
         names = list(variants)
         for name in names if index % 2 == 0 else reversed(names):
-            found[name].rounds.append(_round(variants[name], steps))
+            samples[name].rounds.append(_round(variants[name], steps))
             advance(steps)
-    return found
+    return samples
 
 
 def _round(start_step: Callable[[], Any], steps: int) -> list[float]:
@@ -89,7 +89,7 @@ def _round(start_step: Callable[[], Any], steps: int) -> list[float]:
 
 
 def compare(one: Samples, other: Samples) -> dict[str, float]:
-    """How much longer `one` takes than `other`, and how far rounds disagree.
+    """Compare the durations of `one` with those of `other`.
 
     Returns:
       "ratio" of the medians, and "lowest" and "highest" ratio of one round.
@@ -105,14 +105,14 @@ def compare(one: Samples, other: Samples) -> dict[str, float]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Matmul:
-    """A large square matrix product on one device: what the device can do."""
+    """A large square matrix product on one device, which shows its peak rate."""
 
     call: Callable[[], jax.Array]  # one product
     flops: int  # of one product
 
 
 def matmul(dtype: str, *, size: int = 0) -> Matmul:
-    """The product by which rates are measured; compiled and run once.
+    """Make the product by which rates are measured; compiled and run once.
 
     Args:
       dtype: of the operands; products are accumulated in float32.
@@ -126,18 +126,18 @@ def matmul(dtype: str, *, size: int = 0) -> Matmul:
 
 
 def memory(compiled: Any) -> dict[str, int]:
-    """Bytes on one device that a compiled function takes, as its compiler says.
+    """Return the bytes on one device that a compiled function takes.
 
     Returns:
       "temporary_bytes" (neither argument nor result), "argument_bytes",
       "output_bytes", "reused_bytes" (arguments whose memory a result takes) and
       "peak_bytes" of all together; {} where the backend does not say.
     """
-    found = compiled.memory_analysis()
-    if found is None:
+    stats = compiled.memory_analysis()
+    if stats is None:
         return {}
-    temporary, arguments = found.temp_size_in_bytes, found.argument_size_in_bytes
-    outputs, reused = found.output_size_in_bytes, found.alias_size_in_bytes
+    temporary, arguments = stats.temp_size_in_bytes, stats.argument_size_in_bytes
+    outputs, reused = stats.output_size_in_bytes, stats.alias_size_in_bytes
     return {
         "temporary_bytes": temporary,
         "argument_bytes": arguments,
@@ -148,13 +148,13 @@ def memory(compiled: Any) -> dict[str, int]:
 
 
 def work(compiled: Any) -> dict[str, float]:
-    """FLOPs and bytes moved on one device as XLA counts them; {} if it does not.
+    """Return FLOPs and bytes moved on one device as XLA counts them, or {}.
 
     XLA counts the body of a loop of unknown length once, so a scan over layers or
     chunks makes these too low: bounds are made from `kdjax.models.flops`.
     """
-    found = compiled.cost_analysis() or {}
-    if isinstance(found, list):  # older versions: one a device
-        found = found[0]
+    costs = compiled.cost_analysis() or {}
+    if isinstance(costs, list):  # older versions: one per device
+        costs = costs[0]
     names = {"flops": "xla_flops", "bytes accessed": "xla_bytes_accessed"}
-    return {name: float(found[key]) for key, name in names.items() if key in found}
+    return {name: float(costs[key]) for key, name in names.items() if key in costs}

@@ -46,7 +46,7 @@ class Workload:
 
 @dataclasses.dataclass(slots=True)
 class SharedState:
-    """The one training state that all variants of the step update."""
+    """The training state that all variants of the step update in turn."""
 
     state: TrainState
 
@@ -126,7 +126,7 @@ def _check(config: Config) -> None:
         raise ValueError(
             f"method.hidden_weight={config.method.hidden_weight}, "
             f"method.attention_weight={config.method.attention_weight}: a benchmark "
-            "compares stored with live teachers, and layers are not stored: use 0"
+            "compares stored with online teachers, and layers are not stored: use 0"
         )
 
 
@@ -230,7 +230,7 @@ class Step:
         return next_step
 
     def reset(self) -> None:
-        """Forget what the loop has counted."""
+        """Reset the counts of the loop."""
         self.wait_seconds.clear()
         self.num_tokens = self.num_targets = 0
 

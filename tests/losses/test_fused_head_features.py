@@ -1,4 +1,4 @@
-"""Bias, scale, softcap, smoothing, padding, live teachers: against plain autodiff."""
+"""Bias, scale, softcap, smoothing, padding, online teachers: against plain autodiff."""
 
 import itertools
 
@@ -29,7 +29,7 @@ from tests.losses.head_cases import (
     teacher_of,
 )
 
-E = 8  # width of the live teacher
+E = 8  # width of the online teacher
 MESHES = [None, (8, 1, 1), (2, 4, 1), (1, 1, 8), (2, 2, 2), (1, 2, 4)]
 FEATURES = {
     "plain": {},
@@ -209,7 +209,7 @@ def test_draws_on_a_split_vocabulary():
         assert_close(fused(arrays, None, given, {}, mesh), expected)
 
 
-def test_a_live_teacher_gets_no_gradient():
+def test_an_online_teacher_gets_no_gradient():
     arrays, _, given, _, options = cases("plain", "live", 2.0)
 
     def loss(given):
@@ -234,7 +234,7 @@ def test_a_bias_of_another_vocabulary_is_refused():
         fused_loss(*arrays, given, LossOptions(), bias_V=jnp.zeros(3))
 
 
-def test_a_live_teacher_of_another_vocabulary_is_refused():
+def test_an_online_teacher_of_another_vocabulary_is_refused():
     arrays, _, given, _, _ = cases("plain", "live", 1.0)
     short = given._replace(weight_VE=given.weight_VE[:-1])
     with pytest.raises(ValueError, match="36 rows"):

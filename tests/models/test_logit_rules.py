@@ -87,7 +87,7 @@ def test_labelling(mesh, models, batch, log_probs):
 
 
 @pytest.mark.parametrize("num_pairs", [None, 95])
-def test_training_with_a_live_teacher(mesh, models, batch, log_probs, num_pairs):
+def test_training_with_an_online_teacher(mesh, models, batch, log_probs, num_pairs):
     (model, params), (teacher, frozen) = models
     config = OptimConfig()
     optimizer = make_optimizer(config, steps=2)

@@ -1,4 +1,4 @@
-"""A verb as several processes on this machine, by launch/local.sh."""
+"""A command as several processes on this machine, by launch/local.sh."""
 
 import os
 import pathlib
@@ -13,14 +13,14 @@ ROOT = pathlib.Path(__file__).parent.parent.parent
 
 
 def run(
-    verb: str,
+    command: str,
     config: Config,
     workdir: pathlib.Path,
     *,
     num_processes: int,
     num_devices: int,
 ) -> None:
-    """Runs a verb to its end; `num_devices` are those of each process."""
+    """Run a command to its end; `num_devices` are those of each process."""
     file = workdir.parent / f"{workdir.name}_config.py"
     file.write_text(
         "from kdjax import config\n"
@@ -37,7 +37,7 @@ def run(
     done = subprocess.run(
         [
             ROOT / "launch" / "local.sh",
-            *(str(num_processes), "-m", f"kdjax.{verb}"),
+            *(str(num_processes), "-m", f"kdjax.{command}"),
             *(f"--config={file}", f"--workdir={workdir}"),
         ],
         env=environment,

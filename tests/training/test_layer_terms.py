@@ -1,4 +1,4 @@
-"""Terms that compare layers with a live teacher: the step, and whole runs."""
+"""Terms that compare layers with an online teacher: the step, and whole runs."""
 
 import dataclasses
 import json
