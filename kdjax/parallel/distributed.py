@@ -1,4 +1,4 @@
-"""Starting several processes as one run, and stopping them together."""
+"""Several processes as one run: start, barriers and a common stop."""
 
 import logging
 import os
@@ -13,7 +13,7 @@ _SCHEDULERS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")  # number of processes
 
 
 def start() -> None:
-    """Joins the other processes of this run, if there are any.
+    """Join the other processes of this run, if there are any.
 
     The processes are found from KDJAX_COORDINATOR (host:port), KDJAX_NUM_PROCESSES and
     KDJAX_PROCESS_ID where those are set (launch/local.sh sets them), else from the
@@ -44,18 +44,18 @@ def start() -> None:
 
 
 def is_main() -> bool:
-    """Whether this process writes what is written once."""
+    """Return True in the process that writes files and prints."""
     return jax.process_index() == 0
 
 
 def barrier(name: str) -> None:
-    """Waits for all processes."""
+    """Wait for all processes."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 def abandon(message: str) -> None:
-    """Ends one of several processes at once; does nothing in a run of one.
+    """End one of several processes at once; does nothing in a run of one.
 
     An orderly exit waits minutes for the other processes, which wait for this one.
     """
@@ -66,7 +66,7 @@ def abandon(message: str) -> None:
 
 
 class Preemption:
-    """Notes SIGTERM, so that the loop can save and stop at a step's end.
+    """Handler of SIGTERM: the loop saves and stops at the end of a step.
 
     Several processes leave the signal to JAX's own service, which makes all of them
     stop after the same step.
@@ -82,12 +82,12 @@ class Preemption:
         self._received = True
 
     def requested(self, step: int) -> bool:
-        """Whether to stop after `step`; the same answer on every process."""
+        """Return True to stop after `step`; the same on every process."""
         if jax.process_count() > 1:
             return bool(multihost_utils.reached_preemption_sync_point(step))
         return self._received
 
     def close(self) -> None:
-        """Gives the signal back to whoever handled it before."""
+        """Restore the handler that was there before."""
         if jax.process_count() == 1:
             signal.signal(signal.SIGTERM, self._previous)

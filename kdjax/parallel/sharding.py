@@ -1,4 +1,4 @@
-"""The mesh, and one table that says how each parameter is split over it."""
+"""The mesh, and the one table of partitions of parameters over it."""
 
 import difflib
 import itertools
@@ -54,10 +54,10 @@ BATCH_SPEC = P(None, ("data", "fsdp"))  # [microbatch, row, ...]
 
 
 def make_mesh(config: MeshConfig, *, devices: Any = None) -> Mesh:
-    """A (data, fsdp, tensor) mesh over all devices.
+    """Make a (data, fsdp, tensor) mesh over all devices.
 
     Args:
-      config: devices an axis; one axis may be -1 and takes the rest.
+      config: devices per axis; one axis may be -1 and takes the rest.
       devices: defaults to all devices of all processes.
 
     Raises:
@@ -88,36 +88,36 @@ def make_mesh(config: MeshConfig, *, devices: Any = None) -> Mesh:
 
 
 def path_name(path: Any) -> str:
-    """A pytree path as "a/b/c"."""
+    """Format a pytree path as "a/b/c"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def spec_for(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
-    """The partition of one parameter, from the table.
+    """Return the partition of one parameter, from the table.
 
     Raises:
       ValueError: no rule or several match, or a dimension does not divide.
     """
-    found = [spec for rule, spec in RULES if re.fullmatch(rule, path)]
-    if len(found) != 1:
+    specs = [spec for rule, spec in RULES if re.fullmatch(rule, path)]
+    if len(specs) != 1:
         near = difflib.get_close_matches(path, [r for r, _ in RULES], n=3, cutoff=0.0)
         raise ValueError(
-            f"parameter {path} of shape {shape} matches {len(found)} sharding rules, "
+            f"parameter {path} of shape {shape} matches {len(specs)} sharding rules, "
             f"wanted 1; the nearest are {near}: add one to kdjax/parallel/sharding.py"
         )
-    for dim, axes in enumerate(found[0]):
+    for dim, axes in enumerate(specs[0]):
         names = () if axes is None else (axes,) if isinstance(axes, str) else axes
-        parts = int(np.prod([mesh.shape[a] for a in names], dtype=int))
-        if shape[dim] % parts:
+        num_shards = int(np.prod([mesh.shape[a] for a in names], dtype=int))
+        if shape[dim] % num_shards:
             raise ValueError(
                 f"parameter {path}: dimension {dim} of shape {shape} does not divide "
-                f"over {parts} devices of {names}: use a smaller mesh axis"
+                f"over {num_shards} devices of {names}: use a smaller mesh axis"
             )
-    return found[0]
+    return specs[0]
 
 
 def param_shardings(params: Any, mesh: Mesh) -> Any:
-    """NamedShardings for a nested dict of parameters (arrays or their shapes)."""
+    """Return NamedShardings for a nested dict of parameters or of their shapes."""
     return jax.tree_util.tree_map_with_path(
         lambda path, x: NamedSharding(mesh, spec_for(path_name(path), x.shape, mesh)),
         params,
@@ -127,7 +127,7 @@ def param_shardings(params: Any, mesh: Mesh) -> Any:
 def opt_shardings(
     optimizer: optax.GradientTransformation, params: Any, shardings: Any
 ) -> Any:
-    """Shardings of the optimizer state: moments go with their parameter.
+    """Return the shardings of the optimizer state: moments go with their parameter.
 
     What has another shape than its parameter (Adafactor's factors, counters) is small
     and repeated on every device.
@@ -145,12 +145,12 @@ def opt_shardings(
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The whole array on every device."""
+    """Return the sharding of an array that every device holds whole."""
     return NamedSharding(mesh, P())
 
 
 def local_rows(mesh: Mesh, num_rows: int) -> slice:
-    """Which of the `num_rows` rows of a microbatch this process has to load.
+    """Return the slice of a microbatch's `num_rows` rows that this process loads.
 
     Raises:
       ValueError: rows do not divide over the mesh, or are not contiguous here.
@@ -162,13 +162,15 @@ def local_rows(mesh: Mesh, num_rows: int) -> slice:
             f"{shards}: use a batch_size / num_microbatches that is a multiple of it"
         )
     sharding = NamedSharding(mesh, P(("data", "fsdp")))
-    parts = sharding.addressable_devices_indices_map((num_rows,)).values()
-    rows = [part[0] for part in parts if part is not None]
-    found = sorted({(r.start or 0, r.stop or num_rows) for r in rows})
-    for (_, stop), (start, _) in itertools.pairwise(found):
+    indices = sharding.addressable_devices_indices_map((num_rows,)).values()
+    rows = [index[0] for index in indices if index is not None]
+    ranges = sorted({(r.start or 0, r.stop or num_rows) for r in rows})
+    for (_, stop), (start, _) in itertools.pairwise(ranges):
         if stop != start:
-            raise ValueError(f"rows {found} of process {jax.process_index()} have gaps")
-    return slice(found[0][0], found[-1][1])
+            raise ValueError(
+                f"rows {ranges} of process {jax.process_index()} have gaps"
+            )
+    return slice(ranges[0][0], ranges[-1][1])
 
 
 def global_batch(batch: Any, mesh: Mesh, num_rows: int) -> Any:

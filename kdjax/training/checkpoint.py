@@ -14,7 +14,7 @@ from kdjax.training.state import PROJECTION, TrainState
 
 
 class Checkpoints:
-    """The checkpoints of one run: written in the background, pruned, restored exactly.
+    """Checkpoints of one run: written in the background, pruned, restored exactly.
 
     Args:
       folder: made when missing.
@@ -51,17 +51,17 @@ class Checkpoints:
         )
 
     def latest_step(self) -> int | None:
-        """The newest complete checkpoint's step, or None."""
+        """Return the step of the newest complete checkpoint, or None."""
         latest = self._checkpointer.latest
         return None if latest is None else latest.step
 
     def save(self, step: int, state: TrainState, *, nll: float | None = None) -> None:
-        """Starts writing a checkpoint; the state may be donated right after.
+        """Start writing a checkpoint; the state may be donated right after.
 
         Args:
           step: optimizer steps done.
-          state: what is saved.
-          nll: held-out NLL, nats a token, by which the best one is kept.
+          state: all of it is saved.
+          nll: held-out NLL, nats per token, by which the best one is kept.
         """
         if self.latest_step() == step:
             return
@@ -74,37 +74,37 @@ class Checkpoints:
         )
 
     def restore(self, abstract: TrainState, *, step: int | None = None) -> TrainState:
-        """Reads a checkpoint onto the devices that `abstract` names.
+        """Read a checkpoint onto the devices that `abstract` names.
 
         Args:
-          abstract: shapes, dtypes and shardings wanted.
-          step: which one; None = the newest.
+          abstract: shapes, dtypes and shardings to restore.
+          step: of the checkpoint; None = the newest.
 
         Raises:
           ValueError: there is none, or it does not fit: each path that differs is
             listed with the shape wanted and the shape found.
         """
-        step = self._found(step)
+        step = self._resolve(step)
         self._check(abstract, step)
         return TrainState(**self._checkpointer.load(step, _stored(abstract)))
 
     def restore_params(self, abstract: Any, *, step: int | None = None) -> Any:
-        """Reads a model's parameters alone, of those with averages the averages.
+        """Read a model's parameters alone, of those with averages the averages.
 
         Arguments and errors as `restore`.
         """
-        step = self._found(step)
+        step = self._resolve(step)
         self._check({"params": abstract}, step, partial=True)
-        found = _shapes(self._checkpointer.metadata(step).metadata)
-        averaged = {p.removeprefix("ema/") for p in found if p.startswith("ema/")}
+        stored = _shapes(self._checkpointer.metadata(step).metadata)
+        averaged = {p.removeprefix("ema/") for p in stored if p.startswith("ema/")}
         params, ema = trainable.partition(abstract, averaged)
-        wanted = {name: x for name, x in (("params", params), ("ema", ema)) if x}
+        target = {name: x for name, x in (("params", params), ("ema", ema)) if x}
         loading = ocp.options.PyTreeOptions.Loading(partial_load=True)
         with ocp.Context(pytree_options=ocp.options.PyTreeOptions(loading=loading)):
-            loaded = self._checkpointer.load(step, wanted)
+            loaded = self._checkpointer.load(step, target)
         return trainable.merge(loaded.get("params", {}), loaded.get("ema", {}))
 
-    def _found(self, step: int | None) -> int:
+    def _resolve(self, step: int | None) -> int:
         step = self.latest_step() if step is None else step
         if step is None:
             raise ValueError(
@@ -113,20 +113,20 @@ class Checkpoints:
         return step
 
     def _check(self, abstract: Any, step: int, *, partial: bool = False) -> None:
-        found = _shapes(self._checkpointer.metadata(step).metadata)
-        wanted = _shapes(abstract)
-        if partial:  # of what is stored beside the model nothing is wanted
+        stored = _shapes(self._checkpointer.metadata(step).metadata)
+        expected = _shapes(abstract)
+        if partial:  # only the model is read
             others = f"params/{PROJECTION}/"
-            found = {
+            stored = {
                 path: x
-                for path, x in found.items()
+                for path, x in stored.items()
                 if path.startswith("params/") and not path.startswith(others)
             }
         lines = [
-            f"  {path}: wanted {wanted.get(path, 'nothing')}, "
-            f"found {found.get(path, 'nothing')}"
-            for path in sorted(wanted.keys() | found.keys())
-            if wanted.get(path) != found.get(path)
+            f"  {path}: wanted {expected.get(path, 'nothing')}, "
+            f"found {stored.get(path, 'nothing')}"
+            for path in sorted(expected.keys() | stored.keys())
+            if expected.get(path) != stored.get(path)
         ]
         if lines:
             raise ValueError(
@@ -140,24 +140,24 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        """Closes; but one of several processes that fails waits for no other."""
+        """Close; but one of several processes that fails waits for no other."""
         if kind is None or jax.process_count() == 1:
             self.close()
 
     def close(self) -> None:
-        """Waits for what is being written."""
+        """Wait for checkpoints that are being written, and close."""
         if not self._closed:
             self._checkpointer.close()
         self._closed = True
 
 
 def _stored(state: TrainState) -> dict[str, Any]:
-    """The fields of a state that there are: without averages there is no trace."""
+    """Return the fields of a state that are not None."""
     return {name: x for name, x in state._asdict().items() if x is not None}
 
 
 def _shapes(tree: Any) -> dict[str, str]:
-    """Path -> "dtype[shape]" of every array of a tree."""
+    """Return "dtype[shape]" of every array of a tree, by path."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {
         path_name(path): f"{x.dtype}[{','.join(map(str, x.shape))}]"

@@ -21,7 +21,7 @@ from kdjax.training.state import TrainState
 
 
 class Meter:
-    """Meter of a run: metrics of its steps, throughput, a check that they are finite.
+    """Metrics of a run's steps, their throughput, and a check that they are finite.
 
     Args:
       config: the run.

@@ -37,11 +37,11 @@ class LayerMatching(NamedTuple):
 
     @property
     def teacher_capture(self) -> decoder.Capture:
-        """The teacher's layers, each once."""
+        """Return the layers of the teacher to capture, each once."""
         return decoder.Capture(tuple(sorted(set(self.teacher_layers))), self.attention)
 
     def of_teacher(self, captured: decoder.CapturedOutputs) -> decoder.CapturedOutputs:
-        """The teacher's outputs, one for each layer of the student."""
+        """Select the teacher's outputs, one for each layer of the student."""
         layers = self.teacher_capture.layers
         places = jnp.asarray([layers.index(x) for x in self.teacher_layers])
         return jax.tree.map(lambda x: x[places], captured)

@@ -9,7 +9,9 @@ from kdjax.config import OptimConfig
 
 
 def make_schedule(config: OptimConfig, *, steps: int) -> optax.Schedule:
-    """Linear warm-up, then constant, linear or cosine decay to `final_fraction`.
+    """Make a schedule: linear warm-up, then constant, linear or cosine decay.
+
+    It decays to `final_fraction` of the peak.
 
     Args:
       config: optimizer settings.
@@ -36,7 +38,7 @@ def make_schedule(config: OptimConfig, *, steps: int) -> optax.Schedule:
 
 
 def _decays(params: Any) -> Any:
-    """True for matrices and embeddings, False for norm scales and biases.
+    """Mask weight decay: True for matrices and embeddings, not norm scales and biases.
 
     T5's table of position biases is one of these.
     """
@@ -46,7 +48,7 @@ def _decays(params: Any) -> Any:
 
 
 def make_optimizer(config: OptimConfig, *, steps: int) -> optax.GradientTransformation:
-    """Clipping by global norm, then the optimizer with its schedule.
+    """Make an optimizer: clipping by global norm, then the update with its schedule.
 
     AdamW: Loshchilov and Hutter 2019, arXiv 1711.05101. Adafactor: Shazeer and Stern
     2018, arXiv 1804.04235 (no parameter scaling, so the learning rate is absolute).

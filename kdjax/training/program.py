@@ -32,7 +32,7 @@ class Program:
       optimizer: of the state.
       frozen_paths: of the model's parameters that are not trained.
       num_rows: rows of a microbatch, over all hosts.
-      dropout: whether batches bring keys for it.
+      dropout: True if batches bring keys for it.
     """
 
     def __init__(
@@ -259,10 +259,10 @@ def layer_matching(
             f"{method.attention_weight}: layers of encoder-decoder models are not "
             "compared: use weights of 0"
         )
-    chosen = method.layer_map
-    if len(chosen) != student.num_layers or max(chosen) >= teacher.num_layers:
+    layer_map = method.layer_map
+    if len(layer_map) != student.num_layers or max(layer_map) >= teacher.num_layers:
         raise ValueError(
-            f"method.layer_map={chosen} must name a layer of the teacher, 0 to "
+            f"method.layer_map={layer_map} must name a layer of the teacher, 0 to "
             f"{teacher.num_layers - 1}, or -1 for each of the student's "
             f"{student.num_layers} layers"
         )
@@ -272,10 +272,10 @@ def layer_matching(
             f"the student's width={student.width} is not the teacher's "
             f"{teacher.width}: use method.hidden_projection=True"
         )
-    layers = tuple(i for i, layer in enumerate(chosen) if layer >= 0)
+    layers = tuple(i for i, layer in enumerate(layer_map) if layer >= 0)
     return online_teacher.LayerMatching(
         student_layers=layers,
-        teacher_layers=tuple(chosen[i] for i in layers),
+        teacher_layers=tuple(layer_map[i] for i in layers),
         hidden=method.hidden_loss if method.hidden_weight else None,
         attention=method.attention_weight > 0,
     )

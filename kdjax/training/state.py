@@ -13,7 +13,7 @@ from kdjax.training import trainable
 
 
 class TrainState(NamedTuple):
-    """Everything that changes. Random numbers follow from (seed, step), so no key."""
+    """Everything that training changes; random numbers follow from (seed, step)."""
 
     step: Int[Array, ""] | Any  # int32, optimizer steps done
     params: Any  # nested dict of float32 arrays
@@ -47,7 +47,7 @@ def update_ema(ema: Any, params: Any, *, decay: float, step: Int[Array, ""]) -> 
     Args:
       ema: nested dict of the averages before the update; None stays None.
       params: the same of the parameters after it.
-      decay: what d grows to.
+      decay: limit of d.
       step: optimizer steps done before.
     """
     if ema is None:

@@ -319,7 +319,7 @@ def make_label_step(
       graphdef: the teacher's structure.
       mesh: devices of this process.
       params: its parameters, or their shapes with shardings.
-      k: pairs a token; None stores the whole row.
+      k: pairs per token; None stores the whole row.
       temperatures: those for which log Z and entropy are computed.
       chunk_size: tokens of a chunk of the head.
 
