@@ -1,4 +1,4 @@
-"""Write rationales by a prompted teacher: python -m kdjax.annotate --config=FILE.py.
+"""Rationales by a prompted teacher: python -m kdjax.annotate --config=FILE.py.
 
 Settings are in `config.annotate` (docs/annotate.md). Killed anywhere and started again
 it writes the missing rows; with none missing it does nothing.

@@ -1,4 +1,4 @@
-"""Times the step that kdjax.train runs: python -m kdjax.benchmark --config=FILE.py.
+"""Benchmark of the training step: python -m kdjax.benchmark --config=FILE.py.
 
 The same compiled step, loader and cache as in training, with random weights. What is
 compared takes turns in one process. Without a labelled cache in --workdir, or with
@@ -78,15 +78,15 @@ def _decode(config: Config, workdir: pathlib.Path) -> None:
     rounds = _ROUNDS.value
     calls = len(decode.BATCH_SIZES) * (1 + rounds)
     with progress(calls, "decode", is_main=distributed.is_main()) as advance:
-        found = decode.measure(config, rounds=rounds, advance=advance)
+        metrics = decode.measure(config, rounds=rounds, advance=advance)
     if distributed.is_main():
         title = f"{config.name}: decoding, random weights"
         print_table(
             title,
-            [{"what": k, "value": report.format_number(v)} for k, v in found.items()],
+            [{"what": k, "value": report.format_number(v)} for k, v in metrics.items()],
         )
-        files.write_json(workdir / "latency.json", found)
-        cli.write_json(found)
+        files.write_json(workdir / "latency.json", metrics)
+        cli.write_json(metrics)
 
 
 if __name__ == "__main__":

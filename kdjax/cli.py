@@ -131,7 +131,7 @@ def config_files() -> dict[str, pathlib.Path]:
 
 
 def _config_argument(argument: str) -> str:
-    """Return a command-line argument, --config=NAME as --config=FILE."""
+    """Return a command-line argument; --config=NAME becomes --config=FILE."""
     match = re.fullmatch(r"(--?config=)([^:]+)(:.*)?", argument)
     if not match or match[2].endswith(".py") or pathlib.Path(match[2]).is_file():
         return argument

@@ -1,4 +1,4 @@
-"""Run a grid of methods and factors: python -m kdjax.compare --config=FILE.py.
+"""Grids of methods and factors: python -m kdjax.compare --config=FILE.py.
 
 Every combination of levels is a run of its own with each seed (docs/compare.md). Killed
 anywhere and started again it goes on; then results.csv and report.html are written.

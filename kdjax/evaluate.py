@@ -1,6 +1,6 @@
-"""Scores a model on held-out examples: python -m kdjax.evaluate --workdir=DIR.
+"""Evaluation of a model on held-out examples: python -m kdjax.evaluate --workdir=DIR.
 
---model says which: "student" (the run's newest checkpoint, the default), "teacher", or
+--model names it: "student" (the run's newest checkpoint, the default), "teacher", or
 any Hugging Face folder with the run's tokenizer. All go through the same code.
 
 --faithfulness measures instead how the student's rationales and answers hang together,

@@ -1,4 +1,4 @@
-"""Writes a student as a Hugging Face folder: python -m kdjax.export --workdir=DIR.
+"""Export of a student as a Hugging Face folder: python -m kdjax.export --workdir=DIR.
 
 `transformers.AutoModelForCausalLM.from_pretrained(OUT)` loads it as it is; so does
 kdjax, as a teacher or a student. Tokenizer, chat template and a model card are in it.

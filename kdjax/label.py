@@ -1,4 +1,4 @@
-"""Fills the teacher caches of a config: python -m kdjax.label --config=FILE.py.
+"""Teacher caches of a config, filled: python -m kdjax.label --config=FILE.py.
 
 Every target token of the training and held-out examples is scored by the teacher and
 stored; `python -m kdjax.train` does the same when a cache is missing. Killed anywhere

@@ -1,4 +1,4 @@
-"""Trains a student: python -m kdjax.train --config=FILE.py[:argument] --workdir=DIR.
+"""Training of a student: python -m kdjax.train --config=FILE.py[:argument].
 
 In turn: the built-in task's teacher is trained (unless teacher.path names one), the
 teacher's outputs are cached (unless they are), the student is trained on them, and both

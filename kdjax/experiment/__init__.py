@@ -1,1 +1,1 @@
-"""What a Config stands for: data, models, methods, validation, working directory."""
+"""From a Config: data, models, methods, validation and working directory."""

@@ -26,7 +26,7 @@ class Data:
 
 
 def load_tokenizer(config: Config) -> Any:
-    """The tokenizer: the data's own, the teacher's, the student's, the built-in one."""
+    """Load the tokenizer: of the data, teacher or student, or the built-in one."""
     if path := tokenizer_path(config):
         return tokenizers.load(hf.resolve(path))
     prefixes = dataclasses.astuple(config.data.prefixes)
@@ -34,7 +34,7 @@ def load_tokenizer(config: Config) -> Any:
 
 
 def tokenizer_path(config: Config) -> str:
-    """Folder or hub name of the tokenizer; "" = the built-in one."""
+    """Return the folder or hub name of the tokenizer; "" = the built-in one."""
     student = config.student.path if config.student.init == "folder" else ""
     built_in = config.data.source == "kinship"
     paths = (config.data.tokenizer, config.teacher.path, "" if built_in else student)
@@ -42,7 +42,7 @@ def tokenizer_path(config: Config) -> str:
 
 
 def load_data(config: Config, *, splits: tuple[str, ...] = ("train", "eval")) -> Data:
-    """Reads the examples and makes their segments; every data error surfaces here."""
+    """Read the examples and make their segments; every data error surfaces here."""
     tokenizer = load_tokenizer(config)
     names = {
         "train": methods.views(config.method),
@@ -54,13 +54,13 @@ def load_data(config: Config, *, splits: tuple[str, ...] = ("train", "eval")) ->
     }
     segments: dict[str, list[Segment]] = {}
     labels: dict[str, Any] = {}
-    for split, found in examples.items():
-        chosen = selection.select(found, names[split], split, config.data)
-        labels |= chosen.labels
-        for note in chosen.notes:
+    for split, read in examples.items():
+        selected = selection.select(read, names[split], split, config.data)
+        labels |= selected.labels
+        for note in selected.notes:
             print(note, file=sys.stderr)
         segments[split], counts = views.make_segments(
-            chosen.examples, names[split], tokenizer, config.data
+            selected.examples, names[split], tokenizer, config.data
         )
         if counts.truncated or counts.dropped:
             print(

@@ -31,7 +31,7 @@ class Term:
     """One summand of the loss: `weight` times the mean over one view's target tokens.
 
     kind "hard" is cross-entropy with the data, "soft" the divergence from the teacher;
-    "hidden" and "attention" compare mapped layers with a teacher that runs beside.
+    "hidden" and "attention" compare mapped layers with those of an online teacher.
     """
 
     name: str  # "<view>/<kind>", the key under which its value is reported
@@ -41,7 +41,7 @@ class Term:
 
 
 def views(config: MethodConfig) -> tuple[str, ...]:
-    """The views a method trains.
+    """Return the views that a method trains.
 
     Raises:
       ValueError: unknown method.
@@ -54,7 +54,7 @@ def views(config: MethodConfig) -> tuple[str, ...]:
 
 
 def held_out_views(config: MethodConfig) -> tuple[str, ...]:
-    """The views that are evaluated, numbered as in training.
+    """Return the views that are evaluated, numbered as in training.
 
     The counterfactual view asks for a wrong answer to a wrong rationale, which makes
     the student's answers hang on its rationales: nothing to do well at by itself.
@@ -63,12 +63,12 @@ def held_out_views(config: MethodConfig) -> tuple[str, ...]:
 
 
 def explains(config: MethodConfig) -> bool:
-    """Whether a student of the method writes rationales."""
+    """Return True if a student of the method writes rationales."""
     return any(view not in ("label", "text") for view in held_out_views(config))
 
 
 def shares(config: MethodConfig) -> tuple[float, ...]:
-    """The share of each view in the loss; they sum to 1.
+    """Return the share of each view in the loss; they sum to 1.
 
     With a = `label_weight`, b = `counterfactual_weight`, g = `multitask_weight`:
     multitask has (a, 1 - a), counterfactual (1 - b, b), multitask_counterfactual
@@ -93,7 +93,7 @@ def shares(config: MethodConfig) -> tuple[float, ...]:
 
 
 def terms(config: MethodConfig, progress: float = 0.0) -> tuple[Term, ...]:
-    """The terms of a method; those whose weight is zero all along are left out.
+    """Return the terms of a method, without those whose weight is always zero.
 
     Views have their `shares` of the loss; within a view hard and soft terms have
     `hard_weight` and `soft_weight`, or what their schedule says; hidden and attention
@@ -125,7 +125,7 @@ def terms(config: MethodConfig, progress: float = 0.0) -> tuple[Term, ...]:
 
 
 def scheduled(kind: str, start: float, end: float, progress: float) -> float:
-    """The value of a schedule: start at progress 0, end at 1; a constant has no end."""
+    """Interpolate a schedule: start at progress 0, end at 1; a constant has no end."""
     if kind == "constant":
         return start
     if kind == "cosine":
@@ -136,7 +136,7 @@ def scheduled(kind: str, start: float, end: float, progress: float) -> float:
 def temperature(
     config: MethodConfig, declared: Sequence[float], progress: float
 ) -> float:
-    """The temperature of a step: the declared one next to what the schedule says.
+    """Return the temperature of a step: the declared one nearest to the schedule.
 
     Probabilities are exact at declared temperatures alone, so a schedule moves among
     them, in steps.
@@ -144,38 +144,38 @@ def temperature(
     if config.temperature_schedule == "constant":
         return config.temperature
     ends = (config.temperature, config.final_temperature)
-    wanted = scheduled(config.temperature_schedule, *ends, progress)
-    return min(declared, key=lambda t: abs(math.log(t / wanted)))
+    exact = scheduled(config.temperature_schedule, *ends, progress)
+    return min(declared, key=lambda t: abs(math.log(t / exact)))
 
 
 def temperatures(config: MethodConfig) -> tuple[float, ...]:
-    """The temperatures that must be declared."""
+    """Return the temperatures that must be declared."""
     if config.temperature_schedule == "constant":
         return (config.temperature,)
     return config.temperature, config.final_temperature
 
 
 def has_soft_terms(config: MethodConfig) -> bool:
-    """Whether the teacher's distributions are needed in training."""
+    """Return True if training needs the teacher's distributions."""
     return any(term.kind == "soft" for term in terms(config))
 
 
 def needs_teacher(config: MethodConfig) -> bool:
-    """Whether training needs the teacher at all."""
+    """Return True if training needs the teacher at all."""
     return has_soft_terms(config) or has_layer_terms(config)
 
 
 def has_layer_terms(config: MethodConfig) -> bool:
-    """Whether layers of a teacher that runs beside the student are needed."""
+    """Return True if training needs the layers of an online teacher."""
     return any(term.kind in ("hidden", "attention") for term in terms(config))
 
 
 def divergence(config: MethodConfig) -> Divergence:
-    """The divergence of the soft terms.
+    """Return the divergence of the soft terms.
 
     Raises:
       ValueError: unknown, or with a parameter or tail policy that it cannot have.
     """
-    found = Divergence(name=config.divergence, alpha=config.alpha, beta=config.beta)
-    check_tail(config.tail, found)
-    return found
+    soft = Divergence(name=config.divergence, alpha=config.alpha, beta=config.beta)
+    check_tail(config.tail, soft)
+    return soft

@@ -1,4 +1,4 @@
-"""The model card of an exported student: what it is, how it was made, what it scored.
+"""Model card of an exported student: its origin, training and held-out results.
 
 Local folders appear by their last component only.
 """
@@ -17,17 +17,17 @@ from kdjax.models.lm import Shape
 def write(
     config: Config,
     shape: Shape,
-    found: Mapping[str, str],
+    origins: Mapping[str, str],
     *,
     step: int,
     summary: Mapping[str, Any] | None = None,
 ) -> str:
-    """The text of README.md, as the Hugging Face hub reads it.
+    """Return the text of README.md, as the Hugging Face hub reads it.
 
     Args:
       config: the run.
       shape: the student's.
-      found: the origins of its parameters, from `provenance.initial_params`.
+      origins: of its parameters, from `provenance.initial_params`.
       step: optimizer steps done.
       summary: content of the run's summary.json, where that is of this step.
     """
@@ -35,7 +35,7 @@ def write(
         f"---\n{_front(config, shape)}\n---",
         f"# {config.name}",
         f"A student of {flops.params_count(shape):,} parameters, made with kdjax.",
-        _table(("", ""), _facts(config, found, step)),
+        _table(("", ""), _facts(config, origins, step)),
         "## Loss",
         "Of each term the mean over its view's target tokens times its weight.",
         _terms(config),
@@ -48,14 +48,14 @@ def write(
         ]
         sections += [
             "## Held-out results",
-            "NLL and KL to the teacher in nats a target token.",
+            "NLL and KL to the teacher in nats per target token.",
             _table(("metric", "student", "teacher"), rows),
         ]
     return "\n\n".join(sections) + "\n"
 
 
 def _front(config: Config, shape: Shape) -> str:
-    """What the hub reads: its names of the models and data that this one is made of."""
+    """Return the metadata for the hub: the models and data this one is made of."""
     student, data = config.student, config.data
     bases = {"folder": student.path, "teacher_layers": config.teacher.path}
     named: dict[str, Any] = {
@@ -80,13 +80,15 @@ def _uses_teacher(config: Config) -> bool:
 
 
 def _facts(
-    config: Config, found: Mapping[str, str], step: int
+    config: Config, origins: Mapping[str, str], step: int
 ) -> list[tuple[str, str]]:
     method, optim, train = config.method, config.optim, config.train
     teacher, path = "none", config.teacher.path
     if _uses_teacher(config):
         teacher = provenance.name_of(path) if path else "trained for this run"
-    starts = [f"{row['parameters']}: {row['from']}" for row in provenance.table(found)]
+    starts = [
+        f"{row['parameters']}: {row['from']}" for row in provenance.table(origins)
+    ]
     facts = [
         ("teacher", teacher),
         ("starts from", "; ".join(starts)),
@@ -126,24 +128,24 @@ def _data(data: DataConfig) -> str:
 
 
 def _soft_labels(cache: CacheConfig, online: bool) -> str:
-    kept = {
+    contents = {
         "top_k": f"the teacher's top {cache.k} probabilities",
         "dense": "all of the teacher's probabilities",
         "sampled": f"{cache.num_draws} draws from the teacher",
     }
-    return f"{kept[cache.kind]}, {'while it runs beside' if online else 'stored'}"
+    return f"{contents[cache.kind]}, {'computed online' if online else 'stored'}"
 
 
 def _temperature(config: Config) -> str:
     method = config.method
-    found = f"{method.temperature:g}"
+    text = f"{method.temperature:g}"
     if method.temperature_schedule != "constant":
-        found += f" to {method.final_temperature:g}, {method.temperature_schedule}"
-    return found + (", terms times its square" if method.scale_by_t2 else "")
+        text += f" to {method.final_temperature:g}, {method.temperature_schedule}"
+    return text + (", terms times its square" if method.scale_by_t2 else "")
 
 
 def _terms(config: Config) -> str:
-    """The weight of each term at the first step and, where it moves, at the last."""
+    """Tabulate the weight of each term at the first and, if it moves, the last step."""
     ends = [0.0] if config.method.weight_schedule == "constant" else [0.0, 1.0]
     columns = [methods.terms(config.method, progress) for progress in ends]
     rows = [

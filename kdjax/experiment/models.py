@@ -17,7 +17,7 @@ from kdjax.parallel import sharding
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Model:
-    """A model as (graphdef, params), with its shape and where its parameters lie."""
+    """A model as (graphdef, params): its shape, structure and shardings."""
 
     shape: Shape
     graphdef: nnx.GraphDef
@@ -34,19 +34,21 @@ def make_model(
     kernel: str = "auto",
     adapters: LoraConfig | None = None,
 ) -> Model:
-    """A model whose parameters are split over `mesh` by the table; no memory yet.
+    """Describe a model whose parameters are split over `mesh`; no memory yet.
 
-    What attends is chosen here, for the devices of the mesh: `attention.select_kernel`.
-    `adapters` describes those beside the linear layers, None = none.
+    The attention kernel follows from the devices: `attention.select_kernel`.
+    `adapters` describes those of the linear layers, None = none.
     """
-    chosen = attention.XLA
+    attention_kernel = attention.XLA
     if isinstance(shape, DecoderConfig):
-        chosen = attention.select_kernel(shape, mesh, dtype=dtype, name=kernel)
+        attention_kernel = attention.select_kernel(
+            shape, mesh, dtype=dtype, name=kernel
+        )
     graphdef, shapes = lm.create(
         shape,
         dtype=dtype,
         remat=remat,
-        kernel=chosen,
+        kernel=attention_kernel,
         unroll=mesh.devices.flat[0].platform == "cpu" and remat == "none",
         adapters=adapters,
     )
@@ -60,13 +62,13 @@ def make_model(
 
 
 def load_model(path: str, mesh: Mesh, *, dtype: str) -> tuple[Model, Any]:
-    """A model and its parameters from a Hugging Face folder or hub name."""
+    """Load a model and its parameters from a Hugging Face folder or hub name."""
     model = make_model(hf.read_config(path), mesh, dtype=dtype)
     return model, hf.load_params(path, model.shape, shardings=model.shardings)
 
 
 def student_shape(config: Config, tokenizer: Any) -> Shape:
-    """The student's shape: its own, its folder's, or the teacher's with fewer layers.
+    """Return the student's shape: its own, its folder's, or a part of the teacher's.
 
     Raises:
       ValueError: a layer the teacher lacks, or ids that the student's vocabulary lacks.
@@ -92,31 +94,31 @@ def student_shape(config: Config, tokenizer: Any) -> Shape:
 
 
 def student_layers(config: Config, teacher: Shape) -> dict[str, tuple[int, ...]]:
-    """The teacher's layers that the student keeps, by their stack.
+    """Return the teacher's layers that the student keeps, by their stack.
 
     Raises:
       ValueError: a layer the teacher lacks.
     """
     student = config.student
-    found = {"layers": ("keep_layers", student.keep_layers)}
+    fields = {"layers": ("keep_layers", student.keep_layers)}
     if isinstance(teacher, T5Config):
         encoder = student.keep_encoder_layers or range(teacher.num_encoder_layers)
-        found = {
+        fields = {
             "decoder/layers": ("keep_layers", student.keep_layers),
             "encoder/layers": ("keep_encoder_layers", tuple(encoder)),
         }
     numbers = lm.stacks(teacher)
-    for stack, (name, layers) in found.items():
+    for stack, (name, layers) in fields.items():
         if not set(layers) <= set(range(numbers[stack])):
             raise ValueError(
                 f"student.{name}={layers}: the teacher has {stack} 0 to "
                 f"{numbers[stack] - 1}"
             )
-    return {stack: layers for stack, (_, layers) in found.items()}
+    return {stack: layers for stack, (_, layers) in fields.items()}
 
 
 def student_params(config: Config, model: Model, teacher: str) -> Callable[[], Any]:
-    """How to make the student's initial parameters, sharded."""
+    """Return a function that makes the student's initial parameters, sharded."""
     student, shardings = config.student, lora.without(model.shardings)
     folder = student.path if student.init == "folder" else teacher
     init = jax.jit(
@@ -138,7 +140,7 @@ def student_params(config: Config, model: Model, teacher: str) -> Callable[[], A
 
 
 def shared_vocab_size(shape: Shape, teacher: Any) -> int | None:
-    """Vocabulary rows of the student that the teacher has too; None = all.
+    """Return the vocabulary rows that student and teacher share; None = all.
 
     Args:
       shape: the student's.

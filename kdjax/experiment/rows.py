@@ -1,4 +1,4 @@
-"""Rows of a Config: their lengths, their order, and what a step computes of them."""
+"""Rows of a Config: their lengths, their order and the FLOPs of a step."""
 
 from typing import Any
 
@@ -11,12 +11,12 @@ from kdjax.models.lm import Shape
 def row_kwargs(
     shape: Shape, row_length: int, encoder_row_length: int
 ) -> dict[str, Any]:
-    """Keywords of `BatchPlan`: rows as a model reads them.
+    """Return the keywords of `BatchPlan`: rows as a model reads them.
 
     Args:
       shape: the model's.
-      row_length: tokens a row; with an encoder, of the decoder.
-      encoder_row_length: tokens a row of the encoder; 0 = row_length.
+      row_length: tokens per row; with an encoder, of the decoder.
+      encoder_row_length: tokens per row of the encoder; 0 = row_length.
     """
     if isinstance(shape, DecoderConfig):
         return {"row_length": row_length}
@@ -29,9 +29,9 @@ def row_kwargs(
 
 
 def joint_row_length(student: Shape, row_length: int, encoder_row_length: int) -> int:
-    """Tokens of a row that holds prompt and target of what a student's rows hold.
+    """Return the tokens of a row with both prompt and target of a student's rows.
 
-    For a model that only decodes beside a student that has an encoder.
+    For a decoder that reads the data of a student with an encoder.
     """
     if isinstance(student, DecoderConfig):
         return row_length
@@ -39,21 +39,21 @@ def joint_row_length(student: Shape, row_length: int, encoder_row_length: int) -
 
 
 def flops_kwargs(shape: Shape, train: TrainConfig) -> dict[str, Any]:
-    """Keywords of `flops.train_flops` for a training step; the head sees all tokens."""
+    """Return the keywords of `flops.train_flops`; the head sees all tokens."""
     num_tokens = train.batch_size * train.row_length
-    found = {"num_tokens": num_tokens, "num_head_tokens": num_tokens}
-    found["row_length"] = train.row_length
+    kwargs = {"num_tokens": num_tokens, "num_head_tokens": num_tokens}
+    kwargs["row_length"] = train.row_length
     if isinstance(shape, T5Config):
         length = train.encoder_row_length or train.row_length
-        found["encoder_row_length"] = length
-        found["num_encoder_tokens"] = train.batch_size * length
-    return found
+        kwargs["encoder_row_length"] = length
+        kwargs["num_encoder_tokens"] = train.batch_size * length
+    return kwargs
 
 
 def make_plan(
     config: Config, shape: Shape, segments: list[Segment]
 ) -> loader.BatchPlan:
-    """The order of the training batches of a student."""
+    """Plan the order of the training batches of a student."""
     train = config.train
     return loader.BatchPlan(
         segments,

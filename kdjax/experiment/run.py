@@ -1,4 +1,4 @@
-"""A config and everything that is made of it once."""
+"""Run: a config with its mesh, data and student."""
 
 import dataclasses
 import pathlib
@@ -18,7 +18,7 @@ from kdjax.parallel import sharding
 class Run:
     """A config with its directory, devices, data and student; it holds no parameters.
 
-    `open_run` makes one; what trains, labels, scores or exports takes it whole.
+    `open_run` makes one; training, labelling, scoring and export take it.
     """
 
     config: Config
@@ -29,7 +29,7 @@ class Run:
 
     @property
     def tokenizer(self) -> Any:
-        """The tokenizer of data, student and teacher."""
+        """Return the tokenizer of data, student and teacher."""
         return self.data.tokenizer
 
 

@@ -1,4 +1,4 @@
-"""The teacher of a Config: where it is, its shape, and the run that trains it."""
+"""The teacher of a Config: its folder, its shape, and the run that trains it."""
 
 import dataclasses
 import pathlib
@@ -11,19 +11,19 @@ from kdjax.models.lm import Shape
 
 
 def has_teacher(config: Config) -> bool:
-    """Whether there is a teacher: one that is named, or one that will be trained."""
+    """Return True if a teacher is named, or will be trained."""
     return bool(config.teacher.path) or config.data.source == "kinship"
 
 
 def teacher_shape(config: Config, tokenizer: Any) -> Shape:
-    """The teacher's shape: its folder's, or that of the one to be trained."""
+    """Return the teacher's shape: its folder's, or that of the one to be trained."""
     if config.teacher.path:
         return hf.read_config(config.teacher.path)
     return with_vocabulary(config.teacher.decoder, tokenizer)
 
 
 def with_vocabulary(shape: Shape, tokenizer: Any) -> Shape:
-    """The shape with what it takes from the tokenizer: vocabulary, T5's special ids."""
+    """Return a shape with the tokenizer's vocabulary size and, for T5, special ids."""
     vocab_size = shape.vocab_size or len(tokenizer)
     shape = dataclasses.replace(shape, vocab_size=vocab_size)
     if isinstance(shape, DecoderConfig) or not hasattr(tokenizer, "eos_token_id"):
@@ -34,12 +34,12 @@ def with_vocabulary(shape: Shape, tokenizer: Any) -> Shape:
 
 
 def teacher_folder(config: Config, workdir: pathlib.Path) -> str:
-    """Where the teacher is, or will be once it is trained."""
+    """Return the folder of the teacher, also before it is trained."""
     return config.teacher.path or str(workdir / "teacher")
 
 
 def teacher_config(config: Config) -> Config:
-    """The run that trains the built-in task's teacher: hard labels, more examples."""
+    """Make the config that trains the built-in task's teacher, by hard labels."""
     teacher, train, method = config.teacher, config.train, config.method
     if config.student.init == "random" and config.student.architecture == "t5":
         rows = train.row_length, train.encoder_row_length

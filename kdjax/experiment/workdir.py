@@ -1,4 +1,4 @@
-"""The working directory of a run: which config it belongs to, and its files."""
+"""The working directory of a run: its config, its owner and its files."""
 
 import pathlib
 
