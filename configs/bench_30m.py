@@ -22,7 +22,7 @@ from kdjax.config import (
 
 
 def get_config(argument: str = "") -> Config:
-    """The experiment; several arguments are joined by commas."""
+    """Return the experiment; several arguments are joined by commas."""
     config = Config(
         name="bench_30m",
         data=DataConfig(num_train=1, num_eval=1),

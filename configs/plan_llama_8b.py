@@ -26,7 +26,7 @@ from kdjax.config import (
 
 
 def get_config(argument: str = "") -> Config:
-    """The experiment; several arguments are joined by commas."""
+    """Return the experiment; several arguments are joined by commas."""
     config = Config(
         name="plan_llama_8b",
         data=DataConfig(source="text", path="corpus.jsonl"),

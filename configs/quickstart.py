@@ -23,7 +23,7 @@ from kdjax.config import (
 
 
 def get_config(argument: str = "") -> Config:
-    """The experiment; several arguments are joined by commas."""
+    """Return the experiment; several arguments are joined by commas."""
     config = Config(
         name="quickstart",
         data=DataConfig(

@@ -116,7 +116,7 @@ def get_config(argument: str = "") -> Config:
 
 
 def small(config: Config) -> None:
-    """A random T5 that two cores train in minutes."""
+    """Describe a random T5 that two cores train in minutes."""
     config.student.init, config.student.path = "random", ""
     config.student.architecture = "t5"
     config.student.t5 = T5Config(
