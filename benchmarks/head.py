@@ -197,7 +197,7 @@ if __name__ == "__main__":
         ("tokens", 4096, "N, target tokens"),
         ("width", 512, "D, width"),
         ("vocab", 32128, "V, vocabulary"),
-        ("k", 32, "K, pairs a token"),
+        ("k", 32, "K, pairs per token"),
         ("chunk", 256, "tokens of a chunk"),
         ("rounds", 5, "in which the forms take turns"),
         ("steps", 3, "of a round"),

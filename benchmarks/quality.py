@@ -50,7 +50,7 @@ _ARMS = flags.DEFINE_list("arms", list(ARMS), f"Arms, of {list(ARMS)}.")
 
 
 def small(cache: str, split: str) -> tuple[str, int]:
-    """Kind of a cache, and its pairs or draws a token.
+    """Kind of a cache, and its pairs or draws per token.
 
     The held-out rows of a sampled cache are the top k, of the default k.
     """
@@ -78,7 +78,7 @@ def derive(
       dense: the rows.
       folder: the new cache.
       kind: "top_k" or "sampled".
-      number: pairs, or draws a token.
+      number: pairs, or draws per token.
     """
     if (folder / cache_lib.MANIFEST).is_file():
         return
@@ -200,7 +200,7 @@ def main(argv: list[str]) -> None:
         [
             {
                 "cache": arm,
-                "bytes a token": runs[0]["bytes_per_token"],
+                "bytes per token": runs[0]["bytes_per_token"],
                 "NLL": statistics.mean(r["nll"] for r in runs),
                 "KL": statistics.mean(r["kl"] for r in runs),
                 "agreement": statistics.mean(r["agreement"] for r in runs),

@@ -9,7 +9,7 @@ the same random weights by AdamW with dropout and clipping, in float32.
 
 "padded": 8 rows, 256 tokens for the encoder, 128 for the decoder, all of them read.
 "epoch": `multitask` over a sample of the real rows, label and rationale of each.
-PyTorch does what is usual: 16 examples a step, both views padded to the longest of the
+PyTorch as usual: 16 examples per step, both views padded to the longest of the
 batch, two forward passes. kdjax packs about as many segments into a step. Seconds are
 those of the whole sample. Needs torch.
 """

@@ -2,9 +2,9 @@
 
     python -m kdjax.benchmark --config=configs/bench_1b.py --synthetic
 
-1.24 billion parameters, 16,384 tokens a step in rows of 2,048, 64 pairs a token from a
-cache on disk; the online teacher that it is compared with has the shape of Llama-3.2-3B
-(--noonline leaves it out: it takes 13 GB). 0.135 PFLOP a step: 0.27 s at half of the
+1.24 billion parameters, 16,384 tokens per step in rows of 2,048, 64 pairs per token
+from a cache on disk; the online teacher compared has the shape of Llama-3.2-3B
+(--noonline leaves it out: it takes 13 GB). 0.135 PFLOP per step: 0.27 s at half of the
 989 TFLOP/s of an H200. The data are those of --synthetic: the built-in task only stands
 here because a config names some source. Arguments: "hard" has no teacher; "smoke" takes
 some seconds on a CPU.

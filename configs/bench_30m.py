@@ -2,7 +2,7 @@
 
     python -m kdjax.benchmark --config=configs/bench_30m.py --synthetic
 
-2,048 tokens a step, 64 pairs a token from a cache on disk, float32; 0.41 TFLOP a step,
+2,048 tokens per step, 64 pairs per token from a cache on disk, float32; 0.41 TFLOP,
 so about 3 s at 150 GFLOP/s (2 cores). Expected: 0.70 or more of the matmul rate, and
 at most 1.05 of the time of hard labels alone. The data are those of --synthetic: the
 built-in task only stands here because a config names some source. Arguments: "hard" has

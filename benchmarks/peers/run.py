@@ -108,7 +108,7 @@ def summarise(case: str, found: dict[str, list[dict[str, Any]]]) -> dict[str, An
 
     Returns:
       "case", its "problem", "skipped" (why), "same_problem", and for each of "runs":
-      seconds a step, also of every round; tokens a second; the most resident memory of
+      seconds per step, also of every round; tokens per second; peak resident memory of
       the process, and what it grew by after its imports; temporary memory of the
       compiled step; parameters; the first loss; and "times_ours", how many times the
       seconds of "kdjax: loop, cache" it takes.
@@ -238,7 +238,7 @@ if __name__ == "__main__":
         "--cases", default="", help=f"instead of the peers' own: {sorted(CASES)}"
     )
     parser.add_argument("--rounds", type=int, default=3, help="processes of each kind")
-    parser.add_argument("--steps", type=int, default=10, help="timed steps a process")
+    parser.add_argument("--steps", type=int, default=10, help="timed steps per process")
     parser.add_argument("--out", help="also write everything to this file")
     parser.add_argument("--folder", help="keep the prepared cases here")
     parser.add_argument(
