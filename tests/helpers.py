@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import shutil
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import filelock
@@ -33,10 +34,12 @@ from kdjax.config import (
 )
 from kdjax.data import loader
 from kdjax.data.batch import Batch, EncoderRows
+from kdjax.experiment import methods
 from kdjax.experiment.data import Data, load_data
 from kdjax.experiment.models import Model, make_model, student_params, student_shape
 from kdjax.experiment.rows import make_plan
 from kdjax.experiment.run import Run, open_run
+from kdjax.models import decoder
 from kdjax.parallel import sharding
 from kdjax.pipeline.student import export_student
 from kdjax.teacher.codec import Record
@@ -85,11 +88,16 @@ def small_config(**changes) -> Config:
         ),
         evaluation=EvalConfig(batch_size=8, num_generations=2, max_new_tokens=4),
     )
+    return changed(base, **changes)
+
+
+def changed(config: Config, **changes) -> Config:
+    """A config with parts replaced: `part=dict(field=value)` replaces fields."""
     for part, values in changes.items():
         if isinstance(values, dict):
-            values = dataclasses.replace(getattr(base, part), **values)
-        setattr(base, part, values)
-    return base
+            values = dataclasses.replace(getattr(config, part), **values)
+        changes[part] = values
+    return dataclasses.replace(config, **changes)
 
 
 class FakeCache:
@@ -179,12 +187,12 @@ def set_up(
 UNTIED = dataclasses.replace(DECODER, num_layers=2, tie_embeddings=False)
 
 
-def step_config(*, optim=None, lora=None, decoder=UNTIED, **train):
+def step_config(*, optim=None, lora=None, shape=UNTIED, **train):
     config = small_config(
         optim={"clip_norm": 0.0} | (optim or {}),
         train={"num_threads": 1, "batch_size": 8, "row_length": 128} | train,
     )
-    config.student.decoder = dataclasses.replace(decoder)
+    config.student.decoder = dataclasses.replace(shape)
     if lora is not None:
         config.student.lora = lora
     return config
@@ -220,7 +228,8 @@ class TrainSteps:
         model, params = teacher or (None, None)
         frozen = () if teacher is None else (params,)
         self.made = program.Program(config, self.model, mesh, teacher=model)
-        if cache is None:
+        soft = methods.has_soft_terms(config.method)
+        if cache is None and teacher is None and soft:
             cache = FakeCache(data.train, self.model.shape.vocab_size)
         current = self.made.init(
             student_params(config, self.model, config.teacher.path)
@@ -290,12 +299,12 @@ def decoder_run(folder: pathlib.Path) -> Config:
     )
 
 
-def taught(folder: pathlib.Path, *, cache: str = "decoder", **changes) -> Config:
-    """A small config with the teacher, and the cache, of a shared run."""
+def taught(folder: pathlib.Path, *, cache_of: str = "decoder", **changes) -> Config:
+    """A small config with the built-in teacher, and the cache, of shared runs."""
     config = small_config(**changes)
     config.teacher.path = str(folder / "decoder" / "teacher")
-    if cache:
-        config.cache.path = str(folder / cache / "cache")
+    if cache_of:
+        config.cache.path = str(folder / cache_of / "cache")
     return config
 
 
@@ -329,7 +338,7 @@ def t5_run(folder: pathlib.Path) -> Config:
     """A T5 student of that teacher, on all four views, with dropout."""
     return taught(
         folder,
-        cache="t5",
+        cache_of="t5",
         name="t5",
         method={"name": "multitask_counterfactual"},
         student={"architecture": "t5", "t5": T5},
@@ -386,6 +395,28 @@ def score(config: Config, workdir: pathlib.Path, name: str) -> dict[str, float]:
 def export(config: Config, workdir: pathlib.Path, out: pathlib.Path) -> None:
     """Writes the student of a run as a Hugging Face folder."""
     export_student(open_run(config, workdir, splits=()), out)
+
+
+def row_logits(model: Model, params: Any) -> Callable[[np.ndarray], np.ndarray]:
+    """A decoder's logits for one text: ids [T] -> logits [T, V], float64.
+
+    Compiled once: what follows a text in its row changes none of them.
+    """
+
+    @jax.jit
+    def forward(params, ids_1T):
+        positions_1T = np.arange(ids_1T.shape[1], dtype=np.int32)[None]
+        hidden_1TD = decoder.hidden_states(
+            model.graphdef, params, ids_1T, positions_1T, np.ones_like(positions_1T)
+        )
+        return decoder.logits(params, hidden_1TD)[0]
+
+    def logits(ids: np.ndarray) -> np.ndarray:
+        row = np.zeros((1, 256), np.int32)
+        row[0, : len(ids)] = ids
+        return np.asarray(forward(params, row), np.float64)[: len(ids)]
+
+    return logits
 
 
 def summary(workdir: pathlib.Path) -> dict[str, Any]:

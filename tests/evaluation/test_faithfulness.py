@@ -314,62 +314,80 @@ MEASURES = {
 }
 
 
+def names(method):
+    return {f"faithfulness/{name}" for name in MEASURES[method]}
+
+
+def small(method, **changes):
+    method = {"name": method, "soft_weight": 0.0, "temperature": 1.0}
+    return helpers.small_config(method=method, **changes)
+
+
+@pytest.fixture(scope="module")
+def multitask(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("multitask")
+    config = small("multitask")
+    return config, folder, finished(config, folder)
+
+
 @pytest.mark.parametrize(
     ("method", "architecture"),
-    [*((name, "decoder") for name in MEASURES), ("multitask_counterfactual", "t5")],
+    [
+        ("finetune", "decoder"),
+        ("counterfactual", "decoder"),
+        ("multitask_counterfactual", "t5"),
+    ],
 )
 def test_every_method_has_its_measures(method, architecture, tmp_path):
+    """Two more have tests of their own below."""
     assert methods.METHODS.keys() - MEASURES.keys() == {"text"}
-    config = helpers.small_config(
-        method={"name": method, "soft_weight": 0.0, "temperature": 1.0},
-        student={"architecture": architecture},
-    )
+    config = small(method, student={"architecture": architecture})
     finished(config, tmp_path)
-    found = faithfulness.measure(helpers.open_eval(config, tmp_path))
-    assert set(found) == {f"faithfulness/{name}" for name in MEASURES[method]}
-    assert all(np.isfinite(list(found.values())))
+    measures = faithfulness.measure(helpers.open_eval(config, tmp_path))
+    assert set(measures) == names(method)
+    assert all(np.isfinite(list(measures.values())))
     if method == "multitask_counterfactual":
-        assert faithfulness.measure(helpers.open_eval(config, tmp_path)) == found
+        assert faithfulness.measure(helpers.open_eval(config, tmp_path)) == measures
 
 
-def test_a_run_is_measured_with_a_simulator(tmp_path, monkeypatch):
-    config = helpers.small_config(method={"name": "multitask", "soft_weight": 0.0})
-    examples = finished(config, tmp_path).eval_examples
+def test_a_run_is_measured_with_a_simulator(multitask, monkeypatch):
+    config, folder, data = multitask
+    examples = data.eval_examples
 
-    def las(records, folder):
-        assert folder == tmp_path / "simulator"
+    def las(records, simulator):
+        assert simulator == folder / "simulator"
         assert [r.id for r in records] == [e.id for e in examples[:2]]
         assert [r.answer for r in records] == [e.answer for e in examples[:2]]
         return {"las": 0.25}
 
     monkeypatch.setattr(faithfulness.simulators, "las", las)
-    found = faithfulness.measure(
-        helpers.open_eval(config, tmp_path), simulator=tmp_path / "simulator"
+    measures = faithfulness.measure(
+        helpers.open_eval(config, folder), simulator=folder / "simulator"
     )
-    assert found["faithfulness/las"] == 0.25
-    assert found["faithfulness/self_consistency"] == 1
+    assert set(measures) == names("multitask") | {"faithfulness/las"}
+    assert measures["faithfulness/las"] == 0.25
+    assert measures["faithfulness/self_consistency"] == 1
 
 
 def test_the_command_writes_what_is_measured(tmp_path):
-    config = helpers.small_config(
-        method={"name": "rationale_then_label", "soft_weight": 0.0}
-    )
+    config = small("rationale_then_label")
     finished(config, tmp_path)
     (tmp_path / "config.json").write_text(to_json(config))
     done = subprocess.run(
         [
             *(sys.executable, "-m", "kdjax.evaluate", "--faithfulness"),
-            *(f"--workdir={tmp_path}", f"--json={tmp_path / 'found.json'}"),
+            *(f"--workdir={tmp_path}", f"--json={tmp_path / 'copy.json'}"),
         ],
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "faithfulness.json").read_text())
-    assert found == pytest.approx(
+    measures = json.loads((tmp_path / "faithfulness.json").read_text())
+    assert set(measures) == names("rationale_then_label")
+    assert measures == pytest.approx(
         faithfulness.measure(helpers.open_eval(config, tmp_path))
     )
-    assert found == json.loads((tmp_path / "found.json").read_text())
+    assert measures == json.loads((tmp_path / "copy.json").read_text())
     assert "oracle_accuracy" in done.stdout
 
 
@@ -378,14 +396,12 @@ def test_a_run_that_is_not_finished_is_refused(tmp_path):
         faithfulness.measure(helpers.open_eval(helpers.small_config(), tmp_path))
 
 
-def test_choices_after_the_label_prompt_are_those_of_the_accuracy(tmp_path):
-    config = helpers.small_config(method={"name": "multitask", "soft_weight": 0.0})
-    finished(config, tmp_path)
-    run = helpers.open_eval(config, tmp_path)
-    data = run.data
+def test_choices_after_the_label_prompt_are_those_of_the_accuracy(multitask):
+    config, folder, data = multitask
+    run = helpers.open_eval(config, folder)
     student = choices.load_chooser(run)
-    chosen = choices.choose(student, data.eval_examples)
-    right = [c == e.answer for c, e in zip(chosen, data.eval_examples, strict=True)]
+    answers = choices.choose(student, data.eval_examples)
+    right = [a == e.answer for a, e in zip(answers, data.eval_examples, strict=True)]
     accuracy = Scorer(run)(load_student(run))["accuracy"]
     assert np.mean(right) == pytest.approx(accuracy)
     assert choices.choose(student, []) == []

@@ -13,7 +13,6 @@ from kdjax.evaluation.scorer import Scorer
 from kdjax.evaluation.text_match import compare, match_rates
 from kdjax.experiment.models import student_params
 from kdjax.experiment.run import open_run
-from kdjax.models import decoder
 from tests import helpers
 from tests.helpers import FakeCache
 
@@ -26,15 +25,11 @@ def test_nll_and_perplexity_are_the_models_own(tmp_path):
     params = student_params(config, model, "")()
     cache = FakeCache(data.evaluation, model.shape.vocab_size)
     found = Scorer(run, cache=cache)(params)
+    logits_of = helpers.row_logits(model, params)
     total = count = 0
     for segment in data.evaluation:
-        ids = np.concatenate([segment.prompt_ids, segment.target_ids])[None, :-1]
-        positions = np.arange(ids.shape[1], dtype=np.int32)[None]
-        hidden = decoder.hidden_states(
-            model.graphdef, params, ids, positions, np.ones_like(ids)
-        )
-        logits = np.asarray(decoder.logits(params, hidden), np.float64)[0]
-        logits = logits[len(segment.prompt_ids) - 1 :]
+        ids = np.concatenate([segment.prompt_ids, segment.target_ids])
+        logits = logits_of(ids)[len(segment.prompt_ids) - 1 : -1]
         log_z = np.log(np.exp(logits).sum(-1))
         total += (log_z - logits[np.arange(len(logits)), segment.target_ids]).sum()
         count += len(logits)

@@ -27,11 +27,11 @@ DECODER = DecoderConfig(
 def sums(number, seed):
     """The question has one summand and the rationale the other: both are needed."""
     rng = random.Random(seed)
-    found = []
+    records = []
     for index in range(number):
         first, second = rng.randrange(3), rng.randrange(3)
         answer = WORDS[(first + second) % 3]
-        found.append(
+        records.append(
             Record(
                 id=f"{seed}-{index}",
                 question=f"start {WORDS[first]}",
@@ -41,7 +41,7 @@ def sums(number, seed):
                 answer=answer,
             )
         )
-    return found
+    return records
 
 
 @pytest.fixture(scope="module")
@@ -100,42 +100,69 @@ def test_a_simulator_serves_students_whose_tokenizer_lies_elsewhere(
         simulator.train_simulator(other, trained, decoder=DECODER, steps=250)
 
 
-def test_las_is_high_where_rationales_decide_answers(trained):
-    found = simulator.las(sums(200, 2), trained)
-    assert found["las"] > 0.4 and found["simulated"] > 0.7
+RIGHT = sums(40, 3)
+SHIFTED = [
+    dataclasses.replace(r, answer=WORDS[(WORDS.index(r.answer) + 1) % 3].upper())
+    for r in RIGHT
+]
+OWN = sums(400, 2)
+OTHERS = [
+    dataclasses.replace(record, rationale=rationale)
+    for record, rationale in zip(
+        OWN, random.Random(0).sample([r.rationale for r in OWN], 400), strict=True
+    )
+]
+SILENT = [dataclasses.replace(r, rationale="") for r in sums(8, 3)]
+
+
+def shown(record):
+    return record.question, record.choices, record.rationale
+
+
+@pytest.fixture(scope="module")
+def predicted(trained):
+    """What the simulator answers to all records of the tests, computed once."""
+    records = [*RIGHT, *OWN, *OTHERS, *SILENT]
+    rows = zip(*simulator.predict(records, trained).values(), strict=True)
+    return dict(zip(map(shown, records), rows, strict=True))
+
+
+@pytest.fixture
+def las(predicted, trained, monkeypatch):
+    def stored(records, folder):
+        rows = [predicted[shown(record)] for record in records]
+        return {s: [row[i] for row in rows] for i, s in enumerate(simulator.INPUTS)}
+
+    monkeypatch.setattr(simulator, "predict", stored)
+    return lambda records: simulator.las(records, trained)
+
+
+def test_las_is_high_where_rationales_decide_answers(las):
+    metrics = las(OWN[:200])
+    assert metrics["las"] > 0.4 and metrics["simulated"] > 0.7
     # Either half says nothing.
-    assert found["simulated_question"] < 0.5 and found["simulated_rationale"] < 0.5
-    assert found["num_leaking"] + found["num_hidden"] == 200
+    assert metrics["simulated_question"] < 0.5 and metrics["simulated_rationale"] < 0.5
+    assert metrics["num_leaking"] + metrics["num_hidden"] == 200
 
 
-def test_las_is_near_zero_for_the_rationales_of_others(trained):
-    own = sums(400, 2)
-    others = random.Random(0).sample([r.rationale for r in own], len(own))
-    mixed = [
-        dataclasses.replace(r, rationale=o) for r, o in zip(own, others, strict=True)
-    ]
-    assert abs(simulator.las(mixed, trained)["las"]) < 0.15
+def test_las_is_near_zero_for_the_rationales_of_others(las):
+    assert abs(las(OTHERS)["las"]) < 0.15
 
 
-def test_las_is_of_the_students_answers(trained):
+def test_las_is_of_the_students_answers(las):
     """Not of the right ones, and not of answers that are no choice."""
-    right = sums(40, 3)
-    shifted = [
-        dataclasses.replace(r, answer=WORDS[(WORDS.index(r.answer) + 1) % 3].upper())
-        for r in right
-    ]
-    before, after = simulator.las(right, trained), simulator.las(shifted, trained)
+    before, after = las(RIGHT), las(SHIFTED)
     assert after["simulated"] < before["simulated"] - 0.4
-    none = [dataclasses.replace(r, answer="five", rationale="") for r in right]
-    assert simulator.las(none, trained) == {}
-    assert simulator.las([*right, *none], trained) == before
+    no_choice = [dataclasses.replace(r, answer="five", rationale="") for r in RIGHT]
+    assert las(no_choice) == {}
+    assert las([*RIGHT, *no_choice]) == before
 
 
-def test_an_empty_rationale_can_be_measured(trained):
-    silent = [dataclasses.replace(r, rationale="") for r in sums(8, 3)]
-    predicted = simulator.predict(silent, trained)
-    assert predicted["both"] == predicted["question"]
-    assert simulator.las(silent, trained)["las"] == 0
+def test_an_empty_rationale_can_be_measured(las, predicted):
+    for record in SILENT:
+        both, question, _ = predicted[shown(record)]
+        assert both == question
+    assert las(SILENT)["las"] == 0
 
 
 def test_a_finished_simulator_is_left_as_it_is(trained, config, monkeypatch):
@@ -153,30 +180,24 @@ def test_a_finished_simulator_is_left_as_it_is(trained, config, monkeypatch):
 
 
 def test_a_killed_simulator_goes_on(config, tmp_path, monkeypatch):
-    def train(folder):
-        simulator.train_simulator(config, folder, decoder=DECODER, steps=8)
-
-    def answers(folder):
-        return simulator.predict(sums(10, 4), folder)
-
-    train(tmp_path / "whole")
-    original, cut = loader.make_batch, tmp_path / "cut"
-    seen = []
+    """From its checkpoint: `test_train` shows that it ends the same."""
+    original, steps = loader.make_batch, []
 
     def interrupted(plan, index, **arguments):
-        seen.append(index)
-        if index == 7 and seen.count(7) == 1:
+        steps.append(index)
+        if index == 7 and steps.count(7) == 1:
             raise KeyboardInterrupt
         return original(plan, index, **arguments)
 
     monkeypatch.setattr(loader, "make_batch", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        train(cut)
-    monkeypatch.undo()
+        simulator.train_simulator(config, tmp_path, decoder=DECODER, steps=8)
     with pytest.raises(ValueError, match="not finished"):
-        answers(cut)
-    train(cut)
-    assert answers(cut) == answers(tmp_path / "whole")
+        simulator.predict(sums(10, 4), tmp_path)
+    num_steps = len(steps)
+    simulator.train_simulator(config, tmp_path, decoder=DECODER, steps=8)
+    assert min(steps[num_steps:]) > 0
+    assert simulator.predict(sums(10, 4), tmp_path)["both"]
 
 
 def test_each_epoch_shows_each_example_in_one_of_three_ways(config):

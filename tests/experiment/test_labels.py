@@ -75,6 +75,9 @@ def test_a_run_reports_how_right_the_teacher_is(places, tmp_path, capsys):
         "dropped": 0,
         "accuracy": pytest.approx(2 / 3),
     }
+    # It has hard labels alone, and no teacher.
+    assert summary["teacher"] == {} and summary["parameters"]["teacher"] is None
+    assert np.isfinite(summary["student"]["nll"]) and "kl" not in summary["student"]
     # The run is measured by gold answers.
     gold, told = load(config(places), ("eval",)), load(made, ("eval",))
     assert [s.key for s in told.evaluation] == [s.key for s in gold.evaluation]

@@ -6,12 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from kdjax import train
 from kdjax.config import MethodConfig, PrefixConfig
 from kdjax.experiment import methods, validate
 from kdjax.experiment.data import load_data
 from kdjax.experiment.models import load_model
-from kdjax.models import decoder
 from kdjax.parallel import sharding
 from kdjax.teacher import cache as cache_lib
 from tests import helpers
@@ -107,25 +105,23 @@ def test_prefixes_alone_tell_views_apart():
 
 
 @pytest.mark.parametrize("place", ["decoder", "prompt"])
-def test_a_run_with_all_four_views(place, tmp_path):
-    """Every wrong choice is labelled, and none is held out."""
+def test_wrong_choices_are_trained_on_and_not_held_out(place):
     config = helpers.small_config(
         data={"counterfactual_place": place},
         method={"name": "multitask_counterfactual"},
-        teacher={"steps": 60},
-        train={"steps": 2, "save_every": 0},
     )
-    train.run(config, tmp_path)
     data = load_data(config)
     assert data.views == (*data.eval_views, "counterfactual")
     assert {segment.view for segment in data.evaluation} == {0, 1, 2}
     wrong = [segment for segment in data.train if segment.view == 3]
     assert len(wrong) == 24 * 4
     assert all(len(s.prefix_ids) > 0 for s in wrong) == (place == "decoder")
-    cache = cache_lib.load_cache(tmp_path / "cache" / "train")
-    assert cache.num_records == len({segment.key for segment in data.train})
-    summary = json.loads((tmp_path / "summary.json").read_text())["student"]
-    names = {name for name in summary if "/" in name}
+
+
+def test_a_run_with_all_four_views(t5_run):
+    _, workdir = t5_run
+    student = helpers.summary(workdir)["student"]
+    names = {name for name in student if "/" in name}
     views = ("label", "rationale", "factual")
     assert names == {
         *(f"nll/{view}" for view in views),
@@ -134,29 +130,36 @@ def test_a_run_with_all_four_views(place, tmp_path):
         "answer_match/factual",
         "answer_match_strict/factual",
     }
-    lines = (tmp_path / "generations.jsonl").read_text().splitlines()
+    lines = (workdir / "generations.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     assert [row["view"] for row in rows] == [*views] * 2
     assert ["answer" in row for row in rows] == [False, False, True] * 2
-    # The teacher read what stands before a wrong choice.
+
+
+def test_the_teacher_read_what_stands_before_a_wrong_choice(t5_run):
+    """Every wrong choice is labelled after its rationale."""
+    config, workdir = t5_run
+    data = load_data(config, splits=("train",))
+    cache = cache_lib.load_cache(workdir / "cache" / "train")
+    assert cache.num_records == len({segment.key for segment in data.train})
+    wrong = [segment for segment in data.train if segment.view == 3]
     mesh = sharding.make_mesh(config.mesh, devices=jax.devices()[:1])
-    model, params = load_model(str(tmp_path / "teacher"), mesh, dtype="float32")
+    model, params = load_model(config.teacher.path, mesh, dtype="float32")
+
+    logits_of = helpers.row_logits(model, params)
 
     def log_probs(ids, target):
-        columns = np.arange(len(ids), dtype=np.int32)[None]
-        hidden = decoder.hidden_states(
-            model.graphdef, params, ids[None], columns, np.ones_like(columns)
-        )
-        logits = np.asarray(decoder.logits(params, hidden), np.float64)[0, :-1]
-        logits = logits[-len(target) :]
+        logits = logits_of(ids)[-1 - len(target) : -1]
         logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         return logp[np.arange(len(target)), target]
 
     away = 0.0
     for segment in wrong[:4]:
-        found = cache.read(segment.key).target_log_probs
-        wanted = log_probs(segment.ids, segment.target_ids)
-        np.testing.assert_allclose(found, wanted, atol=0.05)
+        stored = cache.read(segment.key).target_log_probs
+        expected = log_probs(segment.ids, segment.target_ids)
+        np.testing.assert_allclose(stored, expected, atol=0.05)
         without = np.concatenate([segment.prompt_ids, segment.target_ids])
-        away = max(away, np.abs(log_probs(without, segment.target_ids) - wanted).max())
-    assert (away > 0.2) == (place == "decoder")
+        away = max(
+            away, np.abs(log_probs(without, segment.target_ids) - expected).max()
+        )
+    assert away > 0.2

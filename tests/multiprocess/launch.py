@@ -5,11 +5,8 @@ import pathlib
 import subprocess
 import sys
 
-from kdjax import config as config_lib
 from kdjax.config import Config
-from tests import xla_flags
-
-ROOT = pathlib.Path(__file__).parent.parent.parent
+from tests import helpers, xla_flags
 
 
 def run(
@@ -22,21 +19,17 @@ def run(
 ) -> None:
     """Run a command to its end; `num_devices` are those of each process."""
     file = workdir.parent / f"{workdir.name}_config.py"
-    file.write_text(
-        "from kdjax import config\n"
-        "def get_config(argument=''):\n"
-        f"    return config.from_json({config_lib.to_json(config)!r})\n"
-    )
+    helpers.write_config_file(config, file)
     environment = {
         **os.environ,
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": str(helpers.ROOT),
         "PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}",
         "XLA_FLAGS": xla_flags.FAST_COMPILE,
         "KDJAX_DEVICES": str(num_devices),
     }
     done = subprocess.run(
         [
-            ROOT / "launch" / "local.sh",
+            helpers.ROOT / "launch" / "local.sh",
             *(str(num_processes), "-m", f"kdjax.{command}"),
             *(f"--config={file}", f"--workdir={workdir}"),
         ],

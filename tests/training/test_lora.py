@@ -1,8 +1,6 @@
 """Adapters: only they are trained, and what is exported is a plain model."""
 
 import dataclasses
-import json
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +19,10 @@ from kdjax.experiment.models import make_model
 from kdjax.models import decoder, flops, hf, lm, lora, t5
 from kdjax.models.decoder_shape import select_layers
 from kdjax.parallel import sharding
+from kdjax.pipeline import distill
 from kdjax.training import meter, program
 from tests import helpers
-from tests.helpers import TrainSteps, step_config
+from tests.helpers import TrainSteps, load_student, step_config, summary
 
 SHAPE = DecoderConfig(
     vocab_size=67,
@@ -272,9 +271,8 @@ def test_only_adapters_are_trained(steps):
     }
 
 
-@pytest.mark.parametrize("num_microbatches", [1, 2])
-def test_a_mesh_changes_nothing(steps, num_microbatches):
-    config = step_config(lora=LORA, num_microbatches=num_microbatches)
+def test_a_mesh_and_microbatches_change_nothing(steps):
+    config = step_config(lora=LORA, num_microbatches=2)
     mesh, devices = MeshConfig(data=1, fsdp=2, tensor=2), jax.devices()[:4]
     other = TrainSteps(config, mesh=mesh, devices=devices)
     for one, two in zip(steps.metrics, other.metrics, strict=True):
@@ -317,7 +315,7 @@ def test_neither_a_full_gradient_nor_a_merged_weight_takes_memory():
     found = {}
     for rank in (0, 4):
         config = step_config(
-            decoder=shape,
+            shape=shape,
             lora=LoraConfig(rank=rank),
             batch_size=1,
             row_length=16,
@@ -335,50 +333,47 @@ def test_neither_a_full_gradient_nor_a_merged_weight_takes_memory():
     assert found[0] > kernels > 3 * found[4]
 
 
-def run_config(**student):
-    config = helpers.small_config(
-        student={"init": "teacher_layers", "keep_layers": (1,)} | student,
-        optim={"ema_decay": 0.9},
-        evaluation={"num_generations": 1},
-    )
-    config.student.lora = LORA
-    validate.validate(config)
-    return config
-
-
-def test_a_whole_run(tmp_path, capsys):
+def test_a_whole_run(lora_run, tmp_path, capsys, monkeypatch):
     """Trained with averages, resumed, evaluated unmerged, exported and evaluated."""
-    config, run = run_config(), tmp_path / "run"
-    train.run(config, run)
-    printed = capsys.readouterr().out
-    assert "of them trained" in printed and "averages" in printed
-    summary = json.loads((run / "summary.json").read_text())
-    found = helpers.score(config, run, "student")
-    assert found["nll"] == pytest.approx(summary["student"]["nll"], abs=1e-6)
+    config, run = lora_run
+    results = summary(run)["student"]
+    metrics = helpers.score(config, run, "student")
+    assert metrics["nll"] == pytest.approx(results["nll"], abs=1e-6)
 
     helpers.export(config, run, tmp_path / "plain")
     shape = hf.read_config(tmp_path / "plain")
-    assert shape == select_layers(hf.read_config(run / "teacher"), (1,))
+    assert shape == select_layers(hf.read_config(config.teacher.path), (1,))
     plain = helpers.score(config, run, str(tmp_path / "plain"))
-    assert plain["nll"] == pytest.approx(found["nll"], abs=1e-5)
+    assert plain["nll"] == pytest.approx(metrics["nll"], abs=1e-5)
 
     # The base is the teacher's layer, bit for bit; what was learned is in A and B.
-    _, params = helpers.load_student(config, run)
-    base = hf.load_params(run / "teacher", shape, keep_layers={"layers": (1,)})
+    _, params = load_student(config, run)
+    base = hf.load_params(config.teacher.path, shape, keep_layers={"layers": (1,)})
     jax.tree.map(np.testing.assert_array_equal, lora.without(params), base)
 
-    shutil.copytree(run, tmp_path / "again")
-    shutil.rmtree(tmp_path / "again" / "checkpoints" / "6")
-    (tmp_path / "again" / "summary.json").unlink()
-    train.run(config, tmp_path / "again")
-    again = json.loads((tmp_path / "again" / "summary.json").read_text())
-    assert again["student"] == summary["student"]
+    trained, train_loop = [], distill.train_loop
+
+    def keep(*arguments, **keywords):
+        trained.append(train_loop(*arguments, **keywords))
+        return trained[-1]
+
+    monkeypatch.setattr(distill, "train_loop", keep)
+    again = helpers.copy_run(run, tmp_path / "again", unfinished=True)
+    train.run(config, again)
+    printed = capsys.readouterr().out
+    assert "of them trained" in printed and "averages" in printed
+    assert summary(again)["student"] == results
+    jax.tree.map(np.testing.assert_array_equal, trained[0].params, params)
 
 
 def test_plans_and_benchmarks_know_of_adapters(tmp_path):
     folder = tmp_path / "model"
     hf.save(folder, SHAPE, decoder.init_params(SHAPE, jax.random.key(0)))
-    config = run_config(init="folder", path=str(folder), keep_layers=())
+    config = helpers.small_config(
+        student={"init": "folder", "path": str(folder), "lora": LORA},
+        optim={"ema_decay": 0.9},
+    )
+    validate.validate(config)
     config.train.row_length, config.train.chunk_size = 16, 16
     found = compile.compile_step(config, jax.devices()[:1])
     assert found.memory["averages"] * 2 < found.memory["optimizer state"] + 1

@@ -10,33 +10,28 @@ import torch
 import transformers
 
 from kdjax import train
-from kdjax.config import MeshConfig, T5Config
+from kdjax.config import MeshConfig
 from kdjax.data import loader
 from kdjax.data import tokenizer as tokenizers
 from kdjax.evaluation.scorer import Scorer
-from kdjax.experiment import methods
 from kdjax.experiment.data import load_data, load_tokenizer
-from kdjax.experiment.models import make_model, student_params, student_shape
+from kdjax.experiment.models import (
+    load_model,
+    make_model,
+    student_params,
+    student_shape,
+)
 from kdjax.experiment.rows import make_plan, row_kwargs
 from kdjax.experiment.run import open_run
 from kdjax.models import hf, lm, t5
 from kdjax.models.generate import Decoding, Generator
 from kdjax.parallel import sharding
 from kdjax.teacher import build
-from kdjax.training import program, state
-from kdjax.training.loop import train_loop
+from kdjax.training import program
 from tests import helpers
+from tests.helpers import T5, TrainSteps, load_student, summary
 
-SHAPE = T5Config(
-    width=32,
-    num_encoder_layers=2,
-    num_decoder_layers=1,
-    num_heads=4,
-    head_dim=8,
-    mlp_width=64,
-    dropout=0.0,
-)
-DROPPED = {"student": {"t5": dataclasses.replace(SHAPE, dropout=0.1)}}
+SHAPE = dataclasses.replace(T5, dropout=0.0)
 
 
 def config(**changes):
@@ -46,73 +41,38 @@ def config(**changes):
     return helpers.small_config(student=student, train=rows, **changes)
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A whole run: a decoder-only teacher, its cache, a T5 student."""
-    workdir = tmp_path_factory.mktemp("finished")
-    made = config()
-    train.run(made, workdir)
-    return made, workdir
-
-
-def load(config, workdir):
-    return helpers.load_student(config, workdir)
-
-
-def test_a_run_with_a_decoder_only_teacher(finished):
-    config, workdir = finished
-    summary = json.loads((workdir / "summary.json").read_text())
+def test_a_run_with_a_decoder_only_teacher(t5_run):
+    config, workdir = t5_run
+    results = summary(workdir)
     for name in ("accuracy", "nll", "kl", "agreement", "exact_match/label"):
-        assert np.isfinite(summary["student"][name]), name
-    model, params = load(config, workdir)
-    counted = sum(leaf.size for leaf in jax.tree.leaves(params))
-    assert summary["parameters"]["student"] == counted
+        assert np.isfinite(results["student"][name]), name
+    model, params = load_student(config, workdir)
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert results["parameters"]["student"] == num_params
     assert (model.shape.pad_id, model.shape.eos_id, model.shape.start_id) == (0, 1, 0)
     rows = (workdir / "generations.jsonl").read_text().splitlines()
-    assert len(rows) == 4 and all(json.loads(row)["prompt"] for row in rows)
+    assert len(rows) == 2 * 3 and all(json.loads(row)["prompt"] for row in rows)
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(finished, tmp_path):
-    _, workdir = finished
-    half = config(train={"steps": 6, "save_every": 3}, **DROPPED)
-    link = dataclasses.replace(half.cache, path=str(workdir / "cache"))
-    half.cache, half.teacher.path = link, str(workdir / "teacher")
-    run = open_run(half, tmp_path)
-    cache = build.ensure(run)["train"]
-    init = student_params(half, run.student, "")
-
-    def fit(folder, calls):
-        own = dataclasses.replace(run, workdir=folder)
-        for _ in range(calls):
-            try:
-                trained = train_loop(own, init, cache=cache)
-            except KeyboardInterrupt:
-                continue
-        return trained.params
-
-    whole = fit(tmp_path / "whole", 1)
-    original = loader.make_batch
-    seen = []
-
-    def interrupted(plan, index, **arguments):
-        seen.append(index)
-        if index == 4 and seen.count(4) == 1:
-            raise KeyboardInterrupt
-        return original(plan, index, **arguments)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loader, "make_batch", interrupted)
-        cut = fit(tmp_path / "cut", 2)
-    assert seen.count(4) == 2
-    jax.tree.map(np.testing.assert_array_equal, cut, whole)
+def test_a_resumed_run_is_the_uninterrupted_one(t5_run, tmp_path):
+    """With dropout, whose keys follow from the step."""
+    config, workdir = t5_run
+    again = helpers.copy_run(workdir, tmp_path / "again", unfinished=True)
+    train.run(config, again)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        load_student(config, again)[1],
+        load_student(config, workdir)[1],
+    )
+    assert summary(again)["student"] == summary(workdir)["student"]
 
 
-def test_export_is_read_by_transformers(finished, tmp_path):
-    config, workdir = finished
+def test_export_is_read_by_transformers(t5_run, tmp_path):
+    config, workdir = t5_run
     helpers.export(config, workdir, tmp_path / "out")
     theirs = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out").eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    model, params = load(config, workdir)
+    model, params = load_student(config, workdir)
     run = helpers.open_eval(config, workdir)
     data = run.data
     segment = data.evaluation[0]
@@ -137,12 +97,11 @@ def test_export_is_read_by_transformers(finished, tmp_path):
     np.testing.assert_allclose(scores["nll"][0], nll, rtol=1e-4)
 
 
-def test_packed_rows_score_as_single_ones(finished):
-    config, workdir = finished
-    model, params = load(config, workdir)
+def test_packed_rows_score_as_single_ones(t5_run):
+    config, workdir = t5_run
+    model, params = load_student(config, workdir)
     run = helpers.open_eval(config, workdir)
-    data = run.data
-    scorer = Scorer(run)
+    data, scorer = run.data, Scorer(run)
     packed = scorer._per_segment(params, scorer._tokens, None)["nll"]
     assert max(len(row) for row in scorer._tokens.batch(0)) > 1
     longest = max(len(s.prompt_ids) for s in data.evaluation) + 1
@@ -154,45 +113,34 @@ def test_packed_rows_score_as_single_ones(finished):
     np.testing.assert_allclose(packed, alone, rtol=1e-5, atol=1e-5)
 
 
-def one_step(config, *, devices=8, dropout=True):
-    """Loss and parameters after a step on hard labels."""
-    config.method = dataclasses.replace(config.method, soft_weight=0.0, hard_weight=1.0)
-    mesh = sharding.make_mesh(config.mesh, devices=jax.devices()[:devices])
-    data = load_data(config, splits=("train",))
-    shape = student_shape(config, data.tokenizer)
-    model = make_model(shape, mesh, dtype="float32")
-    made = program.Program(config, model, mesh)
-    first = made.init(student_params(config, model, ""))
-    batch = loader.make_batch(
-        make_plan(config, shape, data.train),
-        0,
-        terms=methods.terms(config.method),
-        dropout=dropout,
+def one_step(*, dropout=0.1, devices=1, mesh=None, **changes):
+    """A step on hard labels."""
+    made = config(
+        method={"soft_weight": 0.0, "hard_weight": 1.0},
+        student={"t5": dataclasses.replace(SHAPE, dropout=dropout)},
+        **changes,
     )
-    abstract = program.abstract_batch(config, shape, mesh, vocab_size=shape.vocab_size)
-    if dropout:
-        described = jax.tree.map(lambda x: (x.shape, x.dtype), abstract)
-        assert described == jax.tree.map(lambda x: (x.shape, x.dtype), batch)
-    placed = sharding.global_batch(batch, mesh, made.num_rows)
-    after, metrics = made.step(first, placed)
-    return metrics, jax.tree.map(np.asarray, state.split_projection(after.params)[0])
+    return TrainSteps(made, num=1, mesh=mesh, devices=jax.devices()[:devices])
 
 
 def test_dropout_does_not_depend_on_how_the_batch_is_cut():
-    whole, params = one_step(config(**DROPPED), devices=1)
-    off, _ = one_step(config(**DROPPED), devices=1, dropout=False)
-    assert abs(float(whole["loss"]) - float(off["loss"])) > 1e-3
-    for changes in (
-        {"train": {"num_microbatches": 4}},
-        {"mesh": MeshConfig(data=2, fsdp=2, tensor=2)},
-    ):
-        cut, same = one_step(
-            config(**changes, **DROPPED), devices=8 if "mesh" in changes else 1
-        )
-        np.testing.assert_allclose(cut["loss"], whole["loss"], rtol=1e-6)
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), same, params
-        )
+    one, off = one_step(), one_step(dropout=0.0)
+    assert abs(one.losses[0] - off.losses[0]) > 1e-3
+    cut = one_step(
+        train={"num_microbatches": 2},
+        mesh=MeshConfig(data=2, fsdp=2, tensor=2),
+        devices=8,
+    )
+    np.testing.assert_allclose(cut.losses, one.losses, rtol=1e-6)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4),
+        cut.states[1].params,
+        one.states[1].params,
+    )
+    mesh = sharding.make_mesh(MeshConfig(), devices=jax.devices()[:1])
+    abstract = program.abstract_batch(one.config, T5, mesh, vocab_size=113)
+    described = jax.tree.map(lambda x: (x.shape, x.dtype), abstract)
+    assert described == jax.tree.map(lambda x: (x.shape, x.dtype), one.batch)
 
 
 def test_dropout_keys_follow_from_seed_and_step():
@@ -221,35 +169,42 @@ def save_teacher(folder, **changes):
     return shape, params
 
 
-def test_a_t5_teacher_agrees_with_itself(tmp_path):
-    """Labelled by its folder and scored as a student that starts from it."""
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    """A config with a T5 teacher, and the caches of its whole rows."""
+    folder = tmp_path_factory.mktemp("t5")
     made = config(
-        teacher={"path": str(tmp_path / "teacher")},
-        student={"init": "folder", "path": str(tmp_path / "teacher")},
-        optim={"learning_rate": 1e-9},
-        train={"steps": 1},
-        cache={"kind": "dense"},
+        teacher={"path": str(folder / "teacher")},
+        student={"init": "folder", "path": str(folder / "teacher")},
+        cache={
+            "path": str(folder / "cache"),
+            "kind": "dense",
+            "row_length": 64,
+            "encoder_row_length": 128,
+        },
     )
-    save_teacher(tmp_path / "teacher")
-    train.run(made, tmp_path / "run")
-    student = json.loads((tmp_path / "run" / "summary.json").read_text())["student"]
-    assert 0 <= student["kl"] < 1e-4 and student["agreement"] > 0.99
+    save_teacher(folder / "teacher")
+    return made, build.ensure(open_run(made, folder))
 
 
-def test_a_live_t5_teacher_is_its_cache(tmp_path):
-    losses = []
-    for online in (False, True):
-        made = config(
-            teacher={"path": str(tmp_path / "teacher"), "online": online},
-            train={"steps": 2},
-            cache={"kind": "dense", "row_length": 64, "encoder_row_length": 128},
-        )
-        if not online:
-            save_teacher(tmp_path / "teacher")
-        train.run(made, tmp_path / f"run{online}")
-        lines = (tmp_path / f"run{online}" / "metrics.jsonl").read_text().splitlines()
-        losses.append([json.loads(x)["loss"] for x in lines if "loss" in json.loads(x)])
-    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+def test_a_t5_teacher_agrees_with_itself(labelled, tmp_path):
+    """Labelled by its folder and scored as a student that starts from it."""
+    config, caches = labelled
+    run = helpers.open_eval(config, tmp_path)
+    scorer = Scorer(run, cache=caches["eval"])
+    metrics = scorer(student_params(config, run.student, config.teacher.path)())
+    assert 0 <= metrics["kl"] < 1e-4 and metrics["agreement"] > 0.99
+
+
+def test_a_live_t5_teacher_is_its_cache(labelled):
+    config, caches = labelled
+    config = helpers.changed(config, student={"init": "random"})
+    stored = TrainSteps(config, cache=caches["train"])
+    mesh = sharding.make_mesh(config.mesh)
+    teacher = load_model(config.teacher.path, mesh, dtype="float32")
+    online = helpers.changed(config, teacher={"online": True})
+    live = TrainSteps(online, teacher=teacher)
+    np.testing.assert_allclose(stored.losses, live.losses, rtol=1e-4)
 
 
 def test_kept_layers_of_both_stacks(tmp_path):
@@ -278,29 +233,6 @@ def test_kept_layers_of_both_stacks(tmp_path):
     made.student.keep_encoder_layers = (2,)
     with pytest.raises(ValueError, match=r"keep_encoder_layers=\(2,\): the"):
         student_shape(made, tokenizer)
-
-
-def test_hard_labels_need_no_teacher(tmp_path):
-    lines = [
-        {"id": str(i), "question": f"Is {i} even?", "answer": "no" if i % 2 else "yes"}
-        for i in range(24)
-    ]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    load_tokenizer(config()).save_pretrained(tmp_path / "tokenizer")
-    made = config(
-        data={
-            "source": "jsonl",
-            "path": str(tmp_path / "rows.jsonl"),
-            "num_eval": 8,
-            "num_train": 0,
-            "tokenizer": str(tmp_path / "tokenizer"),
-        },
-        method={"name": "finetune", "hard_weight": 1.0, "soft_weight": 0.0},
-    )
-    train.run(made, tmp_path / "run")
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["teacher"] == {} and summary["parameters"]["teacher"] is None
-    assert np.isfinite(summary["student"]["nll"]) and "kl" not in summary["student"]
 
 
 def test_generation_equals_decoding_without_a_cache():

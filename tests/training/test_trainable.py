@@ -86,20 +86,15 @@ def test_frozen_memory_is_reused_and_never_copied(half):
     assert not set(copies) & set(names)
 
 
-@pytest.mark.parametrize("cut", ["mesh", "microbatches"])
-def test_nothing_depends_on_how_it_is_cut(half, cut):
-    if cut == "mesh":
-        mesh = MeshConfig(data=2, fsdp=2, tensor=2)
-        other = TrainSteps(step_config(optim={"freeze": HALF}), mesh=mesh)
-    else:
-        config = step_config(optim={"freeze": HALF}, num_microbatches=4)
-        other = TrainSteps(config, devices=jax.devices()[:1])
+def test_nothing_depends_on_how_it_is_cut(half):
+    config = step_config(optim={"freeze": HALF}, num_microbatches=2)
+    other = TrainSteps(config, mesh=MeshConfig(data=2, fsdp=2, tensor=2))
     for one, two in zip(half.metrics, other.metrics, strict=True):
         for name in ("loss", "grad_norm", "nll", "kl"):
             np.testing.assert_allclose(one[name], two[name], rtol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 4, 1), (2, 2, 2)])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
 def test_a_frozen_head_costs_no_gradient(shape):
     """The compiler drops its product, and what reduces it over the devices."""
     data, fsdp, tensor = shape
