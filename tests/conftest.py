@@ -1,6 +1,7 @@
 """Every test runs on 8 virtual CPU devices, with strict dtypes, ranks and warnings."""
 
 import gc
+import json
 import os
 import pathlib
 import tempfile
@@ -50,6 +51,13 @@ def smollm2() -> pathlib.Path:
     return _folder("KDJAX_SMOLLM2")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take longest are run first, so that workers end together."""
+    file = pathlib.Path(__file__).with_name("budget.json")
+    seconds = json.loads(file.read_text()) if file.exists() else {}
+    items.sort(key=lambda item: -seconds.get(item.nodeid.split("::")[0], 0.0))
+
+
 def pytest_collection_finish() -> None:
     """What is imported stays: collecting garbage need not look through it each time."""
     gc.collect()
@@ -79,8 +87,8 @@ decoder_run, lora_run, t5_run = map(_shared_run, ("decoder", "lora", "t5"))
 
 @pytest.fixture(scope="module", autouse=True)
 def _programs_are_dropped_before_memory_maps_run_out():
-    """A compiled program takes some memory maps, of which Linux grants 65,530."""
+    """Each takes memory, and memory maps, of which Linux grants 65,530."""
     yield
     maps = pathlib.Path("/proc/self/maps")
-    if not maps.exists() or maps.read_bytes().count(b"\n") > 20_000:
+    if not maps.exists() or maps.read_bytes().count(b"\n") > 5_000:
         jax.clear_caches()
