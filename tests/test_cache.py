@@ -29,7 +29,7 @@ def finished(decoder_run, tmp_path_factory) -> tuple[Config, pathlib.Path]:
     workdir = tmp_path_factory.mktemp("finished")
     config = helpers.taught(
         decoder_run[1].parent,
-        cache="",
+        cache_of="",
         method={"temperature": 1.0, "tail": "renormalize_both"},
         evaluation={"num_generations": 0},
     )

@@ -204,7 +204,7 @@ def test_killed_it_goes_on(sampled, places, tmp_path):
     (tmp_path / "config.json").write_text(to_json(made))
     done = subprocess.run(
         [sys.executable, "-c", script, tmp_path / "config.json", tmp_path],
-        env={**os.environ, "PYTHONPATH": str(launch.ROOT)},
+        env={**os.environ, "PYTHONPATH": str(helpers.ROOT)},
         capture_output=True,
         text=True,
     )
