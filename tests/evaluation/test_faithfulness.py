@@ -336,10 +336,17 @@ def multitask(tmp_path_factory):
         ("finetune", "decoder"),
         ("counterfactual", "decoder"),
         ("multitask_counterfactual", "t5"),
+        *(
+            pytest.param(name, "decoder", marks=pytest.mark.slow)
+            for name in (
+                "rationale_then_label",
+                "multitask",
+                "multitask_counterfactual",
+            )
+        ),
     ],
 )
 def test_every_method_has_its_measures(method, architecture, tmp_path):
-    """Two more have tests of their own below."""
     assert methods.METHODS.keys() - MEASURES.keys() == {"text"}
     config = small(method, student={"architecture": architecture})
     finished(config, tmp_path)

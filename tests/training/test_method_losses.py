@@ -197,13 +197,22 @@ def loss_by_hand(
 
 
 # Each method, each place of a wrong rationale and each choice of terms with others.
-CASES = [
+USUAL = {  # each method, place and kind of terms; multitask has a test of its own
     ("finetune", "decoder", "hard"),
     ("rationale_then_label", "decoder", "hard and soft"),
     ("counterfactual", "prompt", "hard"),
     ("counterfactual", "decoder", "hard and soft"),
     ("multitask_counterfactual", "decoder", "hard"),
     ("multitask_counterfactual", "prompt", "hard and soft"),
+}
+CASES = [
+    pytest.param(
+        *(name, place, terms),
+        marks=() if (name, place, terms) in USUAL else pytest.mark.slow,
+    )
+    for name in SHARES
+    for place in (("decoder", "prompt") if "counter" in name else ("decoder",))
+    for terms in TERMS
 ]
 
 
