@@ -203,6 +203,13 @@ def test_a_prefix_is_read_before_the_target_and_not_learnt(form):
     assert seen > 2
 
 
+def test_a_view_without_tokens_has_no_weight():
+    segments = [segment for segment in make_segments() if segment.view == 0]
+    alone = loader.make_batch(make_plan(segments), 0, terms=[term(0)])
+    batch = loader.make_batch(make_plan(segments), 0, terms=[term(0), term(1)])
+    jax.tree.map(np.testing.assert_array_equal, batch, alone)
+
+
 @FORMS
 def test_order_is_a_pure_function_of_seed_and_step(form):
     segments = make_segments()
