@@ -6,7 +6,7 @@ teacher rows in memory). Prints one line of JSON; "loss" is that of the first ba
 the initial weights; that of "dense" is the one that the other libraries compute.
 """
 
-import functools
+import dataclasses
 import pathlib
 import sys
 
@@ -107,31 +107,28 @@ def run(folder: pathlib.Path, mode: str, steps: int) -> None:
     before = peak_rss()
     malloc.trim_after_compile()  # as commands do
     case = read(str(folder))
-    load = workload(case, folder)
-    model, shardings = load.model, load.model.shardings
+    measured = workload(case, folder)
+    model, shardings = measured.model, measured.model.shardings
     teacher = params = None
     if mode in ("online", "dense"):
         teacher, params = load_model(
-            load.config.teacher.path, load.mesh, dtype="float32"
+            measured.config.teacher.path, measured.mesh, dtype="float32"
         )
-    whole = Step(
-        load,
-        make_params=lambda: hf.load_params(
+    step = Step(
+        measured,
+        init_params=lambda: hf.load_params(
             folder / "student", model.shape, shardings=shardings
         ),
         teacher=(teacher, params) if mode == "online" else None,
     )
-    batch = whole.batch
+    compiled = step.compiled
     if mode == "dense":
-        label = components.make_online_label(load, teacher, batch, k=None)
-        plain = batch.without_teacher()
-        batch = plain | jax.block_until_ready(label(params))
+        label = components.make_online_label(measured, teacher, step.batch, k=None)
+        rows = jax.block_until_ready(label(params))
+        step.batch = dataclasses.replace(step.batch, teacher=rows)
         del params
-        compiled = whole.program.step.lower(whole.program.abstract, batch).compile()
-    else:
-        compiled = whole.compiled
-    prepared = functools.partial(whole.run, batch)
-    start_step = whole.loop(3 + steps) if mode == "loop" else prepared
+        compiled = step.program.step.lower(step.program.abstract, step.batch).compile()
+    start_step = step.loop(3 + steps) if mode == "loop" else step.prepared
     loss = float(start_step()["loss"])
     seconds = time_steps(start_step, jax.block_until_ready, steps=steps)
     report(
@@ -140,7 +137,7 @@ def run(folder: pathlib.Path, mode: str, steps: int) -> None:
         loss=loss,
         parameters=flops.params_count(model.shape),
         rss_before_bytes=before,
-        compile_seconds=whole.compile_seconds,
+        compile_seconds=step.compile_seconds,
         temporary_bytes=timing.memory(compiled).get("temporary_bytes"),
         versions={"jax": jax.__version__},
     )

@@ -80,7 +80,7 @@ def _label(config: Config, segments: list, folder: pathlib.Path) -> None:
         folder / "cache",
         manifest,
         settings,
-        lambda batch: label_step(params, jax.device_put(batch, placed)),
+        lambda *batch: label_step(params, *jax.device_put(batch, placed)),
     )
     num_shards = len(label.shards(segments, settings.shard_size))
     cache.finish(folder / "cache", manifest, num_shards=num_shards)
