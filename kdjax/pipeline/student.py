@@ -72,10 +72,10 @@ def export_student(
       dtype: of the stored weights.
     """
     config = run.config
+    params = lora.merged(checkpoint.load_student(run, step=step), config.student.lora)
     if step is None:
         with checkpoint.Checkpoints(run.workdir / "checkpoints") as checkpoints:
             step = checkpoints.latest_step() or 0
-    params = lora.merged(checkpoint.load_student(run, step=step), config.student.lora)
     origins = provenance.initial_params(
         config, run.student, teacher_folder(config, run.workdir)
     )
