@@ -1,12 +1,14 @@
-"""The Example type: a question with answer and rationales, or a text."""
+"""The Example type: a question with answer and rationales, a text, or a chat."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Example:
-    """One question with its answer and explanations, or a plain text."""
+    """One question with its answer and explanations, a plain text, or a chat."""
 
     id: str  # unique within a split
     question: str = ""
@@ -16,6 +18,10 @@ class Example:
     # One per choice other than the answer, in their order; "" where there is none.
     counterfactuals: tuple[str, ...] = ()
     text: str = ""  # plain text, instead of the above
+    # Turns of a chat, instead of the above, as `apply_chat_template` takes them: role,
+    # content, perhaps tool_calls, name, tool_call_id, reasoning_content.
+    messages: tuple[Mapping[str, Any], ...] = ()
+    tools: tuple[Mapping[str, Any], ...] = ()  # JSON schemas that the chat may call
     gold: str = ""  # the data's own answer, where `answer` is a teacher's
     weight: float = 1.0  # of its tokens in the loss
 
