@@ -113,7 +113,7 @@ def import_(files: list[str]) -> None:
     config = cli.given_config()
     data = load_data(config, splits=(_SPLIT.value,))
     segments = data.train if _SPLIT.value == "train" else data.evaluation
-    num_tokens = sum(len(segment.target_ids) for segment in segments)
+    num_tokens = sum(segment.num_loss_tokens for segment in segments)
     with progress(num_tokens, f"import {_SPLIT.value}") as advance:
         totals = merge_export.import_file(
             path,

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import grain
 import jax
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int32, Int64
 
 from kdjax.data.batch import Batch, BatchSpec
 from kdjax.data.packing import pack
@@ -87,6 +87,7 @@ class BatchPlan:
         before = [len(self.before_target(s)) for s in segments]
         self.views = np.asarray([s.view for s in segments], np.int64)
         self.target_lengths = np.asarray([len(s.target_ids) for s in segments])
+        self.loss_lengths = np.asarray([s.num_loss_tokens for s in segments])
         # Every token but the last one is read.
         self.lengths = np.asarray(before, np.int64) + self.target_lengths - 1
         numbers: dict[tuple[str, int], int] = {}
@@ -194,6 +195,8 @@ class SegmentSpan(NamedTuple):
     segment: Segment
     inputs: slice  # its input positions
     target: slice  # those that predict its target tokens, from the prompt's last on
+    # those of them whose token is in the loss; all of `target` without a mask
+    loss: slice | Int64[np.ndarray, " l"]
     prompt: slice  # its positions in the encoder's row; empty without one
 
 
@@ -207,11 +210,13 @@ def segment_spans(plan: BatchPlan, items: Iterable[int]) -> Iterator[SegmentSpan
         prompt_stop = prompt_start
         if plan.encoder_length:
             prompt_stop += len(plan.encoder_ids(segment))
+        mask = segment.loss_mask
         yield SegmentSpan(
             int(item),
             segment,
             slice(start, stop),
             slice(first, stop),
+            slice(first, stop) if mask is None else first + np.flatnonzero(mask),
             slice(prompt_start, prompt_stop),
         )
         start, prompt_start = stop, prompt_stop
@@ -231,7 +236,7 @@ def make_batch(
     """Make the arrays of one step.
 
     A token's weight is the sum over the terms of its view and kind of
-    `term.weight / count`, count being the target tokens of that view in the whole
+    `term.weight / count`, count being the view's tokens in the loss in the whole
     global batch: known from the lengths, so that the loss is one plain sum however the
     batch is cut. It is multiplied by its segment's weight, which the count leaves out:
     0.5 halves what a segment adds to the loss, whatever it shares the batch with.
@@ -284,7 +289,7 @@ def make_batch(
         for number, span in enumerate(segment_spans(plan, contents[index]), 1):
             _write(flat, row, number, span, weights, plan)
             if cache is not None and span.segment.view in soft_views:
-                records.write(flat.teacher, row, span.target, span.segment)
+                records.write(flat.teacher, row, span.loss, span.segment)
     return batch
 
 
@@ -300,7 +305,7 @@ def _weights(
     kinds = dict.fromkeys(["hard", "soft", *(term.kind for term in terms)])
     weights: dict[str, dict[int, float]] = {kind: {} for kind in kinds}
     for term in terms:
-        count = int(plan.target_lengths[items[plan.views[items] == term.view]].sum())
+        count = int(plan.loss_lengths[items[plan.views[items] == term.view]].sum())
         if count:
             of_view = weights[term.kind]
             of_view[term.view] = of_view.get(term.view, 0.0) + term.weight / count
@@ -327,10 +332,10 @@ def _write(
         batch.encoder.tokens[row, span.prompt] = prompt_p
         batch.encoder.positions[row, span.prompt] = np.arange(len(prompt_p))
         batch.encoder.segments[row, span.prompt] = number
-    batch.view[row, span.target] = segment.view
+    batch.view[row, span.loss] = segment.view
     for kind, of_view in weights.items():
         weight = of_view.get(segment.view, 0.0) * segment.weight
-        batch.weights[kind][row, span.target] = weight
+        batch.weights[kind][row, span.loss] = weight
 
 
 def iterate(

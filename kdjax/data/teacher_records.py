@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int64
 
 from kdjax.data.batch import TeacherRecords
 from kdjax.data.views import Segment
@@ -33,14 +34,18 @@ class RecordWriter:
         self._epoch = epoch
 
     def write(
-        self, rows: TeacherRecords, row: int, target: slice, segment: Segment
+        self,
+        rows: TeacherRecords,
+        row: int,
+        target: slice | Int64[np.ndarray, " l"],
+        segment: Segment,
     ) -> None:
-        """Write row i of a record to the position that predicts target token i.
+        """Write row i of a record to the position that predicts the i-th loss token.
 
         Args:
           rows: arrays [rows, T, ...] that are written to.
           row: which row.
-          target: positions of the segment's targets.
+          target: positions that predict the segment's tokens in the loss.
           segment: whose record is read.
 
         Raises:
@@ -49,10 +54,10 @@ class RecordWriter:
         if not self._cache.has(segment.key):
             raise missing(segment, 1)
         record = self._cache.read(segment.key)
-        if not np.array_equal(record.target_ids, segment.target_ids):
+        if not np.array_equal(record.target_ids, segment.loss_ids):
             raise ValueError(
                 f"example {segment.example_id!r}: its record is of {record.num_tokens} "
-                f"target tokens, not these {len(segment.target_ids)}: verify the cache"
+                f"target tokens, not these {segment.num_loss_tokens}: verify the cache"
             )
         rows.log_z[row, target] = record.log_z[:, self._column]
         ids, log_probs = record.ids, record.log_probs

@@ -38,6 +38,22 @@ class Segment:
     # Read between prompt and target, without loss; mostly empty.
     prefix_ids: Int32[np.ndarray, " p"] = field(default_factory=lambda: _EMPTY)
     weight: float = 1.0  # of its target tokens in the loss
+    # Target tokens that are in the loss, for which alone there are records; None = all.
+    loss_mask: Bool[np.ndarray, " t"] | None = None
+
+    @property
+    def loss_ids(self) -> Int32[np.ndarray, " l"]:
+        """Target tokens that are in the loss."""
+        return (
+            self.target_ids
+            if self.loss_mask is None
+            else self.target_ids[self.loss_mask]
+        )
+
+    @property
+    def num_loss_tokens(self) -> int:
+        """Number of target tokens that are in the loss."""
+        return len(self.target_ids) if self.loss_mask is None else len(self.loss_ids)
 
     @property
     def ids(self) -> Int32[np.ndarray, " n"]:
@@ -294,18 +310,24 @@ def _key(
     prompt_P: np.ndarray,
     target_t: np.ndarray,
     prefix_p: np.ndarray = _EMPTY,
+    loss_mask: np.ndarray | None = None,
 ) -> bytes:
     """Hash fingerprint, lengths and little-endian ids by blake2b-128.
 
     With a prefix its length and ids follow those of the prompt. The encoding is
     unambiguous: the first two lengths give the length of content without a prefix.
+    A mask of the target comes last, a byte per token, and makes it another hash
+    (blake2b's personalisation is "loss mask").
     """
     read = (prompt_P, prefix_p) if len(prefix_p) else (prompt_P,)
     parts = (*read, target_t)
     lengths = np.asarray([len(part) for part in parts], "<i8")
     arrays = (lengths, *(part.astype("<i4") for part in parts))
     content = base + b"".join(array.tobytes() for array in arrays)
-    return hashlib.blake2b(content, digest_size=16).digest()
+    if loss_mask is None:
+        return hashlib.blake2b(content, digest_size=16).digest()
+    content += loss_mask.astype(np.uint8).tobytes()
+    return hashlib.blake2b(content, digest_size=16, person=b"loss mask").digest()
 
 
 def _too_long_message(

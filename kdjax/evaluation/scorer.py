@@ -152,7 +152,7 @@ class Scorer:
                 for span in loader.segment_spans(plan, items):
                     for name, values in host.items():
                         total = sums.setdefault(name, np.zeros(len(plan.segments)))
-                        total[span.item] = values[row, span.target].sum()
+                        total[span.item] = values[row, span.loss].sum()
         return sums
 
     def _token_metrics(self, params: Any) -> dict[str, float]:
@@ -162,7 +162,7 @@ class Scorer:
             )
         segments = self._data.evaluation
         sums = self._per_segment(params, self._tokens, self._cache)
-        counts = np.array([len(s.target_ids) for s in segments])
+        counts = np.array([s.num_loss_tokens for s in segments])
         view = np.array([s.view for s in segments])
         nll = float(sums["nll"].sum() / counts.sum())
         metrics = {"nll": nll, "perplexity": math.exp(min(nll, 700.0))}

@@ -202,7 +202,7 @@ def _build(run: Run, teacher_path: str, todo: dict[str, list[Segment]]) -> None:
 
     for split, segments in todo.items():
         path = folder(config, run.workdir, split)
-        num_tokens = sum(len(s.target_ids) for s in segments)
+        num_tokens = sum(s.num_loss_tokens for s in segments)
         # Shards of a killed run over other examples are refused, not mixed in.
         content = hashlib.blake2b(b"".join(s.key for s in segments), digest_size=16)
         kind, k = _kind(run, split)

@@ -69,7 +69,7 @@ def label(
         if index % jax.process_count() != jax.process_index():
             continue
         if index in complete:
-            advance(sum(len(segment.target_ids) for segment in shard))
+            advance(sum(segment.num_loss_tokens for segment in shard))
             continue
         records = _label_shard(
             shard, manifest, config, label_step, rows, clock, advance
@@ -114,9 +114,9 @@ def _uniforms(plan: Any, step: int, manifest: cache.Manifest) -> np.ndarray:
     uniforms = np.zeros(shape, np.float32)
     for row, items in enumerate(plan.batch(step)):
         for span in loader.segment_spans(plan, items):
-            uniforms[row, span.target] = sampling.stratified_uniforms(
+            uniforms[row, span.loss] = sampling.stratified_uniforms(
                 span.segment.key,
-                len(span.segment.target_ids),
+                span.segment.num_loss_tokens,
                 num_temperatures,
                 manifest.num_rounds,
                 manifest.k,
@@ -140,8 +140,8 @@ def _unpack(
     num_tokens = 0
     for row, items in enumerate(plan.batch(step)):
         for span in loader.segment_spans(plan, items):
-            num_tokens += len(span.segment.target_ids)
-            outputs = {name: array[row, span.target] for name, array in arrays.items()}
+            num_tokens += span.segment.num_loss_tokens
+            outputs = {name: array[row, span.loss] for name, array in arrays.items()}
             yield span.segment.key, _record(outputs, span.segment, manifest)
     clock.add(num_tokens, plan.batch_size * plan.row_length)
     advance(num_tokens)
@@ -151,11 +151,11 @@ def _record(
     outputs: dict[str, np.ndarray], segment: Segment, manifest: cache.Manifest
 ) -> Record:
     """Build the record of one segment from its rows of the computed arrays."""
-    num_tokens = len(segment.target_ids)
+    num_tokens = segment.num_loss_tokens
     record = Record(
         ids=outputs.get("ids_NK", np.zeros((num_tokens, 0), np.int32)),
         log_probs=outputs.get("log_probs_NK", np.zeros((num_tokens, 0), np.float32)),
-        target_ids=segment.target_ids.astype(np.int32),
+        target_ids=segment.loss_ids.astype(np.int32),
         target_log_probs=outputs["target_log_probs_N"],
         log_z=outputs["log_z_NS"],
         entropy=outputs["entropy_NS"],

@@ -311,7 +311,9 @@ def _record(rows: ImportedSequence, segment: Segment, manifest: Manifest) -> Rec
             f"{where}: its sequence has {length} rows for {start} prompt and "
             f"{num_tokens} target tokens: run the teacher on these very tokens"
         )
-    targets = slice(start, start + num_tokens)
+    targets: slice | np.ndarray = slice(start, start + num_tokens)
+    if segment.loss_mask is not None:
+        targets = start + np.flatnonzero(segment.loss_mask)
     ids_TK, log_probs_TK = rows.ids[targets], rows.log_probs[targets]
     empty_T = (ids_TK < 0).all(axis=1)
     if empty_T.any():
@@ -319,7 +321,7 @@ def _record(rows: ImportedSequence, segment: Segment, manifest: Manifest) -> Rec
             f"{where}: there is no row for target token {int(empty_T.argmax())}: the "
             "sequence was cut, or its rows stand for other tokens"
         )
-    is_target_TK = ids_TK == segment.target_ids[:, None]
+    is_target_TK = ids_TK == segment.loss_ids[:, None]
     stored_T = np.where(is_target_TK, log_probs_TK, -np.inf).max(axis=1)
     target_T = rows.target_log_probs[targets]
     target_T = np.where(np.isnan(target_T), stored_T, target_T)
@@ -329,11 +331,11 @@ def _record(rows: ImportedSequence, segment: Segment, manifest: Manifest) -> Rec
             f"{where}: target token {int(unknown_T.argmax())} has no log-probability "
             "in its row: its rows may stand for other tokens"
         )
-    zeros_TS = np.zeros((num_tokens, 1), np.float32)
+    zeros_TS = np.zeros((segment.num_loss_tokens, 1), np.float32)
     return Record(
         ids=ids_TK,
         log_probs=log_probs_TK,
-        target_ids=segment.target_ids.astype(np.int32),
+        target_ids=segment.loss_ids.astype(np.int32),
         target_log_probs=np.where(unknown_T, 0, target_T).astype(np.float32),
         log_z=zeros_TS,  # by definition at temperature 1
         entropy=zeros_TS,

@@ -73,7 +73,7 @@ class FakeCache:
         return key in self.segments
 
     def read(self, key):
-        target = self.segments[key].target_ids
+        target = self.segments[key].loss_ids
         offsets = np.arange(self.k)
         return SimpleNamespace(
             kind=self.kind,
@@ -201,6 +201,50 @@ def test_a_prefix_is_read_before_the_target_and_not_learnt(form):
                 prompt = batch.encoder.tokens[0, row, at.prompt]
                 np.testing.assert_array_equal(prompt, [*segment.prompt_ids, 0])
     assert seen > 2
+
+
+def with_masks(segments, seed=5):
+    """The segments, some target tokens left out of the loss; the last never is."""
+    rng = np.random.default_rng(seed)
+    masks = [rng.random(len(s.target_ids)) < 0.5 for s in segments]
+    for mask in masks:
+        mask[-1] = True
+    return [
+        dataclasses.replace(segment, loss_mask=mask)
+        for segment, mask in zip(segments, masks, strict=True)
+    ]
+
+
+@FORMS
+def test_tokens_outside_the_loss_mask_are_read_and_weigh_nothing(form):
+    plain = make_segments()
+    segments = with_masks(plain)
+    plan, whole = make_plan(segments, **form), make_plan(plain, **form)
+    cache = FakeCache(segments)
+    terms = [term(0), term(1), term(1, "soft")]
+    batch = loader.make_batch(plan, 0, terms=terms, cache=cache, temperature=2.0)
+    read = loader.make_batch(whole, 0, terms=terms, cache=FakeCache(plain))
+    for name in ("tokens", "targets", "positions", "segments"):
+        np.testing.assert_array_equal(getattr(batch, name), getattr(read, name))
+    counts = [0, 0]
+    for row, items in enumerate(plan.batch(0)):
+        for at in loader.segment_spans(plan, items):
+            mask = at.segment.loss_mask
+            counts[at.segment.view] += mask.sum()
+            assert at.segment.num_loss_tokens == mask.sum() == len(at.segment.loss_ids)
+            view = batch.view[0, row, at.target]
+            np.testing.assert_array_equal(view, np.where(mask, at.segment.view, -1))
+            soft = mask & (at.segment.view == 1)
+            stored = batch.teacher.ids[0, row, at.target, 0]
+            ids = at.segment.target_ids
+            np.testing.assert_array_equal(stored, np.where(soft, ids, -1))
+            log_probs = batch.teacher.log_probs[0, row, at.target, 0]
+            assert (np.isfinite(log_probs) == soft).all()
+    for view, count in enumerate(counts):
+        of_view = batch.weights["hard"][batch.view == view]
+        np.testing.assert_allclose(of_view, 1 / count, rtol=1e-6)
+        np.testing.assert_allclose(of_view.sum(), 1, rtol=1e-5)
+    assert not batch.weights["hard"][batch.view < 0].any()
 
 
 def test_a_view_without_tokens_has_no_weight():
@@ -406,7 +450,7 @@ class FakeDraws(FakeCache):
         super().__init__(segments, kind="sampled")
 
     def read(self, key):
-        target = self.segments[key].target_ids
+        target = self.segments[key].loss_ids
         ids = np.full((len(target), 2, 2, 3), -1, np.int32)
         ids[..., :2] = (10 * np.arange(2)[:, None] + np.arange(2))[..., None]
         counts = np.broadcast_to([2, 1, 0], ids.shape)
