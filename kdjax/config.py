@@ -463,6 +463,8 @@ class TrainConfig:
     batch_size: int = positive(16)  # packed rows per step over all hosts
     row_length: int = positive(256)  # tokens per packed row
     encoder_row_length: int = non_negative(0)  # of an encoder (T5); 0 = row_length
+    # segments shuffled and packed together; 0 = all, above 2^18 of them 65,536
+    shuffle_window: int = non_negative(0)
     num_microbatches: int = positive(1)  # gradient accumulation; divides batch_size
     # of compute; parameters and reductions stay float32
     dtype: str = choice("float32", DTYPES)

@@ -19,10 +19,11 @@ from typing import Any, NamedTuple
 import grain
 import jax
 import numpy as np
-from jaxtyping import Int32, Int64
+from jaxtyping import Int, Int32, Int64
 
+from kdjax.data import order
 from kdjax.data.batch import Batch, BatchSpec
-from kdjax.data.packing import pack
+from kdjax.data.segments import Segments, as_segments
 from kdjax.data.teacher_records import RecordWriter
 from kdjax.data.views import Segment
 
@@ -36,7 +37,8 @@ class BatchPlan:
     are cut into batches. The last batch of an epoch is filled up with empty rows.
     Segments of one example and view are alternatives: an epoch takes one of them, each
     with the same chance (without shuffling it takes all).
-    An epoch is packed when its first step is read. Safe to use from several threads.
+    An epoch is packed when its first step is read, or, where there are many segments,
+    window by window (`order.WindowedRows`). Safe to use from several threads.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class BatchPlan:
         num_microbatches: int = 1,
         seed: int = 0,
         shuffle: bool = True,
+        window: int = 0,
         encoder_length: int = 0,
         start_id: int = 0,
         end_id: int = 0,
@@ -61,6 +64,8 @@ class BatchPlan:
           num_microbatches: divides `batch_size`.
           seed: of the order.
           shuffle: False keeps the given order (evaluation, labelling).
+          window: segments that are shuffled and packed together; 0 = all, or
+            `order.WINDOW` where there are more than `order.WHOLE_LIMIT`.
           encoder_length: positions per row of the encoder; 0 = there is none.
           start_id: with an encoder, what the decoder reads first.
           end_id: with an encoder, what ends each prompt.
@@ -68,14 +73,14 @@ class BatchPlan:
         Raises:
           ValueError: nothing to plan, a segment too long, or sizes that do not divide.
         """
-        if not segments:
+        if not len(segments):
             raise ValueError("segments is empty: there is nothing to make batches of")
         if batch_size < 1 or num_microbatches < 1 or batch_size % num_microbatches:
             raise ValueError(
                 f"batch_size={batch_size} does not divide into num_microbatches="
                 f"{num_microbatches}: use a multiple of it"
             )
-        self.segments = segments
+        self.segments = table = as_segments(segments)
         self.batch_size = batch_size
         self.row_length = row_length
         self.num_microbatches = num_microbatches
@@ -84,32 +89,33 @@ class BatchPlan:
         self.encoder_length = encoder_length
         self._start_1 = np.asarray([start_id], np.int32)
         self._end_id = end_id
-        before = [len(self.before_target(s)) for s in segments]
-        self.views = np.asarray([s.view for s in segments], np.int64)
-        self.target_lengths = np.asarray([len(s.target_ids) for s in segments])
-        self.loss_lengths = np.asarray([s.num_loss_tokens for s in segments])
+        self.views, self.loss_lengths = table.views, table.loss_lengths
         # Every token but the last one is read.
-        self.lengths = np.asarray(before, np.int64) + self.target_lengths - 1
-        numbers: dict[tuple[str, int], int] = {}
-        self._alternatives = np.asarray(
-            [numbers.setdefault((s.example_id, s.view), len(numbers)) for s in segments]
-        )
-        self._limits = {"row_length": (self.lengths, row_length)}
+        self.lengths = table.prefix_lengths + table.target_lengths - 1
+        self.lengths += 1 if encoder_length else table.prompt_lengths
+        limits = {"row_length": (self.lengths, row_length)}
         if encoder_length:
-            prompt_lengths = np.asarray([len(self.encoder_ids(s)) for s in segments])
-            self._limits["encoder_length"] = (prompt_lengths, encoder_length)
-        for name, (lengths, limit) in self._limits.items():
+            ends = table.prompt_ends != end_id
+            limits["encoder_length"] = (table.prompt_lengths + ends, encoder_length)
+        for name, (lengths, limit) in limits.items():
             longest = int(lengths.argmax())
             if lengths[longest] > limit:
                 raise ValueError(
-                    f"example {segments[longest].example_id!r} takes "
+                    f"example {table[longest].example_id!r} takes "
                     f"{lengths[longest]} positions, {name}={limit}: use "
                     f"{name} >= {lengths[longest]}, or a smaller max_prompt or "
                     "max_target with on_long='truncate' or 'drop'"
                 )
         self._lock = threading.Lock()
-        self._rows: dict[int, list[np.ndarray]] = {}  # of the last few epochs used
         self._ends: list[int] = []  # steps up to the end of each epoch
+        self._order = _make_order(
+            [lengths for lengths, _ in limits.values()],
+            [limit for _, limit in limits.values()],
+            table,
+            seed=seed,
+            shuffle=shuffle,
+            window=window,
+        )
 
     def before_target(self, segment: Segment) -> Int32[np.ndarray, " p"]:
         """Return the tokens before the target in its row."""
@@ -127,12 +133,15 @@ class BatchPlan:
             return self._steps(epoch)
 
     def packing_efficiency(self) -> float:
-        """Return the share of the first epoch's positions that segments take."""
+        """Return the share of positions that segments take, in the first epoch.
+
+        Of the first `order.WINDOW` rows of a large data set.
+        """
         with self._lock:
-            rows = self._epoch(0)
-        return float(
-            self.lengths[np.concatenate(rows)].sum() / (len(rows) * self.row_length)
-        )
+            num_rows = min(self._order.num_rows(0), order.WINDOW)
+            rows = self._order.rows(0, 0, num_rows)
+        items = np.concatenate(rows)
+        return float(self.lengths[items].sum() / (num_rows * self.row_length))
 
     def locate(self, step: int) -> tuple[int, int]:
         """Return the epoch of a step, and the batch's index in it."""
@@ -143,15 +152,15 @@ class BatchPlan:
         """Return the indices of the segments in each row of a step."""
         with self._lock:
             epoch, index = self._locate(step)
-            rows = self._epoch(epoch)
-        rows = rows[index * self.batch_size : (index + 1) * self.batch_size]
+            start = index * self.batch_size
+            rows = self._order.rows(epoch, start, start + self.batch_size)
         empty = np.zeros(0, np.int64)
         return rows + [empty] * (self.batch_size - len(rows))
 
     def _locate(self, step: int) -> tuple[int, int]:
         if step < 0:
             raise ValueError(f"step={step}: steps count from 0")
-        if not self.shuffle:
+        if self._order.same_rows:
             return divmod(step, self._steps(0))
         while not self._ends or self._ends[-1] <= step:
             done = self._ends[-1] if self._ends else 0
@@ -160,26 +169,29 @@ class BatchPlan:
         return epoch, step - (self._ends[epoch - 1] if epoch else 0)
 
     def _steps(self, epoch: int) -> int:
-        return -(-len(self._epoch(epoch)) // self.batch_size)
+        return -(-self._order.num_rows(epoch) // self.batch_size)
 
-    def _epoch(self, epoch: int) -> list[np.ndarray]:
-        if not self.shuffle:
-            epoch = 0
-        if epoch not in self._rows:
-            order = np.arange(len(self.segments))
-            if self.shuffle:
-                rng = np.random.default_rng([self.seed, epoch])
-                places = rng.permutation(int(self._alternatives.max()) + 1)
-                # Which of the alternatives says nothing of where it stands: the first
-                # of several in a random order would stand early in every epoch.
-                drawn = rng.permutation(order)
-                _, first = np.unique(self._alternatives[drawn], return_index=True)
-                order = drawn[first][places]
-            if len(self._rows) >= 3:
-                del self._rows[min(self._rows)]
-            lengths, limits = zip(*self._limits.values(), strict=True)
-            self._rows[epoch] = pack(lengths, order, limits)
-        return self._rows[epoch]
+
+def _make_order(
+    lengths: Sequence[Int[np.ndarray, " N"]],
+    limits: Sequence[int],
+    segments: Segments,
+    *,
+    seed: int,
+    shuffle: bool,
+    window: int,
+) -> order.Order:
+    """Choose between one order of all segments and windows."""
+    if shuffle and (window or len(segments) > order.WHOLE_LIMIT):
+        return order.WindowedRows(
+            lengths,
+            limits,
+            segments.alternatives,
+            seed=seed,
+            window=window or order.WINDOW,
+        )
+    alternatives = segments.alternatives if shuffle else np.arange(len(segments))
+    return order.ShuffledRows(lengths, limits, alternatives, seed=seed, shuffle=shuffle)
 
 
 def with_end(prompt_ids: Sequence[int], end_id: int) -> list[int]:

@@ -1,5 +1,6 @@
 """Rows of a Config: their lengths, their order and the FLOPs of a step."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from kdjax.config import Config, DecoderConfig, T5Config, TrainConfig
@@ -51,7 +52,7 @@ def flops_kwargs(shape: Shape, train: TrainConfig) -> dict[str, Any]:
 
 
 def make_plan(
-    config: Config, shape: Shape, segments: list[Segment]
+    config: Config, shape: Shape, segments: Sequence[Segment]
 ) -> loader.BatchPlan:
     """Plan the order of the training batches of a student."""
     train = config.train
@@ -60,5 +61,6 @@ def make_plan(
         batch_size=train.batch_size,
         num_microbatches=train.num_microbatches,
         seed=config.seed,
+        window=train.shuffle_window,
         **row_kwargs(shape, train.row_length, train.encoder_row_length),
     )

@@ -85,6 +85,10 @@ class FakeCache:
         )
 
 
+def epoch_rows(plan, epoch):
+    return plan._order.rows(epoch, 0, plan._order.num_rows(epoch))
+
+
 def flatten(rows):
     return np.concatenate(rows).tolist()
 
@@ -121,13 +125,13 @@ def test_an_epoch_takes_one_of_the_alternatives(form):
     plan = make_plan(segments, **form)
     taken = []
     for epoch in range(200):
-        rows = [segments[item] for item in np.concatenate(plan._epoch(epoch))]
+        rows = [segments[item] for item in np.concatenate(epoch_rows(plan, epoch))]
         found = sorted((s.example_id, s.view) for s in rows)
         assert found == sorted((f"e{i}", view) for i in range(24) for view in (0, 1))
         taken.append({s.example_id: s.target_ids[0] - 80 for s in rows if s.view})
         if epoch in (0, 3):
-            again = make_plan(segments, **form)._epoch(epoch)
-            assert flatten(again) == flatten(plan._epoch(epoch))
+            again = epoch_rows(make_plan(segments, **form), epoch)
+            assert flatten(again) == flatten(epoch_rows(plan, epoch))
     choices = np.asarray([[of[f"e{i}"] for i in range(24)] for of in taken])
     # 4,800 draws of 4: a standard deviation is 30; 200 of one example: 6.
     assert np.abs(np.bincount(choices.ravel()) - 1200).max() < 120
@@ -136,8 +140,8 @@ def test_an_epoch_takes_one_of_the_alternatives(form):
     # One epoch does not say what the next one takes.
     repeats = (choices[1:] == choices[:-1]).mean()
     assert 0.22 < repeats < 0.28
-    other = make_plan(segments, seed=4, **form)._epoch(0)
-    assert flatten(other) != flatten(plan._epoch(0))
+    other = epoch_rows(make_plan(segments, seed=4, **form), 0)
+    assert flatten(other) != flatten(epoch_rows(plan, 0))
 
 
 def test_alternatives_stand_anywhere_in_an_epoch():
@@ -146,7 +150,7 @@ def test_alternatives_stand_anywhere_in_an_epoch():
     plan = make_plan(segments)
     places = []
     for epoch in range(200):
-        order = np.concatenate(plan._epoch(epoch))
+        order = np.concatenate(epoch_rows(plan, epoch))
         places.append(np.argwhere(plan.views[order] == 1).mean() / (len(order) - 1))
     # Packing moves what is short a little to the front.
     assert abs(np.mean(places) - 0.5) < 0.04
@@ -165,11 +169,11 @@ def test_without_shuffling_all_alternatives_are_there():
 def test_a_plan_without_alternatives_is_the_permutation_packed(form):
     segments = make_segments()
     plan = make_plan(segments, **form)
-    lengths, limits = zip(*plan._limits.values(), strict=True)
+    lengths, limits = plan._order._lengths, plan._order._limits
     for epoch in range(3):
         order = np.random.default_rng([3, epoch]).permutation(np.arange(60))
         wanted = pack(lengths, order, limits)
-        for row, other in zip(plan._epoch(epoch), wanted, strict=True):
+        for row, other in zip(epoch_rows(plan, epoch), wanted, strict=True):
             np.testing.assert_array_equal(row, other)
 
 

@@ -1,0 +1,218 @@
+"""Order of segments in the rows of every epoch, as a pure function of a seed.
+
+Small data sets are shuffled and packed whole, once per epoch (`ShuffledRows`). Large
+ones are dealt into windows by a permutation that is computed, not stored
+(`WindowedRows`): an epoch visits the windows in a random order and shuffles within
+each. The windows' packing uses lengths alone, so a window has the same number of rows
+in every epoch, and no epoch has to be known to find a row of a later one.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+from jaxtyping import Int
+
+from kdjax.data import packing
+from kdjax.data.permutation import permute
+
+Rows = list[np.ndarray]  # the items of each row, int64
+
+WHOLE_LIMIT = 2**18  # segments; more are ordered in windows
+WINDOW = 65_536  # segments of a window: some 5 MB while it is in use
+
+_WINDOW_TAG = 2  # tells these draws from others of the same seed
+
+
+class Order(Protocol):
+    """Rows of the epochs; not safe under threads."""
+
+    same_rows: bool  # all epochs have the same number of rows
+
+    def num_rows(self, epoch: int) -> int:
+        """Return the number of rows of an epoch."""
+
+    def rows(self, epoch: int, start: int, stop: int) -> Rows:
+        """Return the items of some rows of an epoch."""
+
+
+class ShuffledRows:
+    """Rows of items that are shuffled and packed whole, epoch by epoch.
+
+    Of alternatives an epoch takes one, each with the same chance. Without shuffling all
+    items are packed in their own order, and all epochs are the same.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[Int[np.ndarray, " N"]],
+        limits: Sequence[int],
+        alternatives: Int[np.ndarray, " N"],
+        *,
+        seed: int,
+        shuffle: bool = True,
+    ) -> None:
+        """See the class.
+
+        Args:
+          lengths: of the items, an array for each kind of row that is packed together.
+          limits: positions of a row of each kind.
+          alternatives: number of the group that an item belongs to, from 0.
+          seed: of the order.
+          shuffle: False keeps the items' order.
+        """
+        self._lengths, self._limits = lengths, limits
+        self._alternatives = alternatives
+        self._seed, self._shuffle = seed, shuffle
+        self.same_rows = not shuffle
+        self._rows: dict[int, Rows] = {}  # of the last few epochs used
+
+    def num_rows(self, epoch: int) -> int:
+        """Return the number of rows of an epoch, which is packed for it."""
+        return len(self._epoch(epoch))
+
+    def rows(self, epoch: int, start: int, stop: int) -> Rows:
+        """Return the items of some rows of an epoch."""
+        return self._epoch(epoch)[start:stop]
+
+    def _epoch(self, epoch: int) -> Rows:
+        if not self._shuffle:
+            epoch = 0
+        if epoch not in self._rows:
+            order = np.arange(len(self._alternatives))
+            if self._shuffle:
+                rng = np.random.default_rng([self._seed, epoch])
+                places = rng.permutation(int(self._alternatives.max()) + 1)
+                # Which of the alternatives says nothing of where it stands: the first
+                # of several in a random order would stand early in every epoch.
+                drawn = rng.permutation(order)
+                _, first = np.unique(self._alternatives[drawn], return_index=True)
+                order = drawn[first][places]
+            if len(self._rows) >= 3:
+                del self._rows[min(self._rows)]
+            self._rows[epoch] = packing.pack(self._lengths, order, self._limits)
+        return self._rows[epoch]
+
+
+class WindowedRows:
+    """Rows of items that are shuffled and packed in windows.
+
+    The seed deals the groups of alternatives into windows of equal size. In epoch e the
+    windows come in an order drawn from (seed, e), and window w is packed from draws of
+    (seed, e, w): which alternative of a group is taken, which of the items of one
+    length goes where, and the order of the rows. All epochs have the same number of
+    rows. A group takes the room of its longest alternative.
+
+    Memory: 4 bytes per group, and the arrays of the last few windows.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[Int[np.ndarray, " N"]],
+        limits: Sequence[int],
+        alternatives: Int[np.ndarray, " N"] | None,
+        *,
+        seed: int,
+        window: int = WINDOW,
+    ) -> None:
+        """See the class.
+
+        Args:
+          lengths: of the items, an array for each kind of row that is packed together.
+          limits: positions of a row of each kind.
+          alternatives: number of the group that an item belongs to, from 0; groups are
+            runs of items. None = every item is its own group.
+          seed: of the order.
+          window: groups of a window, at most.
+
+        Raises:
+          ValueError: a group whose items do not follow one another.
+        """
+        self.same_rows = True
+        self._seed = seed
+        self._limits = limits
+        self._starts: np.ndarray | None = None  # of the groups; None = they are items
+        self._lengths = lengths
+        num_items = len(lengths[0])
+        if alternatives is not None and int(alternatives.max()) + 1 < num_items:
+            steps = np.diff(alternatives)
+            if steps.min() < 0 or steps.max() > 1:
+                raise ValueError(
+                    "alternatives of one example and view are not side by side: order "
+                    "the segments by example, then view"
+                )
+            self._starts = np.flatnonzero(np.r_[True, steps > 0])
+            self._lengths = [np.maximum.reduceat(x, self._starts) for x in lengths]
+            self._num_alternatives = np.diff(np.r_[self._starts, num_items])
+        self._num_groups = len(self._lengths[0])
+        num_windows = -(-self._num_groups // window)
+        bounds = np.arange(num_windows + 1, dtype=np.int64) * self._num_groups
+        self._bounds = bounds // num_windows
+        self._row_of: list[np.ndarray] = []  # of each window's groups, longest first
+        for number in range(num_windows):
+            sorted_groups = self._longest_first(self._groups(number))
+            self._row_of.append(self._pack(sorted_groups))
+        self._window_rows = np.asarray([int(r.max()) + 1 for r in self._row_of])
+        self._packed: dict[tuple[int, int], Rows] = {}  # the last few windows used
+
+    def num_rows(self, epoch: int) -> int:
+        """Return the number of rows of an epoch: the same for all."""
+        del epoch
+        return int(self._window_rows.sum())
+
+    def rows(self, epoch: int, start: int, stop: int) -> Rows:
+        """Return the items of some rows of an epoch."""
+        rng = np.random.default_rng([self._seed, epoch])
+        order = rng.permutation(len(self._window_rows))
+        ends = np.cumsum(self._window_rows[order])
+        rows: Rows = []
+        place = int(np.searchsorted(ends, start, side="right"))
+        while start < stop and place < len(order):
+            begin = int(ends[place - 1]) if place else 0
+            window_rows = self._window(epoch, int(order[place]))
+            rows += window_rows[start - begin : stop - begin]
+            start, place = int(ends[place]), place + 1
+        return rows
+
+    def _groups(self, window: int) -> np.ndarray:
+        """Return the groups of a window, in the order of the seed."""
+        places = np.arange(self._bounds[window], self._bounds[window + 1])
+        return permute(places, self._num_groups, (self._seed, _WINDOW_TAG))
+
+    def _longest_first(self, groups: np.ndarray) -> np.ndarray:
+        """Sort groups by their lengths, descending; equal ones stay in their order."""
+        keys = [-lengths[groups].astype(np.int64) for lengths in self._lengths]
+        return groups[np.lexsort(keys[::-1])]
+
+    def _pack(self, sorted_groups: np.ndarray) -> np.ndarray:
+        """Return the row of each group of a window."""
+        if len(self._lengths) == 1:
+            lengths = self._lengths[0][sorted_groups]
+            return packing.pack_by_length(lengths, self._limits[0])
+        lengths_CN = [lengths[sorted_groups] for lengths in self._lengths]
+        order = np.arange(len(sorted_groups))
+        row_of = np.zeros(len(order), np.int32)
+        for row, items in enumerate(packing.pack(lengths_CN, order, self._limits)):
+            row_of[items] = row
+        return row_of
+
+    def _window(self, epoch: int, window: int) -> Rows:
+        """Return the rows of a window in an epoch."""
+        if (epoch, window) not in self._packed:
+            rng = np.random.default_rng([self._seed, epoch, window, _WINDOW_TAG])
+            groups = rng.permutation(self._groups(window))
+            groups = self._longest_first(groups)
+            items = groups
+            if self._starts is not None:
+                nums = self._num_alternatives[groups]
+                drawn = (rng.random(len(groups)) * nums).astype(np.int64)
+                items = self._starts[groups] + drawn
+            row_of = self._row_of[window]
+            by_row = np.argsort(row_of, kind="stable")
+            ends = np.cumsum(np.bincount(row_of))
+            rows = np.split(items[by_row].astype(np.int64), ends[:-1])
+            shuffled = [rows[i] for i in rng.permutation(len(rows))]
+            if len(self._packed) >= 3:
+                del self._packed[next(iter(self._packed))]
+            self._packed[epoch, window] = shuffled
+        return self._packed[epoch, window]
