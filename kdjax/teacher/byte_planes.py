@@ -38,22 +38,19 @@ class FrameReader:
     def __init__(self, data: bytes, offset: int) -> None:
         """Start reading at `offset`."""
         self._data, self._offset = data, offset
-        if not hasattr(_threads, "decompressor"):
-            _threads.decompressor = zstandard.ZstdDecompressor()
 
-    def next_frame(self) -> bytes:
-        """Return the contents of the next frame."""
+    def next_frame(self, size: int) -> bytes:
+        """Return the contents of the next frame, exactly `size` bytes."""
         (length,) = _LENGTH.unpack_from(self._data, self._offset)
         start = self._offset + _LENGTH.size
         self._offset = start + length
-        return _threads.decompressor.decompress(self._data[start : self._offset])
+        if self._offset > len(self._data):
+            raise ValueError(f"a frame of {length} bytes leaves the record")
+        return decompress(self._data[start : self._offset], size)
 
     def next_plane(self, size: int) -> UInt8[np.ndarray, "size"]:
         """Return a plane of exactly `size` bytes."""
-        plane = np.frombuffer(self.next_frame(), np.uint8)
-        if len(plane) != size:
-            raise ValueError(f"a plane has {len(plane)} bytes, {size} are wanted")
-        return plane
+        return np.frombuffer(self.next_frame(size), np.uint8)
 
     def check_end(self) -> None:
         """Raise ValueError unless all bytes were read."""
@@ -61,6 +58,28 @@ class FrameReader:
             raise ValueError(
                 f"{len(self._data)} bytes, {self._offset} of them are frames"
             )
+
+
+def decompress(data: bytes, size: int) -> bytes:
+    """Decompress a Zstandard frame of exactly `size` bytes; no more is ever made.
+
+    Raises:
+      ValueError: it declares or holds another number, is damaged, or something follows.
+    """
+    if not hasattr(_threads, "decompressor"):
+        _threads.decompressor = zstandard.ZstdDecompressor()
+    try:
+        declared = zstandard.frame_content_size(data)
+        if declared not in (size, -1):  # -1: it does not say
+            raise ValueError(f"a frame of {declared} bytes, {size} are wanted")
+        content = _threads.decompressor.decompress(
+            data, max_output_size=max(size, 1), allow_extra_data=False
+        )
+    except zstandard.ZstdError as error:
+        raise ValueError(f"a damaged frame: {error}") from None
+    if len(content) != size:
+        raise ValueError(f"a frame of {len(content)} bytes, {size} are wanted")
+    return content
 
 
 def pack_frame(data: bytes) -> bytes:
@@ -125,6 +144,8 @@ class IdCoder:
                 f"vocab_size={vocab_size} with {len(order)} ids in order exceeds "
                 f"{_LIMIT}: no teacher of that vocabulary can be stored"
             )
+        if len(order) and not 0 <= order.min() <= order.max() < vocab_size:
+            raise ValueError(f"ids in order leave the vocabulary of {vocab_size}")
         self.order, self.vocab_size = order.astype(np.int32), vocab_size
 
     @classmethod
@@ -155,12 +176,10 @@ class IdCoder:
     def unpack(self, reader: FrameReader, num: int) -> Int32[np.ndarray, "N"]:
         """Unpack ids of `pack`."""
         symbols = reader.next_plane(num)
-        groups = np.frombuffer(reader.next_frame(), np.uint8)
         ranks, widths = _BASES[symbols], _WIDTHS[symbols]
         rows4, rows8, rows16 = (np.flatnonzero(widths == w) for w in (4, 8, 16))
         ends = np.cumsum([(len(rows4) + 1) // 2, len(rows8), 2 * len(rows16)])
-        if ends[-1] != len(groups):
-            raise ValueError(f"{len(groups)} bytes of low bits, {ends[-1]} are wanted")
+        groups = reader.next_plane(int(ends[-1]))
         packed = groups[: ends[0]]
         nibbles = np.stack([packed & 15, packed >> 4], axis=1).ravel()
         ranks[rows4] += nibbles[: len(rows4)]

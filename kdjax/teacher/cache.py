@@ -9,6 +9,7 @@ Labelling calls `write_shard` for every index not in `complete_shards`, then `fi
 once; training calls `load_cache` and `TeacherCache.read`.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -16,27 +17,34 @@ import importlib.metadata
 import math
 import os
 import pathlib
+import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Bool, UInt8
 
-from kdjax.teacher import codec, record_checks
+from kdjax.runtime import untrusted
+from kdjax.teacher import codec, key_index, record_checks
+from kdjax.teacher import manifest as manifest_lib
+from kdjax.teacher.array_record import ArrayRecordReader, Chunks
 from kdjax.teacher.byte_planes import IdCoder
 from kdjax.teacher.codec import Record
+from kdjax.teacher.key_index import KEY_BYTES, KeyIndex
 from kdjax.teacher.manifest import (
     MANIFEST,
     Manifest,
     Shard,
     check_identity,
     read_manifest,
+    shard_name,
     write_manifest,
 )
 from kdjax.teacher.record_checks import AlignmentCheck
 from kdjax.teacher.shards import (
-    KEY_BYTES,
     DamagedShardError,
+    ShardIndex,
     check_record,
     check_shard,
     complete_shards,
@@ -44,11 +52,11 @@ from kdjax.teacher.shards import (
     open_reader,
     read_index,
     read_payload,
-    shard_name,
     write_shard,
 )
 
 __all__ = [
+    "INDEX",
     "KEY_BYTES",
     "MANIFEST",
     "DamagedShardError",
@@ -66,13 +74,15 @@ __all__ = [
 ]
 
 
+INDEX = "index.bin"  # an addition: sorted keys, made of the shards
 _MAX_OPEN = 256  # shards held open at a time: a process may have 1,024 files
+_MAX_LAYOUTS = 32 * 2**20  # bytes of the layouts of shards that are remembered
 
 
 def finish(
     folder: str | os.PathLike, manifest: Manifest, *, num_shards: int
 ) -> Manifest:
-    """Check all shards, write `manifest.json` atomically and return the manifest.
+    """Check all shards, write the index and `manifest.json`, return the manifest.
 
     Args:
       folder: the cache, with all its shards.
@@ -82,12 +92,15 @@ def finish(
     Raises:
       ValueError: a shard is missing, damaged or labelled with something else.
     """
+    if num_shards < 1:
+        raise ValueError(f"num_shards={num_shards}: a cache has at least one record")
     folder = pathlib.Path(folder)
-    shards = []
+    shards, keys = [], []
     for index in range(num_shards):
         path = folder / shard_name(index, num_shards)
         entry = read_index(path)
         check_identity(path, entry.identity, manifest)
+        keys.append(_key_array(entry.keys))
         shards.append(
             Shard(
                 name=path.name,
@@ -105,8 +118,22 @@ def finish(
     )
     for leftover in folder.glob("*.tmp*"):  # of processes that were killed
         leftover.unlink()
-    write_manifest(folder, manifest)
+    _write_index(folder, manifest, KeyIndex.from_keys(keys))
+    write_manifest(folder, manifest)  # the last: it says that all is there
     return manifest
+
+
+def _key_array(keys: tuple[bytes, ...]) -> UInt8[np.ndarray, "n 16"]:
+    return np.frombuffer(b"".join(keys), np.uint8).reshape(-1, KEY_BYTES)
+
+
+def _write_index(folder: pathlib.Path, manifest: Manifest, index: KeyIndex) -> None:
+    key_index.write(
+        folder / INDEX,
+        index,
+        checksum=manifest_lib.checksum(manifest),
+        shard_bytes=[(folder / shard.name).stat().st_size for shard in manifest.shards],
+    )
 
 
 def load_cache(
@@ -166,18 +193,33 @@ def load_cache(
     return TeacherCache(pathlib.Path(folder), manifest)
 
 
+class _Layout(NamedTuple):
+    """Place of a shard's records in its file, and how their ids are coded."""
+
+    chunks: Chunks
+    coder: IdCoder
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of it."""
+        return sum(column.nbytes for column in self.chunks) + self.coder.order.nbytes
+
+
 class TeacherCache:
     """A finished cache, open for reading: random access, safe under threads.
 
-    The indices of all shards are read when the first key is looked up. The checksum of
-    a shard's file is compared once, before its first record is read.
+    When the first key is looked up, the index of all records is mapped into memory (or
+    made of the indices of all shards, where it is missing). The checksum of a shard's
+    file is compared once, before its first record is read.
     """
 
     def __init__(self, folder: pathlib.Path, manifest: Manifest) -> None:
         """Use `load_cache`, which checks the manifest."""
         self.folder = folder
         self.manifest = manifest
-        self._readers: dict[int, Any] = {}
+        self._readers: dict[int, ArrayRecordReader] = {}
+        self._layouts: dict[int, _Layout] = {}
+        self._layout_bytes = 0
         self._checked: set[int] = set()
         self._lock = threading.Lock()
 
@@ -213,7 +255,11 @@ class TeacherCache:
 
     def has(self, key: bytes) -> bool:
         """Return True if there is a record for this 16-byte content key."""
-        return key in self._index[0]
+        return self._index.locate(key) is not None
+
+    def contains(self, keys: UInt8[np.ndarray, "N 16"]) -> Bool[np.ndarray, " N"]:
+        """Return for each content key if there is a record for it."""
+        return self._index.contains(keys)
 
     def read(self, key: bytes) -> Record:
         """Return the record of a key.
@@ -221,66 +267,119 @@ class TeacherCache:
         Raises:
           ValueError: no such record, or it is damaged (naming file and record).
         """
-        locations, coders = self._index
-        if key not in locations:
+        place = self._index.locate(key)
+        if place is None:
             raise ValueError(
                 f"key={key.hex()} is not in the cache {self.folder!s}: these tokens "
                 "were not labelled; label again with this data and tokenizer"
             )
-        shard, row = locations[key]
-        path = self.folder / self.manifest.shards[shard].name
-        payload = read_payload(self._checked_reader(shard), path, row, key=key)
+        shard, row = place
+        if shard >= len(self.manifest.shards):
+            raise DamagedShardError(
+                f"{self.folder / INDEX} is damaged: delete it, it is made again"
+            )
+        reader, coder = self._open(shard)
+        payload = read_payload(reader, reader.path, row, key=key)
         try:
+            self._check_sizes(codec.read_sizes(payload), shard)
             return codec.decode(
-                payload,
-                coders[shard],
-                kind=self.kind,
-                temperatures=self.temperatures,
+                payload, coder, kind=self.kind, temperatures=self.temperatures
             )
         except codec.DECODE_ERRORS as error:
-            raise DamagedShardError(damage_message(path, row)) from error
+            raise DamagedShardError(damage_message(reader.path, row)) from error
+
+    def _check_sizes(self, sizes: codec.Sizes, shard: int) -> None:
+        """Raise ValueError if a record has other numbers than the manifest says."""
+        manifest = self.manifest
+        expected = (manifest.k, len(manifest.temperatures), manifest.num_rounds)
+        if (
+            sizes[1:] != expected
+            or sizes.num_tokens > manifest.shards[shard].num_tokens
+        ):
+            raise ValueError(f"a record of {sizes}, the manifest says {expected}")
 
     def __iter__(self) -> Iterator[bytes]:
         """Iterate over all keys, shard by shard."""
-        return iter(self._index[0])
+        for number, shard in enumerate(self.manifest.shards):
+            reader = open_reader(self.folder / shard.name)
+            for row, key in enumerate(self._read_entry(number, reader).keys):
+                if self._index.locate(key) == (number, row):
+                    yield key
 
     @functools.cached_property
-    def _index(self) -> tuple[dict[bytes, tuple[int, int]], list[IdCoder]]:
-        """Key -> (shard, row), and the id coder of each shard.
+    def _index(self) -> KeyIndex:
+        """The places of all records, mapped into memory or made of the shards.
 
         A key that two shards hold is read from the first.
         """
-        locations: dict[bytes, tuple[int, int]] = {}
-        coders = []
+        manifest = self.manifest
+        for shard in manifest.shards:
+            untrusted.check_inside(self.folder / shard.name, self.folder)
+        stored = key_index.read(
+            self.folder / INDEX,
+            checksum=manifest_lib.checksum(manifest),
+            num_shards=len(manifest.shards),
+            num_records=manifest.num_records,
+        )
+        if stored is None:
+            return self._make_index()
+        index, shard_bytes = stored
+        for shard, expected in zip(manifest.shards, shard_bytes.tolist(), strict=True):
+            path = self.folder / shard.name
+            with contextlib.suppress(OSError):
+                status = path.stat()
+                if stat.S_ISREG(status.st_mode) and status.st_size == expected:
+                    continue
+            open_reader(path)  # names what is missing
+            raise DamagedShardError(damage_message(path, None))
+        return index
+
+    def _make_index(self) -> KeyIndex:
+        """Make the index of the shards' own, and keep it where that is possible."""
+        keys = []
         for number, shard in enumerate(self.manifest.shards):
             path = self.folder / shard.name
-            entry = read_index(path)
-            check_identity(path, entry.identity, self.manifest)
-            if entry.digest != shard.digest:  # another shard of the same cache
+            entry = self._read_entry(number, open_reader(path))
+            if len(entry.keys) != shard.num_records:
                 raise DamagedShardError(damage_message(path, None))
-            coders.append(entry.coder)
-            for row, key in enumerate(entry.keys):
-                locations.setdefault(key, (number, row))
-        return locations, coders
+            keys.append(_key_array(entry.keys))
+        index = KeyIndex.from_keys(keys)
+        # Without the right or the room to write, it is made again next time.
+        with contextlib.suppress(OSError):
+            _write_index(self.folder, self.manifest, index)
+        return index
 
-    def _checked_reader(self, shard: int) -> Any:
-        """Return the reader of a shard, whose file is checked the first time."""
+    def _read_entry(self, shard: int, reader: ArrayRecordReader) -> ShardIndex:
+        """Read the index of a shard and check that it is the manifest's."""
+        entry = read_index(reader.path, reader)
+        check_identity(reader.path, entry.identity, self.manifest)
+        if entry.digest != self.manifest.shards[shard].digest:  # another of this cache
+            raise DamagedShardError(damage_message(reader.path, None))
+        return entry
+
+    def _open(self, shard: int) -> tuple[ArrayRecordReader, IdCoder]:
+        """Return the reader and the id coder of a shard, checked the first time."""
         if shard not in self._checked:
             entry = self.manifest.shards[shard]
             _check_file(self.folder / entry.name, entry)
             self._checked.add(shard)
-        return self._reader(shard)
-
-    def _reader(self, shard: int) -> Any:
         with self._lock:
+            layout = self._layouts.pop(shard, None)
             reader = self._readers.pop(shard, None)
             if reader is None:
                 if len(self._readers) >= _MAX_OPEN:
                     del self._readers[next(iter(self._readers))]  # least lately used
                 path = self.folder / self.manifest.shards[shard].name
-                reader = open_reader(path)
-            self._readers[shard] = reader
-            return reader
+                reader = open_reader(path, layout and layout.chunks)
+            if layout is None:
+                entry = self._read_entry(shard, reader)
+                layout = _Layout(reader.chunks, entry.coder)
+                self._layout_bytes += layout.num_bytes
+                while self._layouts and self._layout_bytes > _MAX_LAYOUTS:
+                    oldest = self._layouts.pop(next(iter(self._layouts)))
+                    self._layout_bytes -= oldest.num_bytes
+            self._readers[shard], self._layouts[shard] = reader, layout
+            return reader, layout.coder
 
 
 def verify(
@@ -310,7 +409,10 @@ def verify(
         path = cache.folder / shard.name
         _check_file(path, shard)
         num_in_shard = 0
-        for row, key in enumerate(check_shard(path).keys):
+        stored = check_shard(path)
+        if len(stored.keys) != shard.num_records:
+            raise DamagedShardError(damage_message(path, None))
+        for row, key in enumerate(stored.keys):
             record = cache.read(key)
             num_in_shard += record.num_tokens
             check_record(key, record, cache.manifest, seen={})
@@ -341,5 +443,5 @@ def _check_file(path: pathlib.Path, entry: Shard) -> None:
 
 
 def _checksum(path: pathlib.Path) -> str:
-    with path.open("rb") as file:
+    with untrusted.open_plain(path) as file:
         return hashlib.file_digest(file, "blake2b").hexdigest()

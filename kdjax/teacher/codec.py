@@ -28,9 +28,9 @@ import struct
 from typing import NamedTuple
 
 import numpy as np
-import zstandard
 from jaxtyping import Float32, Int32, UInt16
 
+from kdjax.runtime import limits
 from kdjax.teacher import byte_planes
 from kdjax.teacher.byte_planes import IdCoder
 
@@ -43,7 +43,7 @@ _MAGNITUDES = np.minimum(  # code -> x
 _MAGNITUDES[_EMPTY] = np.inf
 
 # What `decode` raises on bytes that `encode` did not write.
-DECODE_ERRORS = (zstandard.ZstdError, struct.error, ValueError)
+DECODE_ERRORS = (struct.error, ValueError)
 
 
 class Record(NamedTuple):
@@ -91,16 +91,19 @@ def encode(record: Record, coder: IdCoder, *, temperatures: tuple[float, ...]) -
         vocabulary, or fields whose shapes do not agree.
     """
     validate(record, vocab_size=coder.vocab_size)
+    sizes = Sizes(
+        record.num_tokens,
+        record.ids.shape[-1] if record.kind == "sampled" else record.log_probs.shape[1],
+        record.log_z.shape[1],
+        record.ids.shape[2] if record.kind == "sampled" else 0,
+    )
+    _check_limits(sizes, dense=record.kind == "dense")
     log_z_TS = record.log_z
-    num_pairs, num_rounds = 0, 0
     if record.kind == "sampled":
-        num_rounds, num_pairs = record.ids.shape[2:]
         parts = _pack_draws(record, coder)
     elif record.kind == "dense":
-        num_pairs = record.log_probs.shape[1]
         parts = [byte_planes.pack_floats(record.log_probs.T.ravel(), num_bytes=4)]
     else:
-        num_pairs = record.log_probs.shape[1]
         codes_TK = _quantize(record.log_probs)
         deltas_TK = np.diff(codes_TK, axis=1, prepend=np.uint16(0))  # modulo 2^16
         # An unused slot is marked by its code; the id written there is the cheapest.
@@ -119,22 +122,58 @@ def encode(record: Record, coder: IdCoder, *, temperatures: tuple[float, ...]) -
         coder.pack(record.target_ids),
         byte_planes.pack_floats(scalars_TX.T.ravel(), num_bytes=3),
     ]
-    header = _HEADER.pack(
-        record.num_tokens, num_pairs, record.log_z.shape[1], num_rounds
-    )
-    return header + b"".join(parts)
+    return _HEADER.pack(*sizes) + b"".join(parts)
 
 
-def read_num_tokens(data: bytes) -> int:
-    """Return the number of target tokens of an encoded record."""
-    return _HEADER.unpack_from(data)[0]
+class Sizes(NamedTuple):
+    """Header of an encoded record."""
+
+    num_tokens: int
+    num_pairs: int
+    num_temperatures: int
+    num_rounds: int
+
+
+def read_sizes(data: bytes) -> Sizes:
+    """Read the header of an encoded record.
+
+    Raises:
+      ValueError: there is none, or its record is beyond the limits.
+    """
+    if len(data) < _HEADER.size:
+        raise ValueError(f"{len(data)} bytes are no record")
+    sizes = Sizes(*_HEADER.unpack_from(data))
+    _check_limits(sizes)
+    return sizes
+
+
+def _check_limits(sizes: Sizes, *, dense: bool = True) -> None:
+    num_tokens, num_pairs, num_temperatures, num_rounds = sizes
+    num_values = num_tokens * max(num_pairs, 2 * num_temperatures + 2)
+    limit = limits.MAX_DENSE if dense else limits.MAX_PAIRS
+    if num_rounds:
+        num_values *= num_temperatures * num_rounds
+        limit = limits.MAX_PAIRS
+    if num_values > limit:
+        raise ValueError(
+            f"a record of {num_tokens} target tokens with {num_values} numbers, at "
+            f"most {limit} are stored of one: lower data.max_target or cache.k"
+        )
 
 
 def decode(
     data: bytes, coder: IdCoder, *, kind: str, temperatures: tuple[float, ...]
 ) -> Record:
-    """Decode a record of `encode`, exact to the rounding described above."""
-    num_tokens, num_pairs, num_temperatures, num_rounds = _HEADER.unpack_from(data)
+    """Decode a record of `encode`, exact to the rounding described above.
+
+    Raises:
+      ValueError: the bytes are no such record, or beyond the limits.
+    """
+    sizes = read_sizes(data)
+    _check_limits(sizes, dense=kind == "dense")
+    num_tokens, num_pairs, num_temperatures, num_rounds = sizes
+    if (kind == "sampled") != (num_rounds > 0):
+        raise ValueError(f"{num_rounds} rounds of draws in a record of kind {kind!r}")
     if num_temperatures != len(temperatures):
         raise ValueError(f"{num_temperatures} temperatures, {temperatures} are wanted")
     reader = byte_planes.FrameReader(data, _HEADER.size)
@@ -161,8 +200,15 @@ def decode(
     reader.check_end()
     scalars_TX = _rows(scalars, num_tokens, num_scalars)
     num_sums = num_temperatures + (kind == "top_k")
+    is_target_X = np.arange(num_scalars) == num_sums
+    if not (np.isfinite(scalars_TX) | (np.isneginf(scalars_TX) & is_target_X)).all():
+        raise ValueError("numbers that are not finite")
+    if kind == "dense" and not (log_probs_TK < np.inf).all():
+        raise ValueError("log-probabilities that are not finite")
     log_z_TS = scalars_TX[:, :num_sums]
     if kind == "top_k":
+        if not np.isfinite(log_probs_TK[:, :1]).all():
+            raise ValueError("a target token without a pair")
         log_probs_TK += log_z_TS[:, :1] - _log_masses(log_probs_TK, ())
         log_z_TS = _log_masses(log_probs_TK, temperatures)[:, 1:] - log_z_TS[:, 1:]
         log_z_TS[:, [t == 1.0 for t in temperatures]] = 0.0  # by definition
@@ -198,6 +244,8 @@ def _unpack_draws(
     reader: byte_planes.FrameReader, coder: IdCoder, shape: tuple[int, int, int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
     num_used = byte_planes.unpack_integers(reader, int(np.prod(shape[:3])), num_bytes=2)
+    if num_used.max(initial=0) > shape[3]:
+        raise ValueError(f"{num_used.max()} ids drawn {shape[3]} times")
     used_SRTK = np.arange(shape[3]) < num_used.reshape(*shape[:3], 1)
     num = int(num_used.sum(dtype=np.int64))
     counts = np.zeros(shape, np.int32)

@@ -19,19 +19,25 @@ from typing import Any, NamedTuple
 import numpy as np
 from array_record.python import array_record_module
 
-from kdjax.runtime import files
+from kdjax.runtime import files, untrusted
 from kdjax.teacher import byte_planes, codec
+from kdjax.teacher.array_record import ArrayRecordReader, Chunks
 from kdjax.teacher.byte_planes import IdCoder
 from kdjax.teacher.codec import Record
-from kdjax.teacher.manifest import MANIFEST, Manifest, check_identity
+from kdjax.teacher.key_index import KEY_BYTES
+from kdjax.teacher.manifest import MANIFEST, Manifest, check_identity, shard_name
 
-KEY_BYTES = 16
 _ORDER_TOKENS = 4096  # the order of ids is made from so many tokens of the shard
 _CRC = struct.Struct("<I")  # crc32 of key and payload, before it, in every record
 _LENGTH = struct.Struct("<I")  # bytes of the JSON part of an index
 _WRITER_OPTIONS = "group_size:1,uncompressed"  # records are compressed already
-_READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # random access
-_READER_BUFFER = 1 << 16  # bytes, for each open shard
+_FIELDS = {
+    "keys": int,
+    "num_tokens": int,
+    "digest": str,
+    "identity": dict,
+    "order": int,
+}
 
 
 class ShardIndex(NamedTuple):
@@ -46,11 +52,6 @@ class ShardIndex(NamedTuple):
 
 class DamagedShardError(ValueError):
     """Mismatch of a shard with its checksums; the message names file and record."""
-
-
-def shard_name(index: int, num_shards: int) -> str:
-    """Return the file name of shard `index`, counted from 0."""
-    return f"shard-{index:05d}-of-{num_shards:05d}.array_record"
 
 
 def write_shard(
@@ -100,7 +101,7 @@ def copy_shard(
     def payloads() -> Iterator[tuple[bytes, bytes, int]]:
         for row, key in enumerate(entry.keys):
             payload = read_payload(reader, source, row, key=key)
-            yield key, payload, codec.read_num_tokens(payload)
+            yield key, payload, codec.read_sizes(payload).num_tokens
 
     _write(folder, index, num_shards, payloads(), entry.coder, manifest)
 
@@ -201,27 +202,42 @@ def _pack_index(entry: ShardIndex) -> bytes:
     return _LENGTH.pack(len(header)) + header + b"".join(entry.keys) + order
 
 
-def read_index(path: pathlib.Path, reader: Any | None = None) -> ShardIndex:
+def read_index(
+    path: pathlib.Path, reader: ArrayRecordReader | None = None
+) -> ShardIndex:
     """Read the index of the shard at `path`, through `reader` if it is open."""
     reader = reader or open_reader(path)
-    payload = read_payload(reader, path, reader.num_records() - 1, key=b"")
+    num_records = reader.num_records() - 1
+    payload = read_payload(reader, path, num_records, key=b"")
     try:
-        return _unpack_index(payload, reader.num_records() - 1)
-    except (*codec.DECODE_ERRORS, KeyError, TypeError) as error:
+        return _unpack_index(payload, num_records, path)
+    except codec.DECODE_ERRORS as error:
         raise DamagedShardError(damage_message(path, None)) from error
 
 
-def _unpack_index(payload: bytes, num_records: int) -> ShardIndex:
+def _unpack_index(payload: bytes, num_records: int, path: pathlib.Path) -> ShardIndex:
     start = _LENGTH.size + _LENGTH.unpack_from(payload)[0]
-    fields = json.loads(payload[_LENGTH.size : start])
-    num_keys, end = fields.pop("keys"), start + num_records * KEY_BYTES
-    if num_keys != num_records or end > len(payload):
-        raise ValueError(f"{num_keys} keys for {num_records} records")
+    end = start + KEY_BYTES * num_records
+    if end > len(payload):
+        raise ValueError(f"{len(payload)} bytes for {num_records} keys")
+    fields = untrusted.parse_json(payload[_LENGTH.size : start], str(path))
+    if (
+        not isinstance(fields, dict)
+        or {name: type(value) for name, value in fields.items()} != _FIELDS
+    ):
+        raise ValueError(f"needed the fields {', '.join(_FIELDS)}")
+    if fields.pop("keys") != num_records or fields["num_tokens"] < 0:
+        raise ValueError(f"{num_records} records, its index says another number")
     keys = [payload[i : i + KEY_BYTES] for i in range(start, end, KEY_BYTES)]
+    if len(set(keys)) != len(keys):
+        raise ValueError("a key comes twice")
+    num_order, vocab_size = fields.pop("order"), fields["identity"].get("vocab_size")
+    if type(vocab_size) is not int or not 0 <= num_order <= vocab_size:
+        raise ValueError(f"an order of {num_order} of {vocab_size} ids")
     frames = byte_planes.FrameReader(payload, end)
-    order = byte_planes.unpack_integers(frames, fields.pop("order"), num_bytes=4)
+    order = byte_planes.unpack_integers(frames, num_order, num_bytes=4)
     frames.check_end()
-    coder = IdCoder(order, fields["identity"]["vocab_size"])
+    coder = IdCoder(order, vocab_size)
     return ShardIndex(keys=tuple(keys), coder=coder, **fields)
 
 
@@ -237,30 +253,37 @@ def check_shard(path: pathlib.Path) -> ShardIndex:
     return entry
 
 
-def open_reader(path: pathlib.Path) -> Any:
-    """Open a shard for random access; the reader may be shared by threads."""
-    if not path.is_file():
-        raise ValueError(f"{path} is missing: start labelling again, it writes it")
+def open_reader(path: pathlib.Path, chunks: Chunks | None = None) -> ArrayRecordReader:
+    """Open a shard for random access; the reader may be shared by threads.
+
+    Args:
+      path: of the shard.
+      chunks: of an earlier reader of the same file; None = read its footer.
+    """
     try:
-        reader = array_record_module.ArrayRecordReader(
-            str(path), _READER_OPTIONS, file_reader_buffer_size=_READER_BUFFER
-        )
-        if reader.ok() and reader.num_records():
-            return reader
-    except (RuntimeError, ValueError) as error:
-        raise DamagedShardError(damage_message(path, None)) from error
-    raise DamagedShardError(damage_message(path, None))
+        reader = ArrayRecordReader(path, chunks)
+    except FileNotFoundError:
+        raise ValueError(
+            f"{path} is missing: start labelling again, it writes it"
+        ) from None
+    except ValueError as error:
+        raise DamagedShardError(f"{damage_message(path, None)} ({error})") from None
+    if not reader.num_records():
+        raise DamagedShardError(damage_message(path, None))
+    return reader
 
 
 def _crc(key: bytes, payload: bytes) -> int:
     return zlib.crc32(payload, zlib.crc32(key))
 
 
-def read_payload(reader: Any, path: pathlib.Path, row: int, *, key: bytes) -> bytes:
+def read_payload(
+    reader: ArrayRecordReader, path: pathlib.Path, row: int, *, key: bytes
+) -> bytes:
     """Read and check the bytes of record `row`, whose key is `key`."""
     try:
         (data,) = reader.read([row])
-    except (RuntimeError, ValueError, IndexError) as error:
+    except ValueError as error:
         raise DamagedShardError(damage_message(path, row)) from error
     payload = data[_CRC.size :]
     if len(data) < _CRC.size or _CRC.unpack_from(data)[0] != _crc(key, payload):
