@@ -19,7 +19,8 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from kdjax.data.example import Example
-from kdjax.data.templates import ANSWER, CHOICES, LETTERS
+from kdjax.data.letters import letter, letter_choices
+from kdjax.data.templates import ANSWER, CHOICES
 
 QUESTION, EXPLANATION = "Question:", "Explanation"
 CRITIQUE, REVISION = "Critique:", "Revised explanation:"
@@ -189,8 +190,7 @@ def lettered(example: Example, choice: str) -> str:
     """Return a choice with its letter, as "(b) shed"; a free answer as it is."""
     if choice not in example.choices:
         return choice
-    letters = LETTERS[example.choices.index(choice) :]
-    return f"({letters[0]}) {choice}" if letters else choice
+    return f"({letter(example.choices.index(choice))}) {choice}"
 
 
 def _first(files: PromptFiles, num: int) -> Sequence[dict[str, Any]]:
@@ -220,8 +220,7 @@ def _dialogue(task: str, turns: list[tuple[str, str]], last: str) -> Messages:
 def _stated(example: Example, answer: str) -> str:
     lines = [f"{QUESTION} {example.question}"]
     if example.choices:
-        each = zip(LETTERS, example.choices, strict=False)
-        lines.append(" ".join([CHOICES, *(f"({a}) {text}" for a, text in each)]))
+        lines.append(f"{CHOICES} {letter_choices(example.choices)}")
     lines.append(f"{ANSWER} {lettered(example, answer)}".rstrip())
     return "\n".join(lines)
 

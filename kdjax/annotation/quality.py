@@ -8,7 +8,8 @@ from typing import Any
 from kdjax.annotation.prompts import QUESTION
 from kdjax.config import GATES
 from kdjax.data.example import Example, contradicts
-from kdjax.data.templates import CHOICES, LETTERS
+from kdjax.data.letters import LETTERS, bracketed, letter, letter_index
+from kdjax.data.templates import CHOICES
 from kdjax.data.text import normalize_words
 
 _MARKS = re.compile(rf"^\s*({re.escape(QUESTION)}|{re.escape(CHOICES)})", re.MULTILINE)
@@ -74,11 +75,12 @@ def parse_choice(text: str, example: Example) -> str:
     """
     if not example.choices:
         return text.strip().partition("\n")[0].rstrip()
-    letters = re.findall(r"\(([a-z])\)", text.lower())
-    if alone := re.fullmatch(r"\s*([a-z])[).:]*\s*", text.lower()):
+    letters = bracketed(text, len(example.choices))
+    length = 1 if len(example.choices) <= len(LETTERS) else 2
+    if alone := re.fullmatch(rf"\s*([a-z]{{1,{length}}})[).:]*\s*", text.lower()):
         letters = [alone[1]]
     if letters:
-        index = LETTERS.index(letters[0])
+        index = letter_index(letters[0]) or 0
         return example.choices[index] if index < len(example.choices) else ""
     words = f" {normalize_words(text)} "
     named = {
@@ -92,10 +94,8 @@ def parse_choice(text: str, example: Example) -> str:
 
 def _names_choice(text: str, example: Example) -> bool:
     words = f" {normalize_words(text)} "
-    letters = (
-        f"({letter})" for letter, _ in zip(LETTERS, example.choices, strict=False)
-    )
-    named = any(letter in text.lower() for letter in letters)
+    letters = (f"({letter(index)})" for index in range(len(example.choices)))
+    named = any(mark in text.lower() for mark in letters)
     return named or any(
         f" {normalize_words(c)} " in words for c in example.choices if c
     )

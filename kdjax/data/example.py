@@ -1,9 +1,11 @@
 """The Example type: a question with answer and rationales, a text, or a chat."""
 
-import re
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from kdjax.data.letters import bracketed, letter_index
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,8 +24,12 @@ class Example:
     # content, perhaps tool_calls, name, tool_call_id, reasoning_content.
     messages: tuple[Mapping[str, Any], ...] = ()
     tools: tuple[Mapping[str, Any], ...] = ()  # JSON schemas that the chat may call
+    # Answers that are as right as `answer`, in comparisons of generations.
+    other_answers: tuple[str, ...] = ()
     gold: str = ""  # the data's own answer, where `answer` is a teacher's
     weight: float = 1.0  # of its tokens in the loss
+    # File and row that it was read from, "rows.jsonl:3", for errors; "" = none.
+    origin: str = dataclasses.field(default="", compare=False, repr=False)
 
 
 def wrong_choices(example: Example) -> tuple[str, ...]:
@@ -39,8 +45,8 @@ def wrong_choices(example: Example) -> tuple[str, ...]:
 
 def contradicts(example: Example) -> bool:
     """Return True if the rationale's last letter, like "(b)", is a wrong choice's."""
-    letters = re.findall(r"\(([a-z])\)", example.rationale.lower())
+    letters = bracketed(example.rationale, len(example.choices))
     if not letters or not example.choices:
         return False
-    index = ord(letters[-1]) - ord("a")
+    index = letter_index(letters[-1]) or 0
     return index >= len(example.choices) or example.choices[index] != example.answer

@@ -5,11 +5,11 @@ from typing import NamedTuple
 
 from kdjax.config import DataConfig
 from kdjax.data.example import Example, wrong_choices
+from kdjax.data.letters import LETTERS, letter_choices
 
 ANSWER, EXPLAIN, BOTH = "Answer:", "Explain:", "Explain and answer:"
 OTHERWISE = "Explain and answer otherwise:"
 CHOICES = "Choices:"
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 # Views whose target is a rationale, "Answer:" and the answer.
 EXPLAINED = ("rationale_then_label", "factual")
@@ -81,8 +81,7 @@ def make_prompt(
     before = getattr(config.prefixes, view)
     lines = [f"{before} {example.question}" if before else example.question]
     if example.choices:
-        lettered = zip(LETTERS, example.choices, strict=False)
-        lines.append(" ".join([CHOICES, *(f"({a}) {text}" for a, text in lettered)]))
+        lines.append(f"{CHOICES} {letter_choices(example.choices)}")
     suffix = _VIEWS[view].suffix if config.prompt_suffix else ""
     return "\n".join([*lines, *filter(None, (rationale, suffix))])
 
