@@ -15,8 +15,24 @@ from typing import Any, NamedTuple, TypeVar
 
 T = TypeVar("T")
 
-SOURCES = ("kinship", "jsonl", "datasets", "tfds", "text")
-SCHEMAS = ("plain", "commonsense_qa", "gsm8k")
+SOURCES = ("auto", "kinship", "jsonl", "datasets", "tfds", "text")
+SCHEMAS = (
+    "auto",
+    "plain",
+    "commonsense_qa",
+    "arc",
+    "openbookqa",
+    "mmlu",
+    "gsm8k",
+    "squad",
+    "alpaca",
+    "sharegpt",
+    "messages",
+    "preference",
+    "text",
+)
+ANSWER_KINDS = ("auto", "text", "label", "index", "number")
+ANSWER_LISTS = ("error", "first", "any")
 COUNTERFACTUAL_PLACES = ("decoder", "prompt")
 LONG_POLICIES = ("error", "truncate", "drop")
 MISSING_POLICIES = ("error", "drop")
@@ -223,9 +239,15 @@ class PrefixConfig:
 class DataConfig:
     """Where examples come from and how they become tokens."""
 
-    source: str = choice("kinship", SOURCES)  # where rows come from
-    schema: str = choice("plain", SCHEMAS)  # columns of jsonl/datasets/tfds rows
-    path: str = ""  # file or folder or hub name of the training rows
+    # auto = what `path` is; the built-in task without one
+    source: str = choice("auto", SOURCES)
+    schema: str = choice("auto", SCHEMAS)  # of the rows; auto = as their columns are
+    # "question=stem,answer=answers.text.0": columns of the data by the schema's names
+    columns: str = ""
+    # an answer names its choice by this; auto = as it reads, refused if ambiguous
+    answer_kind: str = choice("auto", ANSWER_KINDS)
+    answer_list: str = choice("error", ANSWER_LISTS)  # which of several answers count
+    path: str = ""  # file, glob, folder or hub name of the training rows
     eval_path: str = ""  # the same for held-out rows; "" takes eval_split of `path`
     train_split: str = "train"  # split name for datasets and tfds
     eval_split: str = "test"  # split name for datasets and tfds
@@ -244,10 +266,16 @@ class DataConfig:
     # longest target, tokens, eos and a decoder's prefix too
     max_target: int = positive(256)
     on_long: str = choice("error", LONG_POLICIES)  # a longer example (counted, logged)
-    on_missing: str = choice("error", MISSING_POLICIES)  # no rationale, no label
+    # no text, question, answer, rationale or label
+    on_missing: str = choice("error", MISSING_POLICIES)
     prompt_suffix: bool = True  # prompts end with a line such as "Answer:"
     prefixes: PrefixConfig = field(default_factory=PrefixConfig)
     kinship: KinshipConfig = field(default_factory=KinshipConfig)
+
+    @property
+    def is_built_in(self) -> bool:
+        """True for the built-in task, which is generated."""
+        return self.source == "kinship" or (self.source == "auto" and not self.path)
 
 
 @dataclass(kw_only=True, slots=True)

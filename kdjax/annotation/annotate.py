@@ -258,7 +258,10 @@ def _examples(config: Config) -> list[Example]:
         data = dataclasses.replace(data, labels="")
     split = config.annotate.split
     examples = sources.load_examples(data, split, seed=data.kinship.seed)
-    return selection.apply_label_policy(examples, data)[0]
+    examples, _ = selection.apply_label_policy(examples, data)
+    if data.on_missing == "drop":
+        examples, _ = selection.drop_incomplete(examples, ("label",), split, data)
+    return examples
 
 
 def _model_path(config: Config, workdir: pathlib.Path) -> str:

@@ -329,6 +329,10 @@ def _annotations(
     plain = DataConfig(
         source=data.source,
         schema=data.schema,
+        columns=data.columns,
+        answer_kind=data.answer_kind,
+        answer_list=data.answer_list,
+        on_missing=data.on_missing,
         path=data.path,
         eval_path=data.eval_path,
         train_split=data.train_split,

@@ -4,9 +4,13 @@ A teacher's answers may stand in for the gold ones (`data.labels`); examples wit
 what the method needs may be left out (`data.on_missing`).
 """
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from kdjax.config import DataConfig
 from kdjax.data import templates
@@ -14,6 +18,7 @@ from kdjax.data.example import Example, wrong_choices
 
 # Fields that files are joined to -> fields of the data's config that name the files.
 _JOINED = {"rationale": "rationales", "counterfactuals": "counterfactuals"}
+_KINDS = {"train": "training", "eval": "held-out"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,48 +63,38 @@ def select(
     return Selection(examples=selected, labels=labels, notes=notes)
 
 
-def replace_labels(
-    examples: Sequence[Example], answers: Mapping[tuple[str, ...], Any], path: str
-) -> list[Example]:
-    """Replace the data's answers, which become `gold`, by a teacher's.
+def replace_label(example: Example, answer: str, path: str) -> Example:
+    """Replace the data's answer, which becomes `gold`, by a teacher's.
 
     A row's own rationale explains the gold answer: it goes where the teacher's is
     another, and so does a counterfactual for what is now the answer.
 
     Args:
-      examples: with gold answers.
-      answers: (id,) -> answer, the text of a choice where there are choices; "" or
-        nothing where the teacher has none.
-      path: the file they are from, for errors.
+      example: with a gold answer.
+      answer: the text of a choice where there are choices; "" where the teacher has
+        none.
+      path: the file it is from, for errors.
 
     Raises:
       ValueError: an answer that is no choice, or an example without a question.
     """
-    relabelled = []
-    for example in examples:
-        if not example.answer:
-            raise ValueError(
-                f"labels={path!r}: example {example.id!r} has no answer to replace: "
-                "use data with questions, or labels=''"
-            )
-        value = answers.get((example.id,))
-        answer = "" if value is None else str(value)
-        if not example.choices:
-            answer = answer.strip()
-        elif answer and answer not in example.choices:
-            raise ValueError(
-                f"labels={path!r}: id {example.id!r} has {answer!r}, which is no "
-                f"choice of {list(example.choices)}: give the text of one, or ''"
-            )
-        other = replace(example, answer=answer, gold=example.answer)
-        if answer != example.answer:
-            other = replace(
-                other,
-                rationale="",
-                counterfactuals=_reorder_counterfactuals(example, other),
-            )
-        relabelled.append(other)
-    return relabelled
+    if not example.answer:
+        raise ValueError(
+            f"labels={path!r}: example {example.id!r} has no answer to replace: "
+            "use data with questions, or labels=''"
+        )
+    if not example.choices:
+        answer = answer.strip()
+    elif answer and answer not in example.choices:
+        raise ValueError(
+            f"labels={path!r}: id {example.id!r} has {answer!r}, which is no "
+            f"choice of {list(example.choices)}: give the text of one, or ''"
+        )
+    other = replace(example, answer=answer, gold=example.answer)
+    if answer == example.answer:
+        return other
+    counterfactuals = _reorder_counterfactuals(example, other)
+    return replace(other, rationale="", counterfactuals=counterfactuals)
 
 
 def _reorder_counterfactuals(example: Example, other: Example) -> tuple[str, ...]:
@@ -165,10 +160,11 @@ def apply_label_policy(
 def drop_incomplete(
     examples: Sequence[Example], views: Sequence[str], split: str, config: DataConfig
 ) -> tuple[list[Example], dict[str, int]]:
-    """Drop the examples without a rationale that some view needs.
+    """Drop the examples without what some view needs.
 
-    With `on_missing="drop"` a training example without them is left out whole, in all
-    views. Held-out ones never are: what is measured does not hang on it.
+    With `on_missing="drop"` a training example without it is left out whole, in all
+    views. A held-out one is only where its row has nothing to measure, neither text nor
+    question or answer: what is measured does not hang on rationales.
 
     Args:
       examples: from `load_examples`.
@@ -177,8 +173,7 @@ def drop_incomplete(
       config: its `on_missing`.
 
     Returns:
-      The other examples, and the number dropped by missing field ("rationale",
-      "counterfactuals").
+      The other examples, and the number dropped by missing field ("rationale", "text").
 
     Raises:
       ValueError: examples lack something and are not left out, or none would stay.
@@ -187,31 +182,74 @@ def drop_incomplete(
     ids_missing: dict[tuple[str, str], list[str]] = {}
     for example in examples:
         needs = ((templates.missing_field(example, view), view) for view in views)
-        if key := next((key for key in needs if key[0] in _JOINED), None):
-            ids_missing.setdefault(key, []).append(example.id)
+        if key := next((key for key in needs if key[0]), None):
+            where = f" ({example.origin})" if example.origin else ""
+            ids_missing.setdefault(key, []).append(f"{example.id!r}{where}")
         else:
             selected.append(example)
     counts: dict[str, int] = {}
     for (name, view), ids in ids_missing.items():
-        if split != "train" or config.on_missing == "error":
+        is_joined = name in _JOINED
+        if config.on_missing == "error" or (split != "train" and is_joined):
             raise ValueError(_missing_message(name, view, ids, len(examples), split))
         counts[name] = counts.get(name, 0) + len(ids)
     if counts and not selected:
         raise ValueError(
-            f"data.on_missing='drop' leaves none of {len(examples)} training examples: "
-            f"they have no {' or no '.join(counts)}"
+            f"data.on_missing='drop' leaves none of {len(examples)} "
+            f"{_KINDS[split]} examples: they have no {' or no '.join(counts)}"
         )
     return selected, counts
 
 
 def _missing_message(name: str, view: str, ids: list[str], num: int, split: str) -> str:
-    field, kind, drop = _JOINED[name], "held-out", ""
-    if split == "train":
-        kind, drop = "training", "leave them out (data.on_missing='drop'), "
-    elif name == "rationale":
-        field = "eval_rationales"
+    remedy = "give the data theirs (data.schema and data.columns say where it is)"
+    drop = "leave them out (data.on_missing='drop'), "
+    if name in _JOINED:
+        field = _JOINED[name]
+        if split != "train":
+            field = "eval_rationales" if name == "rationale" else field
+            drop = ""
+        remedy = f"give the data theirs (data.{field})"
     return (
-        f"{len(ids)} of {num} {kind} examples have no {name}, which view {view!r} "
-        f"needs (first: {', '.join(map(repr, ids[:3]))}): give the data theirs "
-        f"(data.{field}), {drop}or use a method without that view"
+        f"{len(ids)} of {num} {_KINDS[split]} examples have no {name}, which view "
+        f"{view!r} needs (first: {', '.join(ids[:3])}): {remedy}, {drop}or use a "
+        "method without that view"
+    )
+
+
+def content_digest(example: Example) -> int:
+    """Compute 64 bits of a hash of what an example asks, without its answer."""
+    content = [example.question, example.choices, example.text, example.messages]
+    text = json.dumps(content, default=str)
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest)
+
+
+def describe_overlap(train: Iterable[Example], evaluation: Iterable[Example]) -> str:
+    """Return a warning about held-out examples that are training examples too.
+
+    They are compared by content: question and choices, text, or messages. 8 bytes are
+    held of each training example.
+
+    Returns:
+      The warning, with the number and the first ids; "" without any.
+    """
+    digests = np.fromiter(map(content_digest, train), np.uint64)
+    digests.sort()
+    names: list[str] = []
+    num = num_same = 0
+    for example in evaluation:
+        num += 1
+        digest = np.uint64(content_digest(example))
+        index = int(np.searchsorted(digests, digest))
+        if index < len(digests) and digests[index] == digest:
+            num_same += 1
+            if len(names) < 3:
+                where = f" ({example.origin})" if example.origin else ""
+                names.append(f"{example.id!r}{where}")
+    if not num_same:
+        return ""
+    return (
+        f"warning: {num_same} of {num} held-out examples are training examples too, by "
+        f"content (first: {', '.join(names)}): what is measured on them is memory"
     )

@@ -1,28 +1,41 @@
 """Examples from files, data sets and the built-in task."""
 
-import json
+import collections
+import hashlib
+import itertools
 import logging
-import re
-from collections.abc import Callable, Iterable, Mapping
+from array import array
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from kdjax.config import DataConfig
-from kdjax.data import kinship, selection
+from kdjax.data import files, kinship, readers, selection, splits
+from kdjax.data.columns import check_text, id_text, is_missing, show
 from kdjax.data.example import Example, contradicts, wrong_choices
+from kdjax.data.readers import Row, kind_of
+from kdjax.data.schemas import Schema
 
 logger = logging.getLogger(__name__)
 
-Row = Mapping[str, Any]
-
 
 def load_examples(config: DataConfig, split: str, *, seed: int) -> list[Example]:
-    """Read the examples of one split, in the source's own order.
+    """Return the examples of `iter_examples` as a list."""
+    return list(iter_examples(config, split, seed=seed))
+
+
+def iter_examples(config: DataConfig, split: str, *, seed: int) -> Iterator[Example]:
+    """Yield the examples of one split, in the source's own order.
 
     Train and held-out rows are never the same ones: they come from `eval_path`, or
-    from `eval_split` of `path`; a jsonl or text source without `eval_path` holds out
-    its last `num_eval` rows. Rows without an id get "<split>-<row number>".
+    from `eval_split` of `path`; a source without splits, and without `eval_path`, holds
+    out its last `num_eval` rows. Rows without an id get "<split>-<row number>".
+
+    Rows are read one at a time: what is held are the last `num_eval` rows, where they
+    are held out, 8 bytes per id, and the files that are joined by ids.
 
     Args:
       config: of the data. `num_train` / `num_eval` keep the first rows (0 = all). With
@@ -30,7 +43,7 @@ def load_examples(config: DataConfig, split: str, *, seed: int) -> list[Example]
       split: "train" or "eval".
       seed: for the generated source only.
 
-    Returns:
+    Yields:
       Examples with unique ids.
 
     Raises:
@@ -38,290 +51,200 @@ def load_examples(config: DataConfig, split: str, *, seed: int) -> list[Example]
     """
     if split not in ("train", "eval"):
         raise ValueError(f"split={split!r}: use 'train' or 'eval'")
-    train = split == "train"
-    num = config.num_train if train else config.num_eval
-    if config.source == "kinship":
+    num = config.num_train if split == "train" else config.num_eval
+    if config.is_built_in:
         if num <= 0:
             raise ValueError(
                 f"num_{split}={num}: source='kinship' generates its examples: "
-                "say how many, > 0"
+                "say how many, > 0; for other data give data.path"
             )
-        return kinship.generate(
+        yield from kinship.generate(
             config.kinship, num_examples=num, seed=seed, split=split
         )
-    rows = _read_rows(config, train=train)
-    if num > len(rows):
-        raise ValueError(f"num_{split}={num}: the source has {len(rows)} rows")
-    convert = _schema(config)
-    examples = [
-        convert(row, f"{split}-{index}")
-        for index, row in enumerate(rows[: num or len(rows)])
-    ]
-    _check_ids(examples)
-    if train and config.labels:
-        answers = _read_texts("labels", config.labels, ("id",), "answer")
-        examples = selection.replace_labels(examples, answers, config.labels)
-        answered = sum(bool(example.answer) for example in examples)
-        _check_joined("labels", config.labels, answered, examples)
-    path = config.rationales if train else config.eval_rationales
+        return
+    examples = _convert(config, split, num)
+    if split == "train" and config.labels:
+        examples = _replace_labels(examples, config.labels)
+    path = config.rationales if split == "train" else config.eval_rationales
     if path:
         examples = _join_rationales(examples, path)
-    if train and config.counterfactuals:
+    if split == "train" and config.counterfactuals:
         examples = _join_counterfactuals(examples, config.counterfactuals)
-    return examples
+    yield from examples
 
 
-def _read_rows(config: DataConfig, *, train: bool) -> list[Row]:
+def _convert(config: DataConfig, split: str, num: int) -> Iterator[Example]:
+    """Yield the first `num` rows as examples, whose ids are checked; 0 = all."""
+    ids = array("Q")
+    rows = _read_rows(config, train=split == "train")
+    for example in _examples(config, split, rows, num):
+        ids.append(_digest(example.id))
+        yield example
+    if num > len(ids):
+        raise ValueError(f"num_{split}={num}: the source has {len(ids)} rows")
+    sorted_N = np.sort(np.asarray(ids, np.uint64))
+    if (sorted_N[1:] == sorted_N[:-1]).any():
+        rows = _read_rows(config, train=split == "train")
+        _raise_duplicate(_examples(config, split, rows, num))
+
+
+def _examples(
+    config: DataConfig, split: str, rows: Iterator[Row], num: int
+) -> Iterator[Example]:
+    schema = Schema(config)
+    for index, row in enumerate(itertools.islice(rows, num or None)):
+        yield schema.example(row, f"{split}-{index}")
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
+
+
+def _raise_duplicate(examples: Iterator[Example]) -> None:
+    """Raise ValueError for the first id that occurs twice, naming both rows."""
+    origins: dict[str, str] = {}
+    for example in examples:
+        if example.id in origins:
+            raise ValueError(
+                f"{example.origin}: id {example.id!r} occurs twice: ids must be unique "
+                f"(first: {origins[example.id]})"
+            )
+        origins[example.id] = example.origin
+
+
+def _read_rows(config: DataConfig, *, train: bool) -> Iterator[Row]:
     path = config.path if train else config.eval_path or config.path
     if not path:
         raise ValueError(f"path='': source={config.source!r} needs a file or folder")
-    if config.source in ("datasets", "tfds"):
-        same_path = config.eval_path in ("", config.path)
-        if same_path and config.train_split == config.eval_split:
-            raise ValueError(
-                f"eval_split={config.eval_split!r} is the train split too: name "
-                "another split, or give eval_path"
-            )
-        read = _read_datasets if config.source == "datasets" else _read_tfds
-        return read(path, config.train_split if train else config.eval_split)
-    readers: dict[str, Callable[[str], list[Row]]] = {
-        "jsonl": _read_jsonl,
-        "text": _read_text,
-    }
-    if config.source not in readers:
-        raise ValueError(
-            f"source={config.source!r}: use 'kinship', 'jsonl', 'datasets', 'tfds' "
-            "or 'text'"
-        )
-    rows = readers[config.source](path)
-    if not rows:
+    rows_by_split = splits.open_splits(path, config.source)
+    if "" not in rows_by_split:
+        yield from _split_rows(config, path, rows_by_split, train=train)
+        return
+    rows = rows_by_split[""]()
+    first = next(rows, None)
+    if first is None:
         raise ValueError(f"path={path!r} has no rows")
+    rows = itertools.chain([first], rows)
     if config.eval_path:
         if Path(config.eval_path).resolve() == Path(config.path).resolve():
             raise ValueError(
                 f"eval_path={config.eval_path!r} is the training file: give another "
                 "file, or eval_path='' with num_eval > 0 to hold out its last rows"
             )
-        return rows
-    if config.num_eval >= len(rows) or (config.num_eval == 0 and not train):
+        yield from rows
+        return
+    yield from _hold_out(rows, config.num_eval, train=train)
+
+
+def _split_rows(
+    config: DataConfig, path: str, rows_by_split: splits.Splits, *, train: bool
+) -> Iterator[Row]:
+    """Yield the rows of the training or the held-out split."""
+    same_path = config.eval_path in ("", config.path)
+    requested = (config.train_split, config.eval_split)
+    names = [n if n in rows_by_split else files.canonical_split(n) for n in requested]
+    if same_path and names[0] == names[1]:
         raise ValueError(
-            f"num_eval={config.num_eval}: without eval_path the last num_eval of "
-            f"{len(rows)} rows are held out: use 1 to {len(rows) - 1}, or an eval_path"
+            f"eval_split={config.eval_split!r} is the train split too: name "
+            "another split, or give eval_path"
         )
-    cut = len(rows) - config.num_eval
-    return rows[:cut] if train else rows[cut:]
-
-
-def _lines(path: str | Path) -> Iterable[str]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            yield from file
-    except OSError as error:
+    name = names[0 if train else 1]
+    if name not in rows_by_split:
+        field = "train_split" if train else "eval_split"
         raise ValueError(
-            f"path={str(path)!r} cannot be read ({error.strerror}): give a file"
-        ) from error
-
-
-def _read_jsonl(path: str | Path) -> list[Row]:
-    rows: list[Row] = []
-    for number, line in enumerate(_lines(path), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number} is not JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}:{number} is not a JSON object")
-        rows.append(row)
-    return rows
-
-
-def _read_text(path: str) -> list[Row]:
-    """Read documents: objects with a "text" (.jsonl), or blocks of lines."""
-    if path.endswith(".jsonl"):
-        return _read_jsonl(path)
-    blocks = re.split(r"\n\s*\n", "".join(_lines(path)))
-    return [{"text": block.strip("\n")} for block in blocks if block.strip()]
-
-
-def _read_datasets(path: str, split: str) -> list[Row]:
-    """Read a `save_to_disk` folder, a folder of files, or a hub "name[:config]"."""
-    import datasets
-
-    folder = Path(path)
-    if (folder / "dataset_dict.json").exists():
-        splits = datasets.load_from_disk(path)
-    elif (folder / "state.json").exists():
-        raise ValueError(
-            f"path={path!r} holds one split without a name: save a DatasetDict with "
-            f"the split {split!r}"
+            f"split {getattr(config, field)!r} is not in {path!r}: it has "
+            f"{list(rows_by_split)}; name one of them by data.{field}"
         )
-    else:
-        name, _, subset = (path, "", "") if folder.exists() else path.partition(":")
-        try:
-            splits = datasets.load_dataset(name, subset or None)
-        except (OSError, datasets.exceptions.DatasetsError) as error:
+    rows = rows_by_split[name]()
+    first = next(rows, None)
+    if first is None:
+        raise ValueError(f"split {name!r} of path={path!r} has no rows")
+    yield first
+    yield from rows
+
+
+def _hold_out(rows: Iterator[Row], num_eval: int, *, train: bool) -> Iterator[Row]:
+    """Yield all but the last `num_eval` rows, or these; they alone are held."""
+    last: collections.deque[Row] = collections.deque()
+    num_rows = 0
+    for row in rows:
+        num_rows += 1
+        last.append(row)
+        if len(last) > num_eval:
+            oldest = last.popleft()
+            if train:
+                yield oldest
+    if num_eval >= num_rows or (num_eval == 0 and not train):
+        raise ValueError(
+            f"num_eval={num_eval}: without eval_path the last num_eval of "
+            f"{num_rows} rows are held out: use 1 to {num_rows - 1}, or an eval_path"
+        )
+    if not train:
+        yield from last
+
+
+class _JoinCheck:
+    """Counts what was joined; nothing at all is an error."""
+
+    def __init__(self, field: str, path: str) -> None:
+        self._field, self._path = field, path
+        self._first_id = ""
+        self.examples = self.joined = 0
+
+    def add(self, example: Example, *, joined: bool) -> None:
+        """Count an example, and whether it got something."""
+        self._first_id = self._first_id or example.id
+        self.examples += 1
+        self.joined += joined
+
+    def finish(self) -> None:
+        """Raise ValueError if no example got anything."""
+        if self.joined == 0:
             raise ValueError(
-                f"path={path!r} is no saved data set, and load_dataset failed: {error}"
-            ) from error
-    if split not in splits:
-        raise ValueError(f"split {split!r} is not in {path!r}: it has {list(splits)}")
-    return list(splits[split])
+                f"{self._field}={self._path!r} has no id of the examples (first: "
+                f"{self._first_id!r})"
+            )
 
 
-def _read_tfds(path: str, split: str) -> list[Row]:
-    """Read a prepared array_record data set, by the folder of its name or version.
-
-    Random access through `data_source`: TensorFlow is not needed.
-    """
-    import tensorflow_datasets as tfds
-
-    folder = Path(path)
-    if (folder / "dataset_info.json").exists():
-        builder = tfds.builder_from_directory(str(folder))
-    elif folder.is_dir():
-        builder = tfds.builder(folder.name, data_dir=str(folder.parent))
-    else:
-        raise ValueError(
-            f"path={path!r} is no folder: prepare the data set with "
-            "file_format='array_record' and give its folder"
-        )
-    if split not in builder.info.splits:
-        raise ValueError(
-            f"split {split!r} is not in {path!r}: it has {list(builder.info.splits)}"
-        )
-    return [_to_python(row) for row in builder.as_data_source(split=split)]
-
-
-def _to_python(value: Any) -> Any:
-    """Convert NumPy scalars and arrays to Python values, bytes to text."""
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    if isinstance(value, bytes):
-        return value.decode()
-    if isinstance(value, Mapping):
-        return {key: _to_python(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_to_python(inner) for inner in value]
-    return value
-
-
-def _schema(config: DataConfig) -> Callable[[Row, str], Example]:
-    if config.source == "text":
-        return lambda row, default: Example(
-            id=_id(row, default), text=_column(row, "text", default)
-        )
-    schemas = {"plain": _plain, "commonsense_qa": _commonsense_qa, "gsm8k": _gsm8k}
-    if config.schema not in schemas:
-        raise ValueError(f"schema={config.schema!r}: use one of {tuple(schemas)}")
-    return schemas[config.schema]
-
-
-def _id(row: Row, default: str) -> str:
-    return str(row.get("id") or default)
-
-
-def _column(row: Row, name: str, default: str) -> Any:
-    value = row.get(name)
-    if value is None:
-        raise ValueError(
-            f"row {_id(row, default)!r} has no column {name!r}: it has {sorted(row)}; "
-            "choose the data.schema that matches the data"
-        )
-    return value
-
-
-def _plain(row: Row, default: str) -> Example:
-    if row.get("text") is not None and row.get("question") is None:
-        return Example(id=_id(row, default), text=row["text"])
-    choices = tuple(row.get("choices") or ())
-    answer = str(_column(row, "answer", default))
-    if choices and answer not in choices:
-        raise ValueError(
-            f"row {_id(row, default)!r}: answer={answer!r} is none of its choices "
-            f"{list(choices)}: give the text of the right one"
-        )
-    counterfactuals = tuple(text or "" for text in row.get("counterfactuals") or ())
-    if counterfactuals and len(counterfactuals) != len(choices) - 1:
-        raise ValueError(
-            f"row {_id(row, default)!r} has {len(counterfactuals)} counterfactuals for "
-            f"{len(choices)} choices: give one per choice other than the answer"
-        )
-    return Example(
-        id=_id(row, default),
-        question=_column(row, "question", default),
-        choices=choices,
-        answer=answer,
-        rationale=row.get("rationale") or "",
-        counterfactuals=counterfactuals,
-    )
-
-
-def _commonsense_qa(row: Row, default: str) -> Example:
-    """Convert a row with columns question, choices {label, text}, answerKey."""
-    choices = _column(row, "choices", default)
-    key = _column(row, "answerKey", default)
-    labels, texts = list(choices["label"]), tuple(choices["text"])
-    if key not in labels:
-        raise ValueError(
-            f"row {_id(row, default)!r}: answerKey={key!r} is none of {labels}: use a "
-            "split with answers"
-        )
-    return Example(
-        id=_id(row, default),
-        question=_column(row, "question", default),
-        choices=texts,
-        answer=texts[labels.index(key)],
-    )
-
-
-def _gsm8k(row: Row, default: str) -> Example:
-    """Convert a row with columns question and answer: rationale, "####", result."""
-    rationale, mark, answer = _column(row, "answer", default).rpartition("####")
-    if not mark:
-        raise ValueError(f"row {_id(row, default)!r}: no '####' in its answer")
-    return Example(
-        id=_id(row, default),
-        question=_column(row, "question", default),
-        answer=answer.strip(),
-        rationale=rationale.rstrip(),
-    )
-
-
-def _check_ids(examples: list[Example]) -> None:
-    seen: set[str] = set()
+def _replace_labels(examples: Iterator[Example], path: str) -> Iterator[Example]:
+    """Replace answers by a teacher's, those of a file of {id, answer}."""
+    answers = _read_texts("labels", path, ("id",), "answer")
+    check = _JoinCheck("labels", path)
     for example in examples:
-        if example.id in seen:
-            raise ValueError(f"id {example.id!r} occurs twice: ids must be unique")
-        seen.add(example.id)
+        relabelled = selection.replace_label(
+            example, answers.get((example.id,), ""), path
+        )
+        check.add(example, joined=bool(relabelled.answer))
+        yield relabelled
+    check.finish()
 
 
-def _join_rationales(examples: list[Example], path: str) -> list[Example]:
-    """Replace rationales by those of a jsonl file of {id, text}, unchanged.
+def _join_rationales(examples: Iterator[Example], path: str) -> Iterator[Example]:
+    """Replace rationales by those of a file of {id, text}, unchanged.
 
     Logs how many examples have none, and how many rationales conclude with another
     choice's letter than the answer's (they are kept).
     """
     texts = _read_texts("rationales", path, ("id",))
-    joined = [
-        replace(example, rationale=texts.get((example.id,), "")) for example in examples
-    ]
-    num_joined = sum(bool(example.rationale) for example in joined)
-    _check_joined("rationales", path, num_joined, examples)
+    check, num_contradicting = _JoinCheck("rationales", path), 0
+    for example in examples:
+        joined = replace(example, rationale=texts.get((example.id,), ""))
+        check.add(joined, joined=bool(joined.rationale))
+        num_contradicting += contradicts(joined)
+        yield joined
+    check.finish()
     logger.info(
         "%s: %d of %d examples have a rationale; %d conclude with another choice than "
         "the answer (kept)",
         path,
-        num_joined,
-        len(joined),
-        sum(contradicts(example) for example in joined),
+        check.joined,
+        check.examples,
+        num_contradicting,
     )
-    return joined
 
 
-def _join_counterfactuals(examples: list[Example], path: str) -> list[Example]:
-    """Replace counterfactuals by those of a jsonl file of {id, choice, text}.
+def _join_counterfactuals(examples: Iterator[Example], path: str) -> Iterator[Example]:
+    """Replace counterfactuals by those of a file of {id, choice, text}.
 
     `choice` is the text of a wrong choice. Logs how many wrong choices have one.
     """
@@ -329,7 +252,7 @@ def _join_counterfactuals(examples: list[Example], path: str) -> list[Example]:
     by_id: dict[str, dict[str, str]] = {}
     for (name, choice), text in texts.items():
         by_id.setdefault(name, {})[choice] = text
-    joined = []
+    check, num_texts = _JoinCheck("counterfactuals", path), 0
     for example in examples:
         by_choice = by_id.get(example.id, {})
         if example.gold not in ("", example.answer):
@@ -345,43 +268,60 @@ def _join_counterfactuals(examples: list[Example], path: str) -> list[Example]:
         # A choice that reads like an earlier one is not repeated.
         wrong = wrong_choices(example) if by_choice else ()
         rationales = tuple(by_choice.pop(choice, "") for choice in wrong)
-        joined.append(replace(example, counterfactuals=rationales))
-    num_joined = sum(any(example.counterfactuals) for example in joined)
-    _check_joined("counterfactuals", path, num_joined, examples)
+        check.add(example, joined=any(rationales))
+        num_texts += sum(map(bool, rationales))
+        yield replace(example, counterfactuals=rationales)
+    check.finish()
     logger.info(
         "%s: %d of %d examples have counterfactuals, %d in all",
         path,
-        num_joined,
-        len(joined),
-        sum(bool(text) for e in joined for text in e.counterfactuals),
+        check.joined,
+        check.examples,
+        num_texts,
     )
-    return joined
 
 
 def _read_texts(
     field: str, path: str, names: tuple[str, ...], column: str = "text"
-) -> dict[tuple[str, ...], Any]:
-    """Read a column of a jsonl file, by other columns, which are unique."""
+) -> dict[tuple[str, ...], str]:
+    """Read a column of a file by other columns, which are unique; "" = no value."""
     columns = (*names, column)
-    texts: dict[tuple[str, ...], Any] = {}
-    for row in _read_jsonl(path):
-        if any(name not in row for name in columns):
+    texts: dict[tuple[str, ...], str] = {}
+    for row in readers.iter_rows(files.find_files(path), "json"):
+        if any(name not in row.values for name in columns):
             raise ValueError(
-                f"{field}={path!r}: a row has columns {sorted(row)}: use "
-                f"{', '.join(columns)}"
+                f"{field}={path!r}: a row ({row.where}) has columns "
+                f"{sorted(row.values)}: use {', '.join(columns)}"
             )
-        key = tuple(str(row[name]) for name in names)
+        key = tuple(_joining_text(field, row, name) for name in names)
         if key in texts:
             where = ", ".join(f"{n} {k!r}" for n, k in zip(names, key, strict=True))
-            raise ValueError(f"{field}={path!r}: {where} occurs twice")
-        texts[key] = row[column]
+            raise ValueError(f"{field}={path!r}: {where} occurs twice ({row.where})")
+        texts[key] = _joined_text(field, row, column)
     return texts
 
 
-def _check_joined(
-    field: str, path: str, num_joined: int, examples: list[Example]
-) -> None:
-    if num_joined == 0:
+def _joining_text(field: str, row: Row, name: str) -> str:
+    """Return a value that rows are joined by, as text."""
+
+    def error(problem: str) -> ValueError:
+        return ValueError(f"{field}: {row.where}: {problem}")
+
+    text = id_text(row.values[name], error, name)
+    if not text:
+        raise error(f"{name}={show(row.values[name])} is missing: give each row one")
+    return text
+
+
+def _joined_text(field: str, row: Row, column: str) -> str:
+    value: Any = row.values[column]
+    if is_missing(value):
+        return ""
+    if column == "answer" and isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str):
         raise ValueError(
-            f"{field}={path!r} has no id of the examples (first: {examples[0].id!r})"
+            f"{field}: {row.where}: {column}={show(value)} is {kind_of(value)}, not "
+            "text: write it as text"
         )
+    return check_text(value, lambda p: ValueError(f"{field}: {row.where}: {p}"), column)

@@ -26,22 +26,24 @@ def compare(generated: str, example: Example, view: str, text: Text) -> dict[str
       two under `normalize_text`, and exact_match_strict, up to white space at their
       ends. For a view that explains, then answers, answer (what is generated after the
       last "Answer:", all of it without one), answer_match and answer_match_strict: the
-      same of the answers alone. A rationale has no match: many are good.
+      same of the answers alone. Any of an example's `other_answers` will do as well.
+      A rationale has no match: many are good.
     """
     row: dict[str, Any] = {"prompt": text.prompt, "target": text.target}
     row["generated"] = generated.strip()
     if view == "label":
-        row |= _matches("exact_match", generated, text.target)
+        row |= _matches("exact_match", generated, text.target, example)
     if view in templates.EXPLAINED:
         row["answer"] = templates.final_answer(generated)
-        row |= _matches("answer_match", row["answer"], example.answer)
+        row |= _matches("answer_match", row["answer"], example.answer, example)
     return row
 
 
-def _matches(name: str, text: str, target: str) -> dict[str, bool]:
+def _matches(name: str, text: str, target: str, example: Example) -> dict[str, bool]:
+    targets = (target, *example.other_answers)
     return {
-        name: normalize_text(text) == normalize_text(target),
-        f"{name}_strict": text.strip() == target.strip(),
+        name: normalize_text(text) in map(normalize_text, targets),
+        f"{name}_strict": text.strip() in [answer.strip() for answer in targets],
     }
 
 

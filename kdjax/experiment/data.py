@@ -36,7 +36,7 @@ def load_tokenizer(config: Config) -> Any:
 def tokenizer_path(config: Config) -> str:
     """Return the folder or hub name of the tokenizer; "" = the built-in one."""
     student = config.student.path if config.student.init == "folder" else ""
-    built_in = config.data.source == "kinship"
+    built_in = config.data.is_built_in
     paths = (config.data.tokenizer, config.teacher.path, "" if built_in else student)
     return next(filter(None, paths), "")
 
@@ -52,6 +52,10 @@ def load_data(config: Config, *, splits: tuple[str, ...] = ("train", "eval")) ->
         split: sources.load_examples(config.data, split, seed=config.data.kinship.seed)
         for split in splits
     }
+    if len(examples) == 2 and not config.data.is_built_in:
+        overlap = selection.describe_overlap(examples["train"], examples["eval"])
+        if overlap:
+            print(overlap, file=sys.stderr)
     segments: dict[str, list[Segment]] = {}
     labels: dict[str, Any] = {}
     for split, read in examples.items():

@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from kdjax.config import CacheConfig, Config, DataConfig, DecoderConfig
+from kdjax.data import splits
 from kdjax.experiment import methods, provenance
 from kdjax.models import flops
 from kdjax.models.lm import Shape
@@ -61,7 +62,7 @@ def _front(config: Config, shape: Shape) -> str:
     named: dict[str, Any] = {
         "base_model": bases.get(student.init, ""),
         "teacher": config.teacher.path if _uses_teacher(config) else "",
-        "datasets": data.path if data.source == "datasets" else "",
+        "datasets": data.path if splits.is_hub_name(data.path) else "",
     }
     named = {name: path for name, path in named.items() if provenance.is_hub_name(path)}
     decodes = isinstance(shape, DecoderConfig)
@@ -115,7 +116,7 @@ def _facts(
 
 def _data(data: DataConfig) -> str:
     count = f"{data.num_train:,} examples" if data.num_train else "all examples"
-    if data.source == "kinship":
+    if data.is_built_in:
         return f"the built-in task kinship, {count}"
     parts = [f"{provenance.name_of(data.path)} ({data.source}, schema {data.schema})"]
     for name in ("rationales", "counterfactuals", "labels"):

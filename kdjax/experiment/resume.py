@@ -28,11 +28,17 @@ _FREE = (
 )
 
 
+# Fields of which "auto" stands for what the data is seen to be.
+_SEEN = ("data.source", "data.schema")
+
+
 def differences(old: Config, new: Config) -> list[str]:
     """List the fields that a resumed run may not change, as "field: old -> new"."""
     before, after = ({leaf.path: leaf.value for leaf in leaves(c)} for c in (old, new))
     return [
         f"{name}: {before[name]!r} -> {after[name]!r}"
         for name in before
-        if before[name] != after[name] and not name.startswith(_FREE)
+        if before[name] != after[name]
+        and not name.startswith(_FREE)
+        and not (name in _SEEN and "auto" in (before[name], after[name]))
     ]

@@ -12,7 +12,7 @@ from kdjax.models.lm import Shape
 
 def has_teacher(config: Config) -> bool:
     """Return True if a teacher is named, or will be trained."""
-    return bool(config.teacher.path) or config.data.source == "kinship"
+    return bool(config.teacher.path) or config.data.is_built_in
 
 
 def teacher_shape(config: Config, tokenizer: Any) -> Shape:

@@ -7,6 +7,7 @@ import dataclasses
 
 from kdjax import config as config_lib
 from kdjax.config import AnnotateConfig, Config, DecoderConfig, StudentConfig, T5Config
+from kdjax.data import columns
 from kdjax.experiment import methods
 from kdjax.models import t5
 from kdjax.models.decoder_shape import check_shape
@@ -105,11 +106,18 @@ def _check_temperatures(config: Config) -> None:
 def _check_data(config: Config) -> None:
     """Check that the source has what it needs."""
     data = config.data
-    if data.source == "kinship":
+    columns.parse_mapping(data.columns)
+    if data.is_built_in:
         if not (data.num_train and data.num_eval):
             raise ValueError(
                 f"data.num_train={data.num_train}, data.num_eval={data.num_eval}: the "
-                "kinship task is endless, say how many examples to make"
+                "kinship task is endless, say how many examples to make; for your "
+                "own data give data.path"
+            )
+        if data.path:
+            raise ValueError(
+                f"data.path={data.path!r} with data.source='kinship': the built-in "
+                "task reads no file: use data.source='auto'"
             )
         return
     if not data.path:
@@ -149,7 +157,7 @@ def _check_texts(config: Config) -> None:
             "prefix, or use data.prompt_suffix=True"
         )
     for name in ("rationales", "eval_rationales", "counterfactuals", "labels"):
-        if data.source == "kinship" and getattr(data, name):
+        if data.is_built_in and getattr(data, name):
             raise ValueError(
                 f"data.{name}={getattr(data, name)!r} with data.source='kinship': it "
                 "writes its own: use '', or another source"

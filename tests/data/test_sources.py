@@ -89,7 +89,7 @@ def test_a_file_of_its_own_for_evaluation(tmp_path):
         (plain(2, id="same"), {}, "train", "id 'same' occurs twice"),
         ([{**CSQA, "answerKey": ""}], {"schema": "commonsense_qa"}, "train", "with an"),
         (plain(1), {"schema": "gsm8k"}, "train", "no '####'"),
-        (plain(1), {"schema": "squad"}, "train", "schema='squad'"),
+        (plain(1), {"schema": "trivia"}, "train", "schema='trivia'"),
         (plain(1), {"source": "csv"}, "train", "source='csv'"),
         (plain(1), {}, "test", "split='test'"),
         ([], {}, "train", "no rows"),

@@ -17,7 +17,7 @@ TEXTS = {
     *("name", "path", "eval_path", "train_split", "eval_split", "tokenizer"),
     *("rationales", "eval_rationales", "counterfactuals", "labels"),
     *("label", "rationale", "rationale_then_label", "factual", "counterfactual"),
-    *("model", "prompts", "stop", "url", "key_variable"),
+    *("model", "prompts", "stop", "url", "key_variable", "columns"),
 }
 LEAVES = list(config_lib.leaves(Config()))
 

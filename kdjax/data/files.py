@@ -1,0 +1,235 @@
+"""Data files: their format, their compression, folders and globs of them."""
+
+import contextlib
+import glob
+import io
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import pyarrow as pa
+
+# End of a file's name -> its format, a key of `readers.READERS`.
+FORMATS = {
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+    ".pq": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
+    ".ipc": "arrow",
+    ".txt": "text",
+    ".text": "text",
+}
+_COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
+# First bytes -> compression, format, and what is known by name alone.
+_COMPRESSION_MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
+_FORMAT_MAGIC = {
+    b"PAR1": "parquet",
+    b"ARROW1": "arrow",
+    b"\xff\xff\xff\xff": "arrow",  # a stream
+}
+_OTHER_MAGIC = {
+    b"PK\x03\x04": "a zip archive or a spreadsheet",
+    b"BZh": "compressed by bzip2",
+    b"\xfd7zXZ": "compressed by xz",
+    b"SQLite format 3": "an SQLite database",
+    b"FEA1": "a Feather file of version 1",
+    b"Obj\x01": "an Avro file",
+    b"\x89HDF": "an HDF5 file",
+    b"%PDF": "a PDF document",
+}
+_BOM = b"\xef\xbb\xbf"
+_BUFFER = 2**18  # bytes that are decompressed at once
+# Files of a folder that hold no rows.
+_DOCUMENTS = re.compile(
+    r"(readme|license|licence|notice|citation|sources|changelog)\b.*"
+    r"|.*\.(md|py|ya?ml|lock|crc|sha256|rst)"
+    r"|dataset_infos?\.json|dataset_dict\.json|state\.json|features\.json",
+    re.IGNORECASE,
+)
+# Words of a file's or folder's name -> the split that they name.
+_SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+
+
+class DataFile(NamedTuple):
+    """A file of rows."""
+
+    path: str
+    format: str  # a key of `readers.READERS`
+    compression: str  # "gzip", "zstd" or ""
+
+
+def inspect(path: str, fallback: str = "") -> DataFile:
+    """Return a file's format, by its first bytes where they tell, else by its name.
+
+    Args:
+      path: of the file.
+      fallback: format of a name that tells none; "json" is that of .txt files too.
+
+    Raises:
+      ValueError: it cannot be read, or its format is not known.
+    """
+    suffixes = [suffix.lower() for suffix in Path(path).suffixes[-2:]]
+    named = _COMPRESSED.get(suffixes[-1], "") if suffixes else ""
+    with _readable(path):
+        with open(path, "rb") as file:
+            head = file.read(16)
+        compression = _match(_COMPRESSION_MAGIC, head)
+        if named and head and not compression:
+            raise ValueError(
+                f"{path}: its name ends in {suffixes[-1]!r}, but it is not compressed "
+                f"by {named}: rename it, or compress it again"
+            )
+        if compression:
+            with open_binary(DataFile(path, "", compression)) as stream:
+                head = stream.read(4096)
+        else:
+            with open(path, "rb") as file:
+                head = file.read(4096)
+    suffix = next((s for s in reversed(suffixes) if s not in _COMPRESSED), "")
+    format_ = _match(_FORMAT_MAGIC, head) or FORMATS.get(suffix, "")
+    if format_ in ("parquet", "arrow") and not _match(_FORMAT_MAGIC, head):
+        what = "is empty" if not head else f"begins with {head[:8]!r}"
+        raise ValueError(
+            f"{path} {what}: it is no file of the kind its name ends in ({suffix}): "
+            "write it again, or rename it"
+        )
+    if other := _match(_OTHER_MAGIC, head):
+        raise ValueError(
+            f"{path} is {other}, which is not read: give one of {list(FORMATS)}, also "
+            "compressed (.gz, .zst)"
+        )
+    start = head.removeprefix(_BOM).lstrip()[:1]
+    if fallback == "json" and format_ in ("", "text"):
+        format_ = "json"
+    elif not format_:
+        format_ = "json" if start in (b"{", b"[") else fallback
+    if not format_:
+        raise ValueError(
+            f"{path}: its format is not seen from its name: rename it to one of "
+            f"{list(FORMATS)}, also compressed (.gz, .zst)"
+        )
+    return DataFile(path, format_, compression)
+
+
+def _match(magic: dict[bytes, str], head: bytes) -> str:
+    return next((name for start, name in magic.items() if head.startswith(start)), "")
+
+
+@contextlib.contextmanager
+def open_binary(file: DataFile) -> Iterator[BinaryIO]:
+    """Open a file for reading, decompressed."""
+    if file.compression:
+        with (
+            pa.input_stream(file.path, compression=file.compression) as source,
+            io.BufferedReader(source, _BUFFER) as stream,
+        ):
+            yield stream
+    else:
+        with open(file.path, "rb") as stream:
+            yield stream
+
+
+def find_files(path: str) -> list[str]:
+    """Return the files of a path: itself, those of a glob or of a folder, sorted.
+
+    A folder's are those below it, without hidden ones, those whose name begins with
+    "_", and documents such as README.md.
+
+    Raises:
+      ValueError: there is none.
+    """
+    if os.path.isdir(path):
+        files = _files_below(path)
+        if not files:
+            raise ValueError(f"path={path!r} is a folder without data files: give one")
+        return files
+    if os.path.lexists(path) or not glob.has_magic(path):
+        return [path]
+    files = [
+        file
+        for file in sorted(glob.glob(path, recursive=True))
+        if os.path.isfile(file) and not _is_hidden(os.path.basename(file))
+    ]
+    if not files:
+        raise ValueError(f"path={path!r} matches no file: check the pattern")
+    return files
+
+
+def _files_below(folder: str) -> list[str]:
+    files = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not _is_hidden(name)]
+        files += [
+            os.path.join(parent, name)
+            for name in names
+            if not _is_hidden(name) and not _DOCUMENTS.fullmatch(name)
+        ]
+    return sorted(files)
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith((".", "_"))
+
+
+def files_by_split(folder: str) -> dict[str, list[str]]:
+    """Return the files of a folder by the split that they are named after.
+
+    A file is named after a split if a word of its name, or else of its folder's, is
+    "train", "validation" (valid, val, dev) or "test" (eval).
+
+    Returns:
+      {} for a folder whose files name less than two splits: all its rows are of one.
+
+    Raises:
+      ValueError: some of the files name splits, and others do not.
+    """
+    files = _files_below(folder)
+    names = {file: _split_named(os.path.relpath(file, folder)) for file in files}
+    if len(set(names.values()) - {""}) < 2:
+        return {}
+    if unnamed := [file for file, name in names.items() if not name]:
+        raise ValueError(
+            f"path={folder!r} has files of several splits, and {unnamed[0]!r}, whose "
+            "name tells none: give a file or a glob as data.path and data.eval_path"
+        )
+    splits: dict[str, list[str]] = {}
+    for file, name in names.items():
+        splits.setdefault(name, []).append(file)
+    return splits
+
+
+def canonical_split(name: str) -> str:
+    """Return a split's name as `files_by_split` has it: "dev" is "validation"."""
+    return _SPLITS.get(name, name)
+
+
+def _split_named(path: str) -> str:
+    for part in reversed(Path(path.lower()).parts):
+        words = re.split(r"[^a-z]+", part)
+        splits = {_SPLITS[word] for word in words if word in _SPLITS}
+        if splits:
+            return splits.pop() if len(splits) == 1 else ""
+    return ""
+
+
+@contextlib.contextmanager
+def _readable(path: str) -> Iterator[None]:
+    """Turn what the system or a decompressor says into one line with the path."""
+    try:
+        yield
+    except (OSError, EOFError, pa.ArrowException) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise ValueError(
+            f"path={path!r} cannot be read ({reason}): give a file"
+        ) from error

@@ -1,0 +1,501 @@
+"""Streaming readers of data files: a row at a time, with its file and number."""
+
+import codecs
+import contextlib
+import csv
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, BinaryIO, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from kdjax.data import files
+from kdjax.data.files import DataFile
+
+_BATCH = 512  # rows of a column format that are converted at once
+_CHUNK = 2**20  # characters of a JSON array that are read at once
+_MAX_FIELD = 2**31 - 1  # characters of a CSV cell
+_SLACK = 64  # characters before a chunk's end in which JSON may just be incomplete
+
+Values = Mapping[str, Any]
+
+
+class Row(NamedTuple):
+    """A row of a file."""
+
+    file: str
+    number: int  # its line, or its index from 1 in files without lines
+    values: Values
+
+    @property
+    def where(self) -> str:
+        """File and number, for errors."""
+        return f"{self.file}:{self.number}"
+
+
+class ClassName(str):
+    """The name of a class that the data stores as an index."""
+
+    __slots__ = ("class_index", "names")
+    class_index: int
+    names: tuple[str, ...]
+
+    def __new__(cls, index: int, names: tuple[str, ...]) -> "ClassName":
+        """Name a class by its index."""
+        self = super().__new__(cls, names[index])
+        self.class_index, self.names = index, names
+        return self
+
+
+def iter_rows(paths: Sequence[str], fallback: str = "") -> Iterator[Row]:
+    """Yield the rows of files, one after another.
+
+    Args:
+      paths: of the files, in order.
+      fallback: as in `files.inspect`.
+
+    Raises:
+      ValueError: file, line and what is wrong there.
+    """
+    for path in paths:
+        file = files.inspect(path, fallback)
+        number = 0
+        try:
+            for number, values in READERS[file.format](file):
+                yield Row(path, number, values)
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{path}:{number + 1} holds bytes that are not UTF-8 ({error.reason}): "
+                "write the file again as UTF-8"
+            ) from error
+        except (OSError, EOFError, pa.ArrowException) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(
+                f"{path}:{number + 1} cannot be read ({reason}): the file is damaged "
+                "or cut off; write it again"
+            ) from error
+
+
+def _lines(file: DataFile) -> Iterator[tuple[int, str]]:
+    """Yield the lines of a file with their numbers from 1; they keep their ends."""
+    with files.open_binary(file) as stream:
+        for number, line in enumerate(stream, 1):
+            if number == 1:
+                _check_encoding(file.path, line)
+                line = line.removeprefix(codecs.BOM_UTF8)
+            try:
+                yield number, line.decode()
+            except UnicodeDecodeError as error:
+                raise _not_utf8(file.path, number, line, error) from None
+
+
+def _check_encoding(path: str, start: bytes) -> None:
+    """Raise ValueError for a file that begins as UTF-16 or UTF-32."""
+    marks = {
+        codecs.BOM_UTF32_LE: "UTF-32",
+        codecs.BOM_UTF32_BE: "UTF-32",
+        codecs.BOM_UTF16_LE: "UTF-16",
+        codecs.BOM_UTF16_BE: "UTF-16",
+    }
+    name = next((name for mark, name in marks.items() if start.startswith(mark)), "")
+    if not name and b"\0" in start[:64]:
+        zeros = [index % 2 for index, byte in enumerate(start[:64]) if not byte]
+        name = "UTF-16 without a mark" if len(set(zeros)) == 1 else "binary"
+    if name:
+        raise ValueError(
+            f"{path}:1 is not UTF-8, it looks like {name}: convert the file, for "
+            f"example by iconv -f {name.split()[0]} -t UTF-8"
+        )
+
+
+def _not_utf8(
+    path: str, number: int, line: bytes, error: UnicodeDecodeError
+) -> ValueError:
+    """Describe a line that is not UTF-8, with the likely encoding."""
+    rest = line[error.start : error.start + 12]
+    try:
+        likely = f"Windows-1252 (Latin-1), in which it reads {rest.decode('cp1252')!r}"
+    except UnicodeDecodeError:
+        likely = "another encoding, or no text"
+    return ValueError(
+        f"{path}:{number} is not UTF-8 (byte 0x{rest[0]:02x} at {error.start}); it "
+        f"looks like {likely}: convert the file, for example by "
+        "iconv -f CP1252 -t UTF-8"
+    )
+
+
+def _read_text(file: DataFile) -> Iterator[tuple[int, Values]]:
+    """Yield blocks of lines between empty ones."""
+    block: list[str] = []
+    first = 1
+    for number, line in itertools.chain(_lines(file), [(0, "")]):
+        if line.strip():
+            first = first if block else number
+            block.append(line.replace("\r\n", "\n"))
+        elif block:
+            yield first, {"text": "".join(block).strip("\n")}
+            block = []
+
+
+_SPACE = re.compile(r"[ \t\n\r]*")
+
+
+class _DuplicateKeyError(ValueError):
+    pass
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object of its pairs, whose keys must differ."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise _DuplicateKeyError(f"has the key {twice!r} twice: keep one of them")
+    return values
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+
+
+def parse_json(text: str, where: str) -> Any:
+    """Parse a JSON value.
+
+    Args:
+      text: the value.
+      where: stands before errors, as "rows.jsonl:3".
+
+    Raises:
+      ValueError: not JSON, a key that occurs twice, or what Python cannot hold.
+    """
+    try:
+        return _DECODER.decode(text)
+    except (ValueError, RecursionError) as error:
+        raise _json_error(where, error) from None
+
+
+def _json_error(where: str, error: Exception) -> ValueError:
+    if isinstance(error, RecursionError):
+        return ValueError(f"{where} is nested too deeply: flatten it")
+    if isinstance(error, _DuplicateKeyError):
+        return ValueError(f"{where} {error}")
+    if "digits" in str(error):
+        return ValueError(
+            f"{where} has a number of more than 4,300 digits: write it as text"
+        )
+    return ValueError(f"{where} is not JSON: {error}")
+
+
+def _read_json(file: DataFile) -> Iterator[tuple[int, Values]]:
+    """Yield the objects of an array, or of lines."""
+    if _first_character(file) == "[":
+        yield from _read_json_array(file)
+        return
+    for number, line in _lines(file):
+        if not line.strip():
+            continue
+        where = f"{file.path}:{number}"
+        try:
+            row = parse_json(line, where)
+        except ValueError as error:
+            if line.strip() in ("{", "}"):
+                raise ValueError(
+                    f"{error} (an object over several lines? Give one per line, or a "
+                    "list of them)"
+                ) from None
+            raise
+        yield number, _check_object(row, where)
+
+
+def _check_object(row: Any, where: str) -> Values:
+    if not isinstance(row, dict):
+        raise ValueError(
+            f"{where} is not a JSON object but {kind_of(row)}: give rows as "
+            '{"column": value}'
+        )
+    return row
+
+
+def _first_character(file: DataFile) -> str:
+    with files.open_binary(file) as stream:
+        start = stream.read(4096).removeprefix(codecs.BOM_UTF8)
+    return start.lstrip()[:1].decode("latin-1")
+
+
+def _read_json_array(file: DataFile) -> Iterator[tuple[int, Values]]:
+    """Yield the elements of an array, a chunk of the file being held at a time."""
+    with files.open_binary(file) as stream:
+        text = _Text(_chunks(file.path, stream))
+        text.take("[")
+        number = 0
+        while not text.take("]"):
+            where = f"{file.path}:{number + 1}"
+            if number and not text.take(","):
+                problem = "the last one"
+                if text.peek():
+                    problem = f"followed by {text.rest(20)!r}"
+                raise ValueError(
+                    f"{file.path}:{number} is {problem}: elements of a JSON array "
+                    "stand between commas and end with ']'; is the file cut off?"
+                )
+            if text.peek() in ("", "]"):
+                raise ValueError(
+                    f"{where} is missing after a comma: the file is cut off, or has "
+                    "a comma too many"
+                )
+            value = text.decode(where)
+            number += 1
+            yield number, _check_object(value, where)
+        if text.peek():
+            raise ValueError(
+                f"{file.path}:{number + 1} comes after the end of the JSON array: "
+                f"{text.rest(20)!r}; give one array"
+            )
+
+
+class _Text:
+    """A JSON text that is read in chunks."""
+
+    def __init__(self, chunks: Iterator[str]) -> None:
+        self._chunks = chunks
+        self._text = ""
+        self._at = 0
+
+    def peek(self) -> str:
+        """Return the next character that is no white space; "" at the end."""
+        while True:
+            match = _SPACE.match(self._text, self._at)
+            self._at = match.end() if match else self._at
+            if self._at < len(self._text):
+                return self._text[self._at]
+            if not self._read():
+                return ""
+
+    def take(self, character: str) -> bool:
+        """Go beyond the next character if it is this one."""
+        is_next = self.peek() == character
+        self._at += is_next
+        return is_next
+
+    def rest(self, length: int) -> str:
+        """Return some characters from here on."""
+        return self._text[self._at : self._at + length]
+
+    def decode(self, where: str) -> Any:
+        """Return the value that begins here, and go beyond it."""
+        num_chunks = 1
+        while True:
+            try:
+                value, end = _DECODER.raw_decode(self._text, self._at)
+                # Only a number may go on, which is refused as no object anyway.
+                self._at = end
+                return value
+            except json.JSONDecodeError as error:
+                incomplete = error.msg.startswith("Unterminated")
+                incomplete |= error.pos > len(self._text) - _SLACK
+                if not incomplete or not self._read(num_chunks):
+                    raise _json_error(where, error) from None
+            except (ValueError, RecursionError) as error:
+                raise _json_error(where, error) from None
+            num_chunks *= 2  # so that a large element is not parsed too often
+
+    def _read(self, num_chunks: int = 1) -> bool:
+        """Read on; False at the end."""
+        pieces = list(itertools.islice(self._chunks, num_chunks))
+        self._text = "".join([self._text[self._at :], *pieces])
+        self._at = 0
+        return bool(pieces)
+
+
+def _chunks(path: str, stream: BinaryIO) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    first = True
+    while data := stream.read(_CHUNK):
+        if first:
+            _check_encoding(path, data)
+            data = data.removeprefix(codecs.BOM_UTF8)
+            first = False
+        yield decoder.decode(data)
+    decoder.decode(b"", final=True)
+
+
+def _read_csv(file: DataFile, delimiter: str = ",") -> Iterator[tuple[int, Values]]:
+    """Yield the rows below a header as texts; an empty cell is None, and so is NaN."""
+    csv.field_size_limit(_MAX_FIELD)
+    reader = csv.reader(
+        (line for _, line in _lines(file)), delimiter=delimiter, strict=True
+    )
+    header: list[str] = []
+    number = 1
+    try:
+        for cells in reader:
+            where = f"{file.path}:{number}"
+            if not header and any(cells):
+                header = _check_header(cells, where, delimiter)
+            elif cells:
+                if len(cells) != len(header):
+                    raise ValueError(
+                        f"{where} has {len(cells)} cells for {len(header)} columns "
+                        f"{header}: quote cells that hold a {delimiter!r}"
+                    )
+                pairs = zip(header, cells, strict=True)
+                empty = ("", "NaN", "nan")
+                yield (
+                    number,
+                    {k: None if v in empty else v for k, v in pairs if k},
+                )
+            number = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(
+            f"{file.path}:{number} is not CSV ({error}): check its quotes"
+        ) from None
+
+
+def _check_header(header: list[str], where: str, delimiter: str) -> list[str]:
+    """Check the names of the columns; the first may be an index without one."""
+    for other in (";", "\t", "|", ","):
+        if len(header) == 1 and other in header[0]:
+            raise ValueError(
+                f"{where}: the columns seem to be separated by {other!r}, not "
+                f"{delimiter!r}: use commas (.csv) or tabs (.tsv)"
+            )
+    if "" in header[1:] or len(set(header)) < len(header):
+        raise ValueError(
+            f"{where}: the header {header} has a name twice, or none: give each "
+            "column one"
+        )
+    return header
+
+
+def _read_tsv(file: DataFile) -> Iterator[tuple[int, Values]]:
+    return _read_csv(file, "\t")
+
+
+def _read_parquet(file: DataFile) -> Iterator[tuple[int, Values]]:
+    with _seekable(file) as source, pq.ParquetFile(source) as table:
+        batches = table.iter_batches(batch_size=_BATCH)
+        yield from enumerate(iter_batches(batches, table.schema_arrow, file.path), 1)
+
+
+def _read_arrow(file: DataFile) -> Iterator[tuple[int, Values]]:
+    with _seekable(file) as source:
+        is_file = source.read(6) == b"ARROW1"
+        source.seek(0)
+        if is_file:
+            reader = pa.ipc.open_file(source)
+            batches = map(reader.get_batch, range(reader.num_record_batches))
+        else:
+            reader = pa.ipc.open_stream(source)
+            batches = iter(reader)
+        yield from enumerate(iter_batches(batches, reader.schema, file.path), 1)
+
+
+@contextlib.contextmanager
+def _seekable(file: DataFile) -> Iterator[Any]:
+    """Open a file of columns: mapped, or decompressed as a whole."""
+    if not file.compression:
+        with pa.memory_map(file.path) as source:
+            yield source
+    else:
+        with files.open_binary(file) as stream:
+            yield pa.BufferReader(stream.read())
+
+
+def iter_batches(
+    batches: Iterable[Any], schema: pa.Schema, path: str
+) -> Iterator[Values]:
+    """Yield the rows of Arrow batches or tables, with the names of classes."""
+    if len(set(schema.names)) < len(schema.names):
+        raise ValueError(f"{path}: two columns of {schema.names} have the same name")
+    metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    features = metadata.get("info", {}).get("features", {})
+    decode = class_decoder(features)
+    for batch in batches:
+        for start in range(0, len(batch), _BATCH):
+            for row in batch.slice(start, _BATCH).to_pylist():
+                yield decode(row) if decode else row
+
+
+def class_decoder(feature: Any) -> Callable[[Any], Any] | None:
+    """Return what replaces class indices in a value by `ClassName`s.
+
+    An index below 0, which stands for a missing label, becomes None.
+
+    Args:
+      feature: of Hugging Face data sets, as JSON.
+
+    Returns:
+      A function of the value; None if there are no classes in it.
+    """
+    if isinstance(feature, list):  # a list of its only element
+        return _list_decoder(feature[0])
+    if not isinstance(feature, dict):
+        return None
+    kind = feature.get("_type")
+    if kind == "ClassLabel" and feature.get("names"):
+        names = tuple(feature["names"])
+        return lambda value: _class_name(value, names)
+    if isinstance(kind, str) and "feature" in feature:
+        return _list_decoder(feature["feature"])
+    if isinstance(kind, str):
+        return None
+    decoders = {name: d for name, f in feature.items() if (d := class_decoder(f))}
+    if not decoders:
+        return None
+    return lambda value: _decode_members(value, decoders)
+
+
+def _list_decoder(feature: Any) -> Callable[[Any], Any] | None:
+    """Return the decoder of a sequence; one of objects may be stored as lists."""
+    decode = class_decoder(feature)
+    if decode is None:
+        return None
+
+    def decode_list(value: Any) -> Any:
+        if isinstance(value, dict):
+            members = {name: class_decoder([f]) for name, f in feature.items()}
+            known = {name: d for name, d in members.items() if d}
+            return _decode_members(value, known)
+        return value if value is None else [decode(item) for item in value]
+
+    return decode_list
+
+
+def _decode_members(value: Any, decoders: Mapping[str, Callable[[Any], Any]]) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    return {k: decoders[k](v) if k in decoders else v for k, v in value.items()}
+
+
+def _class_name(value: Any, names: tuple[str, ...]) -> Any:
+    if not isinstance(value, int) or value < 0:
+        return None if isinstance(value, int) else value
+    return ClassName(value, names) if value < len(names) else value
+
+
+def kind_of(value: Any) -> str:
+    """Return the kind of a value in words, for errors."""
+    kinds = {
+        type(None): "nothing",
+        bool: "a truth value",
+        int: "a number",
+        float: "a number",
+        str: "text",
+        list: "a list",
+        tuple: "a list",
+        dict: "an object",
+        bytes: "bytes",
+    }
+    return kinds.get(type(value), re.sub(r"(?<!^)(?=[A-Z])", " ", type(value).__name__))
+
+
+READERS: dict[str, Callable[[DataFile], Iterator[tuple[int, Values]]]] = {
+    "json": _read_json,
+    "csv": _read_csv,
+    "tsv": _read_tsv,
+    "parquet": _read_parquet,
+    "arrow": _read_arrow,
+    "text": _read_text,
+}

@@ -1,0 +1,524 @@
+"""Schemas: rows of published and usual forms as examples."""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from kdjax.config import SCHEMAS, DataConfig
+from kdjax.data.answers import AnswerReader, check_count, parse_choices
+from kdjax.data.columns import ColumnMap, Fields, is_missing, show
+from kdjax.data.example import Example
+from kdjax.data.readers import ClassName, Row, Values, kind_of
+
+Message = Mapping[str, Any]
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+_SPEAKERS = {  # of ShareGPT -> roles
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "model", "bot"), "assistant"),
+    "system": "system",
+    **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
+}
+_GSM8K = re.compile(r"\n####[^\n]*\S[^\n]*\s*$")
+# Columns that may be choices, where there is no column `choices`.
+_CHOICES = {"options", "candidates", "endings", "answer_choices", "opts"}
+
+
+class Schema:
+    """The conversion of a source's rows to examples."""
+
+    def __init__(self, config: DataConfig) -> None:
+        """Choose the schema; "auto" is seen from the first row."""
+        self._config = config
+        self._rename = ColumnMap(config.columns)
+        self._name = "text" if config.source == "text" else config.schema
+        self._detected = self._name == "auto"
+        if self._name not in SCHEMAS:
+            raise ValueError(f"schema={self._name!r}: use one of {SCHEMAS}")
+        self._answers = AnswerReader(config.answer_kind)
+
+    def example(self, row: Row, default_id: str) -> Example:
+        """Convert a row.
+
+        Args:
+          row: of the source.
+          default_id: of a row without an id.
+
+        Raises:
+          ValueError: file, row, column and value that are not as the schema says.
+        """
+        row = self._rename(row)
+        if self._name == "auto":
+            self._name = detect(row)
+        drop = self._config.on_missing == "drop"
+        fields = Fields(row, default_id, drop=drop)
+        return _CONVERTERS[self._name](self, fields)
+
+    def _example(self, fields: Fields, **values: Any) -> Example:
+        return Example(id=fields.id, origin=fields.where, **values)
+
+    def _text(self, fields: Fields) -> Example:
+        return self._example(fields, text=fields.text("text"))
+
+    def _plain(self, fields: Fields) -> Example:
+        values = fields.values
+        if values.get("text") is not None and values.get("question") is None:
+            return self._text(fields)
+        choices = parse_choices(fields, values.get("choices"))
+        if not choices.texts and self._detected:
+            _check_no_choices(fields)
+        answer = self._answer(fields, choices=choices)
+        question = fields.text("question")
+        if self._detected and not choices.texts and _GSM8K.search(answer["answer"]):
+            raise fields.error(
+                f"answer={show(answer['answer'])} ends as those of GSM8K, the first "
+                "row's does not: use data.schema='gsm8k', or 'plain'"
+            )
+        counterfactuals = _counterfactuals(fields, choices.texts)
+        return self._example(
+            fields,
+            question=question,
+            choices=choices.texts,
+            **answer,
+            rationale=fields.optional_text("rationale"),
+            counterfactuals=counterfactuals,
+        )
+
+    def _answer(
+        self, fields: Fields, name: str = "answer", *, choices: Any = ((), ())
+    ) -> dict[str, Any]:
+        """Return the fields of an example that its answer makes."""
+        value, others = self._first(fields, name, fields.get(name))
+        if value is None:
+            return {"answer": ""}
+        if not choices.texts:
+            return {
+                "answer": fields.as_text(value, name, number=True),
+                "other_answers": tuple(
+                    fields.as_text(o, name, number=True) for o in others
+                ),
+            }
+        answer = self._answers.choose(fields, name, value, choices)
+        check_count(fields, choices.texts)
+        return {"answer": answer}
+
+    def _first(
+        self, fields: Fields, name: str, value: Any, policy: str = ""
+    ) -> tuple[Any, list[Any]]:
+        """Return the first of several answers, and the others that count as right."""
+        if not isinstance(value, list | tuple):
+            return value, []
+        values = [item for item in value if not is_missing(item)]
+        policy = policy or self._config.answer_list
+        if not values:
+            return fields.require(name, None), []
+        if len(set(map(str, values))) > 1 and policy == "error":
+            raise fields.error(
+                f"{name}={show(value)} has several answers: say by data.answer_list "
+                "that the 'first' counts, or 'any' of them when generations are "
+                "compared (the first is trained on)"
+            )
+        others = values[1:] if policy == "any" else []
+        return values[0], list(dict.fromkeys(others))
+
+    def _keyed(self, fields: Fields) -> Example:
+        """Convert a row of a question, choices {label, text}, and answerKey.
+
+        The question may also be an object of a stem and the choices.
+        """
+        values = fields.values
+        name = "question"
+        if values.get("question") is None and "question_stem" in values:
+            name = "question_stem"
+        question = fields.get(name)
+        if isinstance(question, Mapping):
+            stem, choices = question.get("stem"), question.get("choices")
+            text = fields.require("question.stem", stem) or ""
+            text = text and fields.as_text(text, "question.stem")
+        else:
+            choices, text = fields.get("choices"), fields.text(name)
+        parsed = parse_choices(fields, choices)
+        key = fields.get("answerKey", "use a split with answers")
+        answer = ""
+        if not parsed.texts:
+            fields.require("choices", None)
+        elif not parsed.labels:
+            raise fields.error(
+                "its choices have no labels for answerKey: give each one"
+            )
+        elif key is not None:
+            key = int(key) if isinstance(key, float) and key.is_integer() else key
+            key = fields.as_text(key, "answerKey", number=True).strip()
+            if key not in parsed.labels:
+                raise fields.error(
+                    f"answerKey={key!r} is none of its labels {list(parsed.labels)}: "
+                    "use a split with answers"
+                )
+            answer = parsed.texts[parsed.labels.index(key)]
+            check_count(fields, parsed.texts)
+        return self._example(
+            fields,
+            question=text,
+            choices=parsed.texts,
+            answer=answer,
+            rationale=fields.optional_text("rationale"),
+        )
+
+    def _mmlu(self, fields: Fields) -> Example:
+        """Convert a row of a question, a list of choices, and the answer's index."""
+        choices = parse_choices(fields, fields.get("choices"))
+        if not choices.texts:
+            fields.require("choices", None)
+            return self._example(fields, question=fields.text("question"))
+        value = fields.get("answer")
+        answers = self._answers
+        is_index = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_index and self._config.answer_kind == "auto":
+            if value == -1:  # the mark of a label that is not published
+                value = fields.require("answer", None, "use a split with answers")
+            answers = AnswerReader("index")
+        answer = ""
+        if value is not None:
+            answer = answers.choose(fields, "answer", value, choices)
+            check_count(fields, choices.texts)
+        return self._example(
+            fields,
+            question=fields.text("question"),
+            choices=choices.texts,
+            answer=answer,
+            rationale=fields.optional_text("rationale"),
+        )
+
+    def _gsm8k(self, fields: Fields) -> Example:
+        """Convert a row of a question and an answer: rationale, "####", result."""
+        text = fields.text("answer")
+        rationale, mark, answer = text.rpartition("####")
+        if text and not mark:
+            raise fields.error(
+                "no '####' in its answer: give it, or use data.schema='plain'"
+            )
+        if text and not answer.strip():
+            fields.require("answer", None, "give the result after '####'")
+        return self._example(
+            fields,
+            question=fields.text("question"),
+            answer=answer.strip(),
+            rationale=rationale.rstrip(),
+        )
+
+    def _squad(self, fields: Fields) -> Example:
+        """Convert a row of a context, a question and answers {text, answer_start}."""
+        value = fields.get("answers")
+        if isinstance(value, Mapping):
+            if "text" not in value:
+                raise fields.error(f"answers={show(value)} has no 'text': give it")
+            value = value["text"]
+        texts = [] if value is None else fields.as_list(value, "answers.text")
+        texts = [t.get("text") if isinstance(t, Mapping) else t for t in texts]
+        policy = self._config.answer_list
+        policy = "any" if policy == "error" else policy
+        first, others = self._first(fields, "answers", texts, policy)
+        context, question = fields.text("context"), fields.text("question")
+        return self._example(
+            fields,
+            question=f"{context}\n{question}" if context and question else "",
+            answer="" if first is None else fields.as_text(first, "answers.text"),
+            other_answers=tuple(fields.as_text(o, "answers.text") for o in others),
+        )
+
+    def _alpaca(self, fields: Fields) -> Example:
+        """Convert a row of an instruction, perhaps an input, and an output."""
+        if fields.has("history"):
+            raise fields.error(
+                "history is not read: write its turns and this one as messages"
+            )
+        question = fields.text("instruction")
+        if question and (more := fields.optional_text("input")):
+            question = f"{question}\n{more}"
+        answer = fields.text("output")
+        return self._chat_of(fields, question, answer)
+
+    def _chat_of(self, fields: Fields, question: str, answer: str) -> Example:
+        """Make an example of a question and an answer that is a chat too."""
+        messages: list[Message] = []
+        if question and answer:
+            if system := fields.optional_text("system"):
+                messages.append({"role": "system", "content": system})
+            messages += _turns(question, answer)
+        return self._example(
+            fields, question=question, answer=answer, messages=tuple(messages)
+        )
+
+    def _sharegpt(self, fields: Fields) -> Example:
+        """Convert a row of conversations {from, value}."""
+        turns = fields.get("conversations")
+        messages = []
+        for number, turn in enumerate(_list(fields, turns, "conversations")):
+            where = f"conversations[{number}]"
+            if not isinstance(turn, Mapping):
+                raise fields.error(f"{where} is {kind_of(turn)}, not an object")
+            if "role" in turn:
+                messages.append(turn)
+                continue
+            speaker = turn.get("from")
+            if speaker not in _SPEAKERS:
+                raise fields.error(
+                    f"{where} is from {show(speaker)}: known are {list(_SPEAKERS)}"
+                )
+            messages.append({"role": _SPEAKERS[speaker], "content": turn.get("value")})
+        return self._chat(fields, messages, "conversations")
+
+    def _messages(self, fields: Fields) -> Example:
+        """Convert a row of messages {role, content}, and perhaps tools."""
+        value = _list(fields, fields.get("messages"), "messages")
+        return self._chat(fields, value, "messages")
+
+    def _chat(self, fields: Fields, value: list[Any], name: str) -> Example:
+        messages = [_message(fields, m, f"{name}[{i}]") for i, m in enumerate(value)]
+        system = fields.optional_text("system")
+        if messages and system and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": system})
+        if not any(_is_reply(message) for message in messages):
+            fields.require(name, None, "give it a reply of the assistant")
+            messages = []
+        return self._example(
+            fields,
+            messages=tuple(messages),
+            tools=_tools(fields),
+            **_question_of(messages),
+        )
+
+    def _preference(self, fields: Fields) -> Example:
+        """Convert the chosen side of a pair: a text or messages, after a prompt."""
+        chosen, prompt = fields.get("chosen"), fields.values.get("prompt")
+        if isinstance(chosen, str) and not isinstance(prompt, list | tuple):
+            if is_missing(prompt):
+                raise fields.error(
+                    "chosen is text, without a prompt: give the prompt, or messages"
+                )
+            question = fields.as_text(prompt, "prompt")
+            answer = fields.as_text(chosen, "chosen")
+            return self._chat_of(fields, question, answer)
+        if isinstance(chosen, str):
+            chosen = [{"role": "assistant", "content": chosen}]
+        turns = _list(fields, chosen, "chosen")
+        before: list[Any] = []
+        if isinstance(prompt, str) and not is_missing(prompt):
+            before = [{"role": "user", "content": prompt}]
+        elif not is_missing(prompt):
+            before = _list(fields, prompt, "prompt")
+        before = [_message(fields, m, f"prompt[{i}]") for i, m in enumerate(before)]
+        turns = [_message(fields, m, f"chosen[{i}]") for i, m in enumerate(turns)]
+        if _begins_with(turns, before):
+            before = []
+        elif any(message["role"] == "user" for message in turns):
+            raise fields.error(
+                "chosen does not begin with the column prompt, but has turns of a "
+                "user: leave one of them out"
+            )
+        return self._chat(fields, [*before, *turns], "chosen")
+
+
+# Private methods, so that this table is the only list of schemas.
+_CONVERTERS: dict[str, Callable[[Schema, Fields], Example]] = {
+    "plain": Schema._plain,
+    "commonsense_qa": Schema._keyed,
+    "arc": Schema._keyed,
+    "openbookqa": Schema._keyed,
+    "mmlu": Schema._mmlu,
+    "gsm8k": Schema._gsm8k,
+    "squad": Schema._squad,
+    "alpaca": Schema._alpaca,
+    "sharegpt": Schema._sharegpt,
+    "messages": Schema._messages,
+    "preference": Schema._preference,
+    "text": Schema._text,
+}
+
+
+def detect(row: Row) -> str:
+    """Return the schema that a row's columns are of.
+
+    Raises:
+      ValueError: none, or several of them.
+    """
+    names = candidates(row.values)
+    if len(names) == 1:
+        return names[0]
+    has = f"{row.where} has columns {sorted(row.values)}"
+    if names:
+        raise ValueError(
+            f"{has}, which are of several schemas: say by data.schema which: {names}"
+        )
+    raise ValueError(
+        f"{has}, which are of no schema: name yours by data.columns, for example "
+        "data.columns=question=COLUMN,answer=COLUMN or text=COLUMN"
+    )
+
+
+def candidates(values: Values) -> list[str]:
+    """Return the schemas whose columns a row has."""
+    names = []
+    if "answerKey" in values:
+        names.append("openbookqa" if "question_stem" in values else "commonsense_qa")
+    if "answers" in values and ("question" in values or "context" in values):
+        names.append("squad")
+    if "question" in values and "answer" in values:
+        answer = values["answer"]
+        is_gsm8k = isinstance(answer, str) and _GSM8K.search(answer)
+        if values.get("choices") is not None:
+            names.append("mmlu" if "subject" in values else "plain")
+        else:
+            names.append("gsm8k" if is_gsm8k else "plain")
+    if "instruction" in values and "output" in values:
+        names.append("alpaca")
+    if "conversations" in values:
+        names.append("sharegpt")
+    if "messages" in values:
+        names.append("messages")
+    if "chosen" in values:
+        names.append("preference")
+    if not names and ("text" in values or "question" in values or "answer" in values):
+        names.append("plain")  # texts, or what names the missing column
+    return names
+
+
+def _check_no_choices(fields: Fields) -> None:
+    """Raise ValueError for columns that look like choices nobody would see."""
+    letters = [name for name in ("A", "B", "C", "D") if name in fields.values]
+    lists = [
+        name
+        for name, value in fields.values.items()
+        if name.lower() in _CHOICES and value is not None
+    ]
+    if len(letters) > 1 or lists:
+        columns = lists[0] if lists else "|".join(letters)
+        raise fields.error(
+            f"it has no choices, but columns {lists or letters}: say "
+            f"data.columns=choices={columns}, or data.schema='plain' for free answers"
+        )
+
+
+def _counterfactuals(fields: Fields, choices: tuple[str, ...]) -> tuple[str, ...]:
+    value = fields.values.get("counterfactuals")
+    if is_missing(value):
+        return ()
+    texts = [
+        "" if is_missing(t) else fields.as_text(t, f"counterfactuals[{i}]")
+        for i, t in enumerate(fields.as_list(value, "counterfactuals"))
+    ]
+    if texts and len(texts) != len(choices) - 1:
+        raise fields.error(
+            f"it has {len(texts)} counterfactuals for {len(choices)} choices: give one "
+            "per choice other than the answer"
+        )
+    return tuple(texts)
+
+
+def _turns(question: str, answer: str) -> list[Message]:
+    return [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": answer},
+    ]
+
+
+def _list(fields: Fields, value: Any, name: str) -> list[Any]:
+    return [] if value is None else fields.as_list(value, name)
+
+
+def _begins_with(turns: list[Message], prompt: list[Message]) -> bool:
+    """Return True if turns repeat a prompt, perhaps after an own system turn."""
+    start = turns
+    if turns and turns[0]["role"] == "system" and prompt[:1] != turns[:1]:
+        start = turns[1:]
+    return start[: len(prompt)] == prompt
+
+
+def _is_reply(message: Message) -> bool:
+    is_empty = is_missing(message["content"]) and not message.get("tool_calls")
+    return message["role"] == "assistant" and not is_empty
+
+
+def _message(fields: Fields, value: Any, where: str) -> dict[str, Any]:
+    """Check a turn of a chat; what is null in it is left out."""
+    if not isinstance(value, Mapping):
+        raise fields.error(f"{where} is {kind_of(value)}, not an object: give a role")
+    message = {name: v for name, v in value.items() if v is not None}
+    role, content = message.get("role"), message.get("content")
+    if isinstance(role, ClassName):
+        role = str(role)
+    if role not in ROLES:
+        raise fields.error(f"{where} has the role {show(role)}: use one of {ROLES}")
+    calls = message.get("tool_calls")
+    for name in ("name", "tool_call_id", "reasoning_content"):
+        if name in message:
+            message[name] = fields.as_text(message[name], f"{where}.{name}")
+    if isinstance(content, list):
+        content = _join_parts(fields, content, where)
+    if is_missing(content) and role == "assistant" and calls:
+        content = content or ""
+    elif is_missing(content) and role != "tool":
+        raise fields.error(
+            f"{where}: its content is {show(content)}: give each turn a text, or leave "
+            "the turn out"
+        )
+    content = fields.as_text(content or "", f"{where}.content")
+    message |= {"role": role, "content": content}
+    if not calls:
+        message.pop("tool_calls", None)
+    else:
+        calls = fields.as_list(calls, f"{where}.tool_calls")
+        message["tool_calls"] = [_tool_call(fields, call, where) for call in calls]
+    return message
+
+
+def _join_parts(fields: Fields, parts: list[Any], where: str) -> str:
+    """Join the parts of a content, which must be texts."""
+    texts = []
+    for part in parts:
+        if isinstance(part, Mapping) and part.get("type", "text") == "text":
+            texts.append(fields.as_text(part.get("text"), f"{where}.content"))
+        else:
+            kind = part.get("type") if isinstance(part, Mapping) else kind_of(part)
+            raise fields.error(f"{where} has a part {show(kind)}: only text is read")
+    return "".join(texts)
+
+
+def _tool_call(fields: Fields, call: Any, where: str) -> dict[str, Any]:
+    """Check a call of a tool; arguments that are the text of an object become it."""
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise fields.error(
+            f"{where} has the tool call {show(call)}: give it a function with a name"
+        )
+    function = {name: v for name, v in function.items() if v is not None}
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            parsed = json.loads(arguments)
+        except (ValueError, RecursionError):
+            parsed = None
+        if isinstance(parsed, dict):
+            function["arguments"] = parsed
+    return {n: v for n, v in call.items() if v is not None} | {"function": function}
+
+
+def _tools(fields: Fields) -> tuple[Message, ...]:
+    value = fields.values.get("tools")
+    if is_missing(value):
+        return ()
+    tools = fields.as_list(value, "tools")
+    if not all(isinstance(tool, Mapping) for tool in tools):
+        raise fields.error(f"tools={show(value)}: give a list of JSON schemas")
+    return tuple(tools)
+
+
+def _question_of(messages: list[dict[str, Any]]) -> dict[str, str]:
+    """Return question and answer of a chat of one question and one answer."""
+    if [message["role"] for message in messages] != ["user", "assistant"]:
+        return {}
+    if any("tool_calls" in message for message in messages):
+        return {}
+    question, answer = (message["content"] for message in messages)
+    return {"question": question, "answer": answer}
