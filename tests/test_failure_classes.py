@@ -255,8 +255,8 @@ BREAKS = [
         number=16,
         what="an answer within another one counts as right",
         file="evaluation/text_match.py",
-        old="name: normalize_text(text) == normalize_text(target)",
-        new="name: normalize_text(target) in normalize_text(text)",
+        old="name: normalize_text(text) in map(normalize_text, targets)",
+        new="name: any(normalize_text(t) in normalize_text(text) for t in targets)",
         test="evaluation/test_scorer.py::test_answers_are_parsed_and_compared",
     ),
 ]

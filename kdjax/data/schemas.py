@@ -38,6 +38,11 @@ class Schema:
             raise ValueError(f"schema={self._name!r}: use one of {SCHEMAS}")
         self._answers = AnswerReader(config.answer_kind)
 
+    @property
+    def name(self) -> str:
+        """Name of the schema; "auto" before the first row."""
+        return self._name
+
     def example(self, row: Row, default_id: str) -> Example:
         """Convert a row.
 

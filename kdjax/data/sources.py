@@ -73,6 +73,17 @@ def iter_examples(config: DataConfig, split: str, *, seed: int) -> Iterator[Exam
     yield from examples
 
 
+def describe(config: DataConfig, split: str) -> str:
+    """Return what a split is read from, as which schema, in a few words."""
+    if config.is_built_in:
+        return "the built-in task kinship"
+    row = next(_read_rows(config, train=split == "train"))
+    schema = Schema(config)
+    schema.example(row, f"{split}-0")
+    columns = ", ".join(map(str, row.values))
+    return f"{row.file}, schema {schema.name}, columns {columns}"
+
+
 def _convert(config: DataConfig, split: str, num: int) -> Iterator[Example]:
     """Yield the first `num` rows as examples, whose ids are checked; 0 = all."""
     ids = array("Q")

@@ -11,6 +11,7 @@ from typing import Any
 import rich.console
 import rich.progress
 import rich.table
+import rich.text
 
 _SECONDS_BETWEEN_LINES = 5.0  # where there is no terminal to draw a bar on
 
@@ -34,6 +35,16 @@ def print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     for row in rows:
         table.add_row(*(_cell(row.get(name, "")) for name in columns))
     _console().print(table)
+
+
+def has_colors() -> bool:
+    """Return True if stdout is a terminal that shows colours."""
+    return _console().is_terminal and not _console().no_color
+
+
+def print_pieces(pieces: Sequence[tuple[str, str]]) -> None:
+    """Print (text, style) one after another, and a line end."""
+    _console().print(rich.text.Text.assemble(*pieces), soft_wrap=True)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,120 @@
+"""Data of a config, as the student will see it: python -m kdjax.prepare --show=5.
+
+Prints examples of both splits: what their file and row are, how each view makes them
+prompt and target, which tokens are trained and which are only read, and what is cut,
+left out or unknown. Nothing is written.
+"""
+
+import pathlib
+from typing import Any
+
+from absl import flags
+
+from kdjax import cli
+from kdjax.config import Config
+from kdjax.runtime import console
+
+_SHOW = flags.DEFINE_integer(
+    "show", 0, "Examples of each split to print, token by token.", lower_bound=0
+)
+_NUM_COUNTED = 1000  # examples of a split that counts are of, at least
+
+
+def run(config: Config, workdir: pathlib.Path) -> None:
+    """Print the examples and the counts of both splits."""
+    from kdjax.parallel import distributed
+
+    if not _SHOW.value:
+        raise ValueError("--show=0 does nothing: use for example --show=5")
+    if distributed.is_main():
+        show(config, _SHOW.value)
+
+
+def show(config: Config, num: int) -> None:
+    """Print the first examples of both splits, and counts of the first 1,000.
+
+    Args:
+      config: of the run.
+      num: examples of each split.
+    """
+    import itertools
+    import sys
+
+    from kdjax.data import preview, selection, sources, views
+    from kdjax.experiment import data, methods
+
+    tokenizer = data.load_tokenizer(config)
+    examples = {}
+    for split, names in (
+        ("train", methods.views(config.method)),
+        ("eval", methods.held_out_views(config.method)),
+    ):
+        stream = sources.iter_examples(
+            config.data, split, seed=config.data.kinship.seed
+        )
+        examples[split] = list(itertools.islice(stream, max(num, _NUM_COUNTED)))
+        is_all = next(stream, None) is None
+        print(f"{split}: {sources.describe(config.data, split)}")
+        selected = selection.select(examples[split], names, split, config.data)
+        for note in selected.notes:
+            print(note, file=sys.stderr)
+        shown: dict[str, list[Any]] = {}
+        counts: dict[str, dict[str, int]] = {}
+        for name in names:
+            segments, total = views.make_segments(
+                selected.examples, (name,), tokenizer, config.data
+            )
+            for segment in segments:
+                shown.setdefault(segment.example_id, []).append((name, segment))
+            num_trained = sum(s.num_loss_tokens for s in segments)
+            counts[name] = {
+                "examples": len(selected.examples),
+                "examples left out": len(examples[split]) - len(selected.examples),
+                "segments": total.segments,
+                "segments truncated": total.truncated,
+                "segments dropped": total.dropped,
+                "tokens read": sum(s.length + 1 for s in segments) - num_trained,
+                "tokens trained": num_trained,
+                "tokens unknown": preview.count_unknown(segments, tokenizer),
+                "longest segment, tokens": max(
+                    (s.length + 1 for s in segments), default=0
+                ),
+            }
+        for example in selected.examples[:num]:
+            where = f" ({example.origin})" if example.origin else ""
+            for name, segment in shown.get(example.id, []):
+                print(f"\n{split} {example.id!r}{where}, view {name}:")
+                _print_spans(preview.spans(segment, tokenizer))
+        print()
+        console.print_table(
+            f"{split}: {'all' if is_all else 'the first'} {len(examples[split])} "
+            "examples, by view",
+            [
+                {"": count} | {name: counts[name][count] for name in names}
+                for count in counts[names[0]]
+            ],
+        )
+    if config.data.is_built_in:
+        return
+    if overlap := selection.describe_overlap(examples["train"], examples["eval"]):
+        print(overlap, file=sys.stderr)
+
+
+def _print_spans(spans: Any) -> None:
+    """Print spans in colours, on a terminal; else each as a line with its kind."""
+    if not console.has_colors():
+        for span in spans:
+            print(f"  {span}")
+        return
+    styles = {False: ("white", "bright_black"), True: ("black on green", "bold green")}
+    console.print_pieces(
+        [
+            (text, styles[span.trained][index % 2])
+            for span in spans
+            for index, text in enumerate(span.tokens)
+        ]
+    )
+
+
+if __name__ == "__main__":
+    cli.run(run)
