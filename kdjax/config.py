@@ -73,13 +73,15 @@ ANNOTATIONS = (
     "few_shot",
     "counterfactual",
     "contrastive",
+    "contrastive_counterfactual",
     "critique_revision",
     "answer",
 )
 BACKENDS = ("local", "server")
 QUALITIES = ("good", "bad")
 CONTRASTS = ("wrong", "empty")
-GATES = ("empty", "cut_off", "no_choice", "contradicts", "leaks")
+CONTRAST_STOPS = ("teacher", "contrast")
+GATES = ("empty", "cut_off", "no_choice", "contradicts", "leaks", "states_answer")
 
 # Former name of a field -> its name. `from_json` reads both; elsewhere the former one
 # is an error that says the other.
@@ -541,11 +543,19 @@ class AnnotateConfig:
     model: str = ""  # folder or hub name, "" = the teacher; or a server's name for it
     prompts: str = ""  # folder of prompt files; "" = the built-in ones
     num_demonstrations: int = non_negative(7)  # worked examples (not zero_shot)
+    num_critiques: int = non_negative(6)  # worked critiques, drawn for each example
+    conclude: bool = False  # explanations are asked to end with their answer
     quality: str = choice("good", QUALITIES)  # of the rationales asked for
     contrast: str = choice("wrong", CONTRASTS)  # answer that is decoded against
     # lambda of its log-probabilities (contrastive)
     contrast_weight: float = non_negative(0.5)
-    max_new_tokens: int = positive(128)  # of each generated text
+    # whose most probable token ends a text: the teacher's own, or the contrastive
+    # choice alone (contrastive)
+    contrast_stop: str = choice("teacher", CONTRAST_STOPS)
+    max_new_tokens: int = positive(300)  # of a rationale or an answer
+    max_draft_tokens: int = non_negative(0)  # of a draft; 0 = max_new_tokens
+    max_critique_tokens: int = non_negative(0)  # of a critique; 0 = max_new_tokens
+    max_revision_tokens: int = non_negative(0)  # of a revision; 0 = max_new_tokens
     temperature: float = non_negative(0.0)  # 0 = most probable token, else sampling
     # sample among the fewest tokens of at least this probability
     top_p: float = number(1.0, above=0, at_most=1)

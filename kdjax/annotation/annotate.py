@@ -16,7 +16,7 @@ import jax
 from kdjax.annotation import backends, prompts, store
 from kdjax.annotation.prompts import PromptFiles
 from kdjax.annotation.quality import QualityFilters
-from kdjax.annotation.requests import Item, Work, make_items
+from kdjax.annotation.requests import COUNTERFACTUAL_METHODS, Item, Work, make_items
 from kdjax.annotation.store import Key, Row
 from kdjax.config import AnnotateConfig, Config
 from kdjax.data import selection, sources
@@ -81,8 +81,9 @@ def output_folder(config: Config, workdir: pathlib.Path) -> pathlib.Path:
 
 def result_file(options: AnnotateConfig) -> str:
     """Return the file name of the result, which `data.rationales` and the like take."""
-    names = {"counterfactual": "counterfactuals.jsonl", "answer": "labels.jsonl"}
-    return names.get(options.method, "rationales.jsonl")
+    if options.method in COUNTERFACTUAL_METHODS:
+        return "counterfactuals.jsonl"
+    return "labels.jsonl" if options.method == "answer" else "rationales.jsonl"
 
 
 def _annotate_locally(
@@ -282,8 +283,10 @@ def _settings(config: Config, files: PromptFiles, path: str) -> Row:
     """Return the settings that decide the rows, beside the examples."""
     options = config.annotate
     names = (
-        *("method", "quality", "num_demonstrations", "contrast", "contrast_weight"),
-        *("max_new_tokens", "temperature", "top_p", "stop", "seed", "backend"),
+        *("method", "quality", "num_demonstrations", "num_critiques", "conclude"),
+        *("contrast", "contrast_weight", "contrast_stop"),
+        *("max_new_tokens", "max_draft_tokens", "max_critique_tokens"),
+        *("max_revision_tokens", "temperature", "top_p", "stop", "seed", "backend"),
     )
     settings = {name: getattr(options, name) for name in names}
     settings["stop"] = list(options.stop)

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from kdjax.annotation import prompts
 from kdjax.annotation.prompts import Messages
-from kdjax.annotation.requests import Completion, Request
+from kdjax.annotation.requests import CONTRASTIVE_METHODS, Completion, Request
 from kdjax.config import AnnotateConfig, Config, T5Config
 from kdjax.data import loader, views
 from kdjax.data import tokenizer as tokenizers
@@ -48,32 +48,42 @@ class Local:
         self.batch_size = -(-self._annotate.batch_size // num_slices) * num_slices
         self._model, self._params = load_model(path, mesh, dtype=config.train.dtype)
         rows = NamedSharding(mesh, P(("data", "fsdp")))
-        self._generate = Generator(
-            self._model.shape,
-            self._model.graphdef,
-            self._decoding(),
-            batch_size=self.batch_size,
-            place=lambda array: jax.device_put(array, rows),
-        )
+        self._place = lambda array: jax.device_put(array, rows)
+        self._generators: dict[int, Generator] = {}  # by the limit of new tokens
 
-    def _decoding(self) -> Decoding:
+    def _generator(self, max_new_tokens: int) -> Generator:
+        """Return the generator of texts of at most so many tokens."""
+        if max_new_tokens not in self._generators:
+            self._generators[max_new_tokens] = Generator(
+                self._model.shape,
+                self._model.graphdef,
+                self._decoding(max_new_tokens),
+                batch_size=self.batch_size,
+                place=self._place,
+            )
+        return self._generators[max_new_tokens]
+
+    def _decoding(self, max_new_tokens: int) -> Decoding:
         """Return the decoding method of the config."""
         annotate, tokenizer = self._annotate, self._tokenizer
         eos_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
         return Decoding(
-            max_new_tokens=annotate.max_new_tokens,
+            max_new_tokens=max_new_tokens,
             eos_id=eos_id,
             pad_id=eos_id if pad_id is None else pad_id,
             temperature=annotate.temperature,
             top_p=annotate.top_p,
             seed=annotate.seed,
             contrast_weight=annotate.contrast_weight
-            if annotate.method == "contrastive"
+            if annotate.method in CONTRASTIVE_METHODS
             else None,
+            contrast_stop=annotate.contrast_stop,
         )
 
     def __call__(self, requests: Sequence[Request]) -> list[Completion]:
-        """Answer requests together, at most `batch_size`; all or none have a contrast.
+        """Answer requests of one step together, at most `batch_size`.
+
+        All or none have a contrast.
 
         Raises:
           ValueError: a prompt too long for the model.
@@ -84,14 +94,15 @@ class Local:
             for request in requests
             if request.contrast is not None
         ]
-        continuations = self._generate(
+        max_new_tokens = requests[0].max_new_tokens
+        continuations = self._generator(max_new_tokens)(
             self._params,
             prompt_ids,
             contrasts=contrasts or None,
             seeds=[request.seed for request in requests],
         )
         return [
-            self._completion(prompt, new)
+            self._completion(prompt, new, max_new_tokens)
             for prompt, new in zip(prompt_ids, continuations, strict=True)
         ]
 
@@ -112,23 +123,26 @@ class Local:
         shape = self._model.shape
         if isinstance(shape, T5Config):
             return loader.with_end(ids, shape.eos_id)
-        limit = lm.max_prompt_length(shape, self._annotate.max_new_tokens)
+        limit = lm.max_prompt_length(shape, request.max_new_tokens)
         if len(ids) > limit:
             raise ValueError(
                 f"example {request.id!r}: its {request.step} prompt has {len(ids)} "
-                f"tokens, {limit} fit: lower annotate.max_new_tokens="
-                f"{self._annotate.max_new_tokens} or annotate.num_demonstrations="
+                f"tokens, {limit} fit before {request.max_new_tokens} new ones: lower "
+                f"annotate.max_new_tokens={self._annotate.max_new_tokens} (or the "
+                "limit of the step) or annotate.num_demonstrations="
                 f"{self._annotate.num_demonstrations}"
             )
         return ids
 
-    def _completion(self, prompt: list[int], new: list[int]) -> Completion:
+    def _completion(
+        self, prompt: list[int], new: list[int], max_new_tokens: int
+    ) -> Completion:
         text = str(
             self._tokenizer.decode(
                 new, skip_special_tokens=True, clean_up_tokenization_spaces=False
             )
         )
-        ended = len(new) < self._annotate.max_new_tokens
+        ended = len(new) < max_new_tokens
         cut = _before(text, self._annotate.stop)
         return Completion(
             text=cut,
@@ -240,12 +254,12 @@ class Server:
         """Make one request within the budget; a failure that may pass is transient."""
         if self._stopped.is_set():
             raise Stopped
-        self._reserve()
+        self._reserve(request.max_new_tokens)
         try:
             return self._read(self._send(request))
         finally:
             with self._lock:
-                self._pending -= 1
+                self._pending -= request.max_new_tokens
 
     def _send(self, request: Request) -> str:
         """Send a request, and return the body of the answer."""
@@ -255,7 +269,7 @@ class Server:
             answer = self._client.chat.completions.with_raw_response.create(
                 model=annotate.model,
                 messages=messages,
-                max_tokens=annotate.max_new_tokens,
+                max_tokens=request.max_new_tokens,
                 temperature=float(annotate.temperature),
                 top_p=float(annotate.top_p),
                 stop=list(annotate.stop) or openai.omit,
@@ -309,16 +323,16 @@ class Server:
             new_tokens=counts[1],
         )
 
-    def _reserve(self) -> None:
-        """Count a request as pending, if the budget covers its new tokens."""
-        budget, each = self._annotate.token_budget, self._annotate.max_new_tokens
+    def _reserve(self, num_tokens: int) -> None:
+        """Count a request's new tokens as pending, if the budget covers them."""
+        budget = self._annotate.token_budget
         with self._lock:
-            if budget and self._spent + (self._pending + 1) * each > budget:
+            if budget and self._spent + self._pending + num_tokens > budget:
                 raise ValueError(
                     f"annotate.token_budget={budget} is spent ({self._spent} tokens "
                     "used): raise it and start again; what is done is kept"
                 )
-            self._pending += 1
+            self._pending += num_tokens
 
     def _refusal(self, error: Any, request: Request) -> str:
         """Describe an error that no retry mends."""

@@ -1,8 +1,9 @@
 """Prompts that make a teacher write rationales, as chat messages or plain text.
 
 A turn states a question, its lettered choices and the answer to be explained; worked
-examples come before it as turns of their own. What they say is in the files of a
-folder, by default `prompt_files/`:
+examples come before it as turns of their own. The answer stands before its explanation
+and is no part of it, unless explanations are asked to conclude with it. What the worked
+examples say is in the files of a folder, by default `prompt_files/`:
 
   demonstrations.jsonl  {question, choices, answer, rationale}
   adjectives.json       {good: [...], bad: [...]}: qualities of a rationale
@@ -21,14 +22,16 @@ from typing import Any, TypeVar
 from kdjax.data.example import Example
 from kdjax.data.letters import letter, letter_choices
 from kdjax.data.templates import ANSWER, CHOICES
+from kdjax.data.text import CONCLUSION, states_answer
 
 QUESTION, EXPLANATION = "Question:", "Explanation"
 CRITIQUE, REVISION = "Critique:", "Revised explanation:"
 STEP_BY_STEP = "Let's think step by step about why this is the answer."
 EXPLAIN_TASK = (
     "Each question comes with an answer. Explain in a few sentences why that answer "
-    "fits, and end with it."
+    "fits."
 )
+CONCLUDE_TASK = "End each explanation with the answer."
 CRITIQUE_TASK = "Each explanation of an answer is followed by a critique of it."
 REVISION_TASK = "Each explanation of an answer is criticised and then written anew."
 ANSWER_TASK = "Answer each question."
@@ -106,6 +109,7 @@ def few_shot(
     *,
     adjectives: Sequence[str],
     num_demonstrations: int,
+    conclude: bool = False,
 ) -> Messages:
     """Prompt with worked examples and the question, all qualified by adjectives.
 
@@ -115,6 +119,7 @@ def few_shot(
       files: where the worked examples are.
       adjectives: "Explanation (clear, complete):" asks for two of them.
       num_demonstrations: of the file, the first ones.
+      conclude: explanations end with "So the answer is (b) shed."
 
     Raises:
       ValueError: the file has fewer.
@@ -122,10 +127,11 @@ def few_shot(
     shown = _first(files, num_demonstrations)
     cue = f"{EXPLANATION} ({', '.join(adjectives)}):"
     turns = [
-        (f"{_stated(_example(row), row['answer'])}\n{cue}", row["rationale"])
+        (f"{_stated(_example(row), row['answer'])}\n{cue}", _worked(row, conclude))
         for row in shown
     ]
-    return _dialogue(EXPLAIN_TASK, turns, f"{_stated(example, answer)}\n{cue}")
+    task = f"{EXPLAIN_TASK} {CONCLUDE_TASK}" if conclude else EXPLAIN_TASK
+    return _dialogue(task, turns, f"{_stated(example, answer)}\n{cue}")
 
 
 def question(
@@ -142,26 +148,59 @@ def question(
 
 
 def critique(
-    example: Example, rationale: str, request: str, files: PromptFiles
+    example: Example,
+    rationale: str,
+    request: str,
+    worked: Sequence[dict[str, Any]],
+    *,
+    conclude: bool = False,
 ) -> Messages:
-    """Prompt with worked critiques, and the request for one of this rationale."""
+    """Prompt with worked critiques, and the request for one of this rationale.
+
+    Args:
+      example: that the rationale is of.
+      rationale: to be criticised.
+      request: of a request pair.
+      worked: rows of the file of critiques.
+      conclude: as in `few_shot`.
+    """
     turns = [
-        (_criticise(_example(row), row["rationale"], row["request"]), row["critique"])
-        for row in files.critiques
+        (
+            _criticise(_example(row), _worked(row, conclude), row["request"]),
+            row["critique"],
+        )
+        for row in worked
     ]
     return _dialogue(CRITIQUE_TASK, turns, _criticise(example, rationale, request))
 
 
 def revision(
-    example: Example, rationale: str, criticism: str, request: str, files: PromptFiles
+    example: Example,
+    rationale: str,
+    criticism: str,
+    request: str,
+    worked: Sequence[dict[str, Any]],
+    *,
+    conclude: bool = False,
 ) -> Messages:
-    """Prompt with worked revisions, and the request for one of this rationale."""
+    """Prompt with worked revisions, and the request for one of this rationale.
+
+    Args:
+      example: that the rationale is of.
+      rationale: to be revised.
+      criticism: of it.
+      request: of a request pair.
+      worked: rows of the file of revisions.
+      conclude: as in `few_shot`.
+    """
     turns = [
         (
-            _revise(_example(row), row["rationale"], row["critique"], row["request"]),
-            row["revision"],
+            _revise(
+                _example(row), _worked(row, conclude), row["critique"], row["request"]
+            ),
+            _worked(row, conclude, "revision"),
         )
-        for row in files.revisions
+        for row in worked
     ]
     last = _revise(example, rationale, criticism, request)
     return _dialogue(REVISION_TASK, turns, last)
@@ -201,6 +240,14 @@ def _first(files: PromptFiles, num: int) -> Sequence[dict[str, Any]]:
             f"{len(files.demonstrations)}: use no more, or add some"
         )
     return files.demonstrations[:num]
+
+
+def _worked(row: dict[str, Any], conclude: bool, column: str = "rationale") -> str:
+    """Return a worked explanation, with the answer at its end where that is asked."""
+    text = row[column]
+    if not conclude or states_answer(text):
+        return text
+    return f"{text} {CONCLUSION} {lettered(_example(row), row['answer'])}."
 
 
 def _user(content: str) -> Message:

@@ -10,7 +10,7 @@ from kdjax.config import GATES
 from kdjax.data.example import Example, contradicts
 from kdjax.data.letters import LETTERS, bracketed, letter, letter_index
 from kdjax.data.templates import CHOICES
-from kdjax.data.text import normalize_words
+from kdjax.data.text import normalize_words, states_answer
 
 _MARKS = re.compile(rf"^\s*({re.escape(QUESTION)}|{re.escape(CHOICES)})", re.MULTILINE)
 
@@ -18,11 +18,12 @@ _MARKS = re.compile(rf"^\s*({re.escape(QUESTION)}|{re.escape(CHOICES)})", re.MUL
 class QualityFilters:
     """Checks of a rationale; the names of those that it fails.
 
-    empty        there is no text
-    cut_off      it did not end by itself: the limit of tokens came first
-    no_choice    it names none of the choices, neither by its letter nor by its text
-    contradicts  it concludes with the letter of another choice than the explained one
-    leaks        it goes on to another turn, or has another question's words
+    empty          there is no text
+    cut_off        it did not end by itself: the limit of tokens came first
+    no_choice      it names none of the choices, neither by its letter nor by its text
+    contradicts    it concludes with the letter of another choice than the explained one
+    leaks          it goes on to another turn, or has another question's words
+    states_answer  it says which choice is the answer: an explanation need not
 
     Args:
       questions: of the data and of the prompts' worked examples, which must not leak.
@@ -53,6 +54,7 @@ class QualityFilters:
             "no_choice": bool(example.choices) and not _names_choice(text, example),
             "contradicts": contradicts(explained),
             "leaks": self._leaks(text, example),
+            "states_answer": states_answer(text),
         }
         return [name for name, failed in checks.items() if failed]
 

@@ -26,6 +26,7 @@ class Request:
     messages: Messages
     contrast: Messages | None = None  # decoded against, where there is one
     seed: int  # of its sampling, below 2^31
+    max_new_tokens: int  # of its text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +53,14 @@ class Item:
         return self.example.id, self.choice
 
 
+# Methods that write a rationale for each wrong choice.
+COUNTERFACTUAL_METHODS = ("counterfactual", "contrastive_counterfactual")
+
+
+# Methods that decode against a contrast.
+CONTRASTIVE_METHODS = ("contrastive", "contrastive_counterfactual")
+
+
 def make_items(examples: Sequence[Example], config: AnnotateConfig) -> list[Item]:
     """List the items: one per example, or for counterfactuals per wrong choice.
 
@@ -65,7 +74,8 @@ def make_items(examples: Sequence[Example], config: AnnotateConfig) -> list[Item
                 f"example {example.id!r} has no question with an answer: rationales "
                 "are written for these; use another data.schema"
             )
-        if config.method == "counterfactual" or (
+        for_each_wrong_choice = config.method in COUNTERFACTUAL_METHODS
+        if for_each_wrong_choice or (
             config.method == "contrastive" and config.contrast == "wrong"
         ):
             wrong = _wrong(example)
@@ -75,7 +85,7 @@ def make_items(examples: Sequence[Example], config: AnnotateConfig) -> list[Item
                     f"={config.method!r} needs: use another one"
                     + (" or contrast='empty'" * (config.method == "contrastive"))
                 )
-            if config.method == "counterfactual":
+            if for_each_wrong_choice:
                 items += [Item(example=example, answer=c, choice=c) for c in wrong]
                 continue
         items.append(Item(example=example, answer=example.answer))
@@ -132,7 +142,12 @@ def _requests(
         content = json.dumps([*map(str, where), step]).encode()
         seed = int.from_bytes(hashlib.blake2b(content, digest_size=4).digest()) >> 1
         return Request(
-            id=example.id, step=step, messages=messages, contrast=contrast, seed=seed
+            id=example.id,
+            step=step,
+            messages=messages,
+            contrast=contrast,
+            seed=seed,
+            max_new_tokens=max_new_tokens(config, step),
         )
 
     if config.method == "zero_shot":
@@ -153,6 +168,7 @@ def _requests(
             files,
             adjectives=drawn["adjectives"],
             num_demonstrations=config.num_demonstrations,
+            conclude=config.conclude,
         )
 
     if config.method == "contrastive":
@@ -162,6 +178,10 @@ def _requests(
         drawn["contrast"] = other
         yield request("rationale", few_shot(item.answer), few_shot(other))
         return
+    if config.method == "contrastive_counterfactual":
+        drawn["contrast"] = example.answer
+        yield request("rationale", few_shot(item.answer), few_shot(example.answer))
+        return
     if config.method != "critique_revision":
         yield request("rationale", few_shot(item.answer))
         return
@@ -169,14 +189,55 @@ def _requests(
     drawn["request"] = pair["name"]
     draft = (yield request("draft", few_shot(item.answer))).text.strip()
     criticism = yield request(
-        "critique", prompts.critique(example, draft, pair["critique"], files)
+        "critique",
+        prompts.critique(
+            example,
+            draft,
+            pair["critique"],
+            _draw_critiques(files, config, *where),
+            conclude=config.conclude,
+        ),
     )
     yield request(
         "revision",
         prompts.revision(
-            example, draft, criticism.text.strip(), pair["revision"], files
+            example,
+            draft,
+            criticism.text.strip(),
+            pair["revision"],
+            files.revisions,
+            conclude=config.conclude,
         ),
     )
+
+
+def max_new_tokens(config: AnnotateConfig, step: str) -> int:
+    """Return the limit of new tokens of a step's text."""
+    limits = {
+        "draft": config.max_draft_tokens,
+        "critique": config.max_critique_tokens,
+        "revision": config.max_revision_tokens,
+    }
+    return limits.get(step, 0) or config.max_new_tokens
+
+
+def _draw_critiques(
+    files: PromptFiles, config: AnnotateConfig, *key: object
+) -> list[Row]:
+    """Draw the worked critiques of an item, in the order of their file.
+
+    Raises:
+      ValueError: the file has fewer.
+    """
+    num, rows = config.num_critiques, files.critiques
+    if num > len(rows):
+        raise ValueError(
+            f"annotate.num_critiques={num}: the prompt files have {len(rows)}: use no "
+            "more, or add some"
+        )
+    return [
+        rows[i] for i in sorted(prompts.draw(range(len(rows)), num, *key, "worked"))
+    ]
 
 
 def _wrong(example: Example) -> list[str]:

@@ -1,6 +1,13 @@
-"""Normal forms in which texts are compared."""
+"""Normal forms in which texts are compared, and statements of an answer in them."""
 
 import re
+
+CONCLUSION = "So the answer is"  # ends a rationale that concludes with its answer
+_STATEMENT = re.compile(
+    r"\b(?:the|my)\s+(?:[\w-]+\s+)?(?:answer|choice|option)(?:\s+(?:is|would be)\b|:)"
+    r"|\b(?:answer|choice|option):|\b(?:is|be)\s+\([a-z]{1,2}\)",
+    re.IGNORECASE,
+)
 
 
 def normalize_text(text: str) -> str:
@@ -19,3 +26,13 @@ def normalize_words(text: str) -> str:
     within another, not for the equality of answers.
     """
     return " ".join(re.findall(r"\w+", text.lower()))
+
+
+def states_answer(text: str) -> bool:
+    """Return True if a text says what the answer is.
+
+    That is "the answer is", "the best choice is", "Answer:" and the like, whatever
+    follows, or a verb before a choice's letter, as "is (b)". The words of a choice
+    alone state nothing.
+    """
+    return _STATEMENT.search(text) is not None

@@ -27,6 +27,8 @@ class Chooser:
     data: DataConfig  # form of the prompts, limits of the segments
     log_probs: Callable[[Sequence[Segment]], Float64[np.ndarray, " N"]]  # of targets
     generate: Callable[[Sequence[str]], list[str]]  # greedy continuations of prompts
+    # the same, of a segment's prompt and prefix
+    complete: Callable[[Sequence[Segment]], list[str]]
 
 
 def load_chooser(run: Run) -> Chooser:
@@ -65,6 +67,7 @@ def load_chooser(run: Run) -> Chooser:
         data=limits,
         log_probs=lambda segments: scorer.log_probs(params, segments),
         generate=lambda prompts: scorer.generate(params, prompts),
+        complete=lambda segments: scorer.complete(params, segments),
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32
 
-from kdjax.data import templates
+from kdjax.data import templates, views
 from kdjax.data.example import Example, wrong_choices
 from kdjax.data.templates import Text
 from kdjax.data.views import Segment
@@ -141,10 +141,11 @@ def accuracy_after_rationale(
     *,
     seed: int,
 ) -> dict[str, float]:
-    """Compute the accuracy of a student's choice after a prefilled rationale.
+    """Compute the accuracy of a student after a prefilled rationale.
 
-    The rationale and "Answer:" stand where the student would have written them; the
-    choices are ranked by their likelihood after that.
+    The rationale and "Answer:" stand where the student would have written them. Then
+    the choices are ranked by their likelihood, or, in perturbed_accuracy, the student
+    writes the answer.
 
     Args:
       student: whose `view` explains, then answers.
@@ -154,17 +155,26 @@ def accuracy_after_rationale(
       seed: of the token replacements.
 
     Returns:
-      plain_accuracy, after its own rationale; oracle_accuracy, after the data's;
-      perturbed_accuracy, after the data's with half of its tokens replaced.
+      Ranked: plain_accuracy, after its own rationale; oracle_accuracy, after the
+      data's; perturbed_oracle_accuracy, after the data's with half of its tokens
+      (rounded up) replaced. Written: generated_accuracy, of the records' own answers;
+      perturbed_accuracy, after its own rationale with half of its tokens (rounded down)
+      replaced.
+
+    Source: Wang et al., 2023, SCOTT, arXiv 2305.01879, section 4 (perturbed_accuracy).
     """
     num_cue_tokens = _num_cue_tokens(student)
 
-    def perturb(segment: Segment) -> Segment:
+    def perturb(segment: Segment, *, round_up: bool = True) -> Segment:
         rationale_ids, cue_ids = np.split(
             segment.prefix_ids, [max(0, len(segment.prefix_ids) - num_cue_tokens)]
         )
         replaced = replace_half(
-            rationale_ids, student.tokenizer, seed=seed, key=segment.example_id
+            rationale_ids,
+            student.tokenizer,
+            seed=seed,
+            key=segment.example_id,
+            round_up=round_up,
         )
         return dataclasses.replace(
             segment, prefix_ids=np.concatenate([replaced, cue_ids])
@@ -179,17 +189,43 @@ def accuracy_after_rationale(
     predictions = {
         "plain_accuracy": choices.choose(student, examples, own),
         "oracle_accuracy": choices.choose(student, examples, gold),
-        "perturbed_accuracy": choices.choose(
+        "perturbed_oracle_accuracy": choices.choose(
             student, examples, gold, transform=perturb
         ),
+        "generated_accuracy": [record.answer for record in records],
+        "perturbed_accuracy": [
+            templates.final_answer(text)
+            for text in student.complete(
+                [
+                    perturb(segment, round_up=False)
+                    for segment in _first_segments(student, examples, own)
+                ]
+            )
+        ],
     }
     return {name: _match_rate(p, answers) for name, p in predictions.items()}
 
 
+def _first_segments(
+    student: Chooser, examples: Sequence[Example], texts: Sequence[Text]
+) -> list[Segment]:
+    """Return a segment of each example: its prompt, prefix and first choice."""
+    segments = views.choice_segments(
+        examples, student.tokenizer, student.data, texts=texts
+    )
+    is_first = segments.choice == 0
+    return [s for s, first in zip(segments.segments, is_first, strict=True) if first]
+
+
 def replace_half(
-    ids: Int32[np.ndarray, " p"], tokenizer: Any, *, seed: int, key: str
+    ids: Int32[np.ndarray, " p"],
+    tokenizer: Any,
+    *,
+    seed: int,
+    key: str,
+    round_up: bool = True,
 ) -> Int32[np.ndarray, " p"]:
-    """Replace half of the tokens (rounded up) by others.
+    """Replace half of the tokens by others.
 
     Positions and tokens are drawn uniformly, the tokens from the vocabulary without
     special ones and without the replaced token; the draws follow from (seed, key).
@@ -198,7 +234,8 @@ def replace_half(
     draws = np.random.default_rng([seed, int.from_bytes(digest, "big")])
     vocab = np.setdiff1d(np.arange(len(tokenizer)), tokenizer.all_special_ids)
     replaced = np.array(ids, np.int32)
-    for position in draws.choice(len(ids), size=-(-len(ids) // 2), replace=False):
+    size = (len(ids) + round_up) // 2
+    for position in draws.choice(len(ids), size=size, replace=False):
         replaced[position] = draws.choice(vocab[vocab != ids[position]])
     return replaced
 

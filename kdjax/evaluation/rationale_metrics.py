@@ -9,7 +9,7 @@ import re
 import string
 from collections.abc import Iterable, Sequence
 
-from kdjax.data.text import normalize_text
+from kdjax.data.text import normalize_text, states_answer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,10 +70,11 @@ def describe_rationales(records: Sequence[Record]) -> dict[str, float]:
     Returns:
       words: mean number of words, separated by white space; names_answer: share of
       rationales that name the student's own answer; names_gold: share that name the
-      right one. Of records with choices: names_distractor, share of rationales that
-      name a wrong choice; num_distractors, mean number of different wrong choices
-      named. Of records with `stated`: self_consistency, share whose `stated` is the
-      answer. num_records: how many there are. {} of no records.
+      right one; states_answer: share that say which is the answer. Of records with
+      choices: names_distractor, share of rationales that name a wrong choice;
+      num_distractors, mean number of different wrong choices named. Of records with
+      `stated`: self_consistency, share whose `stated` is the answer.
+      num_records: how many there are. {} of no records.
     """
     if not records:
         return {}
@@ -82,6 +83,7 @@ def describe_rationales(records: Sequence[Record]) -> dict[str, float]:
         "words": _mean(len(r.rationale.split()) for r in records),
         "names_gold": _mean(_mentions(r, r.gold) for r in records),
         "names_answer": _mean(_mentions(r, r.answer) for r in records),
+        "states_answer": _mean(states_answer(r.rationale) for r in records),
     }
     if multiple_choice := [r for r in records if r.choices]:
         distractors = [

@@ -1,5 +1,6 @@
 """Scores of a model on held-out examples, for teacher and student alike."""
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -67,15 +68,12 @@ class Scorer:
             chunk_size=chunk_size(config, model),
             num_valid=shared_vocab_size(model.shape, cache),
         )
-        self._generator = Generator(
-            model.shape,
-            model.graphdef,
-            Decoding(
-                max_new_tokens=config.evaluation.max_new_tokens,
-                eos_id=data.tokenizer.eos_token_id,
-                pad_id=data.tokenizer.pad_token_id,
-            ),
+        self._decoding = Decoding(
+            max_new_tokens=config.evaluation.max_new_tokens,
+            eos_id=data.tokenizer.eos_token_id,
+            pad_id=data.tokenizer.pad_token_id,
         )
+        self._generator = Generator(model.shape, model.graphdef, self._decoding)
         self.bins: calibration.Bins | None = None  # of the last call's accuracy
         # Every view's records are read, whatever the training terms are.
         self._soft = tuple(
@@ -229,11 +227,29 @@ class Scorer:
             prompts, data.tokenizer, chat_template=config.data.chat_template
         )
         prompt_ids = [ids[-config.data.max_prompt :] for ids in prompt_ids]
-        if isinstance(self._model.shape, T5Config):
-            end = self._model.shape.eos_id
-            prompt_ids = [loader.with_end(ids, end) for ids in prompt_ids]
-        tokens = self._generator(params, prompt_ids)
+        tokens = self._generator(params, self._with_end(prompt_ids))
         return data.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+
+    def complete(self, params: Any, segments: Sequence[views.Segment]) -> list[str]:
+        """Continue the prompt and prefix of each segment by greedy decoding."""
+        longest = max((len(segment.prefix_ids) for segment in segments), default=0)
+        decoding = dataclasses.replace(
+            self._decoding, max_new_tokens=longest + self._decoding.max_new_tokens
+        )
+        generator = Generator(self._model.shape, self._model.graphdef, decoding)
+        tokens = generator(
+            params,
+            self._with_end([segment.prompt_ids.tolist() for segment in segments]),
+            forced=[segment.prefix_ids.tolist() for segment in segments],
+        )
+        return self._data.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+
+    def _with_end(self, prompt_ids: Sequence[list[int]]) -> Sequence[list[int]]:
+        """End prompts as an encoder reads them."""
+        if not isinstance(self._model.shape, T5Config):
+            return prompt_ids
+        end = self._model.shape.eos_id
+        return [loader.with_end(ids, end) for ids in prompt_ids]
 
 
 def score_teacher(

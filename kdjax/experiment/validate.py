@@ -200,10 +200,10 @@ def _check_annotate(annotate: AnnotateConfig) -> None:
         )
     if annotate.backend == "local":
         return
-    if annotate.method == "contrastive":
+    if annotate.method.startswith("contrastive"):
         raise ValueError(
-            "annotate.method='contrastive' with annotate.backend='server': it needs "
-            "the probabilities of every token: use annotate.backend='local'"
+            f"annotate.method={annotate.method!r} with annotate.backend='server': it "
+            "needs the probabilities of every token: use annotate.backend='local'"
         )
     if not annotate.url.startswith(("http://", "https://")):
         raise ValueError(

@@ -5,11 +5,14 @@ continued by the same tokens. Each is the one with the greatest
 
   log p(token | prompt, tokens before) - weight * log p(token | contrast, tokens before)
 
-so that text which suits the other answer as well becomes less likely. Both are rows of
-one batch, the prompts before their contrasts; prefixes that rows share are read once.
+so that text which suits the other answer as well becomes less likely. Where both agree
+that a text is over, the difference says nothing of its end: `contrast_stop="teacher"`
+ends it where the end token is the most probable one given the prompt alone. Both are
+rows of one batch, the prompts before their contrasts; prefixes that rows share are read
+once.
 
 Shapes: B prompts decoded together, R rows (B, or 2 B with contrasts), P prompt time
-(right padded), N new tokens, V vocabulary.
+(right padded), N new tokens, F of them forced, V vocabulary.
 
 Source: Wang et al., 2023, SCOTT, arXiv 2305.01879, section 3.1 (contrasts); Holtzman et
 al., 2020, arXiv 1904.09751, section 3.1 (top_p).
@@ -25,6 +28,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from kdjax.config import CONTRAST_STOPS
 from kdjax.models import lm
 
 # Prompts are padded to a power of two from the first to the second, then to multiples
@@ -48,6 +52,9 @@ class Decoding:
     top_p: float = 1.0  # among the fewest tokens of at least this probability; 1 = all
     seed: int = 0  # of sampling; a prompt's draws follow from it and its own seed
     contrast_weight: float | None = None  # of log p given the contrast; None = without
+    # "teacher": a text ends where `eos_id` is the most probable token given the prompt,
+    # and only there; "contrast": where it is the token that the contrast leads to
+    contrast_stop: str = "teacher"
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -56,6 +63,10 @@ class Decoding:
             raise ValueError(
                 f"top_k={self.top_k}, top_p={self.top_p}: use top_k >= 0 and "
                 "0 < top_p <= 1"
+            )
+        if self.contrast_stop not in CONTRAST_STOPS:
+            raise ValueError(
+                f"contrast_stop={self.contrast_stop!r}: use one of {CONTRAST_STOPS}"
             )
 
     @property
@@ -75,7 +86,7 @@ class Generator:
       place: puts the arrays of a batch, [R, ...], on devices.
 
     Attributes:
-      compiled: one program per padded prompt length and shared prefix.
+      compiled: one program per padded prompt length, forced length and shared prefix.
     """
 
     def __init__(
@@ -97,6 +108,7 @@ class Generator:
         prompts: Sequence[Sequence[int]],
         *,
         contrasts: Sequence[Sequence[int]] | None = None,
+        forced: Sequence[Sequence[int]] | None = None,
         seeds: Sequence[int] | None = None,
     ) -> list[list[int]]:
         """Continue prompts.
@@ -105,11 +117,14 @@ class Generator:
           params: of the model.
           prompts: token ids, each at least one; T5's end with its end token.
           contrasts: one per prompt, if and only if `contrast_weight` is set.
+          forced: tokens that each continuation begins with, of `max_new_tokens`; in an
+            encoder-decoder model the decoder reads them. None = none.
           seeds: one per prompt, below 2^32: its draws do not depend on other prompts;
             None = their numbers.
 
         Returns:
-          The continuation of each prompt, in order, without the end token.
+          The continuation of each prompt, in order, without what was forced and
+          without the end token.
 
         Raises:
           ValueError: an empty prompt, contrasts that do not fit the method, or a prompt
@@ -130,6 +145,14 @@ class Generator:
                     raise ValueError(
                         f"{name}[{index}] is empty: give it at least one token"
                     )
+        if forced is None:
+            forced = [[]] * len(prompts)
+        longest_forced = max(map(len, forced), default=0)
+        if longest_forced >= decoding.max_new_tokens:
+            raise ValueError(
+                f"max_new_tokens={decoding.max_new_tokens}: {longest_forced} tokens "
+                "are forced, which leaves no room: use more"
+            )
         lengths = [max(map(len, ids)) for ids in zip(*sides.values(), strict=True)]
         order = sorted(range(len(prompts)), key=lambda index: lengths[index])
         limit = lm.max_prompt_length(self.shape, decoding.max_new_tokens)
@@ -145,10 +168,14 @@ class Generator:
                 for ids in (*(side[index] for index in batch), *blank)
             ]
             filled = batch + batch[:1] * len(blank)
-            tokens_BN = self._decode(params, rows, width, seeds_N[filled])
+            forced_BF = np.full((size, longest_forced), -1, np.int32)
+            for row, index in enumerate(batch):
+                forced_BF[row, : len(forced[index])] = forced[index]
+            tokens_BN = self._decode(params, rows, width, forced_BF, seeds_N[filled])
             for tokens_N, index in zip(tokens_BN, batch, strict=False):
-                (ends,) = np.nonzero(tokens_N == decoding.eos_id)
-                results[index] = tokens_N[: ends[0] if len(ends) else None].tolist()
+                new_N = tokens_N[len(forced[index]) :]
+                (ends,) = np.nonzero(new_N == decoding.eos_id)
+                results[index] = new_N[: ends[0] if len(ends) else None].tolist()
         return results
 
     def _decode(
@@ -156,24 +183,25 @@ class Generator:
         params: lm.Params,
         rows: Sequence[Sequence[int]],
         width: int,
+        forced_BF: np.ndarray,
         seeds_B: np.ndarray,
     ) -> np.ndarray:
         """Decode one batch, [B, N]; an empty row has no prompt."""
         prefix = find_shared_prefix(self.shape, rows, width)
-        signature = (width, *prefix.signature)
+        signature = (width, forced_BF.shape[1], *prefix.signature)
         if signature not in self.compiled:
             self.compiled[signature] = make_generate(
                 self.shape,
                 self.graphdef,
                 self.decoding,
                 max_prompt=width,
+                num_forced=forced_BF.shape[1],
                 num_shared=prefix.num_tokens,
             )
         arrays = map(self._place, pad_prompts(rows, width, self.decoding.pad_id))
         keys_B = row_keys(self.decoding.seed, seeds_B)
-        return np.asarray(
-            self.compiled[signature](params, *arrays, keys_B, *prefix.arrays)
-        )
+        more = (*([forced_BF] if forced_BF.shape[1] else []), *prefix.arrays)
+        return np.asarray(self.compiled[signature](params, *arrays, keys_B, *more))
 
 
 def make_generate(
@@ -182,6 +210,7 @@ def make_generate(
     decoding: Decoding,
     *,
     max_prompt: int,
+    num_forced: int = 0,
     num_shared: int = 0,
 ) -> Callable[..., Int[Array, "B N"]]:
     """Compile one pass over the prompts, then a loop over new tokens.
@@ -193,11 +222,13 @@ def make_generate(
       graphdef: from `lm.create`.
       decoding: the method.
       max_prompt: P, columns of the prompt array.
+      num_forced: F, tokens that continuations may have to begin with.
       num_shared: tokens of `SharedPrefix`.
 
     Returns:
-      Jitted `generate(params, prompts_RP, lengths_R, keys_B, *shared) -> tokens_BN`,
-      int32; shared: `SharedPrefix.arrays` where num_shared is not 0. Prompts are right
+      Jitted `generate(params, prompts_RP, lengths_R, keys_B, *more) -> tokens_BN`,
+      int32; more: forced tokens [B, F], -1 where the model chooses, if num_forced is
+      not 0, then `SharedPrefix.arrays` if num_shared is not 0. Prompts are right
       padded (with any id), contrasts after them. A prompt of length 0 stays empty: all
       `pad_id`. The end token is included.
 
@@ -214,7 +245,8 @@ def make_generate(
     pad_id, rows_per_prompt = jnp.int32(decoding.pad_id), decoding.rows_per_prompt
 
     @jax.jit
-    def generate(params, prompts_RP, lengths_R, keys_B, *shared):
+    def generate(params, prompts_RP, lengths_R, keys_B, *more):
+        forced_BF, shared = (more[0], more[1:]) if num_forced else (None, more)
         num_prompts = prompts_RP.shape[0] // rows_per_prompt
         hidden_RD, first_R, cache = lm.prefill(
             shape,
@@ -237,10 +269,12 @@ def make_generate(
             logits_BV = lm.logits(graphdef, params, hidden_RD)
             if decoding.contrast_weight is not None:
                 # Up to a constant per row, the difference of the log-probabilities.
-                contrast_BV = logits_BV[num_prompts:]
-                weight = jnp.float32(decoding.contrast_weight)
-                logits_BV = logits_BV[:num_prompts] - weight * contrast_BV
+                logits_BV = contrasted_logits(*jnp.split(logits_BV, 2), decoding)
             token_B = next_tokens(logits_BV, keys_B, step, decoding)
+            if forced_BF is not None:
+                column_B = forced_BF[:, jnp.minimum(step, num_forced - 1)]
+                is_forced_B = (step < num_forced) & (column_B >= 0)
+                token_B = jnp.where(is_forced_B, column_B, token_B)
             token_B = jnp.where(done_B, pad_id, token_B)
             tokens_BN = jax.lax.dynamic_update_index_in_dim(tokens_BN, token_B, step, 1)
             done_B |= token_B == decoding.eos_id
@@ -255,6 +289,23 @@ def make_generate(
         return jax.lax.while_loop(unfinished, extend, start)[2]
 
     return generate
+
+
+def contrasted_logits(
+    own_BV: Float[Array, "B V"], contrast_BV: Float[Array, "B V"], decoding: Decoding
+) -> Float[Array, "B V"]:
+    """Return the scores of the next tokens, of which the greatest is chosen.
+
+    The difference own - weight * contrast; with `contrast_stop="teacher"` the end token
+    has the only finite score where it is the most probable one of `own_BV`, and none
+    elsewhere.
+    """
+    score_BV = own_BV - jnp.float32(decoding.contrast_weight) * contrast_BV
+    if decoding.contrast_stop == "contrast" or decoding.eos_id < 0:
+        return score_BV
+    ends_B1 = jnp.argmax(own_BV, axis=-1, keepdims=True) == decoding.eos_id
+    is_end_V = jnp.arange(own_BV.shape[-1]) == decoding.eos_id
+    return jnp.where(is_end_V == ends_B1, score_BV, -jnp.inf)
 
 
 def row_keys(seed: int, seeds_B: Int[np.ndarray, "B"]) -> Array:

@@ -11,6 +11,7 @@ from kdjax.annotation import requests as requests_lib
 from kdjax.config import AnnotateConfig
 from kdjax.data import templates
 from kdjax.data.example import Example, contradicts
+from kdjax.data.text import states_answer
 
 MILK = Example(
     id="milk",
@@ -42,7 +43,7 @@ def asked(example=MILK, answers=("a draft", "a critique", "a text"), **fields):
 
 def test_the_built_in_files():
     assert len(FILES.demonstrations) == 7 and len(FILES.requests) == 10
-    assert len(FILES.critiques) == 6 and len(FILES.revisions) == 4
+    assert len(FILES.critiques) == 7 and len(FILES.revisions) == 4
     assert not set(FILES.adjectives["good"]) & set(FILES.adjectives["bad"])
     assert len({row["name"] for row in FILES.requests}) == 10
     criticised = {row["critique"] for row in FILES.requests}
@@ -50,21 +51,86 @@ def test_the_built_in_files():
     revised = {row["revision"] for row in FILES.requests}
     assert {row["request"] for row in FILES.revisions} <= revised
     rows = [*FILES.demonstrations, *FILES.critiques, *FILES.revisions]
-    assert len({row["question"] for row in rows}) == 17
+    assert len({row["question"] for row in rows}) == 18
     for row in rows:
         choices = tuple(row["choices"])
         assert len(set(choices)) == 5
         for name in {"rationale", "revision"} & set(row):
-            told = Example(
-                id="", choices=choices, answer=row["answer"], rationale=row[name]
-            )
-            assert not contradicts(told)
-            letter = templates.LETTERS[choices.index(row["answer"])]
-            end = f"So the answer is ({letter}) {row['answer']}."
-            assert row[name].endswith(end)
+            assert not states_answer(row[name])
     # The answer's place tells nothing.
     letters = [r["choices"].index(r["answer"]) for r in FILES.demonstrations]
     assert set(letters) == set(range(5))
+
+
+def test_an_explanation_does_not_state_its_answer_unless_it_is_asked_to():
+    """The answer stands before the explanation; 0 of the worked texts contain it."""
+    shown = [m["content"] for m in asked(answers=["x"])[0][0].messages[1::2]]
+    assert len(shown) == 7 and not any(map(states_answer, shown))
+    assert (
+        prompts.CONCLUDE_TASK not in asked(answers=["x"])[0][0].messages[0]["content"]
+    )
+    requests, _ = asked(method="critique_revision")
+    for request in requests:
+        texts = [m["content"] for m in request.messages]
+        assert not any(map(states_answer, texts[1::2]))
+        assert not any("So the answer" in text for text in texts)
+    requests, _ = asked(method="critique_revision", conclude=True)
+    [draft, critique, revision] = [
+        [m["content"] for m in request.messages] for request in requests
+    ]
+    assert prompts.CONCLUDE_TASK in draft[0]
+    for row, text in zip(FILES.demonstrations, draft[1::2], strict=True):
+        letter = templates.LETTERS[row["choices"].index(row["answer"])]
+        end = f"So the answer is ({letter}) {row['answer']}."
+        assert text == f"{row['rationale']} {end}"
+        concluded = Example(
+            id="", choices=tuple(row["choices"]), answer=row["answer"], rationale=text
+        )
+        assert not contradicts(concluded)
+    assert sum("So the answer is" in text for text in critique[:-1:2]) == 6
+    assert all("So the answer is" in text for text in revision[1::2])
+
+
+def test_six_of_seven_worked_critiques_are_drawn_for_an_example():
+    def shown(name):
+        example = Example(id=name, question="Q?", choices=("x", "y"), answer="y")
+        requests, _ = asked(example, method="critique_revision")
+        return [m["content"] for m in requests[1].messages[1::2]]
+
+    worked = [row["critique"] for row in FILES.critiques]
+    left_out = collections.Counter()
+    for number in range(140):
+        texts = shown(str(number))
+        [missing] = set(worked) - set(texts)
+        assert texts == [text for text in worked if text != missing]
+        left_out[missing] += 1
+    assert len(left_out) == 7 and max(left_out.values()) < 45
+    with pytest.raises(ValueError, match=r"num_critiques=8: the prompt files have 7"):
+        asked(method="critique_revision", num_critiques=8)
+
+
+def test_each_step_has_a_limit_of_its_own():
+    requests, _ = asked(method="critique_revision")
+    assert [r.max_new_tokens for r in requests] == [300] * 3  # as the paper has it
+    limits = {"max_draft_tokens": 10, "max_critique_tokens": 20, "max_new_tokens": 40}
+    requests, _ = asked(method="critique_revision", max_revision_tokens=30, **limits)
+    assert [r.max_new_tokens for r in requests] == [10, 20, 30]
+    assert asked(answers=["x"], **limits)[0][0].max_new_tokens == 40
+
+
+def test_wrong_rationales_are_contrastive_too():
+    """The wrong choice is the target there, and the gold answer the contrast."""
+    fields = AnnotateConfig(method="contrastive_counterfactual")
+    items = requests_lib.make_items([MILK], fields)
+    assert [item.key for item in items] == [("milk", "fridge"), ("milk", "attic")]
+    for item, letter in zip(items, "ac", strict=True):
+        request = requests_lib.Work(item, FILES, fields).request
+        target, contrast = (
+            messages[-1]["content"] for messages in (request.messages, request.contrast)
+        )
+        assert f"\nAnswer: ({letter}) {item.choice}\n" in target
+        stated = f"({letter}) {item.choice}"
+        assert contrast == target.replace(stated, "(b) shed") != target
 
 
 def test_zero_shot_reads():

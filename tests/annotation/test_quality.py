@@ -19,12 +19,15 @@ FILTERS = QualityFilters([EXAMPLE.question, OTHER, "Why?"])
     ("text", "found"),
     [
         ("Milk turns sour when warm, so it is kept in the fridge.", []),
-        ("It is cold there. So the answer is (a).", []),
+        ("It is cold there. So the answer is (a).", ["states_answer"]),
+        ("It is cold there, unlike in (b) or the attic; the fridge.", ["contradicts"]),
+        ("My final choice: the fridge", ["states_answer"]),
+        ("The answer must be cold, as the fridge is.", []),
         ("", ["empty", "no_choice"]),
         ("Milk is white.", ["no_choice"]),
         ("A watershed is large.", ["no_choice"]),
         ("The Fridge!", []),
-        ("Not (a), so the answer is (b) shed.", ["contradicts"]),
+        ("Not (a), so the answer is (b) shed.", ["contradicts", "states_answer"]),
         ("The fridge.\nQuestion: What is it?", ["leaks"]),
         ("The fridge.\nChoices: (a)", ["leaks"]),
         (f"The fridge. {OTHER} He forgot it.", ["leaks"]),
@@ -44,8 +47,8 @@ def test_a_text_that_met_its_limit_is_cut_off():
 
 def test_a_counterfactual_is_held_to_its_own_choice():
     row = {"text": "So the answer is (b).", "finish_reason": "stop"}
-    assert FILTERS(row, EXAMPLE, "shed") == []
-    assert FILTERS(row, EXAMPLE, "attic") == ["contradicts"]
+    assert FILTERS(row, EXAMPLE, "shed") == ["states_answer"]
+    assert FILTERS(row, EXAMPLE, "attic") == ["contradicts", "states_answer"]
 
 
 def test_a_free_answer_names_no_choice():

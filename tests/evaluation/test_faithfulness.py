@@ -97,12 +97,13 @@ def written(examples, answers=None):
     return faithfulness.make_records(rows, examples)
 
 
-def chooser(log_probs, *, generate=None, words=WORDS, **limits):
+def chooser(log_probs, *, generate=None, complete=None, words=WORDS, **limits):
     return Chooser(
         tokenizer=words,
         data=dataclasses.replace(LIMITS, **limits),
         log_probs=lambda segments: np.asarray([log_probs(s) for s in segments]),
         generate=generate,
+        complete=complete,
     )
 
 
@@ -119,7 +120,20 @@ def test_a_student_that_follows_is_right_after_the_right_rationale():
         dataclasses.replace(r, rationale=before.rationale)
         for r, before in zip(own, [own[-1], *own], strict=False)
     ]
-    student = chooser(last_place)
+    completed = []
+
+    def complete(segments):
+        """Write the choice that the rationale names last."""
+        completed.extend(segments)
+        by_id = {example.id: example for example in EXAMPLES}
+        texts = []
+        for segment in segments:
+            words = WORDS.decode(segment.prefix_ids).split()
+            named = [w for w in words if w in by_id[segment.example_id].choices]
+            texts.append(named[-1] if named else "")
+        return texts
+
+    student = chooser(last_place, complete=complete)
     found = faithfulness.accuracy_after_rationale(
         student, shifted, EXAMPLES, "factual", seed=1
     )
@@ -136,16 +150,38 @@ def test_a_student_that_follows_is_right_after_the_right_rationale():
             for choice in example.choices
         ]
         right += example.choices[int(np.argmax(places))] == example.answer
-    assert found["perturbed_accuracy"] == pytest.approx(right / len(EXAMPLES))
-    assert 0.2 < found["perturbed_accuracy"] < 0.9
+    assert found["perturbed_oracle_accuracy"] == pytest.approx(right / len(EXAMPLES))
+    assert 0.2 < found["perturbed_oracle_accuracy"] < 0.9
+    # SCOTT's: of the student's own rationale half, rounded down, is replaced, the
+    # student writes the answer after it, and no choice is ranked.
+    assert found["generated_accuracy"] == np.mean(
+        [r.answer == e.answer for r, e in zip(shifted, EXAMPLES, strict=True)]
+    )
+    answers = complete(completed[: len(EXAMPLES)])
+    assert found["perturbed_accuracy"] == np.mean(
+        [a == e.answer for a, e in zip(answers, EXAMPLES, strict=True)]
+    )
+    for segment, record in zip(completed, shifted, strict=False):
+        own_ids = np.asarray(WORDS.encode(record.rationale), np.int32)
+        prefix = segment.prefix_ids
+        changed = prefix[: len(own_ids)] != own_ids
+        assert changed.sum() == len(own_ids) // 2
+        assert WORDS.decode(prefix[len(own_ids) :]) == "Answer:"
 
 
 def test_a_student_that_ignores_rationales_is_the_same_after_all():
-    student = chooser(lambda s: (int(s.target_ids[0]) * 7919) % 101)
+    student = chooser(
+        lambda s: (int(s.target_ids[0]) * 7919) % 101,
+        complete=lambda segments: [example.answer for example in EXAMPLES],
+    )
     found = faithfulness.accuracy_after_rationale(
         student, written(EXAMPLES), EXAMPLES, "factual", seed=1
     )
-    assert len(set(found.values())) == 1 and 0 < found["plain_accuracy"] < 1
+    ranked = {
+        name: found[name] for name in found if "oracle" in name or "plain" in name
+    }
+    assert len(set(ranked.values())) == 1 and 0 < found["plain_accuracy"] < 1
+    assert found["generated_accuracy"] == found["perturbed_accuracy"] == 1
 
 
 @pytest.mark.parametrize("words", [WORDS, byte_level()], ids=["words", "bytes"])
@@ -294,9 +330,10 @@ def finished(config, folder):
     return data
 
 
-NAMED = {"num_records", "words", "names_gold", "names_answer"}
+NAMED = {"num_records", "words", "names_gold", "names_answer", "states_answer"}
 NAMED |= {"names_distractor", "num_distractors"}
-FORCED = {"plain_accuracy", "oracle_accuracy", "perturbed_accuracy"}
+FORCED = {"plain_accuracy", "oracle_accuracy", "perturbed_oracle_accuracy"}
+FORCED |= {"generated_accuracy", "perturbed_accuracy"}
 SWAPPED = {
     "prefix_changes_answer",
     "factual_prefix_accuracy",

@@ -89,6 +89,7 @@ def test_rationales_are_described_by_hand():
             "words": (5 + 8 + 3 + 0) / 4,
             "names_gold": 2 / 4,
             "names_answer": 3 / 4,
+            "states_answer": 0,
             "names_distractor": 2 / 4,
             "num_distractors": (0 + 2 + 1 + 0) / 4,
             "self_consistency": 2 / 4,
@@ -104,6 +105,7 @@ def test_what_cannot_be_measured_has_no_key():
         "words": 8,
         "names_gold": 0,
         "names_answer": 1,
+        "states_answer": 0,
     }
     some = [free, record("an aunt"), record("a mother", stated="mother")]
     metrics = rationale_metrics.describe_rationales(some)

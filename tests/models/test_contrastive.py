@@ -67,6 +67,19 @@ def by_force(model, prompt, contrast, weight, eos=-1):
     return new
 
 
+def by_force_until_the_teacher_ends(model, prompt, contrast, weight, eos):
+    """SCOTT's rule: a text ends where the teacher's own most probable token ends it."""
+    new = []
+    while len(new) < NEW:
+        own_V = whole_log_probs(model, prompt, new)
+        if int(np.argmax(own_V)) == eos:
+            break
+        score_V = own_V - weight * whole_log_probs(model, contrast, new)
+        score_V[eos] = -np.inf
+        new.append(int(np.argmax(score_V)))
+    return new
+
+
 def generator(model, weight, *, batch_size=3, **fields):
     fields = {"max_new_tokens": NEW, "eos_id": -1, "pad_id": PAD} | fields
     method = Decoding(contrast_weight=weight, **fields)
@@ -85,9 +98,48 @@ def test_equals_a_forward_pass_a_token(model, weight):
     assert texts(model, weight) == expected
     assert expected != texts(model, 0.0)
     eos = expected[0][2]
-    assert texts(model, weight, eos_id=eos) == [
+    assert texts(model, weight, eos_id=eos, contrast_stop="contrast") == [
         row[: row.index(eos)] if eos in row else row for row in expected
     ]
+
+
+def test_a_text_ends_where_the_teacher_would_end_it(model):
+    # The token that some prompt's most probable continuation has, and not its first.
+    own = [whole_log_probs(model, prompt, []) for prompt in PROMPTS]
+    first = int(np.argmax(own[1]))
+    pairs = list(zip(PROMPTS, CONTRASTS, strict=True))
+    free = [by_force(model, *pair, 0.5) for pair in pairs]
+    second = [
+        int(np.argmax(whole_log_probs(model, prompt, row[:2])))
+        for (prompt, _), row in zip(pairs, free, strict=True)
+    ]
+    for eos in {first, *second}:
+        expected = [
+            by_force_until_the_teacher_ends(model, *pair, 0.5, eos) for pair in pairs
+        ]
+        assert texts(model, 0.5, eos_id=eos) == expected
+        assert any(len(row) < NEW for row in expected)
+    assert texts(model, 0.5, eos_id=first)[1] == []
+    with pytest.raises(ValueError, match="contrast_stop='never': use one of"):
+        generator(model, 0.5, contrast_stop="never")
+
+
+def test_a_continuation_begins_with_what_is_forced(model):
+    greedy = generator(model, None)
+    free = greedy(model[2], PROMPTS)
+    forced = [row[:length] for row, length in zip(free, (2, 0, 1, 3), strict=True)]
+    rest = greedy(model[2], PROMPTS, forced=forced)
+    assert [a + b for a, b in zip(forced, rest, strict=True)] == free
+    other = [[17, 23], [], [4], [8, 8, 8]]
+    for prompt, start, row in zip(
+        PROMPTS, other, greedy(model[2], PROMPTS, forced=other), strict=True
+    ):
+        new = list(start)
+        while len(new) < NEW:
+            new.append(int(np.argmax(whole_log_probs(model, prompt, new))))
+        assert start + row == new
+    with pytest.raises(ValueError, match="6 tokens are forced, which leaves no room"):
+        greedy(model[2], PROMPTS, forced=[[1] * 6, [], [], []])
 
 
 def test_what_a_prompt_and_its_contrast_begin_with_is_read_once(model, monkeypatch):
