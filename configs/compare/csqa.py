@@ -83,8 +83,8 @@ def get_config(argument: str = "") -> Comparison:
             learning_rate=5e-5, schedule="linear", warmup_steps=10, b2=0.999
         ),
         train=TrainConfig(log_every=10, save_every=500),
-        evaluation=EvalConfig(num_generations=1221, max_new_tokens=128),
-        annotate=AnnotateConfig(max_new_tokens=64),
+        evaluation=EvalConfig(num_generations=1221, max_new_tokens=300),
+        annotate=AnnotateConfig(max_new_tokens=300),
     )
     base.teacher.path = base.annotate.model = "HuggingFaceTB/SmolLM2-135M-Instruct"
     base.student.path = "google/t5-v1_1-base"

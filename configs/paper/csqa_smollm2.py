@@ -76,7 +76,7 @@ def get_config(argument: str = "") -> Config:
             eval_every=0,
             save_every=200,
         ),
-        evaluation=EvalConfig(num_generations=1221, max_new_tokens=128),
+        evaluation=EvalConfig(num_generations=1221, max_new_tokens=300),
     )
     if method != "finetune":
         config.data.rationales = "commonsense_qa/palm_train.jsonl"

@@ -324,7 +324,8 @@ def _annotations(
             ("eval_rationales", "eval", config.annotate.method),
         ]
     if "counterfactual" in views:
-        missing.append(("counterfactuals", "train", "counterfactual"))
+        contrastive = "contrastive_" * (config.annotate.method == "contrastive")
+        missing.append(("counterfactuals", "train", f"{contrastive}counterfactual"))
     # Nothing else of the data decides what is written.
     plain = DataConfig(
         source=data.source,
@@ -360,7 +361,7 @@ def _annotations(
             own.data = copy.deepcopy(plain)
             own.annotate = dataclasses.replace(annotate, path=str(folder))
             shared[name] = Task(name=name, config=own, commands=(("kdjax.annotate",),))
-        file = "counterfactuals" if method == "counterfactual" else "rationales"
+        file = "rationales" if target != "counterfactuals" else target
         setattr(data, target, str(folder / f"{file}.jsonl"))
         names.append(name)
     return names

@@ -16,11 +16,12 @@ from kdjax.runtime import files
 
 RESULTS, REPORT = "results.csv", "report.html"
 DONE, FAILED, MISSING = "done", "failed", "not run"
-# Of views that give an answer, the one that gives nothing else first.
+# Match and view of an answer; of views that give one, the one that gives nothing else
+# comes first.
 _ANSWERS = (
-    "exact_match/label",
-    "answer_match/factual",
-    "answer_match/rationale_then_label",
+    ("exact_match", "label"),
+    ("answer_match", "factual"),
+    ("answer_match", "rationale_then_label"),
 )
 
 
@@ -29,9 +30,10 @@ def numbers(folder: pathlib.Path) -> dict[str, float]:
 
     Those of the student in summary.json as they are, and
 
-      answer_accuracy: share of greedy answers that are right up to case, white space
-        and a final full stop: of the view that answers alone, else of the one that
-        explains first;
+      answer_accuracy: share of greedy answers that are the right one, character by
+        character but for white space at their ends: of the view that answers alone,
+        else of the one that explains first;
+      answer_accuracy_lenient: the same up to case, white space and a final full stop;
       teacher_accuracy: of the teacher, by likelihood of the choices;
       retention: accuracy / teacher_accuracy;
       parameters: of the student;
@@ -41,9 +43,13 @@ def numbers(folder: pathlib.Path) -> dict[str, float]:
     summary = json.loads((folder / "summary.json").read_text())
     student, teacher = _floats(summary["student"]), _floats(summary["teacher"])
     columns = dict(student)
-    answers = [student[name] for name in _ANSWERS if name in student]
-    if answers:
-        columns["answer_accuracy"] = answers[0]
+    for column, suffix in (
+        ("answer_accuracy", "_strict"),
+        ("answer_accuracy_lenient", ""),
+    ):
+        names = (f"{match}{suffix}/{view}" for match, view in _ANSWERS)
+        if name := next((name for name in names if name in student), None):
+            columns[column] = student[name]
     if "accuracy" in teacher:
         columns["teacher_accuracy"] = teacher["accuracy"]
         if "accuracy" in student and teacher["accuracy"]:

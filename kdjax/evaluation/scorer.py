@@ -75,6 +75,7 @@ class Scorer:
         )
         self._generator = Generator(model.shape, model.graphdef, self._decoding)
         self.bins: calibration.Bins | None = None  # of the last call's accuracy
+        self._choice_rows: list[dict[str, Any]] = []
         # Every view's records are read, whatever the training terms are.
         self._soft = tuple(
             methods.Term(name=name, view=index, kind="soft", weight=1.0)
@@ -88,7 +89,10 @@ class Scorer:
           nll (nats per target token of the data's labels, all views), perplexity,
           nll/<view>; with a cache kl (nats, temperature 1) and agreement (share of
           target tokens whose most probable token is the teacher's); with choices
-          accuracy (the right choice is the most probable one) and ece.
+          accuracy (the right choice with its end token is the most probable one) and
+          ece, and as lm-evaluation-harness has them, without the end token: acc (sum of
+          log-probabilities), acc_norm (sum / characters of the choice) and acc_bytes
+          (sum / bytes of it).
         """
         return self._token_metrics(params) | self._choice_metrics(params)
 
@@ -135,7 +139,10 @@ class Scorer:
     def _per_segment(
         self, params: Any, plan: loader.BatchPlan, cache: Any
     ) -> dict[str, np.ndarray]:
-        """Sum scores over the target tokens of each segment, float64 [num_segments]."""
+        """Sum scores over the target tokens of each segment, float64 [num_segments].
+
+        Beside the sum, "<name>_end" is the score of the last target token.
+        """
         num_rows = plan.batch_size
         terms = () if cache is None else self._soft
         rows = sharding.local_rows(self._mesh, num_rows)
@@ -150,7 +157,10 @@ class Scorer:
                 for span in loader.segment_spans(plan, items):
                     for name, values in host.items():
                         total = sums.setdefault(name, np.zeros(len(plan.segments)))
-                        total[span.item] = values[row, span.loss].sum()
+                        of_target = values[row, span.loss]
+                        total[span.item] = of_target.sum()
+                        end = sums.setdefault(f"{name}_end", np.zeros(len(total)))
+                        end[span.item] = of_target[-1]
         return sums
 
     def _token_metrics(self, params: Any) -> dict[str, float]:
@@ -177,15 +187,13 @@ class Scorer:
     def _choice_metrics(self, params: Any) -> dict[str, float]:
         if self._choices is None:
             return {}
-        choices = self._choices
-        log_probs = -self._per_segment(params, self._choice_plan, None)["nll"]
+        rows = self._choice_rows = self._score_choices(params)
         confidence, correct = [], []
-        for example in np.unique(choices.example):
-            of_example = choices.example == example
-            scores = log_probs[of_example]
+        for row in rows:
+            scores = np.asarray(row["log_probs_with_end"])
             shares = np.exp(scores - scores.max())
             confidence.append(shares.max() / shares.sum())
-            correct.append(choices.correct[of_example][scores.argmax()])
+            correct.append(row["accuracy"])
         self.bins = calibration.reliability_bins(
             jnp.asarray(confidence, jnp.float32),
             jnp.asarray(correct, jnp.float32),
@@ -194,7 +202,44 @@ class Scorer:
         return {
             "accuracy": float(np.mean(correct)),
             "ece": calibration.expected_calibration_error(self.bins),
+        } | {
+            name: float(np.mean([row[name] for row in rows]))
+            for name in ("acc", "acc_norm", "acc_bytes")
         }
+
+    def choice_rows(self) -> list[dict[str, Any]]:
+        """Return one object per example with choices, of the last call.
+
+        id; choices; log_probs (nats, of each choice without its end token);
+        log_probs_with_end; accuracy, acc, acc_norm and acc_bytes: whether the highest
+        one is right.
+        """
+        return self._choice_rows
+
+    def _score_choices(self, params: Any) -> list[dict[str, Any]]:
+        assert self._choices is not None
+        choices = self._choices
+        sums = self._per_segment(params, self._choice_plan, None)
+        with_end, without = -sums["nll"], sums["nll_end"] - sums["nll"]
+        rows = []
+        for index in np.unique(choices.example):
+            example = self._data.eval_examples[index]
+            (members,) = np.nonzero(choices.example == index)
+            texts = [example.choices[number] for number in choices.choice[members]]
+            scores = {
+                "accuracy": with_end[members],
+                "acc": without[members],
+                "acc_norm": without[members] / [max(1, len(t)) for t in texts],
+                "acc_bytes": without[members]
+                / [max(1, len(t.encode())) for t in texts],
+            }
+            row: dict[str, Any] = {"id": example.id, "choices": texts}
+            row["log_probs"] = without[members].tolist()
+            row["log_probs_with_end"] = with_end[members].tolist()
+            for name, values in scores.items():
+                row[name] = bool(choices.correct[members][values.argmax()])
+            rows.append(row)
+        return rows
 
     def generations(self, params: Any) -> list[dict[str, Any]]:
         """Answer the first held-out examples by greedy decoding.

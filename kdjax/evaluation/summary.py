@@ -1,4 +1,4 @@
-"""Results of a finished run: summary.json, generations.jsonl and a table."""
+"""Results of a finished run: summary.json, its rows of examples, and a table."""
 
 import importlib.metadata
 import json
@@ -36,9 +36,10 @@ def write_summary(
     teacher_shape: Shape | None,
     throughput: dict[str, float],
     generations: list[dict[str, Any]],
+    choice_rows: list[dict[str, Any]],
     bins: calibration.Bins | None,
 ) -> dict[str, Any]:
-    """Write summary.json and generations.jsonl.
+    """Write summary.json, generations.jsonl and choices.jsonl.
 
     Args:
       run: a finished one.
@@ -47,6 +48,7 @@ def write_summary(
       teacher_shape: None without one.
       throughput: of the training; {} if every step had been done before.
       generations: rows of generations.jsonl.
+      choice_rows: rows of choices.jsonl; [] writes no such file.
       bins: of the student's calibration.
 
     Returns:
@@ -84,6 +86,11 @@ def write_summary(
         numbers = (np.asarray(x).tolist() for x in bins)
         summary["reliability"] = dict(zip(names, numbers, strict=True))
     files.write_json(file, summary)
-    lines = "".join(json.dumps(row) + "\n" for row in generations)
-    files.write_atomically(run.workdir / workdir.GENERATIONS, lines)
+    files.write_atomically(run.workdir / workdir.GENERATIONS, _lines(generations))
+    if choice_rows:
+        files.write_atomically(run.workdir / workdir.CHOICES, _lines(choice_rows))
     return summary
+
+
+def _lines(rows: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)

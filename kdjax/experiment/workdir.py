@@ -11,6 +11,7 @@ from kdjax.runtime import files
 CONFIG = "config.json"
 SUMMARY = "summary.json"
 GENERATIONS = "generations.jsonl"
+CHOICES = "choices.jsonl"
 
 
 def read_config(folder: pathlib.Path) -> Config:

@@ -304,8 +304,8 @@ def contrasted_logits(
     if decoding.contrast_stop == "contrast" or decoding.eos_id < 0:
         return score_BV
     ends_B1 = jnp.argmax(own_BV, axis=-1, keepdims=True) == decoding.eos_id
-    is_end_V = jnp.arange(own_BV.shape[-1]) == decoding.eos_id
-    return jnp.where(is_end_V == ends_B1, score_BV, -jnp.inf)
+    is_end_1V = jnp.arange(own_BV.shape[-1])[None] == decoding.eos_id
+    return jnp.where(is_end_1V == ends_B1, score_BV, -jnp.inf)
 
 
 def row_keys(seed: int, seeds_B: Int[np.ndarray, "B"]) -> Array:

@@ -95,6 +95,7 @@ def distill(config: Config, workdir: str | pathlib.Path = "") -> Distilled:
             teacher_shape=scored_shape,
             throughput=trained.throughput,
             generations=generations,
+            choice_rows=scorer.choice_rows(),
             bins=scorer.bins,
         )
         print_table(f"{config.name}: held-out results", rows)

@@ -129,8 +129,8 @@ def test_wrong_rationales_are_contrastive_too():
             messages[-1]["content"] for messages in (request.messages, request.contrast)
         )
         assert f"\nAnswer: ({letter}) {item.choice}\n" in target
-        stated = f"({letter}) {item.choice}"
-        assert contrast == target.replace(stated, "(b) shed") != target
+        stated = f"\nAnswer: ({letter}) {item.choice}\n"
+        assert contrast == target.replace(stated, "\nAnswer: (b) shed\n") != target
 
 
 def test_zero_shot_reads():

@@ -14,8 +14,8 @@ SUMMARY = {
     "student": {
         "accuracy": 0.6,
         "nll": 1.25,
-        "exact_match/label": 0.5,
-        "exact_match/rationale": 0.1,
+        "exact_match/label": 0.6,
+        "exact_match_strict/label": 0.5,
     },
     "teacher": {"accuracy": 0.8, "nll": 1.0},
     "parameters": {"student": 1000, "teacher": 5000},
@@ -40,7 +40,7 @@ def fill(workdir: pathlib.Path, found: dict) -> None:
             folder.mkdir(parents=True)
             (folder / runner.FAILED).write_text('{"error": "train: it, \\"broke\\""}')
             continue
-        student = SUMMARY["student"] | {"exact_match/label": 0.5 + number / 100}
+        student = SUMMARY["student"] | {"exact_match_strict/label": 0.5 + number / 100}
         bins = {"counts": [1, 2], "confidences": [0.2, 1.5], "corrects": [0, 2]}
         summary = SUMMARY | {"student": student, "reliability": bins}
         finish(folder, summary, task.commands)
@@ -51,6 +51,7 @@ def test_numbers_of_a_run(tmp_path):
     (tmp_path / "run" / "faithfulness.json").write_text('{"las": 0.5}')
     found = results.numbers(tmp_path / "run")
     assert found["answer_accuracy"] == 0.5
+    assert found["answer_accuracy_lenient"] == 0.6
     assert found["retention"] == 0.6 / 0.8
     assert found["teacher_accuracy"] == 0.8
     assert found["parameters"] == 1000
@@ -60,7 +61,8 @@ def test_numbers_of_a_run(tmp_path):
 
 @pytest.mark.parametrize("view", ["factual", "rationale_then_label"])
 def test_the_answer_is_that_of_the_explaining_view_if_there_is_no_other(tmp_path, view):
-    student = {"nll": 1.0, f"answer_match/{view}": 0.25, f"exact_match/{view}": 0.0}
+    student = {"nll": 1.0, f"answer_match_strict/{view}": 0.25}
+    student |= {f"exact_match_strict/{view}": 0.0, f"answer_match/{view}": 0.3}
     finish(tmp_path / "run", SUMMARY | {"student": student}, ())
     found = results.numbers(tmp_path / "run")
     assert found["answer_accuracy"] == 0.25

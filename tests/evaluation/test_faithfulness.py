@@ -193,7 +193,13 @@ def test_the_rationale_and_the_cue_stand_before_each_choice(words):
         return 0.0
 
     example = EXAMPLES[0]
-    student = chooser(log_probs, words=words, max_prompt=2000, max_target=2000)
+    student = chooser(
+        log_probs,
+        complete=lambda segments: ["" for _ in segments],
+        words=words,
+        max_prompt=2000,
+        max_target=2000,
+    )
     faithfulness.accuracy_after_rationale(
         student, written([example]), [example], "factual", seed=0
     )

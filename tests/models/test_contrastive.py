@@ -155,7 +155,7 @@ def test_what_a_prompt_and_its_contrast_begin_with_is_read_once(model, monkeypat
     assert found == [by_force(model, *pair, 0.5) for pair in zip(*sides, strict=True)]
     assert found != expected
     shared = [2, 4] if isinstance(model[0], DecoderConfig) else [0]
-    assert [list(kind[1:]) for kind in run.compiled] == [shared]
+    assert [list(kind[2:]) for kind in run.compiled] == [shared]
 
 
 def test_a_weight_of_zero_is_greedy_decoding(model):
