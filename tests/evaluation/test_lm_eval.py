@@ -73,8 +73,8 @@ def test_a_student_has_the_harness_accuracies(tmp_path, monkeypatch):
         },
         method={"name": "finetune", "soft_weight": 0.0},
         evaluation={"row_length": 320},
-        student={"decoder": {"init_std": 0.3}},
     )
+    config.student.decoder.init_std = 0.3
     run = open_run(config, tmp_path, splits=("eval",))
     params = lm.init_params(run.student.shape, jax.random.key(0))
     scorer = Scorer(run)
