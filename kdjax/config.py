@@ -255,11 +255,17 @@ class DataConfig:
     eval_split: str = "test"  # split name for datasets and tfds
     rationales: str = ""  # jsonl of {id, text} with one rationale per training row
     eval_rationales: str = ""  # the same for held-out rows
+    # their texts are cut before this; "" = never; auto = "So the answer is", in a file
+    # of which all texts have it
+    rationale_end: str = "auto"
     counterfactuals: str = ""  # jsonl of {id, choice, text}: for a wrong choice each
     counterfactual_place: str = choice("decoder", COUNTERFACTUAL_PLACES)  # its input
     labels: str = ""  # jsonl of {id, answer} by a teacher, to train on; "" = gold
     wrong_labels: str = choice("keep", WRONG_LABELS)  # policy for its wrong answers
     wrong_label_weight: float = share(0.5)  # loss weight (wrong_labels="weight")
+    # rows that are held out are drawn with this seed, as by datasets' train_test_split;
+    # -1 = they are the last ones
+    holdout_seed: int = number(-1, at_least=-1, below=2**32)
     num_train: int = non_negative(0)  # training examples; 0 = all (kinship: above 0)
     num_eval: int = non_negative(0)  # held-out examples; 0 = all (kinship: above 0)
     tokenizer: str = ""  # Hugging Face folder or hub name; "" = the teacher's own

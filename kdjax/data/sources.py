@@ -18,6 +18,7 @@ from kdjax.data.columns import check_text, id_text, is_missing, show
 from kdjax.data.example import Example, contradicts, wrong_choices
 from kdjax.data.readers import Row, kind_of
 from kdjax.data.schemas import Schema
+from kdjax.data.text import CONCLUSION, states_answer
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,10 @@ def iter_examples(config: DataConfig, split: str, *, seed: int) -> Iterator[Exam
     Train and held-out rows are never the same ones: they come from `eval_path`, or
     from `eval_split` of `path`; a source without splits, and without `eval_path`, holds
     out its last `num_eval` rows. Rows without an id get "<split>-<row number>".
+
+    With `holdout_seed` the rows that are held out are drawn: `num_eval` of them or, where
+    held-out rows come from elsewhere, all but `num_train`; the others follow in the
+    order that they are drawn in, as `datasets.Dataset.train_test_split` has them.
 
     Rows are read one at a time: what is held are the last `num_eval` rows, where they
     are held out, 8 bytes per id, and the files that are joined by ids.
@@ -67,7 +72,7 @@ def iter_examples(config: DataConfig, split: str, *, seed: int) -> Iterator[Exam
         examples = _replace_labels(examples, config.labels)
     path = config.rationales if split == "train" else config.eval_rationales
     if path:
-        examples = _join_rationales(examples, path)
+        examples = _join_rationales(examples, path, config.rationale_end)
     if split == "train" and config.counterfactuals:
         examples = _join_counterfactuals(examples, config.counterfactuals)
     yield from examples
@@ -142,9 +147,32 @@ def _read_rows(config: DataConfig, *, train: bool) -> Iterator[Row]:
                 f"eval_path={config.eval_path!r} is the training file: give another "
                 "file, or eval_path='' with num_eval > 0 to hold out its last rows"
             )
+        if train and config.holdout_seed >= 0:
+            rows = _draw(rows, config, train=True)
         yield from rows
         return
-    yield from _hold_out(rows, config.num_eval, train=train)
+    if config.holdout_seed >= 0:
+        yield from _draw(rows, config, train=train)
+    else:
+        yield from _hold_out(rows, config.num_eval, train=train)
+
+
+def _draw(rows: Iterator[Row], config: DataConfig, *, train: bool) -> Iterator[Row]:
+    """Yield the training rows that a seed draws, or the held-out ones; holds all."""
+    table = list(rows)
+    num_eval = config.num_eval
+    if config.eval_path:
+        num_eval = len(table) - config.num_train
+        if not 0 < num_eval < len(table):
+            raise ValueError(
+                f"num_train={config.num_train}: with holdout_seed="
+                f"{config.holdout_seed} and eval_path, num_train of {len(table)} rows "
+                f"are drawn: use 1 to {len(table) - 1}, or holdout_seed=-1"
+            )
+    _check_holdout(num_eval, len(table), train=train)
+    order = np.random.default_rng(config.holdout_seed).permutation(len(table))
+    for index in order[num_eval:] if train else order[:num_eval]:
+        yield table[index]
 
 
 def _split_rows(
@@ -185,13 +213,17 @@ def _hold_out(rows: Iterator[Row], num_eval: int, *, train: bool) -> Iterator[Ro
             oldest = last.popleft()
             if train:
                 yield oldest
+    _check_holdout(num_eval, num_rows, train=train)
+    if not train:
+        yield from last
+
+
+def _check_holdout(num_eval: int, num_rows: int, *, train: bool) -> None:
     if num_eval >= num_rows or (num_eval == 0 and not train):
         raise ValueError(
             f"num_eval={num_eval}: without eval_path the last num_eval of "
             f"{num_rows} rows are held out: use 1 to {num_rows - 1}, or an eval_path"
         )
-    if not train:
-        yield from last
 
 
 class _JoinCheck:
@@ -230,13 +262,29 @@ def _replace_labels(examples: Iterator[Example], path: str) -> Iterator[Example]
     check.finish()
 
 
-def _join_rationales(examples: Iterator[Example], path: str) -> Iterator[Example]:
-    """Replace rationales by those of a file of {id, text}, unchanged.
+def _join_rationales(
+    examples: Iterator[Example], path: str, end: str
+) -> Iterator[Example]:
+    """Replace rationales by those of a file of {id, text}, cut before `end`.
 
-    Logs how many examples have none, and how many rationales conclude with another
-    choice's letter than the answer's (they are kept).
+    Logs how many examples have none, how many are cut, and how many say which is the
+    answer, or conclude with another choice's letter than the answer's (all are kept).
     """
     texts = _read_texts("rationales", path, ("id",))
+    if end == "auto":
+        end = CONCLUSION if all(CONCLUSION in text for text in texts.values()) else ""
+    if end:
+        num_cut = sum(end in text for text in texts.values())
+        texts = {key: text.partition(end)[0].strip() for key, text in texts.items()}
+        logger.warning(
+            "%s: %d of %d rationales are cut before %r; %d say which is the answer all "
+            "the same (data.rationale_end)",
+            path,
+            num_cut,
+            len(texts),
+            end,
+            sum(map(states_answer, texts.values())),
+        )
     check, num_contradicting = _JoinCheck("rationales", path), 0
     for example in examples:
         joined = replace(example, rationale=texts.get((example.id,), ""))

@@ -8,6 +8,7 @@ import pytest
 from kdjax.config import DataConfig
 from kdjax.data.example import Example, contradicts, wrong_choices
 from kdjax.data.sources import load_examples
+from kdjax.data.text import states_answer
 
 CSQA = {
     "id": "c0",
@@ -132,11 +133,65 @@ def test_rationales_are_joined_by_id_as_they_are(tmp_path, caplog):
     file = write(tmp_path / "r.jsonl", [{"id": "c0", "text": text}])
     rows = [CSQA, {**CSQA, "id": "c1"}]
     config = jsonl(tmp_path, rows, schema="commonsense_qa", rationales=file)
+    config.rationale_end = ""
     with caplog.at_level(logging.INFO):
         first, second = load(config)
     assert (first.rationale, second.rationale) == (text, "")
     assert contradicts(first) and not contradicts(second)
     assert "1 of 2 examples have a rationale; 1 conclude" in caplog.text
+
+
+PALM = [
+    {"id": "c0", "text": "It is near. So the answer is (a) here."},
+    {
+        "id": "c1",
+        "text": "The answer is home, as one lives. So the answer is (b).",
+    },
+]
+
+
+@pytest.mark.parametrize(
+    ("end", "texts", "first", "second"),
+    [
+        ("auto", PALM, "It is near.", "The answer is home, as one lives."),
+        ("", PALM, PALM[0]["text"], PALM[1]["text"]),
+        (", as", PALM, PALM[0]["text"], "The answer is home"),
+        # Not all texts conclude: this is not that file's form.
+        ("auto", [PALM[0], {"id": "c1", "text": "Far."}], PALM[0]["text"], "Far."),
+        ("So the", [PALM[0], {"id": "c1", "text": "Far."}], "It is near.", "Far."),
+    ],
+)
+def test_rationales_end_before_their_conclusion(
+    tmp_path, caplog, end, texts, first, second
+):
+    """As step-by-step cuts PaLM's: what stands before it is the rationale."""
+    file = write(tmp_path / "r.jsonl", texts)
+    rows = [CSQA, {**CSQA, "id": "c1"}]
+    config = jsonl(tmp_path, rows, schema="commonsense_qa", rationales=file)
+    config.rationale_end = end
+    assert [example.rationale for example in load(config)] == [first, second]
+    if (end, texts) == ("auto", PALM):
+        assert "2 of 2 rationales are cut before 'So the answer is'; 1 say" in (
+            caplog.text
+        )
+
+
+def test_held_out_rows_are_those_that_datasets_draws(tmp_path):
+    import datasets
+
+    rows = [{"id": str(n), "question": "Q?", "answer": "A"} for n in range(47)]
+    drawn = datasets.Dataset.from_list(rows).train_test_split(test_size=0.1, seed=3)
+    config = jsonl(tmp_path, rows, num_eval=5, holdout_seed=3)
+    assert [e.id for e in load(config)] == drawn["train"]["id"]
+    assert [e.id for e in load(config, "eval")] == drawn["test"]["id"]
+    # Held out rows from elsewhere: the training rows are the same.
+    config.eval_path = write(tmp_path / "dev.jsonl", rows[:3])
+    config.num_train, config.num_eval = 42, 0
+    assert [e.id for e in load(config)] == drawn["train"]["id"]
+    assert len(load(config, "eval")) == 3
+    config.num_train = 47
+    with pytest.raises(ValueError, match=r"num_train=47: .* use 1 to 46"):
+        load(config)
 
 
 @pytest.mark.parametrize(
@@ -318,6 +373,13 @@ def test_real_commonsense_qa():
     )
     train, held_out = load(config), load(config, "eval")
     assert (len(train), len(held_out)) == (9741, 1221)
+    # None concludes with an answer; few name one in other words, as their authors have
+    # them too.
+    assert not any("So the answer is" in e.rationale for e in train + held_out)
+    assert sum(states_answer(e.rationale) for e in train) == 55
+    config.rationale_end = ""
+    train = load(config)
+    assert sum(states_answer(e.rationale) for e in train) == 9741
     assert all(len(e.choices) == 5 and e.answer in e.choices for e in train)
     assert all(e.rationale for e in train + held_out)
     share = sum(map(contradicts, train)) / len(train)

@@ -29,7 +29,7 @@ metric_list:
   - metric: acc_norm
   - metric: acc_bytes
 """
-NOUNS = "sun rain élan stone leaf tide mist granite ash fern".split()
+NOUNS = ["sun", "rain", "élan", "stone", "leaf", "tide", "mist", "granite", "ash"]
 
 
 def arc_like(num: int) -> list[dict]:
