@@ -372,8 +372,8 @@ class TeacherCache:
                 path = self.folder / self.manifest.shards[shard].name
                 reader = open_reader(path, layout and layout.chunks)
             if layout is None:
-                entry = self._read_entry(shard, reader)
-                layout = _Layout(reader.chunks, entry.coder)
+                index = self._read_entry(shard, reader)
+                layout = _Layout(reader.chunks, index.coder)
                 self._layout_bytes += layout.num_bytes
                 while self._layouts and self._layout_bytes > _MAX_LAYOUTS:
                     oldest = self._layouts.pop(next(iter(self._layouts)))
