@@ -38,22 +38,31 @@ flags.declare_key_flag("step")
 
 def score(
     config: Config, workdir: pathlib.Path, name: str, *, step: int | None = None
-) -> tuple[dict[str, float], Shape]:
+) -> tuple[dict[str, float], Shape | None]:
     """Score "student", "teacher" or a Hugging Face folder.
 
     Returns:
-      Held-out metrics, and the shape of the model.
+      Held-out metrics, and the shape of the model; None of a teacher without weights,
+      whose metrics are those of its records.
     """
-    from kdjax.evaluation.scorer import Scorer
+    from kdjax.evaluation.scorer import Scorer, score_records
     from kdjax.evaluation.text_match import match_rates
     from kdjax.experiment.models import load_model
     from kdjax.experiment.run import open_run
-    from kdjax.experiment.teacher import teacher_folder
+    from kdjax.experiment.teacher import runs_elsewhere, teacher_folder
     from kdjax.teacher import build
     from kdjax.training.checkpoint import load_student
 
     student_run = open_run(config, workdir, splits=("eval",))
     cache = build.open_split(student_run, "eval")
+    if name == "teacher" and runs_elsewhere(config):
+        metrics = score_records(cache, student_run.data)
+        if not metrics:
+            raise ValueError(
+                f"teacher.path={config.teacher.path!r} has no weights, and its records "
+                "do not say how probable the tokens were: there is nothing to measure"
+            )
+        return metrics, None
     if name == "student":
         model, params = student_run.student, load_student(student_run, step=step)
     else:

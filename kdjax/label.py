@@ -27,6 +27,7 @@ def run(config: Config, workdir: pathlib.Path) -> None:
         )
     labelled = open_run(config, workdir)
     build.check(labelled)
+    build.check_can_label(labelled)
     caches = build.ensure(labelled)
     if distributed.is_main():
         print_table(

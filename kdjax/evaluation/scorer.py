@@ -5,17 +5,18 @@ import hashlib
 import json
 import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float64
 
-from kdjax.config import DecoderConfig, T5Config
+from kdjax.config import Config, DecoderConfig, T5Config
 from kdjax.data import loader, templates, views
 from kdjax.evaluation import calibration, text_match
 from kdjax.experiment import methods
+from kdjax.experiment.data import Data
 from kdjax.experiment.models import (
     Model,
     load_model,
@@ -330,6 +331,57 @@ def score_teacher(
         if distributed.is_main():
             files.write_json(file, metrics)
     return metrics, shape
+
+
+def score_records(cache: Any, data: Data) -> dict[str, float]:
+    """Compute what a cache's records say about the teacher itself.
+
+    Args:
+      cache: the teacher's records of the held-out segments; None = there are none.
+      data: of the run, with the held-out segments.
+
+    Returns:
+      nll, perplexity and nll/<view>, as `Scorer` has them; {} where the records have
+      no log-probabilities of the tokens that came.
+    """
+    if cache is None or "target_log_probs" in cache.manifest.missing:
+        return {}
+    sums, counts = np.zeros((2, len(data.eval_views)))
+    for segment in data.evaluation:
+        record = cache.read(segment.key)
+        sums[segment.view] -= record.target_log_probs.sum(dtype=np.float64)
+        counts[segment.view] += record.num_tokens
+    nll = float(sums.sum() / counts.sum())
+    metrics = {"nll": nll, "perplexity": math.exp(min(nll, 700.0))}
+    for name, total, count in zip(data.eval_views, sums, counts, strict=True):
+        metrics[f"nll/{name}"] = float(total / max(1, count))
+    return metrics
+
+
+def not_measured(
+    config: Config, cache: Any, student: Mapping[str, float]
+) -> dict[str, str]:
+    """Return the held-out metrics that a teacher without weights leaves out, and why.
+
+    Args:
+      config: of a run whose teacher runs elsewhere.
+      cache: the teacher's records of the held-out segments; None = there are none.
+      student: metrics of the student, by name.
+    """
+    reasons: dict[str, str] = {}
+    if cache is None:
+        absent = "no records of the held-out examples: import them, --split=eval"
+        reasons |= dict.fromkeys(("student/kl", "student/agreement"), absent)
+        reasons["teacher/nll"] = absent
+    elif "target_log_probs" in cache.manifest.missing:
+        reasons["teacher/nll"] = (
+            f"its records ({cache.manifest.teacher_fingerprint}) have no "
+            "log-probabilities of the tokens that came"
+        )
+    absent = f"teacher.path={config.teacher.path!r} has no weights"
+    return reasons | {
+        f"teacher/{name}": absent for name in ("accuracy", "ece") if name in student
+    }
 
 
 def _read_metrics(file: pathlib.Path) -> dict[str, float]:

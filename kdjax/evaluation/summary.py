@@ -3,6 +3,8 @@
 import importlib.metadata
 import json
 import platform
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -20,10 +22,11 @@ _LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "numpy
 
 
 def evaluation_row(
-    name: str, metrics: dict[str, float], shape: Shape
+    name: str, metrics: dict[str, float], shape: Shape | None
 ) -> dict[str, Any]:
-    """Return one line of the table of held-out results."""
-    row = {"model": name, "params": f"{flops.params_count(shape):,}"}
+    """Return one line of the table of held-out results; shape None is not known."""
+    params = "" if shape is None else f"{flops.params_count(shape):,}"
+    row = {"model": name, "params": params}
     names = ("accuracy", "nll", "kl", "agreement", "ece")
     return row | {key: f"{metrics[key]:.4f}" for key in names if key in metrics}
 
@@ -38,6 +41,7 @@ def write_summary(
     generations: list[dict[str, Any]],
     choice_rows: list[dict[str, Any]],
     bins: calibration.Bins | None,
+    not_measured: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Write summary.json, generations.jsonl and choices.jsonl.
 
@@ -50,6 +54,7 @@ def write_summary(
       generations: rows of generations.jsonl.
       choice_rows: rows of choices.jsonl; [] writes no such file.
       bins: of the student's calibration.
+      not_measured: metrics that could not be had, as model/metric, and why.
 
     Returns:
       The summary.
@@ -71,6 +76,7 @@ def write_summary(
             "teacher": teacher_shape and flops.params_count(teacher_shape),
         },
         **({"labels": labels} if labels else {}),
+        **({"not_measured": dict(not_measured)} if not_measured else {}),
         "tokens_per_second": throughput.get("tokens_per_second"),
         "throughput": throughput,
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",

@@ -5,6 +5,7 @@ import pathlib
 from typing import Any
 
 from kdjax.config import Config, DecoderConfig, MethodConfig, StudentConfig
+from kdjax.experiment import methods
 from kdjax.experiment.rows import joint_row_length
 from kdjax.models import hf
 from kdjax.models.lm import Shape
@@ -13,6 +14,34 @@ from kdjax.models.lm import Shape
 def has_teacher(config: Config) -> bool:
     """Return True if a teacher is named, or will be trained."""
     return bool(config.teacher.path) or config.data.is_built_in
+
+
+def runs_elsewhere(config: Config) -> bool:
+    """Return True if the teacher is only known by what it said elsewhere.
+
+    `teacher.path` then has its tokenizer, perhaps its config, and no weights.
+    """
+    return bool(config.teacher.path) and not hf.has_weights(config.teacher.path)
+
+
+def check_runs_elsewhere(config: Config) -> None:
+    """Check that a config needs no weights of its teacher.
+
+    Raises:
+      ValueError: it does.
+    """
+    reasons = {
+        "student.init='teacher_layers'": config.student.init == "teacher_layers",
+        "teacher.online=True": config.teacher.online
+        and methods.needs_teacher(config.method),
+    }
+    for setting, needs_weights in reasons.items():
+        if needs_weights:
+            raise ValueError(
+                f"{setting} needs the teacher's weights, and teacher.path="
+                f"{config.teacher.path!r} has no *.safetensors: download them, or "
+                "change this setting"
+            )
 
 
 def teacher_shape(config: Config, tokenizer: Any) -> Shape:

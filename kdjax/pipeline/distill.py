@@ -5,7 +5,12 @@ import pathlib
 from typing import Any
 
 from kdjax.config import Config
-from kdjax.evaluation.scorer import Scorer, score_teacher
+from kdjax.evaluation.scorer import (
+    Scorer,
+    not_measured,
+    score_records,
+    score_teacher,
+)
 from kdjax.evaluation.summary import evaluation_row, write_summary
 from kdjax.evaluation.text_match import match_rates
 from kdjax.experiment import methods, provenance, validate, workdir
@@ -14,6 +19,7 @@ from kdjax.experiment.rows import make_plan
 from kdjax.experiment.run import Run, open_run
 from kdjax.experiment.teacher import (
     has_teacher,
+    runs_elsewhere,
     teacher_config,
     teacher_folder,
     teacher_shape,
@@ -77,8 +83,13 @@ def distill(config: Config, workdir: str | pathlib.Path = "") -> Distilled:
     metrics = metrics | match_rates(generations)
     rows = [evaluation_row("student", metrics, run.student.shape)]
     of_teacher: dict[str, float] = {}
-    scored_shape = None
-    if has_teacher(config):
+    scored_shape, absent = None, {}
+    if has_teacher(config) and runs_elsewhere(config):
+        of_teacher = score_records(caches.get("eval"), run.data)
+        absent = not_measured(config, caches.get("eval"), metrics)
+        if of_teacher:
+            rows.insert(0, evaluation_row("teacher", of_teacher, None))
+    elif has_teacher(config):
         of_teacher, scored_shape = score_teacher(
             run,
             build.folder(config, run.workdir, "teacher_scores"),
@@ -97,8 +108,11 @@ def distill(config: Config, workdir: str | pathlib.Path = "") -> Distilled:
             generations=generations,
             choice_rows=scorer.choice_rows(),
             bins=scorer.bins,
+            not_measured=absent,
         )
         print_table(f"{config.name}: held-out results", rows)
+        for name, reason in absent.items():
+            print(f"not measured: {name}: {reason}")
     return Distilled(run=run, params=trained.params, metrics=metrics, summary=summary)
 
 
@@ -115,7 +129,7 @@ def open_experiment(config: Config, folder: pathlib.Path) -> Run:
     make_plan(config, shape, run.data.train)
     num_rows = config.train.batch_size // config.train.num_microbatches
     sharding.local_rows(run.mesh, num_rows)
-    if has_teacher(config):
+    if has_teacher(config) and not runs_elsewhere(config):
         check_teacher(config, shape, teacher_shape(config, run.tokenizer))
     trainable.frozen_paths(run.student.abstract, config.optim.freeze)
     build.check(run)

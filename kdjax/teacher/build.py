@@ -5,6 +5,7 @@ import functools
 import hashlib
 import pathlib
 import sys
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -18,7 +19,13 @@ from kdjax.experiment import methods
 from kdjax.experiment.models import load_model
 from kdjax.experiment.rows import row_kwargs
 from kdjax.experiment.run import Run
-from kdjax.experiment.teacher import has_teacher, teacher_folder, teacher_shape
+from kdjax.experiment.teacher import (
+    check_runs_elsewhere,
+    has_teacher,
+    runs_elsewhere,
+    teacher_folder,
+    teacher_shape,
+)
 from kdjax.models import flops, hf
 from kdjax.models.lm import Shape
 from kdjax.parallel import distributed, sharding
@@ -52,16 +59,40 @@ def check(run: Run) -> None:
       ValueError: a cache that does not fit, or an example longer than a labelled row.
     """
     config, splits = run.config, segments_to_label(run)
-    rows = _rows(config, teacher_shape(config, run.tokenizer)) if splits else {}
-    for split, segments in splits.items():
-        try:
-            loader.BatchPlan(segments, batch_size=1, shuffle=False, **rows)
-        except ValueError as error:
-            raise ValueError(
-                f"labelling {split}, with cache.row_length: {error}"
-            ) from None
-        if not label.missing(folder(config, run.workdir, split)):
-            _open(run, split, segments)
+    todo = _missing(run, splits)
+    if has_teacher(config) and runs_elsewhere(config):
+        check_runs_elsewhere(config)
+        if "train" in todo:
+            check_can_label(run)
+    elif todo:
+        rows = _rows(config, teacher_shape(config, run.tokenizer))
+        for split in todo:
+            try:
+                loader.BatchPlan(splits[split], batch_size=1, shuffle=False, **rows)
+            except ValueError as error:
+                raise ValueError(
+                    f"labelling {split}, with cache.row_length: {error}"
+                ) from None
+    for split in splits:
+        if split not in todo:
+            _open(run, split, splits[split])
+
+
+def check_can_label(run: Run) -> None:
+    """Raise ValueError if the teacher is to label something and has no weights."""
+    config = run.config
+    todo = sorted(_missing(run, segments_to_label(run)), reverse=True)
+    if todo and runs_elsewhere(config):
+        raise ValueError(
+            f"{folder(config, run.workdir, todo[0])} is not labelled, and teacher.path="
+            f"{config.teacher.path!r} has no weights to label with: download them, or "
+            "import what the teacher said elsewhere (docs/cache.md)"
+        )
+
+
+def _missing(run: Run, splits: Collection[str]) -> list[str]:
+    """Return the splits whose cache is not there, or not finished."""
+    return [s for s in splits if label.missing(folder(run.config, run.workdir, s))]
 
 
 def _rows(config: Config, teacher: Shape) -> dict[str, Any]:
@@ -106,11 +137,15 @@ def ensure(run: Run) -> dict[str, cache_lib.TeacherCache]:
     config, workdir = run.config, run.workdir
     teacher_path = teacher_folder(config, workdir)
     splits = segments_to_label(run)
-    todo = {
-        split: segments
-        for split, segments in splits.items()
-        if label.missing(folder(config, workdir, split))
-    }
+    todo = {split: splits[split] for split in _missing(run, splits)}
+    if todo and runs_elsewhere(config):
+        print(
+            f"{' and '.join(str(folder(config, workdir, split)) for split in todo)}: "
+            "not labelled, and the teacher has no weights here: no KL, no agreement",
+            file=sys.stderr,
+        )
+        splits = {name: of for name, of in splits.items() if name not in todo}
+        todo = {}
     # Every process looks before any of them finishes a cache.
     distributed.barrier("look")
     if todo:
@@ -139,12 +174,16 @@ def _open(run: Run, split: str, segments: list[Segment]) -> cache_lib.TeacherCac
 def _check_teacher(
     config: Config, workdir: pathlib.Path, teacher_path: str, splits: set[str]
 ) -> None:
-    """Refuse caches of another teacher; an import's is only known by name."""
-    fingerprint = hf.fingerprint(teacher_path)
+    """Refuse caches of another teacher; an import's is only known by name.
+
+    So is that of a teacher without weights here.
+    """
     for split in sorted(splits):
         path = folder(config, workdir, split)
         manifest = cache_lib.read_manifest(path)
-        if not manifest.missing and manifest.teacher_fingerprint != fingerprint:
+        if manifest.missing or runs_elsewhere(config):
+            continue
+        if manifest.teacher_fingerprint != hf.fingerprint(teacher_path):
             raise ValueError(
                 f"teacher.path={teacher_path!r} is not the teacher that {path} was "
                 f"labelled with ({manifest.teacher_path!r}): name that one, or another "

@@ -268,8 +268,11 @@ def import_file(
       ValueError: as `import_sequences` and `cache.verify`; then there is no manifest.
     """
     vocab_size = len(tokenizer)
-    if config.teacher.path:  # ids of a padded vocabulary may be among the stored ones
-        vocab_size = hf.read_config(hf.resolve(config.teacher.path)).vocab_size
+    # Ids of a padded vocabulary may be among the stored ones.
+    if config.teacher.path:
+        folder = hf.resolve(config.teacher.path)
+        if (folder / "config.json").is_file():
+            vocab_size = hf.read_config(folder).vocab_size
     k = min(config.cache.k, vocab_size)
     teacher = teacher or config.teacher.path or "unknown"
     manifest = Manifest(

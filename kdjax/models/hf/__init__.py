@@ -2,6 +2,7 @@
 
 from kdjax.models.hf.folder import (
     fingerprint,
+    has_weights,
     join,
     load_params,
     read_config,
@@ -12,6 +13,7 @@ from kdjax.models.hf.folder import (
 
 __all__ = [
     "fingerprint",
+    "has_weights",
     "join",
     "load_params",
     "read_config",

@@ -207,14 +207,26 @@ def save(
 
 
 def fingerprint(path: str | os.PathLike) -> str:
-    """Hex sha256 of config.json and of every weight file, names included."""
+    """Compute the hex sha256 of config.json and of every weight file, with its name.
+
+    These are the files beside config.json and those that the weights' index names.
+    """
     folder = resolve(path)
     digest = hashlib.sha256()
-    for file in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
+    beside = sorted(folder.glob("*.safetensors"))
+    below = sorted(safetensors_io.indexed_files(folder) - set(beside))
+    for file in [folder / "config.json", *beside, *below]:
         with open(file, "rb") as stream:
             content = hashlib.file_digest(stream, "sha256").hexdigest()
-        digest.update(f"{file.name} {content}\n".encode())
+        digest.update(f"{file.relative_to(folder).as_posix()} {content}\n".encode())
     return digest.hexdigest()
+
+
+def has_weights(path: str | os.PathLike) -> bool:
+    """Return True if a folder, or a model of the hub, has files of weights."""
+    folder = resolve(path)
+    patterns = ("*.safetensors", safetensors_io.INDEX, "pytorch_model*.bin*")
+    return any(any(folder.glob(pattern)) for pattern in patterns)
 
 
 def join(key_path) -> str:

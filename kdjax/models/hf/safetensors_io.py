@@ -51,12 +51,7 @@ def find(folder: pathlib.Path) -> tuple[dict[str, Tensor], dict[str, pathlib.Pat
     Raises:
       ValueError: a file that is missing, cut short or damaged.
     """
-    origins = {}
-    if (folder / INDEX).is_file():
-        weight_map = read_json(folder / INDEX).get("weight_map")
-        if not weight_map:
-            raise ValueError(f"{folder / INDEX} lacks weight_map: download it again")
-        origins = {name: folder / file for name, file in weight_map.items()}
+    origins = _read_index(folder)
     tensors: dict[str, Tensor] = {}
     for file in sorted(set(origins.values())) or [folder / "model.safetensors"]:
         of_file = sorted(name for name, found in origins.items() if found == file)
@@ -73,6 +68,36 @@ def find(folder: pathlib.Path) -> tuple[dict[str, Tensor], dict[str, pathlib.Pat
                 f"{file} is damaged ({error}){holds}: download the folder again"
             ) from error
     return tensors, origins
+
+
+def indexed_files(folder: pathlib.Path) -> set[pathlib.Path]:
+    """Return the files that the index of a folder names; none without an index."""
+    return set(_read_index(folder).values())
+
+
+def _read_index(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+    """Read the file of each tensor, by name; {} where the folder has no index.
+
+    Raises:
+      ValueError: the index has no names, or leads out of the folder.
+    """
+    if not (folder / INDEX).is_file():
+        return {}
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{folder / INDEX} lacks weight_map: download it again")
+    for file in weight_map.values():
+        # Links may lead elsewhere, as those of the hub's cache do; names may not.
+        if not isinstance(file, str) or not file or "\0" in file:
+            raise ValueError(
+                f"{folder / INDEX} names {file!r} as a file: download it again"
+            )
+        if pathlib.PurePath(file).is_absolute() or ".." in pathlib.PurePath(file).parts:
+            raise ValueError(
+                f"{folder / INDEX} names {file!r}, which leads out of the folder: do "
+                "not use this model"
+            )
+    return {name: folder / file for name, file in weight_map.items()}
 
 
 def names(folder: pathlib.Path) -> set[str]:
