@@ -395,7 +395,12 @@ class CacheConfig:
     num_rounds: int = positive(1)
     # declared: exact log Z for each
     temperatures: tuple[float, ...] = positive((1.0, 2.0))
-    shard_size: int = positive(512)  # records (example, view) per shard
+    # records (example, view) per shard; 0 = from shard_mib
+    shard_size: int = non_negative(0)
+    # of a shard, MiB, as estimated; fewer where that makes less than 64 shards of at
+    # least 512 records
+    shard_mib: int = positive(32)
+    num_threads: int = positive(2)  # that encode records beside the teacher
     batch_size: int = positive(8)  # packed rows per teacher forward
     row_length: int = positive(512)  # tokens per packed row while labelling
     encoder_row_length: int = non_negative(0)  # of an encoder; 0 = row_length

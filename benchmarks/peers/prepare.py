@@ -82,7 +82,8 @@ def _label(config: Config, segments: list, folder: pathlib.Path) -> None:
         settings,
         lambda *batch: label_step(params, *jax.device_put(batch, placed)),
     )
-    num_shards = len(label.shards(segments, settings.shard_size))
+    size = label.records_per_shard(segments, manifest, settings)
+    num_shards = len(label.shards(segments, size))
     cache.finish(folder / "cache", manifest, num_shards=num_shards)
 
 

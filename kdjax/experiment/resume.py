@@ -9,6 +9,8 @@ _FREE = (
     "annotate.",
     "cache.path",
     "cache.shard_size",
+    "cache.shard_mib",
+    "cache.num_threads",
     "cache.batch_size",
     "cache.row_length",
     "cache.encoder_row_length",

@@ -254,8 +254,9 @@ def _build(run: Run, teacher_path: str, todo: dict[str, list[Segment]]) -> None:
             data=f"{config.data.source} {config.data.path} {split} {'+'.join(names)}",
             content=content.hexdigest(),
             dtype=config.train.dtype,
-            shard_size=settings.shard_size,
         )
+        shard_size = label.records_per_shard(segments, manifest, settings)
+        manifest = dataclasses.replace(manifest, shard_size=shard_size)
         with progress(
             num_tokens, f"label {split}", is_main=distributed.is_main()
         ) as advance:
@@ -275,7 +276,7 @@ def _build(run: Run, teacher_path: str, todo: dict[str, list[Segment]]) -> None:
             )
         distributed.barrier(f"label {split}")
         if distributed.is_main():
-            num_shards = len(label.shards(segments, settings.shard_size))
+            num_shards = len(label.shards(segments, shard_size))
             cache_lib.finish(path, manifest, num_shards=num_shards)
             _print_speed(config, split, totals, model.shape)
         distributed.barrier(f"finish {split}")

@@ -20,12 +20,13 @@ Symbols are a plane. The low bits are a frame: first all of 4 bits, two to a byt
 earlier one low; then all of 8, then all of 16 bits.
 """
 
+import functools
 import struct
 import threading
 
 import numpy as np
 import zstandard
-from jaxtyping import Float32, Int32, Integer, UInt8
+from jaxtyping import Float32, Int32, Integer, UInt8, UInt16
 
 _LENGTH = struct.Struct("<I")
 _LEVEL = 6  # of Zstandard: beyond it a record is not smaller
@@ -157,11 +158,9 @@ class IdCoder:
 
     def pack(self, ids: Integer[np.ndarray, "N"]) -> bytes:
         """Pack ids into the frame of symbols and the frame of low bits."""
-        ranks_V = len(self.order) + np.arange(self.vocab_size)
-        ranks_V[self.order] = np.arange(len(self.order))
-        ranks = ranks_V[ids]
-        symbols = np.searchsorted(_BASES, ranks, side="right") - 1
-        low, widths = ranks - _BASES[symbols], _WIDTHS[symbols]
+        symbols_V, low_V = self._codes
+        symbols, low = symbols_V.take(ids), low_V.take(ids)
+        widths = _WIDTHS.take(symbols)
         nibbles = low[widths == 4]
         nibbles = np.append(nibbles, [0] * (len(nibbles) % 2)).reshape(-1, 2)
         groups = (
@@ -169,9 +168,18 @@ class IdCoder:
             low[widths == 8].astype(np.uint8),
             low[widths == 16].astype("<u2"),
         )
-        return pack_frame(symbols.astype(np.uint8).tobytes()) + pack_frame(
+        return pack_frame(symbols.tobytes()) + pack_frame(
             b"".join(group.tobytes() for group in groups)
         )
+
+    @functools.cached_property
+    def _codes(self) -> tuple[UInt8[np.ndarray, "V"], UInt16[np.ndarray, "V"]]:
+        """The symbol and the low bits of every id."""
+        ranks_V = len(self.order) + np.arange(self.vocab_size)
+        ranks_V[self.order] = np.arange(len(self.order))
+        symbols_V = np.searchsorted(_BASES, ranks_V, side="right") - 1
+        low_V = ranks_V - _BASES[symbols_V]
+        return symbols_V.astype(np.uint8), low_V.astype(np.uint16)
 
     def unpack(self, reader: FrameReader, num: int) -> Int32[np.ndarray, "N"]:
         """Unpack ids of `pack`."""

@@ -20,12 +20,40 @@ from kdjax.data.views import Segment
 from kdjax.teacher import cache, sampling
 from kdjax.teacher.codec import Record
 
+_FEWEST_RECORDS, _FEWEST_SHARDS = 512, 64
+_RECORD_BYTES = 150  # of a record besides its tokens: frames, key, framing
+
 LabelStep = Callable[[loader.Batch, Any], dict[str, jax.Array]]
 
 
 def missing(folder: pathlib.Path) -> bool:
     """Return True if the cache has no manifest: it is not, or not fully, labelled."""
     return not (folder / cache.MANIFEST).is_file()
+
+
+def records_per_shard(
+    segments: Sequence[Segment], manifest: cache.Manifest, config: CacheConfig
+) -> int:
+    """Return the records of a shard: cache.shard_size, or what cache.shard_mib gives.
+
+    That is as many records of mean length as fit, by the bytes of a target token that
+    are typical of the kind. A cache has at least 64 shards, unless they were smaller
+    than 512 records: so hosts share the work, and little is done again after a kill.
+    It follows from segments, manifest and config alone: all hosts and restarts agree.
+    """
+    if config.shard_size:
+        return config.shard_size
+    lengths = {segment.key: len(segment.target_ids) for segment in segments}
+    num_records = max(1, len(lengths))
+    num_scalars = 2 + 2 * len(manifest.temperatures)
+    pair_bytes = {"top_k": 1.7, "sampled": 0.6, "dense": 4.0}[manifest.kind]
+    num_pairs = manifest.k
+    if manifest.kind == "sampled":
+        num_pairs *= manifest.num_rounds * len(manifest.temperatures)
+    token_bytes = pair_bytes * num_pairs + 3 * num_scalars
+    record_bytes = _RECORD_BYTES + token_bytes * sum(lengths.values()) / num_records
+    fitting = int(config.shard_mib * 2**20 / record_bytes)
+    return max(1, min(fitting, max(_FEWEST_RECORDS, num_records // _FEWEST_SHARDS)))
 
 
 def shards(segments: Sequence[Segment], shard_size: int) -> list[list[Segment]]:
@@ -61,7 +89,7 @@ def label(
       included) and "seconds", all of this process and without its first batch, which
       compiles.
     """
-    all_shards = shards(segments, config.shard_size)
+    all_shards = shards(segments, records_per_shard(segments, manifest, config))
     complete = cache.complete_shards(folder, manifest)
     clock = _Clock()
     rows = rows or {"row_length": config.row_length}
@@ -74,7 +102,14 @@ def label(
         records = _label_shard(
             shard, manifest, config, label_step, rows, clock, advance
         )
-        cache.write_shard(folder, index, len(all_shards), records, manifest)
+        cache.write_shard(
+            folder,
+            index,
+            len(all_shards),
+            records,
+            manifest,
+            num_threads=config.num_threads,
+        )
     return clock.totals()
 
 

@@ -6,6 +6,8 @@ can be checked before there is a manifest, and labelling that was killed continu
 it stopped.
 """
 
+import collections
+import contextlib
 import hashlib
 import itertools
 import json
@@ -13,7 +15,8 @@ import os
 import pathlib
 import struct
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent import futures
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +31,7 @@ from kdjax.teacher.key_index import KEY_BYTES
 from kdjax.teacher.manifest import MANIFEST, Manifest, check_identity, shard_name
 
 _ORDER_TOKENS = 4096  # the order of ids is made from so many tokens of the shard
+_BATCH_VALUES = 1 << 16  # numbers that a thread encodes at a time
 _CRC = struct.Struct("<I")  # crc32 of key and payload, before it, in every record
 _LENGTH = struct.Struct("<I")  # bytes of the JSON part of an index
 _WRITER_OPTIONS = "group_size:1,uncompressed"  # records are compressed already
@@ -60,10 +64,12 @@ def write_shard(
     num_shards: int,
     records: Iterable[tuple[bytes, Record]],
     manifest: Manifest,
+    *,
+    num_threads: int = 1,
 ) -> None:
     """Write one shard atomically: temporary file, fsync, rename.
 
-    The same records give the same bytes.
+    The same records give the same bytes, whatever the number of threads.
 
     Args:
       folder: the cache; made if it does not exist.
@@ -71,6 +77,7 @@ def write_shard(
       num_shards: of the whole cache.
       records: (16-byte key, record) pairs; consumed as a stream.
       manifest: of the cache; its `shards` are not used.
+      num_threads: that encode records beside the caller's, which makes and writes them.
 
     Raises:
       ValueError: a record that does not fit the manifest, or a repeated key.
@@ -78,14 +85,61 @@ def write_shard(
     coder, records = _with_coder(records, manifest.vocab_size)
     keys: dict[bytes, None] = {}
 
-    def payloads() -> Iterator[tuple[bytes, bytes, int]]:
+    def checked() -> Iterator[tuple[bytes, Record]]:
         for key, record in records:
             check_record(key, record, manifest, seen=keys)
             keys[key] = None
-            payload = codec.encode(record, coder, temperatures=manifest.temperatures)
-            yield key, payload, record.num_tokens
+            yield key, record
 
-    _write(folder, index, num_shards, payloads(), coder, manifest)
+    def encode(batch: list[tuple[bytes, Record]]) -> list[tuple[bytes, bytes, int]]:
+        return [
+            (
+                key,
+                codec.encode(record, coder, temperatures=manifest.temperatures),
+                record.num_tokens,
+            )
+            for key, record in batch
+        ]
+
+    with contextlib.closing(
+        _map_in_order(encode, _batches(checked()), num_threads)
+    ) as encoded:
+        payloads = itertools.chain.from_iterable(encoded)
+        _write(folder, index, num_shards, payloads, coder, manifest)
+
+
+def _batches(
+    records: Iterable[tuple[bytes, Record]],
+) -> Iterator[list[tuple[bytes, Record]]]:
+    """Group records, so that a thread has work for some milliseconds."""
+    batch: list[tuple[bytes, Record]] = []
+    num_values = 0
+    for pair in records:
+        batch.append(pair)
+        num_values += pair[1].ids.size + pair[1].log_probs.size
+        if num_values >= _BATCH_VALUES:
+            yield batch
+            batch, num_values = [], 0
+    if batch:
+        yield batch
+
+
+def _map_in_order(
+    function: Callable[[Any], Any], items: Iterator[Any], num_threads: int
+) -> Iterator[Any]:
+    """Yield function(item) in the items' order, a few items ahead in threads."""
+    with futures.ThreadPoolExecutor(num_threads, "encode") as pool:
+        pending: collections.deque[futures.Future] = collections.deque()
+        try:
+            for item in items:
+                pending.append(pool.submit(function, item))
+                if len(pending) > 2 * num_threads:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
 
 
 def copy_shard(

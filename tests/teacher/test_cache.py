@@ -10,8 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from kdjax.config import CacheConfig
+from kdjax.data.views import Segment
 from kdjax.teacher import cache as cache_lib
-from kdjax.teacher import codec, shards
+from kdjax.teacher import codec, label, shards
 from kdjax.teacher.byte_planes import IdCoder
 
 VOCAB_SIZE, K = 300, 8
@@ -396,3 +398,53 @@ def test_a_damaged_record_is_named_when_it_is_read(tmp_path):
     cache = cache_lib.load_cache(tmp_path)
     with pytest.raises(cache_lib.DamagedShardError, match=r"record 2 of .*shard-00000"):
         cache.read(pairs[1][0])
+
+
+@pytest.mark.parametrize("manifest", [MANIFEST, DENSE], ids=["top_k", "dense"])
+def test_the_bytes_do_not_depend_on_the_threads(tmp_path, monkeypatch, manifest):
+    monkeypatch.setattr(shards, "_BATCH_VALUES", 300)
+    pairs = _pairs(7, num_records=60, k=None if manifest.kind == "dense" else K)
+    contents = []
+    for num_threads in (1, 2, 5):
+        folder = tmp_path / str(num_threads)
+        cache_lib.write_shard(
+            folder, 0, 1, iter(pairs), manifest, num_threads=num_threads
+        )
+        contents.append((folder / cache_lib.shard_name(0, 1)).read_bytes())
+    assert contents[0] == contents[1] == contents[2]
+
+
+def test_an_error_of_a_thread_is_the_writers(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "_BATCH_VALUES", 1)
+    pairs = _pairs(7, num_records=30)
+    pairs[20][1].entropy[0, 0] = np.nan
+    with pytest.raises(ValueError, match="holds NaN"):
+        cache_lib.write_shard(tmp_path, 0, 1, iter(pairs), MANIFEST, num_threads=3)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_shards_are_sized_by_bytes():
+    def of(num, length, **changes):
+        empty = np.zeros(length, np.int32)
+        segments = [
+            Segment(
+                example_id="",
+                view=0,
+                prompt_ids=empty[:1],
+                target_ids=empty,
+                key=i.to_bytes(16, "big"),
+            )
+            for i in range(num)
+        ]
+        manifest = dataclasses.replace(MANIFEST, k=64, vocab_size=49152)
+        manifest = dataclasses.replace(manifest, **changes.pop("manifest", {}))
+        return label.records_per_shard(segments, manifest, CacheConfig(**changes))
+
+    assert of(7_000, 121) == 512  # whole shards of a few MiB: at least 512 records
+    assert of(64_000, 121) == 1000  # at least 64 shards
+    size = of(200_000, 121)
+    assert size * 121 * 127 / 2**20 == pytest.approx(32, rel=0.02)
+    assert of(200_000, 121, shard_mib=8) == pytest.approx(size / 4, abs=1)
+    dense = {"kind": "dense", "k": 49152}
+    assert of(600, 121, manifest=dense) == 1  # 23 MB each
+    assert of(600, 121, shard_size=77) == 77

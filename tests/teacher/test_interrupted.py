@@ -125,9 +125,9 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(tmp_path, monkeypatch, num_
     monkeypatch.setattr(
         label.cache,
         "write_shard",
-        lambda folder, index, *rest: (
+        lambda folder, index, *rest, **keywords: (
             labelled.append(index),
-            original(folder, index, *rest),
+            original(folder, index, *rest, **keywords),
         ),
     )
     rng = np.random.default_rng(0)
