@@ -1,5 +1,6 @@
 """Choices of a row, and the one that its answer names."""
 
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -34,9 +35,10 @@ def parse_choices(fields: Fields, value: Any, name: str = "choices") -> Choices:
     if is_missing(value):
         return Choices()
     labels: list[Any] = []
-    if isinstance(value, dict) and isinstance(value.get("text"), list | tuple):
-        texts = list(value["text"])
-        labels = list(value.get("label") or ())
+    if isinstance(value, dict) and not value.keys().isdisjoint(("text", "label")):
+        texts = fields.as_list(value.get("text"), f"{name}.text")
+        if not is_missing(value.get("label")):
+            labels = fields.as_list(value["label"], f"{name}.label")
         if labels and len(labels) != len(texts):
             raise fields.error(
                 f"{name} has {len(labels)} labels for {len(texts)} texts: give each one"
@@ -96,6 +98,13 @@ class AnswerReader:
         self._kind = kind
         self._kinds: set[str] = set()  # what the rows so far may be; empty = not known
         self._where = ""
+
+    @property
+    def by_text(self) -> bool:
+        """True if the answers so far may be texts of choices."""
+        return self._kind == "text" or (
+            self._kind == "auto" and (not self._kinds or "text" in self._kinds)
+        )
 
     def choose(self, fields: Fields, name: str, value: Any, choices: Choices) -> str:
         """Return the text of the choice that an answer names.
@@ -179,7 +188,8 @@ def _readings(
         )
     text = fields.as_text(value, name, number=True)
     stripped = text.strip()
-    number = int(stripped) if stripped.isascii() and stripped.isdecimal() else None
+    is_number = re.fullmatch("[0-9]{1,9}", stripped)
+    number = int(stripped) if is_number else None
     readings: dict[str, int | None] = {
         "text": _index(texts, text, stripped),
         "label": _index(labels, text, stripped) if labels else letter_index(stripped),

@@ -226,9 +226,12 @@ class Fields:
         if number and isinstance(value, int) and not isinstance(value, bool):
             return str(value)
         if not isinstance(value, str):
+            remedy = "write it as text, or choose another column by data.columns"
+            if isinstance(value, dict | list) and name in NAMES:
+                part = "MEMBER" if isinstance(value, dict) else "0"
+                remedy = f"choose a part of it by data.columns={name}={name}.{part}"
             raise self.error(
-                f"{name}={show(value)} is {kind_of(value)}, not text: write it as text"
-                + (", or choose another column by data.columns" if not number else "")
+                f"{name}={show(value)} is {kind_of(value)}, not text: {remedy}"
             )
         return check_text(str(value), self.error, name)
 

@@ -149,6 +149,7 @@ def find_files(path: str) -> list[str]:
     Raises:
       ValueError: there is none.
     """
+    path = os.path.expanduser(path)
     if os.path.isdir(path):
         files = _files_below(path)
         if not files:

@@ -7,7 +7,7 @@ from typing import Any
 
 from kdjax.config import SCHEMAS, DataConfig
 from kdjax.data.answers import AnswerReader, check_count, parse_choices
-from kdjax.data.columns import ColumnMap, Fields, is_missing, show
+from kdjax.data.columns import ColumnMap, Fields, check_text, is_missing, show
 from kdjax.data.example import Example
 from kdjax.data.readers import ClassName, Row, Values, kind_of
 
@@ -23,6 +23,7 @@ _SPEAKERS = {  # of ShareGPT -> roles
 _GSM8K = re.compile(r"\n####[^\n]*\S[^\n]*\s*$")
 # Columns that may be choices, where there is no column `choices`.
 _CHOICES = {"options", "candidates", "endings", "answer_choices", "opts"}
+_CHOICE = re.compile(r"(option|choice|ending|op|sol)?[ _-]?([a-e]|\d)", re.IGNORECASE)
 
 
 class Schema:
@@ -37,6 +38,8 @@ class Schema:
         if self._name not in SCHEMAS:
             raise ValueError(f"schema={self._name!r}: use one of {SCHEMAS}")
         self._answers = AnswerReader(config.answer_kind)
+        self._with_choices = ""  # the first row that has some
+        self._without_choices = ""  # the first row that has an empty column of them
 
     @property
     def name(self) -> str:
@@ -71,6 +74,8 @@ class Schema:
         if values.get("text") is not None and values.get("question") is None:
             return self._text(fields)
         choices = parse_choices(fields, values.get("choices"))
+        if not self._check_choices(fields, choices.texts):
+            return self._example(fields, question=fields.text("question"))
         if not choices.texts and self._detected:
             _check_no_choices(fields)
         answer = self._answer(fields, choices=choices)
@@ -89,6 +94,25 @@ class Schema:
             rationale=fields.optional_text("rationale"),
             counterfactuals=counterfactuals,
         )
+
+    def _check_choices(self, fields: Fields, texts: tuple[str, ...]) -> bool:
+        """Return False for a row whose choices are missing, unlike those of others.
+
+        Its answer would be read as a free one, and may be a letter.
+        """
+        is_empty = "choices" in fields.values and not texts
+        if texts and self._without_choices:
+            raise fields.error(
+                f"it has choices, but {self._without_choices} has an empty column of "
+                "them: give them to all rows, or make two files"
+            )
+        if self._with_choices and (is_empty or not (texts or self._answers.by_text)):
+            fields.require("choices", None, f"{self._with_choices} has some: give them")
+            return False
+        self._with_choices = self._with_choices or (fields.where if texts else "")
+        if is_empty:
+            self._without_choices = self._without_choices or fields.where
+        return True
 
     def _answer(
         self, fields: Fields, name: str = "answer", *, choices: Any = ((), ())
@@ -139,8 +163,8 @@ class Schema:
         question = fields.get(name)
         if isinstance(question, Mapping):
             stem, choices = question.get("stem"), question.get("choices")
-            text = fields.require("question.stem", stem) or ""
-            text = text and fields.as_text(text, "question.stem")
+            stem = fields.require("question.stem", stem)
+            text = "" if stem is None else fields.as_text(stem, "question.stem")
         else:
             choices, text = fields.get("choices"), fields.text(name)
         parsed = parse_choices(fields, choices)
@@ -148,6 +172,10 @@ class Schema:
         answer = ""
         if not parsed.texts:
             fields.require("choices", None)
+        elif self._config.answer_kind in ("text", "index", "number"):
+            parsed = parsed._replace(labels=())
+            if key is not None:
+                answer = self._answers.choose(fields, "answerKey", key, parsed)
         elif not parsed.labels:
             raise fields.error(
                 "its choices have no labels for answerKey: give each one"
@@ -161,6 +189,7 @@ class Schema:
                     "use a split with answers"
                 )
             answer = parsed.texts[parsed.labels.index(key)]
+        if answer:
             check_count(fields, parsed.texts)
         return self._example(
             fields,
@@ -179,6 +208,10 @@ class Schema:
         value = fields.get("answer")
         answers = self._answers
         is_index = isinstance(value, int | float) and not isinstance(value, bool)
+        if isinstance(value, str) and not isinstance(value, ClassName):
+            # In a table all values are texts.
+            text = value.strip()
+            is_index = text.isdecimal() and text not in choices.texts
         if is_index and self._config.answer_kind == "auto":
             if value == -1:  # the mark of a label that is not published
                 value = fields.require("answer", None, "use a split with answers")
@@ -267,7 +300,7 @@ class Schema:
                 messages.append(turn)
                 continue
             speaker = turn.get("from")
-            if speaker not in _SPEAKERS:
+            if not isinstance(speaker, str) or speaker not in _SPEAKERS:
                 raise fields.error(
                     f"{where} is from {show(speaker)}: known are {list(_SPEAKERS)}"
                 )
@@ -280,7 +313,7 @@ class Schema:
         return self._chat(fields, value, "messages")
 
     def _chat(self, fields: Fields, value: list[Any], name: str) -> Example:
-        messages = [_message(fields, m, f"{name}[{i}]") for i, m in enumerate(value)]
+        messages = _check_turns(fields, value, name)
         system = fields.optional_text("system")
         if messages and system and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": system})
@@ -313,8 +346,8 @@ class Schema:
             before = [{"role": "user", "content": prompt}]
         elif not is_missing(prompt):
             before = _list(fields, prompt, "prompt")
-        before = [_message(fields, m, f"prompt[{i}]") for i, m in enumerate(before)]
-        turns = [_message(fields, m, f"chosen[{i}]") for i, m in enumerate(turns)]
+        before = _check_turns(fields, before, "prompt")
+        turns = _check_turns(fields, turns, "chosen")
         if _begins_with(turns, before):
             before = []
         elif any(message["role"] == "user" for message in turns):
@@ -391,7 +424,7 @@ def candidates(values: Values) -> list[str]:
 
 def _check_no_choices(fields: Fields) -> None:
     """Raise ValueError for columns that look like choices nobody would see."""
-    letters = [name for name in ("A", "B", "C", "D") if name in fields.values]
+    letters = [name for name in fields.values if _CHOICE.fullmatch(name)]
     lists = [
         name
         for name, value in fields.values.items()
@@ -445,8 +478,18 @@ def _is_reply(message: Message) -> bool:
     return message["role"] == "assistant" and not is_empty
 
 
-def _message(fields: Fields, value: Any, where: str) -> dict[str, Any]:
-    """Check a turn of a chat; what is null in it is left out."""
+def _check_turns(fields: Fields, turns: list[Any], name: str) -> list[Message]:
+    """Check the turns of a chat; [] for one that has an empty turn and is left out."""
+    messages = [_message(fields, turn, f"{name}[{i}]") for i, turn in enumerate(turns)]
+    return [] if None in messages else [m for m in messages if m is not None]
+
+
+def _message(fields: Fields, value: Any, where: str) -> dict[str, Any] | None:
+    """Check a turn of a chat; what is null in it is left out.
+
+    Returns:
+      The turn; None if it is empty, and the chat is to be left out.
+    """
     if not isinstance(value, Mapping):
         raise fields.error(f"{where} is {kind_of(value)}, not an object: give a role")
     message = {name: v for name, v in value.items() if v is not None}
@@ -464,17 +507,17 @@ def _message(fields: Fields, value: Any, where: str) -> dict[str, Any]:
     if is_missing(content) and role == "assistant" and calls:
         content = content or ""
     elif is_missing(content) and role != "tool":
-        raise fields.error(
-            f"{where}: its content is {show(content)}: give each turn a text, or leave "
-            "the turn out"
-        )
-    content = fields.as_text(content or "", f"{where}.content")
+        remedy = "give each turn a text, or leave the turn out"
+        fields.require(f"{where}.content", content, remedy)
+        return None
+    content = "" if content is None else fields.as_text(content, f"{where}.content")
     message |= {"role": role, "content": content}
     if not calls:
         message.pop("tool_calls", None)
     else:
         calls = fields.as_list(calls, f"{where}.tool_calls")
         message["tool_calls"] = [_tool_call(fields, call, where) for call in calls]
+        _check_json(fields, message["tool_calls"], f"{where}.tool_calls")
     return message
 
 
@@ -516,10 +559,16 @@ def _tools(fields: Fields) -> tuple[Message, ...]:
     tools = fields.as_list(value, "tools")
     if not all(isinstance(tool, Mapping) for tool in tools):
         raise fields.error(f"tools={show(value)}: give a list of JSON schemas")
+    _check_json(fields, tools, "tools")
     return tuple(tools)
 
 
-def _question_of(messages: list[dict[str, Any]]) -> dict[str, str]:
+def _check_json(fields: Fields, value: Any, name: str) -> None:
+    """Check that all texts of a value are Unicode."""
+    check_text(json.dumps(value, ensure_ascii=False, default=str), fields.error, name)
+
+
+def _question_of(messages: list[Message]) -> dict[str, str]:
     """Return question and answer of a chat of one question and one answer."""
     if [message["role"] for message in messages] != ["user", "assistant"]:
         return {}

@@ -35,9 +35,9 @@ def iter_examples(config: DataConfig, split: str, *, seed: int) -> Iterator[Exam
     from `eval_split` of `path`; a source without splits, and without `eval_path`, holds
     out its last `num_eval` rows. Rows without an id get "<split>-<row number>".
 
-    With `holdout_seed` the rows that are held out are drawn: `num_eval` of them or, where
-    held-out rows come from elsewhere, all but `num_train`; the others follow in the
-    order that they are drawn in, as `datasets.Dataset.train_test_split` has them.
+    With `holdout_seed` the rows that are held out are drawn: `num_eval` of them or,
+    where held-out rows come from elsewhere, all but `num_train`; the others follow in
+    the order that they are drawn in, as `datasets.Dataset.train_test_split` has them.
 
     Rows are read one at a time: what is held are the last `num_eval` rows, where they
     are held out, 8 bytes per id, and the files that are joined by ids.

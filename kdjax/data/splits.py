@@ -19,7 +19,8 @@ from kdjax.data.readers import Row, Values
 Splits = Mapping[str, Callable[[], Iterator[Row]]]
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+)?")
-_SECONDS = 5.0  # to wait for the hub's first answer
+_PREPARE = "prepare it with file_format='array_record' and give its folder"
+_SECONDS = 3.0  # to wait for the hub's first answer
 
 
 def open_splits(path: str, source: str = "auto") -> Splits:
@@ -39,6 +40,7 @@ def open_splits(path: str, source: str = "auto") -> Splits:
     """
     if source not in SOURCES:
         raise ValueError(f"source={source!r}: use one of {SOURCES}")
+    path = os.path.expanduser(path)
     folder = Path(path)
     if source == "tfds":
         return _open_tfds(folder)
@@ -77,8 +79,11 @@ def is_hub_name(path: str) -> bool:
 
 
 def _saved_splits(path: str) -> Splits:
-    text = (Path(path) / "dataset_dict.json").read_text()
-    names = readers.parse_json(text, f"{path}/dataset_dict.json")["splits"]
+    file = f"{path}/dataset_dict.json"
+    values = readers.parse_json(Path(file).read_text(), file)
+    names = values.get("splits") if isinstance(values, dict) else None
+    if not isinstance(names, list) or not names:
+        raise ValueError(f"{file} names no splits: save the DatasetDict again")
     return {
         name: functools.partial(_saved_rows, f"{path}/{name}", f"{path}/{name}")
         for name in names
@@ -123,8 +128,8 @@ def _load(path: str) -> Splits:
             )
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(
-            f"path={path!r} is no saved data set, and load_dataset failed: "
-            f"{_first_line(error)}; {remedy}"
+            f"path={path!r} is no file or folder that is read, and load_dataset "
+            f"failed: {_first_line(error)}; {remedy}"
         ) from error
     return {
         str(split): functools.partial(_dataset_rows, rows, f"{path}/{split}")
@@ -208,17 +213,26 @@ def _open_tfds(folder: Path) -> Splits:
 
     Random access through `data_source`: TensorFlow is not needed.
     """
-    import tensorflow_datasets as tfds
-
-    if (folder / "dataset_info.json").exists():
-        builder = tfds.builder_from_directory(str(folder))
-    elif folder.is_dir():
-        builder = tfds.builder(folder.name, data_dir=str(folder.parent))
-    else:
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
         raise ValueError(
-            f"path={str(folder)!r} is no folder: prepare the data set with "
-            "file_format='array_record' and give its folder"
-        )
+            f"path={str(folder)!r} is a set of tensorflow_datasets, which is not "
+            f"installed ({error}): pip install 'kdjax[tfds]'"
+        ) from error
+
+    if not folder.is_dir():
+        raise ValueError(f"path={str(folder)!r} is no folder: {_PREPARE}")
+    try:
+        if (folder / "dataset_info.json").exists():
+            builder = tfds.builder_from_directory(str(folder))
+        else:
+            builder = tfds.builder(folder.name, data_dir=str(folder.parent))
+    except (OSError, ValueError, tfds.core.DatasetNotFoundError) as error:
+        raise ValueError(
+            f"path={str(folder)!r} is no prepared set of tensorflow_datasets "
+            f"({_first_line(error)}): {_PREPARE}"
+        ) from error
     return {
         split: functools.partial(_tfds_rows, builder, split)
         for split in builder.info.splits
@@ -227,8 +241,13 @@ def _open_tfds(folder: Path) -> Splits:
 
 def _tfds_rows(builder: Any, split: str) -> Iterator[Row]:
     decode = readers.class_decoder(_tfds_feature(builder.info.features))
-    source = builder.as_data_source(split=split)
     where = f"{builder.data_dir}/{split}"
+    try:
+        source = builder.as_data_source(split=split)
+    except (NotImplementedError, OSError, ValueError) as error:
+        raise ValueError(
+            f"{where} cannot be read ({_first_line(error)}): {_PREPARE}"
+        ) from error
     for number in range(len(source)):
         try:
             values: Values = _to_python(source[number])

@@ -18,6 +18,7 @@ TEXTS = {
     *("rationales", "eval_rationales", "counterfactuals", "labels"),
     *("label", "rationale", "rationale_then_label", "factual", "counterfactual"),
     *("model", "prompts", "stop", "url", "key_variable", "columns"),
+    "rationale_end",
 }
 LEAVES = list(config_lib.leaves(Config()))
 
