@@ -37,6 +37,8 @@ COUNTERFACTUAL_PLACES = ("decoder", "prompt")
 LONG_POLICIES = ("error", "truncate", "drop")
 MISSING_POLICIES = ("error", "drop")
 WRONG_LABELS = ("keep", "drop", "weight")
+CHAT_LOSSES = ("all", "last", "each")
+THINK_POLICIES = ("keep", "strip", "require")
 CACHE_KINDS = ("top_k", "sampled", "dense")
 TAILS = ("bucket", "renormalize_teacher", "renormalize_both", "drop")
 OPTIMIZERS = ("adamw", "adafactor")
@@ -58,6 +60,7 @@ METHODS = (  # keys of kdjax.experiment.methods.METHODS
     "counterfactual",
     "multitask_counterfactual",
     "text",
+    "chat",
 )
 DIVERGENCES = (  # keys of kdjax.losses.divergence.DIVERGENCES
     "forward_kl",
@@ -270,6 +273,13 @@ class DataConfig:
     num_eval: int = non_negative(0)  # held-out examples; 0 = all (kinship: above 0)
     tokenizer: str = ""  # Hugging Face folder or hub name; "" = the teacher's own
     chat_template: bool = False  # wrap prompts in the tokenizer's chat template
+    # variables of the chat template, each "name=value": "enable_thinking=false"
+    template_kwargs: tuple[str, ...] = ()
+    template_date: str = "2024-07-26"  # what chat templates take for today, ISO
+    chat_loss: str = choice("all", CHAT_LOSSES)  # assistant turns that are learnt
+    think: str = choice("keep", THINK_POLICIES)  # <think>...</think> of an assistant
+    parse_special: bool = False  # special tokens in users' text are tokens, not text
+    max_unknown: float = share(0.01)  # largest share of unknown tokens
     max_prompt: int = positive(256)  # longest prompt, tokens
     # longest target, tokens, eos and a decoder's prefix too
     max_target: int = positive(256)

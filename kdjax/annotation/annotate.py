@@ -26,6 +26,8 @@ from kdjax.models import hf
 from kdjax.parallel import distributed
 from kdjax.runtime.console import progress
 
+NO_THINK = "no_think"  # a row without the reasoning that data.think="require" needs
+
 
 def annotate(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     """Write the missing annotations of a config, and return the report of all.
@@ -109,7 +111,10 @@ def _annotate_locally(
         batch = ordered[start : start + model.batch_size]
         if all(item.key in done for item in batch):
             continue
-        works = [Work(item, files, config.annotate) for item in batch]
+        policy = config.data.think
+        works = [
+            Work(item, files, config.annotate, think_policy=policy) for item in batch
+        ]
         while requests := [work.request for work in works if work.request]:
             for work, completion in zip(works, model(requests), strict=True):
                 work.take(completion)
@@ -133,7 +138,8 @@ def _annotate_by_server(
 
     def finish(item: Item) -> Work:
         try:
-            work = Work(item, files, config.annotate)
+            policy = config.data.think
+            work = Work(item, files, config.annotate, think_policy=policy)
             while work.request:
                 work.take(server(work.request))
         except Exception:
@@ -215,9 +221,12 @@ def _write_results(
     for item in items:
         row = rows_by_key[item.key]
         row["gates"] = filters(row, item.example, row.get("answer", item.answer))
+        if row.get("think") is False:  # data.think="require"
+            row["gates"].append(NO_THINK)
         for name in row["gates"]:
-            failures[name] += 1
-        (dropped if set(row["gates"]) & set(options.drop) else passed).append(row)
+            failures[name] = failures.get(name, 0) + 1
+        drop = {*options.drop, NO_THINK}
+        (dropped if set(row["gates"]) & drop else passed).append(row)
     store.write_rows(folder / result_file(options), passed)
     store.write_rows(folder / "dropped.jsonl", dropped)
     rows = [*passed, *dropped]
@@ -291,6 +300,8 @@ def _settings(config: Config, files: PromptFiles, path: str) -> Row:
     settings = {name: getattr(options, name) for name in names}
     settings["stop"] = list(options.stop)
     settings["prompts"] = files.digest
+    if config.data.think != "keep":
+        settings["think"] = config.data.think
     if options.backend == "server":
         return settings | {"model": options.model}
     return settings | {

@@ -14,9 +14,11 @@ from jax.sharding import PartitionSpec as P
 from kdjax.annotation import prompts
 from kdjax.annotation.prompts import Messages
 from kdjax.annotation.requests import CONTRASTIVE_METHODS, Completion, Request
-from kdjax.config import AnnotateConfig, Config, T5Config
-from kdjax.data import loader, views
+from kdjax.config import AnnotateConfig, Config, DataConfig, T5Config
+from kdjax.data import loader, think, views
 from kdjax.data import tokenizer as tokenizers
+from kdjax.data.chat import ChatEncoder
+from kdjax.experiment.data import stop_ids
 from kdjax.experiment.models import load_model
 from kdjax.models import hf, lm
 from kdjax.models.generate import Decoding, Generator
@@ -41,8 +43,12 @@ class Local:
     """
 
     def __init__(self, config: Config, path: str) -> None:
-        self._annotate, self._chat = config.annotate, config.data.chat_template
+        self._annotate, self._data = config.annotate, config.data
         self._tokenizer = tokenizers.load(hf.resolve(path))
+        self._chat = None
+        if config.data.chat_template:
+            self._chat = ChatEncoder(self._tokenizer, config.data)
+        self._eos_ids = stop_ids(config, self._tokenizer, (path,))
         mesh = sharding.make_mesh(config.mesh, devices=jax.local_devices())
         num_slices = mesh.shape["data"] * mesh.shape["fsdp"]
         self.batch_size = -(-self._annotate.batch_size // num_slices) * num_slices
@@ -65,12 +71,11 @@ class Local:
 
     def _decoding(self, max_new_tokens: int) -> Decoding:
         """Return the decoding method of the config."""
-        annotate, tokenizer = self._annotate, self._tokenizer
-        eos_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+        annotate = self._annotate
         return Decoding(
             max_new_tokens=max_new_tokens,
-            eos_id=eos_id,
-            pad_id=eos_id if pad_id is None else pad_id,
+            eos_ids=self._eos_ids,
+            pad_id=tokenizers.pad_id(self._tokenizer),
             temperature=annotate.temperature,
             top_p=annotate.top_p,
             seed=annotate.seed,
@@ -108,18 +113,14 @@ class Local:
 
     def _tokens(self, request: Request, messages: Messages) -> list[int]:
         """Tokenise a prompt as the model reads it."""
-        if self._chat:
-            if self._tokenizer.chat_template is None:
-                raise ValueError(
-                    "data.chat_template=True: the model's tokenizer has no chat "
-                    "template: use data.chat_template=False"
-                )
-            text = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
-            )
-            ids = self._tokenizer.encode(text, add_special_tokens=False)
+        if self._chat is not None:
+            [ids] = self._chat.prompt_ids([messages])
         else:
-            [ids] = views.prompt_ids([prompts.plain(messages)], self._tokenizer)
+            encoder = tokenizers.TextEncoder(
+                self._tokenizer, parse_special=self._data.parse_special
+            )
+            text = encoder.escape(prompts.plain(messages))
+            [ids] = views.prompt_ids([text], self._tokenizer, DataConfig())
         shape = self._model.shape
         if isinstance(shape, T5Config):
             return loader.with_end(ids, shape.eos_id)
@@ -142,6 +143,8 @@ class Local:
                 new, skip_special_tokens=True, clean_up_tokenization_spaces=False
             )
         )
+        if self._chat is not None and self._chat.asks_for_reasoning:
+            text = f"{think.OPEN}\n{text}"  # which the prompt has
         ended = len(new) < max_new_tokens
         cut = _before(text, self._annotate.stop)
         return Completion(
@@ -297,7 +300,9 @@ class Server:
         try:
             answer = json.loads(body)
             choice = answer["choices"][0]
-            text, reason = choice["message"]["content"], choice["finish_reason"]
+            message = choice["message"]
+            text, reason = message["content"], choice["finish_reason"]
+            reasoning = message.get("reasoning_content") or message.get("reasoning")
             usage = answer.get("usage") or {}
             counts = [usage.get("prompt_tokens"), usage.get("completion_tokens")]
         except (ValueError, LookupError, TypeError, AttributeError):
@@ -305,6 +310,8 @@ class Server:
             raise _Transient(self._safe(text)) from None
         with self._lock:
             self._spent += sum(n for n in counts if isinstance(n, int))
+        if isinstance(reasoning, str) and reasoning.strip():
+            text = think.join_think(reasoning, text or "")
         if not isinstance(text, str | None) or not isinstance(reason, str):
             raise _Transient(
                 f"an answer with content {text!r}, finish_reason {reason!r}"

@@ -14,6 +14,7 @@ from kdjax.annotation.prompts import Messages, PromptFiles
 from kdjax.annotation.quality import parse_choice
 from kdjax.annotation.store import Key, Row
 from kdjax.config import AnnotateConfig
+from kdjax.data import think
 from kdjax.data.example import Example, wrong_choices
 
 
@@ -95,10 +96,19 @@ def make_items(examples: Sequence[Example], config: AnnotateConfig) -> list[Item
 class Work:
     """The progress of an item: its next request, None when it is finished."""
 
-    def __init__(self, item: Item, files: PromptFiles, config: AnnotateConfig) -> None:
+    def __init__(
+        self,
+        item: Item,
+        files: PromptFiles,
+        config: AnnotateConfig,
+        *,
+        think_policy: str = "keep",
+    ) -> None:
         self.item = item
+        self._think_policy = think_policy
         self._drawn: Row = {}
         self._calls: list[Row] = []
+        self._text = ""  # of the last call, with its reasoning or without
         self._answers = config.method == "answer"
         self._sequence = _requests(item, files, config, self._drawn)
         self.request: Request | None = next(self._sequence)
@@ -109,6 +119,12 @@ class Work:
         assert self.request is not None
         call = {"step": self.request.step, "prompt_hash": _digest(self.request)}
         self._calls.append(call | dataclasses.asdict(completion))
+        raw, self._text = completion.text, completion.text
+        if self._think_policy == "strip":
+            self._text = think.strip_think(raw)
+        elif self._think_policy == "require":
+            self._drawn["think"] = think.has_think(raw)
+        completion = dataclasses.replace(completion, text=self._text)
         try:
             self.request = self._sequence.send(completion)
         except StopIteration:
@@ -119,7 +135,7 @@ class Work:
         row: Row = {"id": self.item.example.id}
         if self.item.choice:
             row["choice"] = self.item.choice
-        row["text"] = self._calls[-1]["text"].strip()
+        row["text"] = self._text.strip()
         if self._answers:
             row["answer"] = parse_choice(row["text"], self.item.example)
         row["finish_reason"] = self._calls[-1]["finish_reason"]

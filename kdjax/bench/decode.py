@@ -49,7 +49,7 @@ def measure(
     )(jax.random.key(0))
     new_tokens = config.evaluation.max_new_tokens
     length = min(config.data.max_prompt, lm.max_prompt_length(shape, new_tokens))
-    decoding = generate.Decoding(max_new_tokens=new_tokens, eos_id=-1, pad_id=0)
+    decoding = generate.Decoding(max_new_tokens=new_tokens, eos_ids=(), pad_id=0)
     decode: Any = generate.make_generate(
         shape, model.graphdef, decoding, max_prompt=length
     )

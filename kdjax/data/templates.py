@@ -1,7 +1,9 @@
 """Templates of the views: prompts and targets of an example."""
 
+import datetime
+import json
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kdjax.config import DataConfig
 from kdjax.data.example import Example, wrong_choices
@@ -39,6 +41,7 @@ def render(example: Example, view: str, config: DataConfig) -> list[Text]:
     factual               "Explain and answer:"            rationale, "Answer:", answer
     counterfactual        "Explain and answer otherwise:"  the wrong choice
     text                  (no prompt)                      the text
+    chat                  (none: `kdjax.data.chat` renders the messages)
 
     The rationale of a wrong choice is read, not learnt: with "Answer:" it is the
     prefix, or it stands in the prompt, before the suffix
@@ -61,6 +64,8 @@ def render(example: Example, view: str, config: DataConfig) -> list[Text]:
             f"example {example.id!r} has no {part}, which view {view!r} needs: give "
             f"the data one{_WHERE.get(part, '')}, or use a method without that view"
         )
+    if view == "chat":
+        return []
     if view == "counterfactual":
         return list(_render_counterfactuals(example, config))
     if not suffix:
@@ -101,6 +106,43 @@ def _render_counterfactuals(example: Example, config: DataConfig) -> Iterator[Te
             yield Text(prompt, choice, prefix=f"{rationale}\n{ANSWER}")
 
 
+def variables(config: DataConfig) -> dict[str, Any]:
+    """Parse `data.template_kwargs`: "name=value", with a value in JSON or a word.
+
+    Raises:
+      ValueError: one that has no name.
+    """
+    values: dict[str, Any] = {}
+    for item in config.template_kwargs:
+        name, equals, text = item.partition("=")
+        if not equals or not name.isidentifier():
+            raise ValueError(
+                f"data.template_kwargs={config.template_kwargs}: {item!r} is not "
+                "name=value: use for example ('enable_thinking=false',)"
+            )
+        try:
+            values[name] = json.loads(text)
+        except ValueError:
+            values[name] = {"True": True, "False": False}.get(text, text)
+    return values
+
+
+def check_variables(config: DataConfig) -> None:
+    """Check `template_kwargs` and `template_date`.
+
+    Raises:
+      ValueError: naming the field.
+    """
+    variables(config)
+    try:
+        datetime.date.fromisoformat(config.template_date)
+    except ValueError:
+        raise ValueError(
+            f"data.template_date={config.template_date!r} is no date: use for example "
+            "'2024-07-26'"
+        ) from None
+
+
 def final_answer(generated: str) -> str:
     """Extract the answer of a generated target that ends with it."""
     return generated.rpartition(ANSWER)[2].strip()
@@ -133,4 +175,6 @@ _VIEWS = {
         OTHERWISE, ("question", "choices", "counterfactuals"), lambda e: ""
     ),
     "text": _View("", ("text",), lambda e: e.text),
+    # Its tokens are made of the messages: `kdjax.data.chat`.
+    "chat": _View("", ("messages",), lambda e: ""),
 }

@@ -1,11 +1,15 @@
 """Tokenizers: Hugging Face ones, and the word-level one of the built-in task."""
 
+import functools
 import hashlib
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from tokenizers import Tokenizer, models, pre_tokenizers
+import numpy as np
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoTokenizer,
     PreTrainedTokenizerBase,
@@ -14,6 +18,10 @@ from transformers import (
 
 from kdjax.data import kinship as kinship_task
 from kdjax.data import templates
+
+# Characters that Unicode keeps out of texts. The first stands between those of a
+# special token that is text, the others around the number of one that is a token.
+BREAK, _START, _END = "\ufdd0", "\ufdd1", "\ufdd2"
 
 
 def load(path: str | Path) -> PreTrainedTokenizerBase:
@@ -56,6 +64,165 @@ def make_word_tokenizer(extra_words: Sequence[str] = ()) -> PreTrainedTokenizerF
         unk_token="<unk>",
         clean_up_tokenization_spaces=False,
     )
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the id that fills rows: the pad token's, or where there is none eos."""
+    index = tokenizer.pad_token_id
+    return tokenizer.eos_token_id if index is None else index
+
+
+class TextEncoder:
+    """Encoder of texts in which the special tokens of users are text.
+
+    `escape` marks what users wrote before it is put into templates: the special tokens
+    of templates, prefixes and prompts stay tokens. Texts without marks are encoded by
+    the tokenizer as it is.
+
+    Args:
+      tokenizer: of the texts.
+      parse_special: True takes special tokens of users for tokens, and marks nothing.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, parse_special: bool = False
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._special_ids = {
+            str(token): index
+            for index, token in tokenizer.added_tokens_decoder.items()
+            if token.special and len(str(token)) > 1
+        }
+        names = sorted(self._special_ids, key=len, reverse=True)
+        self._pattern = None
+        if names and not parse_special:
+            self._pattern = re.compile("|".join(map(re.escape, names)))
+        self._alias_ids: dict[int, int] = {}  # of `_core` -> of the tokenizer
+
+    def escape(self, value: Any) -> Any:
+        """Mark the special tokens in a text, or in all texts of a value.
+
+        Lists, tuples and dicts have the values of their items marked.
+        """
+        if self._pattern is None:
+            return value
+        if isinstance(value, str):
+            if not self._pattern.search(value):
+                return value
+            return self._pattern.sub(lambda match: BREAK.join(match[0]), value)
+        if isinstance(value, Mapping):
+            return {name: self.escape(item) for name, item in value.items()}
+        if isinstance(value, list | tuple):
+            items = [self.escape(item) for item in value]
+            same = all(a is b for a, b in zip(items, value, strict=True))
+            return value if same else type(value)(items)
+        return value
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each text, without special tokens around it.
+
+        Raises:
+          ValueError: a special token that the tokenizer cannot write as text.
+        """
+        if not texts:
+            return []
+        marked = [number for number, text in enumerate(texts) if BREAK in text]
+        if not marked:
+            return self._tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        plain = [text.replace(BREAK, "") for text in texts]
+        ids = self._tokenizer(plain, add_special_tokens=False)["input_ids"]
+        for number in marked:
+            ids[number] = self._encode_marked(texts[number])[0]
+        return ids
+
+    def encode_with_ends(
+        self, text: str, borders: Sequence[int]
+    ) -> tuple[list[int], list[int]]:
+        """Return the ids of a text, and the number of tokens before some characters.
+
+        Args:
+          text: to encode.
+          borders: numbers of characters, ascending. A token that reaches across one
+            belongs to what follows.
+
+        Raises:
+          ValueError: as `encode`; or the tokenizer does not say where its tokens stand.
+        """
+        if not self._tokenizer.is_fast:
+            raise ValueError(
+                f"tokenizer={self._tokenizer.name_or_path!r} does not say where in a "
+                "text its tokens stand, which method.name='chat' needs: use one with a "
+                "tokenizer.json"
+            )
+        if BREAK in text:
+            ids, offsets = self._encode_marked(text)
+            borders = [len(self._alias(text[:border])) for border in borders]
+        else:
+            encoding = self._tokenizer(
+                text, add_special_tokens=False, return_offsets_mapping=True
+            )
+            ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
+        ends = np.maximum.accumulate([0, *(end for _, end in offsets)])[1:]
+        return ids, np.searchsorted(ends, borders, side="right").tolist()
+
+    def _encode_marked(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Encode a text with marks, in which only what has none is a special token."""
+        if self._tokenizer.is_fast:
+            encoding = self._core.encode(self._alias(text), add_special_tokens=False)
+            ids = [self._alias_ids.get(i, i) for i in encoding.ids]
+            from_text = {i for i in encoding.ids if i not in self._alias_ids}
+            offsets = encoding.offsets
+        else:
+            plain = text.replace(BREAK, "")
+            ids = self._tokenizer.encode(
+                plain, add_special_tokens=False, split_special_tokens=True
+            )
+            from_text, offsets = set(ids), []
+        for token, index in self._special_ids.items():
+            if index in from_text and BREAK.join(token) in text:
+                raise ValueError(
+                    f"a text has {token!r}, a special token, and the tokenizer cannot "
+                    "write it as text: take it out of the data, or use "
+                    "data.parse_special=True, which makes it that token"
+                )
+        return ids, offsets
+
+    def _alias(self, text: str) -> str:
+        """Give special tokens without marks other names, and take out the marks."""
+        if self._pattern is not None:
+            text = self._pattern.sub(lambda match: self._aliases[match[0]], text)
+        return text.replace(BREAK, "")
+
+    @functools.cached_property
+    def _aliases(self) -> dict[str, str]:
+        """Special token -> a name of it that no text has."""
+        return {
+            token: f"{_START}{index}{_END}"
+            for token, index in self._special_ids.items()
+        }
+
+    @functools.cached_property
+    def _core(self) -> Tokenizer:
+        """The tokenizer with the special tokens under their other names alone."""
+        core = Tokenizer.from_str(self._tokenizer.backend_tokenizer.to_str())
+        core.no_padding()
+        core.no_truncation()
+        core.encode_special_tokens = True  # they are text
+        for index, token in self._tokenizer.added_tokens_decoder.items():
+            if str(token) in self._special_ids:
+                other = AddedToken(
+                    self._aliases[str(token)],
+                    single_word=token.single_word,
+                    lstrip=token.lstrip,
+                    rstrip=token.rstrip,
+                    normalized=False,
+                    special=False,
+                )
+                core.add_tokens([other])
+                alias_id = core.token_to_id(other.content)
+                assert alias_id is not None
+                self._alias_ids[alias_id] = index
+        return core
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

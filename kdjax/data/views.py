@@ -6,20 +6,22 @@ chat template ends the prompt; see `target_prefix`. A prefix stands between the 
 is joined to both in the same way.
 """
 
+import collections
 import hashlib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 from jaxtyping import Bool, Int32
 from transformers import PreTrainedTokenizerBase
 
 from kdjax.config import DataConfig
-from kdjax.data import templates
+from kdjax.data import chat_template, templates
+from kdjax.data.chat import ChatEncoder, ChatTokens
 from kdjax.data.example import Example
 from kdjax.data.templates import Text
-from kdjax.data.tokenizer import fingerprint
+from kdjax.data.tokenizer import TextEncoder, fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -75,8 +77,37 @@ class SegmentCounts:
     prompt_tokens: int = 0
     prefix_tokens: int = 0
     target_tokens: int = 0
+    loss_tokens: int = 0  # those of the target tokens that are in the loss
     truncated: int = 0  # segments
     dropped: int = 0  # segments
+    max_id: int = -1  # largest id of a token
+    unknown: int = 0  # tokens that stand for what the tokenizer lacks
+    # what they stand for, of the first texts with some
+    unknown_texts: collections.Counter[str] = field(default_factory=collections.Counter)
+    looked_up: int = 0  # texts of `unknown_texts`
+
+    @property
+    def tokens(self) -> int:
+        """All tokens."""
+        return self.prompt_tokens + self.prefix_tokens + self.target_tokens
+
+    def __add__(self, other: "SegmentCounts") -> "SegmentCounts":
+        """Return the counts of the segments of both."""
+        sums = {
+            f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)
+        }
+        return SegmentCounts(**sums | {"max_id": max(self.max_id, other.max_id)})
+
+    def add(self, segment: Segment) -> None:
+        """Count a segment."""
+        self.segments += 1
+        self.prompt_tokens += len(segment.prompt_ids)
+        self.prefix_tokens += len(segment.prefix_ids)
+        self.target_tokens += len(segment.target_ids)
+        self.loss_tokens += segment.num_loss_tokens
+        for ids in (segment.prompt_ids, segment.prefix_ids, segment.target_ids):
+            if len(ids):
+                self.max_id = max(self.max_id, int(ids.max()))
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -129,6 +160,8 @@ def make_segments(
       config: how prompts read, and `max_prompt`, `max_target`, `on_long`,
         `chat_template`. Truncated, a prompt or prefix loses its beginning, a target its
         end, eos included; a target leaves to its prefix what is left of `max_target`.
+        A chat has `max_prompt` + `max_target` tokens at most; truncated, it loses its
+        last turns, or with the loss on one turn its oldest.
 
     Returns:
       Segments ordered by example, then view, then choice; and counts, which are logged
@@ -139,9 +172,14 @@ def make_segments(
         does not know a view's prefix.
     """
     _check_prefixes(views, tokenizer, config)
+    if "chat" in views:
+        segments, counts = _tokenize_chats(
+            examples, views.index("chat"), tokenizer, config
+        )
+        return [segment for segment in segments if segment is not None], counts
     items = [
         (example, view, text)
-        for example in examples
+        for example in escape(examples, tokenizer, config)
         for view, name in enumerate(views)
         for text in templates.render(example, name, config)
     ]
@@ -171,6 +209,7 @@ def choice_segments(
       ValueError: an example without choices, or too long.
     """
     items, index_pairs, correct = [], [], []
+    examples = escape(examples, tokenizer, config)
     if texts is None:
         texts = [templates.render(e, "label", config)[0] for e in examples]
     for index, (example, text) in enumerate(zip(examples, texts, strict=True)):
@@ -194,39 +233,50 @@ def choice_segments(
     )
 
 
+def escape(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, config: DataConfig
+) -> list[Example]:
+    """Mark the special tokens in users' texts as text, unless `parse_special`.
+
+    `prompt_ids` and segments read the marks, which most texts do not need.
+    """
+    encoder = TextEncoder(tokenizer, parse_special=config.parse_special)
+    names = ("question", "choices", "answer", "rationale", "counterfactuals", "text")
+    escaped = []
+    for example in examples:
+        texts = {name: encoder.escape(getattr(example, name)) for name in names}
+        same = all(text is getattr(example, name) for name, text in texts.items())
+        escaped.append(example if same else replace(example, **texts))
+    return escaped
+
+
 def prompt_ids(
-    prompts: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    chat_template: bool = False,
+    prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, config: DataConfig
 ) -> list[list[int]]:
-    """Tokenise prompts as segments have them, before any length limit."""
+    """Tokenise prompts as segments have them, before any length limit.
+
+    Args:
+      prompts: texts, in which special tokens are tokens, but for those that `escape`
+        has marked.
+      tokenizer: of the segments.
+      config: with `chat_template` each prompt is a user's message.
+    """
     if not prompts:
         return []
-    if chat_template:
-        if tokenizer.chat_template is None:
-            raise ValueError(
-                "chat_template=True: the tokenizer has none: use chat_template=False"
-            )
+    encoder = TextEncoder(tokenizer)
+    if config.chat_template:
         # Equal prompts (one per choice) are common; templates are slow.
-        texts = {
-            text: str(
-                tokenizer.apply_chat_template(
-                    [{"role": "user", "content": text}],
-                    tokenize=False,
-                    add_generation_prompt=True,
-                )
-            )
-            for text in dict.fromkeys(prompts)
-            if text
-        }
+        distinct = [text for text in dict.fromkeys(prompts) if text]
+        chats = [[{"role": "user", "content": text}] for text in distinct]
+        template = chat_template.load(tokenizer, config)
+        rendered = template.render(chats, generation_prompt=True)
+        texts = dict(zip(distinct, (chat.text for chat in rendered), strict=True))
         prompts, start = [texts.get(text, "") for text in prompts], []
     else:
         start = _start(tokenizer)
-    encoded = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
     bos = tokenizer.bos_token_id
     empty = [tokenizer.eos_token_id if bos is None else bos]
-    return [(start + ids) or empty for ids in encoded]
+    return [(start + ids) or empty for ids in encoder.encode(prompts)]
 
 
 def _start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -260,7 +310,10 @@ def _tokenize(
     if not items:
         return [], counts
     chat = config.chat_template
-    prompts = prompt_ids([i[2].prompt for i in items], tokenizer, chat_template=chat)
+    prompts = prompt_ids([i[2].prompt for i in items], tokenizer, config)
+    end_id = tokenizer.eos_token_id
+    if chat and (turn_end_id := chat_template.load(tokenizer, config).turn_end_id):
+        end_id = turn_end_id
     joint = target_prefix(tokenizer)
     first = "" if chat else joint  # after the prompt
     prefixes, texts = [], []
@@ -268,13 +321,19 @@ def _tokenize(
         prefixes.append(first + text.prefix if text.prefix else "")
         joined = joint if text.prefix else first if text.prompt else ""
         texts.append(joined + text.target)
-    encoded = tokenizer(prefixes + texts, add_special_tokens=False)["input_ids"]
+    encoded = TextEncoder(tokenizer).encode(prefixes + texts)
+    _count_unknown(
+        counts,
+        tokenizer,
+        [*(text.prompt for _, _, text in items), *prefixes, *texts],
+        [*prompts, *encoded],
+    )
     base = fingerprint(tokenizer).encode()
     segments: list[Segment | None] = []
     for (example, view, _), prompt, prefix, target in zip(
         items, prompts, encoded[: len(items)], encoded[len(items) :], strict=True
     ):
-        target = [*target, tokenizer.eos_token_id]
+        target = [*target, end_id]
         max_prefix = config.max_target - len(target)
         if len(prompt) > config.max_prompt or len(prefix) > max_prefix:
             if config.on_long == "error":
@@ -292,17 +351,142 @@ def _tokenize(
             target = target[: config.max_target]
         parts = (np.asarray(ids, np.int32) for ids in (prompt, target, prefix))
         prompt_P, target_t, prefix_p = parts
-        counts.segments += 1
-        counts.prompt_tokens += len(prompt)
-        counts.prefix_tokens += len(prefix)
-        counts.target_tokens += len(target)
         key = _key(base, prompt_P, target_t, prefix_p)
         prefix_p = prefix_p if prefix else _EMPTY
-        segments.append(
-            Segment(example.id, view, prompt_P, target_t, key, prefix_p, example.weight)
+        segment = Segment(
+            example.id, view, prompt_P, target_t, key, prefix_p, example.weight
         )
+        counts.add(segment)
+        segments.append(segment)
     logger.info("views %s: %s", views, counts)
     return segments, counts
+
+
+def _tokenize_chats(
+    examples: Sequence[Example],
+    view: int,
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+) -> tuple[list[Segment | None], SegmentCounts]:
+    """Make the segment of each chat; None where one was dropped."""
+    counts = SegmentCounts()
+    encoder = ChatEncoder(tokenizer, config)
+    base = fingerprint(tokenizer).encode()
+    chats = list(encoder.examples(examples))
+    segments: list[Segment | None] = []
+    for example, tokens in zip(chats, encoder(chats), strict=True):
+        fitting = _fit_chat(encoder, example, tokens, config)
+        if fitting is None:
+            counts.dropped += 1
+            segments.append(None)
+            continue
+        counts.truncated += fitting is not tokens
+        ids, mask = fitting.ids, fitting.loss_mask
+        start = int(mask.argmax())
+        prompt_P, target_t, loss_mask = ids[:start], ids[start:], mask[start:]
+        masked = None if loss_mask.all() else loss_mask
+        segment = Segment(
+            example.id,
+            view,
+            prompt_P,
+            target_t,
+            _key(base, prompt_P, target_t, loss_mask=masked),
+            weight=example.weight,
+            loss_mask=masked,
+        )
+        counts.add(segment)
+        segments.append(segment)
+    texts = [" ".join(str(m.get("content")) for m in e.messages) for e in chats]
+    id_lists = [[] if s is None else s.ids.tolist() for s in segments]
+    _count_unknown(counts, tokenizer, texts, id_lists)
+    logger.info("chats: %s", counts)
+    return segments, counts
+
+
+def _fit_chat(
+    encoder: ChatEncoder, example: Example, tokens: ChatTokens, config: DataConfig
+) -> ChatTokens | None:
+    """Return the tokens of a chat within the limits; None if it is dropped.
+
+    Raises:
+      ValueError: it is too long, with `on_long="error"`.
+    """
+    limit, length = config.max_prompt + config.max_target, len(tokens.ids)
+    if length <= limit:
+        return tokens
+    if config.on_long == "error":
+        raise ValueError(
+            f"example {example.id!r}: its chat has {length} tokens, max_prompt="
+            f"{config.max_prompt} and max_target={config.max_target} make {limit}: "
+            "raise one of them, or use on_long='truncate' or 'drop' (both are counted)"
+        )
+    if config.on_long == "drop":
+        return None
+    if config.chat_loss == "all":
+        return tokens.cut(limit)
+    while len(tokens.ids) > limit:
+        shorter = encoder.without_oldest(example)
+        if shorter is None:
+            return None
+        example = shorter
+        [tokens] = encoder([example])
+    return tokens
+
+
+_NUM_SHOWN = 1000  # texts with unknown tokens in which they are looked up
+
+
+def _count_unknown(
+    counts: SegmentCounts,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    ids: Sequence[Sequence[int]],
+) -> None:
+    """Count the unknown tokens of texts, and what they stand for."""
+    unknown = tokenizer.unk_token_id
+    if unknown is None or unknown == tokenizer.eos_token_id:
+        return
+    for text, tokens in zip(texts, ids, strict=True):
+        number = tokens.count(unknown)
+        counts.unknown += number
+        if number and tokenizer.is_fast and counts.looked_up < _NUM_SHOWN:
+            counts.looked_up += 1
+            encoding = tokenizer(
+                text, add_special_tokens=False, return_offsets_mapping=True
+            )
+            offsets = encoding["offset_mapping"]
+            counts.unknown_texts.update(
+                text[start:end].strip()
+                for token, (start, end) in zip(
+                    encoding["input_ids"], offsets, strict=True
+                )
+                if token == unknown
+            )
+
+
+def check_unknown(
+    counts: SegmentCounts, tokenizer: PreTrainedTokenizerBase, config: DataConfig
+) -> None:
+    """Check the share of unknown tokens in data.
+
+    Args:
+      counts: of all its segments.
+      tokenizer: of the segments.
+      config: `max_unknown`.
+
+    Raises:
+      ValueError: there are more; what they stand for is named.
+    """
+    share = counts.unknown / max(1, counts.tokens)
+    if share <= config.max_unknown:
+        return
+    common = [repr(text)[:40] for text, _ in counts.unknown_texts.most_common(10)]
+    raise ValueError(
+        f"tokenizer={tokenizer.name_or_path!r} does not know {share:.1%} of the tokens "
+        f"(most often {', '.join(common)}), data.max_unknown={config.max_unknown}: a "
+        "student cannot read or write them: use another data.tokenizer, write them "
+        "otherwise in the data, or raise data.max_unknown to lose them"
+    )
 
 
 def _key(

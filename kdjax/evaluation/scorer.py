@@ -13,10 +13,13 @@ import numpy as np
 from jaxtyping import Float64
 
 from kdjax.config import Config, DecoderConfig, T5Config
-from kdjax.data import loader, templates, views
+from kdjax.data import chat, loader, templates, views
+from kdjax.data import tokenizer as tokenizers
+from kdjax.data.example import Example
+from kdjax.data.templates import Text
 from kdjax.evaluation import calibration, text_match
 from kdjax.experiment import methods
-from kdjax.experiment.data import Data
+from kdjax.experiment.data import Data, uses_chat_template
 from kdjax.experiment.models import (
     Model,
     load_model,
@@ -71,8 +74,8 @@ class Scorer:
         )
         self._decoding = Decoding(
             max_new_tokens=config.evaluation.max_new_tokens,
-            eos_id=data.tokenizer.eos_token_id,
-            pad_id=data.tokenizer.pad_token_id,
+            eos_ids=data.eos_ids or (data.tokenizer.eos_token_id,),
+            pad_id=tokenizers.pad_id(data.tokenizer),
         )
         self._generator = Generator(model.shape, model.graphdef, self._decoding)
         self.bins: calibration.Bins | None = None  # of the last call's accuracy
@@ -250,6 +253,9 @@ class Scorer:
         """
         config, data = self._config, self._data
         examples = data.eval_examples[: config.evaluation.num_generations]
+        if "chat" in data.eval_views:
+            return self._chat_generations(params, examples)
+        examples = views.escape(examples, data.tokenizer, config.data)
         prompts = [
             (example, view, text)
             for example in examples
@@ -259,21 +265,73 @@ class Scorer:
         ]
         if not prompts:
             return []
-        texts = self.generate(params, [text.prompt for _, _, text in prompts])
+        texts = self._generate(params, [text.prompt for _, _, text in prompts])
         return [
             {"id": example.id, "view": view}
-            | text_match.compare(generated, example, view, text)
+            | text_match.compare(
+                generated,
+                example,
+                view,
+                Text(*(part.replace(tokenizers.BREAK, "") for part in text)),
+            )
             for (example, view, text), generated in zip(prompts, texts, strict=True)
         ]
 
+    def _chat_generations(
+        self, params: Any, examples: Sequence[Example]
+    ) -> list[dict[str, Any]]:
+        """Answer the last learnt turn of each chat."""
+        config, data = self._config.data, self._data
+        if not examples:
+            return []
+        encoder = chat.ChatEncoder(data.tokenizer, config)
+        prompt_ids = encoder.example_prompt_ids(examples)
+        texts = self._continue(params, prompt_ids)
+        rows = []
+        for example, ids, generated in zip(examples, prompt_ids, texts, strict=True):
+            turn = chat.learnt_turns(example, config)[-1]
+            message = chat.apply_think(example.messages[turn], config.think)
+            rows.append(
+                {
+                    "id": example.id,
+                    "view": "chat",
+                    "prompt": data.tokenizer.decode(ids),
+                    "target": message.get("content") or "",
+                    "generated": generated.strip(),
+                }
+            )
+        return rows
+
     def generate(self, params: Any, prompts: Sequence[str]) -> list[str]:
-        """Continue each prompt by greedy decoding."""
+        """Continue each prompt by greedy decoding.
+
+        Prompts are a user's messages where the run has chats. Special tokens in them
+        are text, unless `data.parse_special`.
+        """
+        data = self._config.data
+        encoder = tokenizers.TextEncoder(
+            self._data.tokenizer, parse_special=data.parse_special
+        )
+        return self._generate(params, [encoder.escape(prompt) for prompt in prompts])
+
+    def _generate(self, params: Any, prompts: Sequence[str]) -> list[str]:
+        """Continue prompts, whose special tokens are tokens but for marked ones."""
         config, data = self._config, self._data
         prompt_ids = views.prompt_ids(
-            prompts, data.tokenizer, chat_template=config.data.chat_template
+            prompts,
+            data.tokenizer,
+            dataclasses.replace(config.data, chat_template=uses_chat_template(config)),
         )
-        prompt_ids = [ids[-config.data.max_prompt :] for ids in prompt_ids]
-        tokens = self._generator(params, self._with_end(prompt_ids))
+        return self._continue(params, prompt_ids)
+
+    def _continue(self, params: Any, prompt_ids: Sequence[Sequence[int]]) -> list[str]:
+        """Continue prompts of ids, whose beginnings are cut to `data.max_prompt`."""
+        config, data = self._config.data, self._data
+        limit = config.max_prompt
+        if "chat" in data.eval_views:
+            limit += config.max_target
+        cut = [list(ids[-limit:]) for ids in prompt_ids]
+        tokens = self._generator(params, self._with_end(cut))
         return data.tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
     def complete(self, params: Any, segments: Sequence[views.Segment]) -> list[str]:

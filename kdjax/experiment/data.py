@@ -2,10 +2,11 @@
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from kdjax.config import Config
-from kdjax.data import selection, sources, views
+from kdjax.data import chat_template, selection, sources, views
 from kdjax.data import tokenizer as tokenizers
 from kdjax.data.views import Segment
 from kdjax.experiment import methods
@@ -23,6 +24,7 @@ class Data:
     evaluation: list[Segment]
     eval_examples: list[sources.Example]
     labels: dict[str, Any]  # of a teacher's answers: `selection.apply_label_policy`
+    eos_ids: tuple[int, ...] = ()  # of tokens that end a text: `stop_ids`
 
 
 def load_tokenizer(config: Config) -> Any:
@@ -44,6 +46,7 @@ def tokenizer_path(config: Config) -> str:
 def load_data(config: Config, *, splits: tuple[str, ...] = ("train", "eval")) -> Data:
     """Read the examples and make their segments; every data error surfaces here."""
     tokenizer = load_tokenizer(config)
+    student = config.student.path if config.student.init == "folder" else ""
     names = {
         "train": methods.views(config.method),
         "eval": methods.held_out_views(config.method),
@@ -66,6 +69,7 @@ def load_data(config: Config, *, splits: tuple[str, ...] = ("train", "eval")) ->
         segments[split], counts = views.make_segments(
             selected.examples, names[split], tokenizer, config.data
         )
+        views.check_unknown(counts, tokenizer, config.data)
         if counts.truncated or counts.dropped:
             print(
                 f"{split}: {counts.truncated} segments truncated, {counts.dropped} "
@@ -80,4 +84,29 @@ def load_data(config: Config, *, splits: tuple[str, ...] = ("train", "eval")) ->
         evaluation=segments.get("eval", []),
         eval_examples=examples.get("eval", []),
         labels=labels,
+        eos_ids=stop_ids(config, tokenizer, (config.teacher.path, student)),
     )
+
+
+def stop_ids(config: Config, tokenizer: Any, paths: Sequence[str]) -> tuple[int, ...]:
+    """Return the ids of all tokens that end a text, ascending.
+
+    These are the tokenizer's end of sequence, those that the models' folders name, and
+    where there are chats the token that ends their turns.
+
+    Args:
+      config: the run.
+      tokenizer: of the texts.
+      paths: folders or hub names of models; "" = none.
+    """
+    ids = {tokenizer.eos_token_id}
+    for path in filter(None, paths):
+        ids.update(hf.eos_ids(path))
+    if uses_chat_template(config):
+        ids.add(chat_template.load(tokenizer, config.data).turn_end_id)
+    return tuple(sorted(ids - {None}))
+
+
+def uses_chat_template(config: Config) -> bool:
+    """Return True if prompts go through the tokenizer's chat template."""
+    return config.data.chat_template or config.method.name == "chat"

@@ -20,6 +20,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "counterfactual": ("factual", "counterfactual"),  # SCOTT, arXiv 2305.01879
     "multitask_counterfactual": ("label", "rationale", "factual", "counterfactual"),
     "text": ("text",),
+    "chat": ("chat",),
 }
 
 # kind of a term -> the step's metric that sums it over target tokens
@@ -64,7 +65,7 @@ def held_out_views(config: MethodConfig) -> tuple[str, ...]:
 
 def explains(config: MethodConfig) -> bool:
     """Return True if a student of the method writes rationales."""
-    return any(view not in ("label", "text") for view in held_out_views(config))
+    return any(view not in ("label", "text", "chat") for view in held_out_views(config))
 
 
 def shares(config: MethodConfig) -> tuple[float, ...]:

@@ -5,6 +5,7 @@ import pathlib
 from typing import Any
 
 from kdjax.config import Config, DecoderConfig, MethodConfig, StudentConfig
+from kdjax.data import tokenizer as tokenizers
 from kdjax.experiment import methods
 from kdjax.experiment.rows import joint_row_length
 from kdjax.models import hf
@@ -57,8 +58,7 @@ def with_vocabulary(shape: Shape, tokenizer: Any) -> Shape:
     shape = dataclasses.replace(shape, vocab_size=vocab_size)
     if isinstance(shape, DecoderConfig) or not hasattr(tokenizer, "eos_token_id"):
         return shape
-    eos_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
-    pad_id = eos_id if pad_id is None else pad_id
+    eos_id, pad_id = tokenizer.eos_token_id, tokenizers.pad_id(tokenizer)
     return dataclasses.replace(shape, eos_id=eos_id, pad_id=pad_id, start_id=pad_id)
 
 

@@ -7,7 +7,7 @@ import dataclasses
 
 from kdjax import config as config_lib
 from kdjax.config import AnnotateConfig, Config, DecoderConfig, StudentConfig, T5Config
-from kdjax.data import columns
+from kdjax.data import columns, templates
 from kdjax.experiment import methods
 from kdjax.models import t5
 from kdjax.models.decoder_shape import check_shape
@@ -25,6 +25,7 @@ def validate(config: Config) -> None:
     _check_method(config)
     _check_temperatures(config)
     _check_data(config)
+    templates.check_variables(config.data)
     _check_texts(config)
     _check_student(config.student)
     _check_annotate(config.annotate)

@@ -45,15 +45,15 @@ class Decoding:
     """
 
     max_new_tokens: int  # most tokens generated per prompt
-    eos_id: int  # ends a continuation; -1 = no token does
+    eos_ids: tuple[int, ...]  # each of them ends a continuation
     pad_id: int  # fills rows before and after their end
     temperature: float = 0.0  # 0 = the most probable token, else sampling
     top_k: int = 0  # sample among the k most probable tokens; 0 = all
     top_p: float = 1.0  # among the fewest tokens of at least this probability; 1 = all
     seed: int = 0  # of sampling; a prompt's draws follow from it and its own seed
     contrast_weight: float | None = None  # of log p given the contrast; None = without
-    # "teacher": a text ends where `eos_id` is the most probable token given the prompt,
-    # and only there; "contrast": where it is the token that the contrast leads to
+    # "teacher": a text ends where one of `eos_ids` is the most probable token given the
+    # prompt, and only there; "contrast": where the contrast leads to one of them
     contrast_stop: str = "teacher"
 
     def __post_init__(self) -> None:
@@ -174,7 +174,7 @@ class Generator:
             tokens_BN = self._decode(params, rows, width, forced_BF, seeds_N[filled])
             for tokens_N, index in zip(tokens_BN, batch, strict=False):
                 new_N = tokens_N[len(forced[index]) :]
-                (ends,) = np.nonzero(new_N == decoding.eos_id)
+                (ends,) = np.nonzero(np.isin(new_N, decoding.eos_ids))
                 results[index] = new_N[: ends[0] if len(ends) else None].tolist()
         return results
 
@@ -215,7 +215,8 @@ def make_generate(
 ) -> Callable[..., Int[Array, "B N"]]:
     """Compile one pass over the prompts, then a loop over new tokens.
 
-    The loop ends when every prompt has produced `eos_id` or `max_new_tokens` tokens.
+    The loop ends when every prompt has produced one of `eos_ids`, or
+    `max_new_tokens` tokens.
 
     Args:
       shape: of the model.
@@ -277,7 +278,8 @@ def make_generate(
                 token_B = jnp.where(is_forced_B, column_B, token_B)
             token_B = jnp.where(done_B, pad_id, token_B)
             tokens_BN = jax.lax.dynamic_update_index_in_dim(tokens_BN, token_B, step, 1)
-            done_B |= token_B == decoding.eos_id
+            for eos_id in decoding.eos_ids:
+                done_B |= token_B == eos_id
             token_R = jnp.tile(token_B, rows_per_prompt)
             hidden_RD, cache = lm.decode(
                 graphdef, params, token_R, first_R + step, cache
@@ -296,15 +298,18 @@ def contrasted_logits(
 ) -> Float[Array, "B V"]:
     """Return the scores of the next tokens, of which the greatest is chosen.
 
-    The difference own - weight * contrast; with `contrast_stop="teacher"` the end token
-    has the only finite score where it is the most probable one of `own_BV`, and none
-    elsewhere.
+    The difference own - weight * contrast; with `contrast_stop="teacher"` end tokens
+    have the only finite scores where one of them is the most probable one of `own_BV`,
+    and none elsewhere.
     """
     score_BV = own_BV - jnp.float32(decoding.contrast_weight) * contrast_BV
-    if decoding.contrast_stop == "contrast" or decoding.eos_id < 0:
+    if decoding.contrast_stop == "contrast" or not decoding.eos_ids:
         return score_BV
-    ends_B1 = jnp.argmax(own_BV, axis=-1, keepdims=True) == decoding.eos_id
-    is_end_1V = jnp.arange(own_BV.shape[-1])[None] == decoding.eos_id
+    is_end_1V = jnp.isin(
+        jnp.arange(own_BV.shape[-1]), jnp.asarray(decoding.eos_ids, jnp.int32)
+    )[None]
+    best_B1 = jnp.argmax(own_BV, axis=-1, keepdims=True)
+    ends_B1 = jnp.take_along_axis(is_end_1V, best_B1.T, axis=1).T
     return jnp.where(is_end_1V == ends_B1, score_BV, -jnp.inf)
 
 

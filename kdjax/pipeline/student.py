@@ -82,7 +82,15 @@ def export_student(
     readme = model_card.write(
         config, run.student.shape, origins, step=step, summary=_summary(run, step)
     )
-    hf.save(out, run.student.shape, params, run.tokenizer, dtype=dtype, readme=readme)
+    hf.save(
+        out,
+        run.student.shape,
+        params,
+        run.tokenizer,
+        dtype=dtype,
+        readme=readme,
+        eos_ids=run.data.eos_ids,
+    )
     distributed.barrier("export")
 
 

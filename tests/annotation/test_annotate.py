@@ -105,7 +105,7 @@ def oracle(places, messages, contrast=None):
     ids = tokenizer.encode(prompts.plain(messages), add_special_tokens=False)
     decoding = Decoding(
         max_new_tokens=5,
-        eos_id=tokenizer.eos_token_id,
+        eos_ids=(tokenizer.eos_token_id,),
         pad_id=tokenizer.pad_token_id,
     )
     [new] = Generator(shape, graphdef, decoding, batch_size=1)(params, [ids])

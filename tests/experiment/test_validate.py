@@ -18,7 +18,7 @@ TEXTS = {
     *("rationales", "eval_rationales", "counterfactuals", "labels"),
     *("label", "rationale", "rationale_then_label", "factual", "counterfactual"),
     *("model", "prompts", "stop", "url", "key_variable", "columns"),
-    "rationale_end",
+    *("rationale_end", "template_kwargs", "template_date"),
 }
 LEAVES = list(config_lib.leaves(Config()))
 
@@ -27,6 +27,8 @@ LEAVES = list(config_lib.leaves(Config()))
     ("path", "value", "message"),
     [
         ("method.name", "fientune", "method.name='fientune' is unknown: use one of"),
+        ("data.template_date", "today", "data.template_date='today' is no date: use"),
+        ("data.template_kwargs", ("thinks",), "'thinks' is not name=value: use"),
         ("train.steps", -3, "train.steps=-3 is below 1: use 1 or more"),
     ],
 )

@@ -81,7 +81,7 @@ def by_force_until_the_teacher_ends(model, prompt, contrast, weight, eos):
 
 
 def generator(model, weight, *, batch_size=3, **fields):
-    fields = {"max_new_tokens": NEW, "eos_id": -1, "pad_id": PAD} | fields
+    fields = {"max_new_tokens": NEW, "eos_ids": (), "pad_id": PAD} | fields
     method = Decoding(contrast_weight=weight, **fields)
     return Generator(*model[:2], method, batch_size=batch_size)
 
@@ -98,7 +98,7 @@ def test_equals_a_forward_pass_a_token(model, weight):
     assert texts(model, weight) == expected
     assert expected != texts(model, 0.0)
     eos = expected[0][2]
-    assert texts(model, weight, eos_id=eos, contrast_stop="contrast") == [
+    assert texts(model, weight, eos_ids=(eos,), contrast_stop="contrast") == [
         row[: row.index(eos)] if eos in row else row for row in expected
     ]
 
@@ -117,9 +117,9 @@ def test_a_text_ends_where_the_teacher_would_end_it(model):
         expected = [
             by_force_until_the_teacher_ends(model, *pair, 0.5, eos) for pair in pairs
         ]
-        assert texts(model, 0.5, eos_id=eos) == expected
+        assert texts(model, 0.5, eos_ids=(eos,)) == expected
         assert any(len(row) < NEW for row in expected)
-    assert texts(model, 0.5, eos_id=first)[1] == []
+    assert texts(model, 0.5, eos_ids=(first,))[1] == []
     with pytest.raises(ValueError, match="contrast_stop='never': use one of"):
         generator(model, 0.5, contrast_stop="never")
 
@@ -173,7 +173,7 @@ def test_equal_prompts_choose_as_the_one_does(model):
 
 def test_samples_follow_the_scores_and_a_rows_own_key(model):
     shape, graphdef, params = model
-    fields = {"max_new_tokens": 1, "eos_id": -1, "pad_id": PAD, "temperature": 2.0}
+    fields = {"max_new_tokens": 1, "eos_ids": (), "pad_id": PAD, "temperature": 2.0}
     method = Decoding(contrast_weight=0.5, **fields)
     call = generate.make_generate(shape, graphdef, method, max_prompt=4)
     rows = 2000

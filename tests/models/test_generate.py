@@ -62,7 +62,7 @@ def arrays_of(prompts, width):
 
 
 def decoding(**fields):
-    return Decoding(**{"max_new_tokens": NEW, "eos_id": -1, "pad_id": PAD} | fields)
+    return Decoding(**{"max_new_tokens": NEW, "eos_ids": (), "pad_id": PAD} | fields)
 
 
 def continued(model, prompts, *, batch_size=16, seeds=None, **fields):
@@ -156,7 +156,7 @@ def test_prompts_have_few_shapes_and_little_padding():
 def test_rows_end_at_the_end_token_and_the_loop_with_the_last_row(model, uncached):
     eos = uncached[1][2]
     prompts_BP, lengths_B = arrays_of([*PROMPTS, []], 8)
-    call = make(model, eos_id=eos)
+    call = make(model, eos_ids=(eos,))
     tokens_BN = call(model[1], prompts_BP, lengths_B, keys(5))
     for row, expected in zip(tokens_BN.tolist(), uncached, strict=False):
         stop = expected.index(eos) + 1 if eos in expected else NEW
@@ -167,7 +167,7 @@ def test_rows_end_at_the_end_token_and_the_loop_with_the_last_row(model, uncache
 def test_a_generator_keeps_order_drops_the_end_token_and_compiles_once(model, uncached):
     eos = uncached[0][3]
     # Padding that looks like the end must not confuse it.
-    method = decoding(eos_id=eos, pad_id=eos)
+    method = decoding(eos_ids=(eos,), pad_id=eos)
     run = Generator(CONFIG, model[0], method, batch_size=3)
     for _ in range(2):
         expected = [row[: row.index(eos)] if eos in row else row for row in uncached]

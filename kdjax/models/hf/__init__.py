@@ -1,6 +1,7 @@
 """Hugging Face folders in and out."""
 
 from kdjax.models.hf.folder import (
+    eos_ids,
     fingerprint,
     has_weights,
     join,
@@ -12,6 +13,7 @@ from kdjax.models.hf.folder import (
 )
 
 __all__ = [
+    "eos_ids",
     "fingerprint",
     "has_weights",
     "join",

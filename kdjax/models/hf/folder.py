@@ -66,6 +66,31 @@ def read_config(path: str | os.PathLike) -> Shape:
     return t5.read(raw, str(file), lambda: t5.HEAD in safetensors_io.names(folder))
 
 
+def eos_ids(path: str | os.PathLike) -> tuple[int, ...]:
+    """Return the ids that end a text of the model in a folder.
+
+    These are eos_token_id of generation_config.json and of config.json, each a number
+    or a list; a folder without either has none.
+
+    Raises:
+      ValueError: something else stands there.
+    """
+    folder = resolve(path)
+    ids: set[int] = set()
+    for name in ("generation_config.json", "config.json"):
+        if not (folder / name).is_file():
+            continue
+        value = safetensors_io.read_json(folder / name).get("eos_token_id")
+        listed = value if isinstance(value, list) else [value]
+        if not all(type(i) is int or i is None for i in listed):
+            raise ValueError(
+                f"{folder / name}: eos_token_id={value!r} is neither an id nor a list "
+                "of them: repair it"
+            )
+        ids.update(i for i in listed if i is not None)
+    return tuple(sorted(ids))
+
+
 def _names(config: Shape) -> ModuleType:
     """Return the module of tensor names: functions of the same names for both kinds."""
     return t5 if isinstance(config, T5Config) else families
@@ -138,6 +163,7 @@ def save(
     max_shard_bytes: int = 5 * 2**30,
     overwrite: bool = False,
     readme: str = "",
+    eos_ids: Sequence[int] = (),
 ) -> None:
     """Write a folder that `transformers` loads as it is, by the class of its kind.
 
@@ -154,6 +180,8 @@ def save(
       max_shard_bytes: above this the weights are split over several files.
       overwrite: replace an existing model folder.
       readme: the model card, README.md; "" writes none.
+      eos_ids: of all tokens that end a text, for generation_config.json; () = the
+        tokenizer's alone.
 
     Raises:
       ValueError: the folder exists and may not be replaced, or the shape is not one of
@@ -188,7 +216,11 @@ def save(
     # Both spellings: transformers 4 reads the first, transformers 5 the second.
     stored_as = {"torch_dtype": dtype, "dtype": dtype}
     write_json(scratch / "config.json", described | stored_as | ids)
-    write_json(scratch / "generation_config.json", {"_from_model_config": True} | ids)
+    if len(eos_ids) > 1:  # config.json has the one of the tokenizer
+        generation = ids | {"eos_token_id": list(eos_ids)}
+    else:
+        generation = {"_from_model_config": True} | ids
+    write_json(scratch / "generation_config.json", generation)
     shapes = stored_shapes(config, lm.stacks(config))
     safetensors_io.write(
         scratch,

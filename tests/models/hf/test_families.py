@@ -81,7 +81,7 @@ def test_alike_in_transformers_both_ways(name, tmp_path):
     assert_close(our_logits(config, params, tokens), theirs, 1e-4)
 
     prompts = [tokens[0, :6].tolist(), tokens[1, :20].tolist()]  # 20: past the window
-    decoding = Decoding(max_new_tokens=20, eos_id=-1, pad_id=0)
+    decoding = Decoding(max_new_tokens=20, eos_ids=(), pad_id=0)
     run = Generator(config, decoder.create(config)[0], decoding, batch_size=2)
     continued = run(params, prompts)
     for prompt, ours in zip(prompts, continued, strict=True):

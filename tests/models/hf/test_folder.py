@@ -300,7 +300,7 @@ def test_smollm2_continues_prompts_like_transformers(smollm2, real_data):
     config = hf.read_config(smollm2)
     decoding = Decoding(
         max_new_tokens=32,
-        eos_id=tokenizer.eos_token_id,
+        eos_ids=(tokenizer.eos_token_id,),
         pad_id=tokenizer.pad_token_id,
     )
     run = Generator(config, decoder.create(config)[0], decoding, batch_size=10)
