@@ -54,13 +54,20 @@ class Point:
     link: str = ""  # to where its numbers are
 
 
-def dots(groups: Sequence[runs.Group], label: str, *, name: str = "figure") -> str:
+def dots(
+    groups: Sequence[runs.Group],
+    label: str,
+    *,
+    references: Mapping[str, float] | None = None,
+    name: str = "figure",
+) -> str:
     """Every run as a dot, and every group's mean with its interval.
 
     Args:
       groups: of runs; a row for each level of the first factor, a colour for each of
         the second. Collapsed runs are crosses.
       label: of the axis.
+      references: name -> value of a vertical line, such as chance.
       name: unique in the page; stands before all ids.
 
     Returns:
@@ -88,6 +95,17 @@ def dots(groups: Sequence[runs.Group], label: str, *, name: str = "figure") -> s
             )
         axes.set_yticks(range(len(names)), [_short(level) for level in names])
         axes.set_ylim(len(names) - 0.4, -0.6)
+        for title, value in (references or {}).items():
+            axes.axvline(value, color=_INK, linewidth=0.9, linestyle=":")
+            axes.annotate(
+                _short(title),
+                (value, 1),
+                xycoords=("data", "axes fraction"),
+                xytext=(2, -2),
+                textcoords="offset points",
+                va="top",
+                fontsize=8,
+            )
         axes.set_xlabel(label)
         axes.grid(axis="x", alpha=0.2)
         _legend(figure, shown)

@@ -19,6 +19,19 @@ from kdjax.runtime import files
 _TEMPLATE = "report.html.jinja"
 _NONE = "\N{EN DASH}"
 _DIGITS = 4  # of the largest number of a column
+_MEANINGS = {
+    "accuracy": "share of questions whose right choice is the most probable one",
+    "answer_accuracy": "share of written answers that are the right one",
+    "answer_accuracy_lenient": "the same up to case, white space and a full stop",
+    "nll": "negative log-likelihood of the held-out targets, nats per token",
+    "kl": "divergence of the student from its teacher, nats per token",
+    "agreement": "share of tokens whose most probable one is the teacher's too",
+    "ece": "expected calibration error: mean distance of confidence from accuracy",
+    "retention": "the student's accuracy over its teacher's",
+    "perplexity": "exp(nll)",
+    "faithfulness": "how explanations and answers depend on each other",
+    "latency": "milliseconds per decoded token of a row",
+}
 Bins = Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[float]]]
 
 
@@ -30,6 +43,7 @@ def write(
     title: str = "Comparison",
     folder: str = ".",
     reliability: Bins | None = None,
+    facts: Mapping[str, str] | None = None,
 ) -> None:
     """Write the page atomically.
 
@@ -40,8 +54,16 @@ def write(
       title: of the page.
       folder: where the runs' directories are, seen from the page.
       reliability: title -> bins, as of `plots.reliability`; None has no diagram.
+      facts: what was run, name -> words; None says nothing of it.
     """
-    text = render(table, design, title=title, folder=folder, reliability=reliability)
+    text = render(
+        table,
+        design,
+        title=title,
+        folder=folder,
+        reliability=reliability,
+        facts=facts,
+    )
     files.write_atomically(path, text)
 
 
@@ -52,6 +74,7 @@ def render(
     title: str = "Comparison",
     folder: str = ".",
     reliability: Bins | None = None,
+    facts: Mapping[str, str] | None = None,
 ) -> str:
     """Return the page as text; `write` has the arguments.
 
@@ -61,6 +84,7 @@ def render(
         group_tests.compare(table, metric, design) for metric in design.metrics
     ]
     points, pareto = _pareto(table, design, comparisons[0])
+    references = {m: _references(table, m, design) for m in design.metrics}
     return _template().render(
         title=title,
         design=design,
@@ -73,7 +97,15 @@ def render(
         digits={m: _decimals(_values(table, m)) for m in design.numbers},
         alpha=group_tests.ALPHA,
         versions=_versions,
-        **_groups_context(comparisons, design),
+        facts=facts or {},
+        meanings={m: _MEANINGS.get(m.partition("/")[0], "") for m in design.metrics},
+        references=references,
+        conclusions=[
+            line
+            for comparison in comparisons
+            for line in conclude(comparison, design, references[comparison.metric])
+        ],
+        **_groups_context(comparisons, design, references),
         **_factors_context(table, design),
         sentence=sentence,
         points=points,
@@ -96,7 +128,9 @@ def _template() -> jinja2.Template:
 
 
 def _groups_context(
-    comparisons: Sequence[group_tests.Comparison], design: runs.Design
+    comparisons: Sequence[group_tests.Comparison],
+    design: runs.Design,
+    references: Mapping[str, Mapping[str, float]],
 ) -> dict[str, Any]:
     """Return what the template shows of groups."""
     return {
@@ -109,7 +143,10 @@ def _groups_context(
         },
         "figures": {
             index: plots.dots(
-                comparison.all_runs.groups, comparison.metric, name=f"metric-{index}"
+                comparison.all_runs.groups,
+                comparison.metric,
+                references=references[comparison.metric],
+                name=f"metric-{index}",
             )
             for index, comparison in enumerate(comparisons, start=1)
         },
@@ -133,6 +170,72 @@ def _factors_context(table: Sequence[runs.Run], design: runs.Design) -> dict[str
         for index, effects in by_factor.items()
     }
     return {"by_factor": by_factor, "panels": panels}
+
+
+def conclude(
+    comparison: group_tests.Comparison,
+    design: runs.Design,
+    references: Mapping[str, float],
+) -> list[str]:
+    """Return what the tests say of a metric, a sentence for each second level.
+
+    Args:
+      comparison: of the metric, all runs.
+      design: what is compared.
+      references: name -> value that the best mean is held against.
+    """
+    lines = []
+    metric, decimals = comparison.metric, _DIGITS - 1
+    down = metric in design.lower_is_better
+    for effects in comparison.all_runs.simple_effects:
+        groups = [
+            group
+            for group in comparison.all_runs.groups
+            if group.within == effects.within and group.mean is not None
+        ]
+        if not groups:
+            continue
+        groups.sort(key=lambda group: group.mean or 0.0, reverse=not down)
+        best = groups[0]
+        where = f"{metric}, {effects.within}" if effects.within else metric
+        mean = f"{best.level} has the {'lowest' if down else 'highest'} mean"
+        text = f"{where}: {mean}, {number(best.mean, decimals)}"
+        known = {
+            frozenset((pair.first, pair.second)): pair.tukey_p for pair in effects.pairs
+        }
+        worse, same, untested = [], [], []
+        for group in groups[1:]:
+            p = known.get(frozenset((best.level, group.level)))
+            listed = untested if p is None else worse if p < group_tests.ALPHA else same
+            listed.append(group.level)
+        if worse:
+            text += f"; {_listed(worse)} differ{'s' * (len(worse) == 1)} from it"
+        if same:
+            text += f"; no difference is seen from {_listed(same)}"
+        if untested:
+            text += f"; nothing can be tested against {_listed(untested)}"
+        for name, value in references.items():
+            text += f"; {name}: {number(value, decimals)}"
+        lines.append(f"{text}.")
+    return lines
+
+
+def _listed(names: Sequence[str]) -> str:
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def _references(
+    table: Sequence[runs.Run], metric: str, design: runs.Design
+) -> dict[str, float]:
+    """Return name -> value that a metric is held against: chance, the teacher."""
+    references = {}
+    if metric in design.chance:
+        references["chance"] = design.chance[metric]
+    values = _values(table, design.references.get(metric, ""))
+    if values:
+        references["teacher"] = math.fsum(values) / len(values)
+    return references
 
 
 def number(value: float | None, decimals: int | None = None) -> str:
@@ -234,7 +337,10 @@ def _counts(table: Sequence[runs.Run]) -> dict[str, int]:
 def _best(
     comparison: group_tests.Comparison, design: runs.Design
 ) -> set[tuple[str, str]]:
-    """Return the groups with the best mean at their level of the second factor."""
+    """Return the groups with the best mean at their level of the second factor.
+
+    Where several share it there is no best one.
+    """
     sign = -1 if comparison.metric in design.lower_is_better else 1
     best: dict[str, float] = {}
     for group in comparison.all_runs.groups:
@@ -242,10 +348,15 @@ def _best(
             best[group.within] = max(
                 best.get(group.within, -math.inf), sign * group.mean
             )
+    tied: dict[str, list[runs.Group]] = {}
+    for group in comparison.all_runs.groups:
+        if group.mean is not None and sign * group.mean == best[group.within]:
+            tied.setdefault(group.within, []).append(group)
     return {
         (group.level, group.within)
-        for group in comparison.all_runs.groups
-        if group.mean is not None and sign * group.mean == best[group.within]
+        for members in tied.values()
+        for group in members
+        if len(members) == 1
     }
 
 
@@ -272,7 +383,10 @@ def _falls(design: runs.Design) -> bool:
 def _pareto(
     table: Sequence[runs.Run], design: runs.Design, first: group_tests.Comparison
 ) -> tuple[list[plots.Point], str]:
-    """Return mean quality (the first metric) and cost of each group, and a figure."""
+    """Return mean quality (the first metric) and cost of each group, and a figure.
+
+    There is no figure where all cost the same.
+    """
     if not design.cost:
         return [], ""
     costs = runs.groups(table, design.cost, design)
@@ -289,6 +403,8 @@ def _pareto(
         )
         if cost.mean is not None and group.mean is not None
     ]
+    if len({point.cost for point in points}) < 2:
+        return points, ""
     figure = plots.pareto(
         points, design.cost, first.metric, lowest=_falls(design), name="pareto"
     )

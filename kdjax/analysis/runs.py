@@ -39,6 +39,8 @@ class Design:
     lower_is_better: tuple[str, ...] = LOWER_IS_BETTER  # metrics
     chance: Mapping[str, float] = dataclasses.field(default_factory=dict)
     # metric -> value that a run must pass, else it counts as collapsed (chance)
+    references: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    # metric -> column whose mean is shown beside it, where there is one (the teacher's)
     cost: str = ""  # column of numbers that the Pareto plot has on its axis
     confidence: float = 0.95  # of intervals of means, differences, g and A
 
@@ -165,9 +167,10 @@ def parse(rows: Iterable[Mapping[str, Any]], design: Design) -> tuple[Run, ...]:
             raise ValueError(f"row {index}: run={name!r} is there twice: name it anew")
         names.add(name)
         columns = dict.fromkeys((*design.factors, design.seed))
+        present = [c for c in design.references.values() if row.get(c) is not None]
         numbers = {
             column: number
-            for column in design.numbers
+            for column in dict.fromkeys((*design.numbers, *present))
             if (number := _number(row[column], column, index)) is not None
         }
         status = str(row["status"])

@@ -24,6 +24,8 @@ from kdjax.experiment.teacher import has_teacher, teacher_config
 SIMULATOR = "simulator"  # folder of a simulator in the directory of its task
 LATENCY = "shared/latency"  # prefix of the names of tasks that time decoding
 SEED = "seed"  # the factor that every comparison has
+# Metrics beside which the teacher's accuracy stands in the page.
+TEACHER_METRICS = ("accuracy", "answer_accuracy", "answer_accuracy_lenient")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+]*")
 
 Changes = Mapping[str, Any]  # field of a config, as "method.name" -> its value
@@ -60,6 +62,7 @@ class Comparison:
             compare=self.compare,
             within=self.within,
             chance=self.chance,
+            references=dict.fromkeys(TEACHER_METRICS, "teacher_accuracy"),
             cost=self.cost,
         )
 

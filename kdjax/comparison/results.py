@@ -122,8 +122,31 @@ def write(
         title=comparison.name,
         folder="runs",
         reliability=_reliability(comparison, table, workdir),
+        facts=_facts(comparison),
     )
     return table
+
+
+def _facts(comparison: Comparison) -> dict[str, str]:
+    """Return what was run, as names and values; no path but its last component."""
+    data, train = comparison.base.data, comparison.base.train
+    name = (
+        pathlib.PurePath(data.path).name if data.path else "the built-in task kinship"
+    )
+    trained = f"{data.num_train:,}" if data.num_train else "all"
+    held_out = f"{data.num_eval:,}" if data.num_eval else "all"
+    teacher = comparison.base.teacher.path
+    facts = {
+        "data": f"{name}: {trained} training rows, {held_out} held-out rows",
+        "teacher": pathlib.PurePath(teacher).name or "trained for the comparison",
+        "training": f"{train.steps:,} steps of {train.batch_size} packed rows",
+    }
+    for factor, levels in comparison.factors.items():
+        facts[factor] = ", ".join(levels)
+    facts["seeds"] = ", ".join(map(str, comparison.seeds))
+    if comparison.overrides:
+        facts["note"] = "some combinations change more (the comparison's overrides)"
+    return facts
 
 
 def means(

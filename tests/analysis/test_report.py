@@ -281,3 +281,59 @@ def test_what_is_installed_is_loaded():
     assert extras.load("html.parser") is html.parser
     with pytest.raises(ValueError, match="package='no_such'"):
         extras.load("no_such")
+
+
+def _rows(values, **columns):
+    return [
+        {
+            "run": f"{level}-{seed}",
+            "status": "done",
+            "method": level,
+            "seed": str(seed),
+            "accuracy": repr(value),
+            "parameters": "10.0",
+            "teacher_accuracy": "0.75",
+        }
+        | columns
+        for level, of_level in values.items()
+        for seed, value in enumerate(of_level)
+    ]
+
+
+DESIGN = runs.Design(
+    metrics=("accuracy",),
+    factors=("method",),
+    compare=("method",),
+    chance={"accuracy": 0.25},
+    references={"accuracy": "teacher_accuracy"},
+    cost="parameters",
+)
+
+
+def test_the_page_says_in_words_what_was_run_and_what_came_of_it():
+    values = {"low": (0.30, 0.31, 0.32), "high": (0.6, 0.61, 0.62), "near": (0.6, 0.6)}
+    _, text = _render(_rows(values), DESIGN, facts={"data": "<rows>", "seeds": "0"})
+    page = Page(text)
+    words = " ".join(page.text.split())
+    assert (
+        "accuracy: high has the highest mean, 0.610; low differs from it; no difference "
+        "is seen from near; chance: 0.250; teacher: 0.750." in words
+    )
+    assert "data<rows>" in words.replace(" ", "") and "&lt;rows&gt;" in text
+    assert "share of questions whose right choice" in words
+    figure = text.partition("<svg")[2].partition("</svg>")[0]
+    assert ">chance<" in figure and ">teacher<" in figure
+    # All cost the same: nothing to weigh.
+    assert "All groups have the same parameters" in words
+    assert "Quality and cost" not in words
+
+
+def test_a_shared_best_mean_is_nobodys():
+    values = {"first": (0.5, 0.5), "second": (0.5, 0.5), "third": (0.25, 0.25)}
+    _, text = _render(_rows(values), DESIGN)
+    assert "0.5000" not in Page(text).bold
+
+
+def test_without_a_test_the_conclusion_says_so():
+    _, text = _render(_rows({"one": (0.5,), "two": (0.4,)}), DESIGN)
+    assert "nothing can be tested against two" in " ".join(Page(text).text.split())
