@@ -316,8 +316,8 @@ def test_the_page_says_in_words_what_was_run_and_what_came_of_it():
     page = Page(text)
     words = " ".join(page.text.split())
     assert (
-        "accuracy: high has the highest mean, 0.610; low differs from it; no difference "
-        "is seen from near; chance: 0.250; teacher: 0.750." in words
+        "accuracy: high has the highest mean, 0.610; low differs from it; no "
+        "difference is seen from near; chance: 0.250; teacher: 0.750." in words
     )
     assert "data<rows>" in words.replace(" ", "") and "&lt;rows&gt;" in text
     assert "share of questions whose right choice" in words
