@@ -32,4 +32,4 @@ def run(config: Config, workdir: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(run)
+    cli.run(run, resumes=True)

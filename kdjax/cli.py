@@ -5,12 +5,19 @@ commands import theirs where they run: help and flag errors come at once, and a 
 is replaced by one with huge pages before anything is loaded.
 """
 
+import difflib
+import errno
+import json
+import logging as python_logging
+import operator
 import os
 import pathlib
 import re
+import socket
 import sys
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from absl import app, flags, logging
@@ -18,7 +25,7 @@ from ml_collections import config_flags
 
 from kdjax import config as config_lib
 from kdjax.config import Config
-from kdjax.runtime import files, malloc
+from kdjax.runtime import files, interrupts, malloc
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -33,6 +40,9 @@ _WORKDIR = flags.DEFINE_string(
 _COMPILED_BYTES = 2 * 2**30  # beyond it what was not used for longest goes
 _FLAG_ERRORS = (flags.Error, KeyError, TypeError, ValueError, OSError, AttributeError)
 _JSON = flags.DEFINE_string("json", None, "Also write the result to this file.")
+_HELPCONFIG = flags.DEFINE_bool(
+    "helpconfig", False, "List the fields that --config.* takes, and exit."
+)
 STEP = flags.DEFINE_integer(
     "step", None, "Checkpoint of the student; the newest by default.", lower_bound=1
 )
@@ -43,17 +53,20 @@ def run(
     *,
     validate: Callable[[Any], None] | None = None,
     keep_compiled: bool = True,
+    resumes: bool = False,
 ) -> None:
     """Parse the flags, validate the config and call `main(config, workdir)`.
 
-    What the user can mend (ValueError, a missing file) becomes one line on stderr and
-    exit code 1; a bug keeps its traceback.
+    What the user can mend (ValueError, an error of the operating system) becomes one
+    line on stderr and exit code 1; Ctrl-C and SIGTERM one with exit code 130 and 143; a
+    bug keeps its traceback.
 
     Args:
       main: the command.
       validate: checks what get_config returned; by default it must be a valid Config.
       keep_compiled: what is compiled is kept on disk and read by later runs; False
         where the compilation itself is measured.
+      resumes: started again, the command goes on from what is complete.
     """
 
     def start(arguments: list[str]) -> None:
@@ -74,18 +87,22 @@ def run(
         main(config, workdir(config))
 
     # --helpshort shows the flags of the main module: these are everybody's.
-    for name in ("config", "workdir"):
+    for name in ("config", "workdir", "helpconfig"):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
-    run_actions(start)
+    run_actions(start, resumes=resumes)
 
 
-def run_actions(main: Callable[[list[str]], None]) -> None:
+def run_actions(main: Callable[[list[str]], None], *, resumes: bool = False) -> None:
     """Parse the flags, call `main` with the other arguments; errors as in `run`."""
+    hint = "the same command goes on from what is complete" if resumes else ""
     malloc.reexec_with_huge_pages()
     # Transformers reads tokenizers; that PyTorch is missing is no news.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
     def parse(argv: list[str]) -> list[str]:
+        if any(argument.lstrip("-") == "helpconfig" for argument in argv):
+            _print_config()
+            raise SystemExit(0)
         argv = [_config_argument(argument) for argument in argv]
         try:
             return flags.FLAGS(argv)
@@ -96,26 +113,161 @@ def run_actions(main: Callable[[list[str]], None]) -> None:
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)
         logging.info("GLIBC_TUNABLES=%r", os.environ.get("GLIBC_TUNABLES", ""))
+        interrupts.install(_program())
+        _quieten()
         try:
             main(argv[1:])
-        except (ValueError, FileNotFoundError) as error:
-            if os.environ.get("KDJAX_TRACEBACK"):
+        except KeyboardInterrupt as error:
+            _end(interrupts.SIGINT_CODE, "interrupted", str(error) or hint)
+        except interrupts.Terminated as error:
+            _end(interrupts.SIGTERM_CODE, "ended by SIGTERM", error.message or hint)
+        except Exception as error:
+            text = _explain(error)
+            if not text or os.environ.get("KDJAX_TRACEBACK"):
+                _abandon(traceback.format_exc())
                 raise
-            _abandon(_line(str(error)))
-            raise SystemExit(_line(str(error))) from None
-        except Exception:
-            _abandon(traceback.format_exc())
-            raise
+            _abandon(_line(text))
+            raise SystemExit(_line(text)) from None
 
     app.run(guarded, flags_parser=parse)
 
 
-def _abandon(message: str) -> None:
+def _end(code: int, event: str, message: str) -> None:
+    """End this process after a signal, with a line on stderr."""
+    text = ": ".join(part for part in (_program(), event, message) if part)
+    _abandon(text, code)
+    threading.excepthook = lambda arguments: None  # threads whose work is cut off
+    print(text, file=sys.stderr, flush=True)
+    raise SystemExit(code)
+
+
+def _explain(error: BaseException) -> str:
+    """Return what the user can do about an error, in one line; "" for a bug."""
+    chain = list(_causes(error))
+    if text := next((t for e in chain if (t := _system_error(e))), ""):
+        return text
+    if isinstance(error, ValueError | FileNotFoundError):
+        return str(error)
+    return next((t for e in chain if (t := _lost_process(e))), "")
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error, and those that it was raised from."""
+    seen: set[int] = set()
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        yield cause
+        hidden = cause.__suppress_context__
+        cause = cause.__cause__ or (None if hidden else cause.__context__)
+
+
+# What to do about an error of the operating system.
+_REMEDIES = {
+    errno.ENOSPC: "free some space, or write elsewhere; what is complete is kept, and "
+    "the same command goes on",
+    errno.EDQUOT: "free some of your quota, or write elsewhere; what is complete is "
+    "kept, and the same command goes on",
+    errno.EFBIG: "raise the limit of file sizes (ulimit -f), or write elsewhere",
+    errno.EACCES: "give this user the right to it (ls -l), or name another path",
+    errno.EPERM: "give this user the right to it (ls -l), or name another path",
+    errno.EROFS: "name a path on a file system that can be written to",
+    errno.EIO: "the disk or its connection fails: see dmesg, copy what is there, and "
+    "name a path on another one",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "close other programs, or raise the system's limit (fs.file-max)",
+    errno.ENAMETOOLONG: "use a shorter name",
+    errno.ELOOP: "the symbolic links lead in a circle: remove them",
+    errno.ENOTDIR: "a part of the path is a file: name a folder",
+    errno.EEXIST: "there is a file, or a link to nothing, of that name: remove it, or "
+    "name another path",
+    errno.EISDIR: "this is a folder: name a file",
+    errno.ESTALE: "the network file system lost it: mount it again",
+    errno.ENODEV: "name a path on another file system",
+    errno.ETIMEDOUT: "the file system or server does not answer: try again",
+}
+
+
+def _system_error(error: BaseException) -> str:
+    """Return path, reason and remedy of an error of the operating system, or "".
+
+    Libraries wrap them in errors of their own, whose text has the system's reason.
+    """
+    if isinstance(error, OSError) and error.errno in _REMEDIES:
+        number, path = error.errno, error.filename or ""
+        if error.filename2 is not None:
+            path = f"{path} -> {error.filename2}"
+    elif isinstance(error, RuntimeError | OSError):
+        # ValueErrors are ours, and say it better.
+        text = str(error)
+        number = next((n for n in _REMEDIES if os.strerror(n) in text), 0)
+        if not number:
+            return ""
+        paths = re.findall(r"[\"'` (](/[^\"'`;,]*[^\"'`;,\s:)\]])", text)
+        path = max(paths, key=len, default="")
+    else:
+        return ""
+    where = path or f"a file of --workdir={_WORKDIR.value or 'runs/...'}"
+    return f"{where}: {os.strerror(number)}: {_REMEDIES[number]}"
+
+
+def _lost_process(error: BaseException) -> str:
+    """Return which process of several lost the others, or ""."""
+    text = str(error)
+    signs = ("Gloo", "Connection closed by peer", "coordination service", "heartbeat")
+    if "jax" not in sys.modules or not any(sign in text for sign in signs):
+        return ""
+
+    import jax
+
+    if not jax.distributed.is_initialized():
+        return ""
+    reason = " ".join(text.split())[:200]
+    return (
+        f"process {jax.process_index()} of {jax.process_count()} (host "
+        f"{socket.gethostname()}, pid {os.getpid()}) lost another process of this run "
+        f"({reason}): look for the one that failed first, end them all, and start the "
+        "same command again"
+    )
+
+
+# Texts of libraries that say nothing a user can change.
+_NOISE = (
+    "PyTorch was not found",
+    "None of PyTorch",
+    "deprecat",
+    "Save Finalize thread",
+    "Checkpointer failed: one or more items",
+    "Failed to get metadata for checkpointable",
+)
+
+
+def _quieten() -> None:
+    """Keep noise of libraries from the terminal.
+
+    What fails in the background is raised by the one who waits for it.
+    """
+
+    def keep(record: python_logging.LogRecord) -> bool:
+        text = record.getMessage()
+        return not any(noise in text for noise in _NOISE)
+
+    for name in ("absl", "transformers", "orbax"):
+        python_logging.getLogger(name).addFilter(keep)
+
+    def note(arguments: threading.ExceptHookArgs) -> None:
+        if arguments.exc_value is None or not _explain(arguments.exc_value):
+            threading.__excepthook__(arguments)
+
+    threading.excepthook = note
+
+
+def _abandon(message: str, code: int = 1) -> None:
     """End this process at once if it is one of several."""
     if "jax" in sys.modules:
         from kdjax.parallel import distributed
 
-        distributed.abandon(message)
+        distributed.abandon(message, code)
 
 
 def config_files() -> dict[str, pathlib.Path]:
@@ -173,17 +325,37 @@ def given_config(validate: Callable[[Any], None] | None = None) -> Any:
     """
     config = _CONFIG.value
     if config is None:
-        file = pathlib.Path(_WORKDIR.value or "") / "config.json"
         if validate is not None:
             raise ValueError("--config is missing: give --config=compare/NAME")
-        if not _WORKDIR.value or not file.is_file():
+        if not _WORKDIR.value:
             raise ValueError(
                 "--config is missing: give --config=NAME, --config=FILE.py, or the "
                 "--workdir of a run"
             )
-        config = config_lib.from_json(file.read_text())
+        config = _config_of_run(pathlib.Path(_WORKDIR.value))
     (validate or _validate)(config)
     return config
+
+
+def _config_of_run(folder: pathlib.Path) -> Any:
+    """Read the config of a run's directory.
+
+    Raises:
+      ValueError: it is none; what is there instead is said.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        problem = "has no config.json, so it is no run"
+        if not folder.exists():
+            problem = "does not exist"
+        elif not folder.is_dir():
+            problem = "is a file, no directory of a run"
+        raise ValueError(
+            f"--workdir={str(folder)!r} {problem}, and --config is missing: give the "
+            "--workdir of a run, or --config=NAME for a new one"
+        )
+    text = json.dumps(files.read_json(file, remedy="give --config=NAME"))
+    return config_lib.from_json(text)
 
 
 def _validate(config: Any) -> None:
@@ -232,10 +404,10 @@ def _flag_error(error: Exception, argv: list[str]) -> str:
         part = "base." if path.startswith("base.") else ""  # of a comparison
         if name := renamed.get(path.removeprefix(part)):
             return f"--config.{path} was renamed: use --config.{part}{name}"
+    if text := _suggestion(argv):
+        return text
     if isinstance(error, KeyError):
-        return (
-            f"{error.args[0]}: see kdjax/config.py for the fields that --config.* takes"
-        )
+        return f"{error.args[0]}: --helpconfig lists the fields that --config.* takes"
     # An exception inside a config file comes as the text of its traceback.
     if reason := config_lib.explain_renamed(str(error)):
         return reason
@@ -243,6 +415,58 @@ def _flag_error(error: Exception, argv: list[str]) -> str:
     return causes[-1] if causes else str(error).splitlines()[0]
 
 
+def _suggestion(argv: list[str]) -> str:
+    """Return what an unknown field of --config.* may have been meant for, or ""."""
+    known = [leaf.path for leaf in config_lib.leaves(Config())]
+    for argument in argv:
+        match = re.match(r"--?(?:no)?config\.((?:base\.)?)([\w.]+)", argument)
+        if match is None or match[2] in known:
+            continue
+        if not match[1] and _is_comparison(argv):
+            continue
+        part, _, name = match[2].rpartition(".")
+        names = {p: p.rpartition(".")[2] for p in known}
+        siblings = [p for p in known if p.rpartition(".")[0] == part]
+        close = difflib.get_close_matches(name, [names[p] for p in siblings], 2, 0.6)
+        near = [p for p in siblings if names[p] in close]
+        if not near:  # in another part
+            close = difflib.get_close_matches(name, list(names.values()), 3, 0.85)
+            near = [p for p in known if names[p] in close][:3]
+        inside = [p for p in known if p.startswith(f"{match[2]}.")]
+        problem = "a config has no such field"
+        if inside:
+            problem, near = "is a part of a config, no field", inside[:3]
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        if siblings and not near:
+            hint = f"{part or 'it'} has {[names[p] for p in siblings]}; "
+        path = match[1] + match[2]
+        return f"--config.{path}: {problem}; {hint}--helpconfig lists them all"
+    return ""
+
+
+def _is_comparison(argv: list[str]) -> bool:
+    return pathlib.Path(argv[0]).stem == "compare"
+
+
+def _print_config() -> None:
+    """Print the fields that --config.* takes: name, default, limit and meaning."""
+    prefix = "base." if _is_comparison(sys.argv) else ""
+    config, comments = Config(), config_lib.comments()
+    for leaf in config_lib.leaves(config):
+        part, _, name = leaf.path.rpartition(".")
+        cls = type(operator.attrgetter(part)(config) if part else config)
+        limit = f"  ({leaf.limit})" if leaf.limit else ""
+        try:
+            print(f"--config.{prefix}{leaf.path}={leaf.value!r}{limit}")
+            print(f"    {comments[cls.__name__, name]}", flush=True)
+        except BrokenPipeError:  # head, or less that was left
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return
+
+
+def _program() -> str:
+    return pathlib.Path(sys.argv[0]).stem
+
+
 def _line(text: str) -> str:
-    program = pathlib.Path(sys.argv[0]).stem
-    return f"{program}: error: {text}"
+    return f"{_program()}: error: {text}"

@@ -6,6 +6,7 @@ anywhere and started again it goes on; then results.csv and report.html are writ
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from kdjax import cli
-from kdjax.runtime import files
+from kdjax.runtime import files, locks
 from kdjax.runtime.console import print_table, progress
 
 if TYPE_CHECKING:
@@ -46,9 +47,13 @@ def run(comparison: Comparison, workdir: pathlib.Path) -> None:
         workdir_lib.check_owner(workdir / task.name, task.config)
     stage = _STAGE.value
     runner.slots(_JOBS.value)
-    _write_list(tasks, workdir)
-    selected = _select(tasks, stage, workdir)
-    failed = _run(selected, workdir)
+    with contextlib.ExitStack() as stack:
+        # Runs by index go side by side, on several machines; each locks its own folder.
+        if stage != "report" and _INDEX.value is None:
+            stack.enter_context(locks.hold(workdir))
+        _write_list(tasks, workdir)
+        selected = _select(tasks, stage, workdir)
+        failed = _run(selected, workdir)
     if stage in ("all", "report"):
         rows = results.write(comparison, tasks, workdir)
         title = f"{comparison.name}: mean ± standard deviation"
@@ -104,7 +109,16 @@ def _run(tasks: list[Task], workdir: pathlib.Path) -> list[Task]:
         folder = workdir / task.name
         if not (folder / workdir_lib.CONFIG).exists():
             workdir_lib.write_config(folder, task.config)
+    num_runs = sum(task.is_run for task in tasks)
     with progress(len(tasks), "compare", start=len(tasks) - len(todo)) as advance:
+        advance(
+            0,
+            f"{num_runs} runs, {len(tasks) - num_runs} tasks that they share; "
+            f"{len(tasks) - len(todo)} done before",
+        )
+
+        def started(names: list[str]) -> None:
+            advance(0, f"running {', '.join(names)}")
 
         def report(task: Task, error: str) -> None:
             if error:
@@ -112,7 +126,7 @@ def _run(tasks: list[Task], workdir: pathlib.Path) -> list[Task]:
             advance(1, f"{task.name} {'failed: ' + error if error else 'done'}")
 
         if todo:
-            runner.run(tasks, workdir, jobs=_JOBS.value, report=report)
+            runner.run(tasks, workdir, jobs=_JOBS.value, report=report, started=started)
     return failed
 
 
@@ -135,4 +149,4 @@ def _validate(comparison: Comparison) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(run, validate=_validate)
+    cli.run(run, validate=_validate, resumes=True)

@@ -4,10 +4,13 @@ A config file is a Python file with `get_config(argument: str = "") -> Config`. 
 field is overridden from the command line by `--config.part.field=value`.
 """
 
+import ast
 import dataclasses
+import inspect
 import json
 import math
 import re
+import sys
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -728,6 +731,24 @@ def _paths(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield from _paths(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
+
+
+def comments() -> dict[tuple[str, str], str]:
+    """Return the comment of each field, beside it or above it, by (class, field)."""
+    source = inspect.getsource(sys.modules[__name__])
+    lines = source.splitlines()
+    result = {}
+    for cls in ast.parse(source).body:
+        if not isinstance(cls, ast.ClassDef):
+            continue
+        for node in cls.body:
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                end = (node.end_lineno or 1) - 1  # of its text, in ASCII
+                beside = lines[end][node.end_col_offset :]
+                above = lines[node.lineno - 2]
+                comment = beside or (above if above.lstrip().startswith("#") else "")
+                result[cls.name, node.target.id] = comment.strip().lstrip("# ")
+    return result
 
 
 def explain_renamed(error: str) -> str:

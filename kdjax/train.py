@@ -22,10 +22,12 @@ def run(config: Config, workdir: pathlib.Path, *, until: str = "end") -> None:
     from kdjax.pipeline import distill
 
     if until == "teacher":
-        distill.ensure_teacher(distill.open_experiment(config, workdir))
+        distill.train_teacher(config, workdir)
     else:
         distill.distill(config, workdir)
 
 
 if __name__ == "__main__":
-    cli.run(lambda config, workdir: run(config, workdir, until=_UNTIL.value))
+    cli.run(
+        lambda config, workdir: run(config, workdir, until=_UNTIL.value), resumes=True
+    )

@@ -1,6 +1,5 @@
 """Prints docs/config.md: python -m tests.make_config_page > docs/config.md."""
 
-import ast
 import inspect
 import operator
 
@@ -15,24 +14,9 @@ Made from `kdjax/config.py` by `python -m tests.make_config_page > docs/config.m
 """
 
 
-def comments() -> dict[tuple[str, str], str]:
-    """(class, field) -> its comment in the source, beside the field or above it."""
-    source = inspect.getsource(config_lib)
-    lines = source.splitlines()
-    result = {}
-    for cls in ast.parse(source).body:
-        for node in cls.body if isinstance(cls, ast.ClassDef) else ():
-            if isinstance(node, ast.AnnAssign):
-                beside = lines[node.end_lineno - 1][node.end_col_offset :]
-                above = lines[node.lineno - 2]
-                comment = beside or (above if above.lstrip().startswith("#") else "")
-                result[cls.name, node.target.id] = comment.strip().lstrip("# ")
-    return result
-
-
 def page() -> str:
     """The page, in Markdown: a table for each dataclass."""
-    config, texts = Config(), comments()
+    config, texts = Config(), config_lib.comments()
     tables: dict[type, dict[str, list[config_lib.Leaf]]] = {}
     for leaf in config_lib.leaves(config):
         prefix = leaf.path.rpartition(".")[0]

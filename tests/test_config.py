@@ -133,7 +133,7 @@ def test_differences_name_what_a_resumed_run_may_not_change():
 
 
 def test_every_field_has_a_comment():
-    for (cls, field), comment in make_config_page.comments().items():
+    for (cls, field), comment in config_lib.comments().items():
         hint = typing.get_type_hints(getattr(config_lib, cls))[field]
         described = comment or dataclasses.is_dataclass(hint)
         assert described or not cls.endswith("Config"), f"{cls}.{field}"

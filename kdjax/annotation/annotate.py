@@ -21,6 +21,7 @@ from kdjax.annotation.store import Key, Row
 from kdjax.config import AnnotateConfig, Config
 from kdjax.data import selection, sources
 from kdjax.data.example import Example
+from kdjax.experiment import workdir as workdir_lib
 from kdjax.experiment.teacher import teacher_folder
 from kdjax.models import hf
 from kdjax.parallel import distributed
@@ -46,6 +47,21 @@ def annotate(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     path = _model_path(config, workdir)
     settings = _settings(config, files, path)
     folder = output_folder(config, workdir)
+    with workdir_lib.hold(folder, name="annotate.path", remedy="another annotate.path"):
+        return _annotate(config, folder, settings, items, examples, files, path)
+
+
+def _annotate(
+    config: Config,
+    folder: pathlib.Path,
+    settings: Row,
+    items: Sequence[Item],
+    examples: Sequence[Example],
+    files: PromptFiles,
+    path: str,
+) -> dict[str, Any]:
+    """Annotate into a folder that is this run's own."""
+    options = config.annotate
     store.claim(folder, settings)
     with store.PartWriter(folder, jax.process_index()) as part:
         done, spent = _finished(folder, items, files, options)
@@ -159,6 +175,9 @@ def _annotate_by_server(
             except Exception as error:
                 failure = failure or error
                 server.stop()  # where it was the writing that failed
+    except BaseException:  # Ctrl-C
+        server.abort()
+        raise
     finally:
         server.stop()
         pool.shutdown(cancel_futures=True)

@@ -1,13 +1,17 @@
 """Backends that complete requests: a model of this process, or a server."""
 
+import importlib
 import json
 import logging
 import os
 import threading
-from collections.abc import Sequence
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -25,6 +29,9 @@ from kdjax.models.generate import Decoding, Generator
 from kdjax.parallel import sharding
 
 _FIRST_DELAY, _MAX_DELAY = 0.5, 60.0  # seconds between attempts
+_MAX_ANSWER_BYTES = 16 * 2**20  # of a body, decompressed
+_POLL_SECONDS = 0.1  # until `abort` is noticed
+_SHORTEST_KEY = 8  # characters; a shorter one may be a word of a text
 _TRANSIENT_STATUSES = (408, 409, 429)  # worth a retry, as are all from 500
 
 
@@ -39,7 +46,7 @@ class Local:
       path: the folder, with its own tokenizer.
 
     Raises:
-      ValueError: nothing to load there.
+      ValueError: nothing to load there, or weights that are not finite.
     """
 
     def __init__(self, config: Config, path: str) -> None:
@@ -53,6 +60,7 @@ class Local:
         num_slices = mesh.shape["data"] * mesh.shape["fsdp"]
         self.batch_size = -(-self._annotate.batch_size // num_slices) * num_slices
         self._model, self._params = load_model(path, mesh, dtype=config.train.dtype)
+        _check_finite(self._params, path)
         rows = NamedSharding(mesh, P(("data", "fsdp")))
         self._place = lambda array: jax.device_put(array, rows)
         self._generators: dict[int, Generator] = {}  # by the limit of new tokens
@@ -171,15 +179,15 @@ class Server:
     """An OpenAI-compatible server, called through the official client by many threads.
 
     Too many requests, errors of the server, timeouts, lost connections and malformed
-    answers are retried with growing delays. The key comes from the environment and is
-    written nowhere.
+    answers are retried with growing delays. The timeout is that of a whole answer, and
+    its size has a limit. The key comes from the environment and is written nowhere.
 
     Args:
       annotate: url, model, key_variable, num_retries, timeout, token_budget, sampling.
       spent: tokens that count against the budget already.
 
     Raises:
-      ValueError: the client is not installed, or the variable is not set.
+      ValueError: the client is not installed, or the variable has no key.
     """
 
     def __init__(self, annotate: AnnotateConfig, *, spent: int = 0) -> None:
@@ -201,15 +209,25 @@ class Server:
                     "of the environment is not set: put the server's key there, or use "
                     "--config.annotate.key_variable='' for a server without one"
                 )
+            if not (self._key.isascii() and self._key.isprintable()):
+                raise ValueError(
+                    f"annotate.key_variable={annotate.key_variable!r}: the key in this "
+                    "variable of the environment has a line break, or another "
+                    "character that no key has: set it to the key alone"
+                )
         # The client's own log of a request would have the prompt, and its headers.
         logging.getLogger("openai").setLevel(logging.WARNING)
+        client_class = openai.DefaultHttpxClient
+        client = client_class(transport=_bounded_transport(client_class))
         self._client = openai.OpenAI(
             api_key=self._key,
             base_url=annotate.url,
             timeout=float(annotate.timeout),
             max_retries=0,  # it does not see malformed answers, nor `stop`
+            http_client=client,
+            default_headers={"Accept-Encoding": "identity"},
         )
-        self._stopped = threading.Event()
+        self._stopped, self._aborted = threading.Event(), threading.Event()
         self._lock = threading.Lock()
         self._spent, self._pending = spent, 0
         backoff = tenacity.wait_random_exponential(_FIRST_DELAY, _MAX_DELAY)
@@ -249,6 +267,11 @@ class Server:
         """Make no further request; those under way are completed."""
         self._stopped.set()
 
+    def abort(self) -> None:
+        """Make no further request, and wait for none."""
+        self._stopped.set()
+        self._aborted.set()
+
     def close(self) -> None:
         """Close all connections."""
         self._client.close()
@@ -259,10 +282,37 @@ class Server:
             raise Stopped
         self._reserve(request.max_new_tokens)
         try:
-            return self._read(self._send(request))
+            return self._read(self._within_timeout(lambda: self._send(request)))
         finally:
             with self._lock:
                 self._pending -= request.max_new_tokens
+
+    def _within_timeout(self, send: Callable[[], str]) -> str:
+        """Call a function in a thread that is left behind if it takes too long.
+
+        The client's own timeout starts anew with each byte that comes.
+        """
+        outcomes: list[str | BaseException] = []
+        done = threading.Event()
+
+        def work() -> None:
+            try:
+                outcomes.append(send())
+            except BaseException as error:
+                outcomes.append(error)
+            done.set()
+
+        timeout = float(self._annotate.timeout)
+        deadline = time.monotonic() + timeout
+        threading.Thread(target=work, daemon=True).start()
+        while not done.wait(_POLL_SECONDS):
+            if self._aborted.is_set():
+                raise Stopped
+            if time.monotonic() > deadline:
+                raise _Transient(f"no answer within annotate.timeout={timeout} s")
+        if isinstance(outcomes[0], BaseException):
+            raise outcomes[0]
+        return outcomes[0]
 
     def _send(self, request: Request) -> str:
         """Send a request, and return the body of the answer."""
@@ -308,15 +358,15 @@ class Server:
         except (ValueError, LookupError, TypeError, AttributeError):
             text = f"an answer that is no chat completion: {body[:100]!r}"
             raise _Transient(self._safe(text)) from None
+        counts = [n if type(n) is int and n >= 0 else None for n in counts]
         with self._lock:
-            self._spent += sum(n for n in counts if isinstance(n, int))
+            self._spent += sum(n or 0 for n in counts)
         if isinstance(reasoning, str) and reasoning.strip():
             text = think.join_think(reasoning, text or "")
         if not isinstance(text, str | None) or not isinstance(reason, str):
-            raise _Transient(
-                f"an answer with content {text!r}, finish_reason {reason!r}"
-            )
-        if not all(isinstance(n, int) for n in counts):
+            text = f"an answer with content {text!r}, finish_reason {reason!r}"
+            raise _Transient(self._safe(text))
+        if None in counts:
             if self._annotate.token_budget:
                 raise ValueError(
                     f"annotate.token_budget={self._annotate.token_budget}: the server "
@@ -324,7 +374,8 @@ class Server:
                 )
             counts = [None, None]
         return Completion(
-            text=_before(text or "", self._annotate.stop),  # some leave it in
+            # Some leave the stop string in.
+            text=_before(self._without_key(text or ""), self._annotate.stop),
             finish_reason=reason,
             prompt_tokens=counts[0],
             new_tokens=counts[1],
@@ -363,11 +414,87 @@ class Server:
             f"{_error_text(error)})"
         )
 
+    def _without_key(self, text: str) -> str:
+        """Return a text without the key, unless that is so short as to be a word."""
+        if len(self._key) < _SHORTEST_KEY:
+            return text
+        return text.replace(self._key, "[key]")
+
     def _safe(self, text: str) -> str:
         """Return one line without the key, which servers may repeat."""
         if self._annotate.key_variable:
             text = text.replace(self._key, "[key]")
         return " ".join(text.split())[:500]
+
+
+def _check_finite(params: Any, path: str) -> None:
+    """Check that no weight is infinite or not a number: texts would mean nothing.
+
+    Raises:
+      ValueError: one is.
+    """
+    leaves = jax.tree.leaves(params)
+    is_finite = jax.jit(lambda xs: jnp.array([jnp.isfinite(x).all() for x in xs]))
+    if not is_finite(leaves).all():
+        raise ValueError(
+            f"the model at {path} has weights that are infinite or not a number: "
+            "export or download it again, or name another annotate.model"
+        )
+
+
+def _bounded_transport(client_class: Any) -> Any:
+    """Make a transport whose answers end at the largest size there may be.
+
+    Args:
+      client_class: of the openai package, whose versions have different httpx packages.
+    """
+    package = client_class.__mro__[1].__module__.partition(".")[0]
+    httpx: Any = importlib.import_module(package)
+
+    class Body(httpx.SyncByteStream):  # type: ignore[misc]
+        """The body of an answer, decompressed piece by piece."""
+
+        def __init__(self, stream: Any, encoding: str) -> None:
+            self._stream, self._decoder = stream, None
+            if encoding in ("gzip", "x-gzip", "deflate"):
+                self._decoder = zlib.decompressobj(zlib.MAX_WBITS | 32)
+
+        def __iter__(self) -> Iterator[bytes]:
+            available = _MAX_ANSWER_BYTES
+            for piece in self._stream:
+                try:
+                    if self._decoder is not None:
+                        piece = self._decoder.decompress(piece, available + 1)
+                except zlib.error as error:
+                    raise httpx.DecodingError(f"damaged: {error}") from None
+                available -= len(piece)
+                if available < 0:
+                    limit = _MAX_ANSWER_BYTES >> 20
+                    raise httpx.DecodingError(f"an answer of more than {limit} MiB")
+                yield piece
+
+        def close(self) -> None:
+            self._stream.close()
+
+    class Transport(httpx.HTTPTransport):  # type: ignore[misc]
+        """Connections whose answers are bounded."""
+
+        def handle_request(self, request: Any) -> Any:
+            response = super().handle_request(request)
+            encoding = response.headers.get("content-encoding", "").strip().lower()
+            if encoding not in ("", "identity", "gzip", "x-gzip", "deflate"):
+                response.close()
+                raise httpx.DecodingError(f"an answer in encoding {encoding[:40]!r}")
+            hidden = ("content-encoding", "content-length") if encoding else ()
+            headers = [h for h in response.headers.multi_items() if h[0] not in hidden]
+            return httpx.Response(
+                response.status_code,
+                headers=headers,
+                stream=Body(response.stream, encoding),
+                extensions=response.extensions,
+            )
+
+    return Transport()
 
 
 def _before(text: str, stops: Sequence[str]) -> str:

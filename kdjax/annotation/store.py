@@ -38,7 +38,9 @@ def claim(folder: pathlib.Path, settings: dict[str, Any]) -> None:
     """
     file = folder / "settings.json"
     if file.exists():
-        before = json.loads(file.read_text())
+        before = files.read_json(
+            file, remedy="remove it, if these are the settings of the rows"
+        )
         changed = [
             f"{name}: {before.get(name)!r} -> {settings.get(name)!r}"
             for name in sorted({*before, *settings})

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -40,7 +39,7 @@ def numbers(folder: pathlib.Path) -> dict[str, float]:
 
     with what was measured of its explanations (faithfulness.json), where it was.
     """
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = _read_summary(folder)
     student, teacher = _floats(summary["student"]), _floats(summary["teacher"])
     columns = dict(student)
     for column, suffix in (
@@ -80,7 +79,15 @@ def rows(tasks: Sequence[Task], workdir: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def _read(file: pathlib.Path) -> dict[str, float]:
-    return _floats(json.loads(file.read_text())) if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    return _floats(files.read_json(file, remedy="remove it; it is measured anew"))
+
+
+def _read_summary(folder: pathlib.Path) -> dict[str, Any]:
+    """Read the summary of a finished run."""
+    remedy = f"remove it and {folder / runner.FINISHED}: the run is evaluated again"
+    return files.read_json(folder / "summary.json", remedy=remedy)
 
 
 def _floats(values: Mapping[str, Any]) -> dict[str, float]:
@@ -195,7 +202,7 @@ def _reliability(
         if row["status"] != DONE:
             continue
         folder = workdir / "runs" / row["run"]
-        bins = json.loads((folder / "summary.json").read_text()).get("reliability")
+        bins = _read_summary(folder).get("reliability")
         if bins:
             factors = (*comparison.compare, *comparison.within)
             of_group = groups.setdefault(", ".join(row[f] for f in factors), [])

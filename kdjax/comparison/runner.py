@@ -6,7 +6,6 @@ their seconds; `failed.json` the error of one that has not.
 
 import dataclasses
 import graphlib
-import json
 import os
 import pathlib
 import signal
@@ -31,13 +30,17 @@ def finished(task: Task, workdir: pathlib.Path) -> bool:
 def _seconds(folder: pathlib.Path) -> dict[str, float]:
     """Return the seconds that each command took which has succeeded."""
     file = folder / FINISHED
-    return json.loads(file.read_text()) if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    return files.read_json(file, remedy="remove it; what it names is run again")
 
 
 def error(folder: pathlib.Path) -> str:
     """Return why the task failed when it was last tried; "" if it did not."""
     file = folder / FAILED
-    return json.loads(file.read_text())["error"] if file.is_file() else ""
+    if not file.is_file():
+        return ""
+    return files.read_json(file, remedy="remove it").get("error", "")
 
 
 @dataclasses.dataclass
@@ -79,6 +82,7 @@ def run(
     *,
     jobs: int,
     report: Callable[[Task, str], None],
+    started: Callable[[list[str]], None] = lambda names: None,
 ) -> None:
     """Run what is not finished, each task after those it depends on.
 
@@ -90,6 +94,7 @@ def run(
       workdir: of the comparison.
       jobs: processes at a time.
       report: called with a task and its error ("" = none) when it has ended.
+      started: called with the names of all running tasks when one has started.
     """
     free = slots(jobs)
     processes.preload(PRELOAD)
@@ -120,6 +125,7 @@ def run(
                     ready.remove(task)
                     slot = Slot((), {}) if task.exclusive else free.pop()
                     running.append((task, slot, _run_commands(task, workdir, slot)))
+                    started([other.name for other, _, _ in running])
             for entry in list(running):
                 task, slot, commands = entry
                 if (message := next(commands)) is None:

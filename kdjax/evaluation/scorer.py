@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -444,5 +443,5 @@ def not_measured(
 
 def _read_metrics(file: pathlib.Path) -> dict[str, float]:
     """Read metrics; null stands for what is not finite."""
-    values = json.loads(file.read_text())
+    values = files.read_json(file, remedy="remove it; it is computed anew")
     return {name: math.nan if x is None else x for name, x in values.items()}

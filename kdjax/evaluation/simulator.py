@@ -6,7 +6,6 @@ whose questions hold its input.
 
 import dataclasses
 import json
-import os
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -125,6 +124,15 @@ def train_simulator(
     """
     config = simulator_config(config, decoder=decoder, steps=steps)
     validate.validate(config)
+    with workdir.hold(folder, name="simulator", remedy="another folder"):
+        _train(config, folder, records)
+
+
+def _train(
+    config: Config, folder: pathlib.Path, records: Sequence[Record] | None
+) -> None:
+    """Train a simulator in a folder that is this process's own."""
+    steps = config.train.steps
     _claim_records(folder, records)
     if config.data.tokenizer:
         config.data.tokenizer = str(_copy_tokenizer(folder, config.data.tokenizer))
@@ -264,19 +272,14 @@ def _devices() -> list[jax.Device]:
 
 
 def _finished(folder: pathlib.Path, steps: int) -> bool:
-    if not (folder / "checkpoints").is_dir():
-        return False
-    checkpoints = Checkpoints(folder / "checkpoints")
-    latest = checkpoints.latest_step()
-    checkpoints.close()
-    return latest == steps
+    return Checkpoints(folder / "checkpoints").latest_step() == steps
 
 
 def _copy_tokenizer(folder: pathlib.Path, path: str) -> pathlib.Path:
     """Copy a tokenizer, which students have in folders of their own, once."""
     original, copy = tokenizers.load(hf.resolve(path)), folder / "tokenizer"
     if not copy.is_dir():
-        scratch = folder / f".tokenizer.{os.getpid()}"
+        scratch = files.temporary(copy)
         original.save_pretrained(scratch)
         scratch.rename(copy)
     if tokenizers.fingerprint(tokenizers.load(copy)) != tokenizers.fingerprint(

@@ -63,7 +63,7 @@ def write_summary(
     file = run.workdir / workdir.SUMMARY
     if not throughput and file.is_file():
         # Everything was done already: keep the speed that was measured then.
-        earlier = json.loads(file.read_text())
+        earlier = files.read_json(file, remedy="remove it; it is written anew")
         throughput = earlier.get("throughput", {})
     summary = {
         "name": config.name,

@@ -199,6 +199,7 @@ def _check_annotate(annotate: AnnotateConfig) -> None:
         raise ValueError(
             f"annotate.stop={annotate.stop}: every text ends before '': leave it out"
         )
+    _check_url(annotate.url)
     if annotate.backend == "local":
         return
     if annotate.method.startswith("contrastive"):
@@ -215,6 +216,21 @@ def _check_annotate(annotate: AnnotateConfig) -> None:
         raise ValueError(
             "annotate.model='' with annotate.backend='server': give the name that the "
             "server knows the model by"
+        )
+
+
+def _check_url(url: str) -> None:
+    """Check that the address of a server has no secrets: it is stored and printed."""
+    if "@" in url or "?" in url or "#" in url:
+        raise ValueError(
+            "annotate.url has a user, a password, or a part after '?' or '#' (it is "
+            "not repeated here): give the address alone, up to /v1, and the key in the "
+            "environment variable that annotate.key_variable names"
+        )
+    if not (url.isascii() and url.isprintable()) or " " in url:
+        raise ValueError(
+            f"annotate.url={url!r} has characters that no address has: give for "
+            "example http://localhost:8000/v1"
         )
 
 

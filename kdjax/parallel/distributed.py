@@ -4,10 +4,11 @@ import logging
 import os
 import signal
 import sys
-from types import FrameType
 
 import jax
 from jax.experimental import multihost_utils
+
+from kdjax.runtime import interrupts
 
 _SCHEDULERS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")  # number of processes
 
@@ -54,40 +55,62 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def abandon(message: str) -> None:
+def abandon(message: str, code: int = 1) -> None:
     """End one of several processes at once; does nothing in a run of one.
+
+    Args:
+      message: last words, on stderr.
+      code: of the exit.
 
     An orderly exit waits minutes for the other processes, which wait for this one.
     """
     # Asked of the service, not of the backend, which an error need not start.
     if jax.distributed.is_initialized():
         print(message, file=sys.stderr, flush=True)
-        os._exit(1)
+        os._exit(code)
 
 
 class Preemption:
-    """Handler of SIGTERM: the loop saves and stops at the end of a step.
+    """Ctrl-C and SIGTERM: the loop saves and stops at the end of a step.
 
-    Several processes leave the signal to JAX's own service, which makes all of them
-    stop after the same step.
+    Several processes leave SIGTERM to JAX's own service, which makes all of them stop
+    after the same step; Ctrl-C becomes one. Use as a context manager.
     """
 
     def __init__(self) -> None:
-        self._received = False
-        if jax.process_count() == 1:
-            self._previous = signal.signal(signal.SIGTERM, self._note)
+        several = jax.process_count() > 1
+        self._request = interrupts.StopRequest(_terminate_self if several else None)
 
-    def _note(self, signum: int, frame: FrameType | None) -> None:
-        del signum, frame
-        self._received = True
+    def __enter__(self) -> "Preemption":
+        """Install the handlers."""
+        self._request.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Restore the handlers that were there before."""
+        self._request.__exit__(*exception)
 
     def requested(self, step: int) -> bool:
         """Return True to stop after `step`; the same on every process."""
         if jax.process_count() > 1:
             return bool(multihost_utils.reached_preemption_sync_point(step))
-        return self._received
+        return self.received
 
-    def close(self) -> None:
-        """Restore the handler that was there before."""
-        if jax.process_count() == 1:
-            signal.signal(signal.SIGTERM, self._previous)
+    @property
+    def received(self) -> bool:
+        """Return True if this process alone got a signal, and no other waits for it."""
+        return jax.process_count() == 1 and self._request.received is not None
+
+    def stop(self, message: str) -> BaseException:
+        """Return what ends the process after the signal that was received.
+
+        Args:
+          message: what was left, and how to go on.
+        """
+        return self._request.stop(message)
+
+
+def _terminate_self(number: int) -> None:
+    """Tell JAX's service, which hears SIGTERM alone."""
+    del number
+    os.kill(os.getpid(), signal.SIGTERM)

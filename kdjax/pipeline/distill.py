@@ -13,7 +13,8 @@ from kdjax.evaluation.scorer import (
 )
 from kdjax.evaluation.summary import evaluation_row, write_summary
 from kdjax.evaluation.text_match import match_rates
-from kdjax.experiment import methods, provenance, validate, workdir
+from kdjax.experiment import methods, provenance, validate
+from kdjax.experiment import workdir as workdir_lib
 from kdjax.experiment.models import Model, load_model, student_params
 from kdjax.experiment.rows import make_plan
 from kdjax.experiment.run import Run, open_run
@@ -59,8 +60,24 @@ def distill(config: Config, workdir: str | pathlib.Path = "") -> Distilled:
       ValueError: what is wrong with the config, the data or the directory, before the
         first compilation; or a non-finite loss.
     """
-    run = open_experiment(config, pathlib.Path(workdir or f"runs/{config.name}"))
-    ensure_teacher(run)
+    folder = pathlib.Path(workdir or f"runs/{config.name}")
+    validate.validate(config)
+    with workdir_lib.hold(folder):
+        run = open_experiment(config, folder)
+        ensure_teacher(run)
+        return _distill(run)
+
+
+def train_teacher(config: Config, folder: pathlib.Path) -> None:
+    """Train the built-in task's teacher alone, unless that was done."""
+    validate.validate(config)
+    with workdir_lib.hold(folder):
+        ensure_teacher(open_experiment(config, folder))
+
+
+def _distill(run: Run) -> Distilled:
+    """Label, train and evaluate; the directory is this process's own."""
+    config = run.config
     caches = build.ensure(run)
     teacher = _online_teacher(run)
     teacher_path = teacher_folder(config, run.workdir)
@@ -122,8 +139,7 @@ def open_experiment(config: Config, folder: pathlib.Path) -> Run:
     Raises:
       ValueError: an error of config, data, models, caches or directory.
     """
-    validate.validate(config)
-    workdir.check_owner(folder, config)
+    workdir_lib.check_owner(folder, config)
     run = open_run(config, folder)
     shape = run.student.shape
     make_plan(config, shape, run.data.train)
@@ -133,7 +149,7 @@ def open_experiment(config: Config, folder: pathlib.Path) -> Run:
         check_teacher(config, shape, teacher_shape(config, run.tokenizer))
     trainable.frozen_paths(run.student.abstract, config.optim.freeze)
     build.check(run)
-    workdir.claim(folder, config)
+    workdir_lib.claim(folder, config)
     return run
 
 

@@ -1,7 +1,6 @@
 """Students of finished runs: loaded, asked for texts, exported."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +11,10 @@ from kdjax.experiment.run import Run, open_run
 from kdjax.experiment.teacher import teacher_folder
 from kdjax.models import hf, lora
 from kdjax.parallel import distributed
+from kdjax.runtime import files
 from kdjax.training import checkpoint
+
+_SUMMARY_REMEDY = "remove it, and start the run's command again, which writes it anew"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,11 +73,15 @@ def export_student(
       step: of the checkpoint; None = the newest.
       dtype: of the stored weights.
     """
+    with workdir.hold_output(out):
+        _export(run, out, step, dtype)
+
+
+def _export(run: Run, out: pathlib.Path, step: int | None, dtype: str) -> None:
     config = run.config
-    params = lora.merged(checkpoint.load_student(run, step=step), config.student.lora)
-    if step is None:
-        with checkpoint.Checkpoints(run.workdir / "checkpoints") as checkpoints:
-            step = checkpoints.latest_step() or 0
+    checkpoints = checkpoint.Checkpoints(run.workdir / "checkpoints")
+    step, params = checkpoints.restore_step(run.student.abstract, step=step)
+    params = lora.merged(params, config.student.lora)
     origins = provenance.initial_params(
         config, run.student, teacher_folder(config, run.workdir)
     )
@@ -97,5 +103,5 @@ def export_student(
 def _summary(run: Run, step: int) -> dict[str, Any] | None:
     """Read the results of a run, unless they are of another step."""
     file = run.workdir / workdir.SUMMARY
-    summary = json.loads(file.read_text()) if file.is_file() else {}
+    summary = files.read_json(file, remedy=_SUMMARY_REMEDY) if file.is_file() else {}
     return summary if summary.get("steps") == step else None

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import rich.console
+import rich.markup
 import rich.progress
 import rich.table
 import rich.text
@@ -28,12 +29,16 @@ def _console(*, stderr: bool = False) -> rich.console.Console:
 def print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Print a table; columns in order of first appearance, "" where there is none."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    table = rich.table.Table(title=title)
+    # Brackets in names are no markup.
+    table = rich.table.Table(title=rich.markup.escape(title))
     for name in columns:
         numeric = all(isinstance(row.get(name, 0), int | float) for row in rows)
-        table.add_column(name, justify="right" if numeric else "left")
+        table.add_column(
+            rich.markup.escape(name), justify="right" if numeric else "left"
+        )
     for row in rows:
-        table.add_row(*(_cell(row.get(name, "")) for name in columns))
+        cells = (_cell(row.get(name, "")) for name in columns)
+        table.add_row(*map(rich.markup.escape, cells))
     _console().print(table)
 
 
@@ -53,7 +58,8 @@ def progress(
 ) -> Iterator[Callable[..., None]]:
     """Show progress: a bar on a terminal, else a line every few seconds on stderr.
 
-    Yields `advance(amount=1, note="")`, to call when work is done.
+    Yields `advance(amount=1, note="")`, to call when work is done; with an amount of 0
+    it shows a note alone.
 
     Args:
       total: amount of work, any unit.
@@ -65,12 +71,12 @@ def progress(
         yield lambda amount=1, note="": None
     elif sys.stderr.isatty():
         with rich.progress.Progress(
-            rich.progress.TextColumn("{task.description}"),
+            rich.progress.TextColumn("{task.description}", markup=False),
             rich.progress.BarColumn(),
             rich.progress.MofNCompleteColumn(),
             rich.progress.TimeElapsedColumn(),
             rich.progress.TimeRemainingColumn(),
-            rich.progress.TextColumn("{task.fields[note]}"),
+            rich.progress.TextColumn("{task.fields[note]}", markup=False),
             console=_console(stderr=True),
         ) as bar:
             task = bar.add_task(description, total=total, completed=start, note="")
@@ -94,8 +100,15 @@ class _ProgressLines:
         self._last_line_time = -math.inf
 
     def __call__(self, amount: int = 1, note: str = "") -> None:
-        """Count `amount` as done; print a line if the last one is old."""
+        """Count `amount` as done; print a line if the last one is old.
+
+        What comes with an amount of 0 is news, and always printed.
+        """
         self._done += amount
+        if not amount:
+            if note:
+                print(f"{self._description}: {note}", file=sys.stderr, flush=True)
+            return
         now = time.monotonic()
         age = now - self._last_line_time
         if age < _SECONDS_BETWEEN_LINES and self._done < self._total:

@@ -5,7 +5,8 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kdjax.runtime import files
@@ -36,6 +37,7 @@ class MetricsWriter:
         total_steps: int,
         is_main: bool = True,
         resume_step: int = 0,
+        config_json: str = "",
     ) -> None:
         """Open the files of a run.
 
@@ -44,6 +46,7 @@ class MetricsWriter:
           total_steps: steps of the whole run, for the progress bar.
           is_main: False writes nothing (process index > 0).
           resume_step: metrics after this step are dropped; 0 starts afresh.
+          config_json: of the run, shown as a text in TensorBoard; "" = none.
         """
         self.workdir = pathlib.Path(workdir)
         self._is_main = is_main
@@ -60,6 +63,9 @@ class MetricsWriter:
 
         self._events = SummaryWriter(str(self.workdir), purge_step=resume_step + 1)
         self._closers.callback(self._events.close)
+        if config_json and not resume_step:
+            indented = config_json.replace("\n", "\n    ")  # a block of Markdown
+            self._events.add_text("config", f"    {indented}", 0)
         self._advance = self._closers.enter_context(
             progress(total_steps, "train", start=resume_step)
         )
@@ -100,6 +106,23 @@ class MetricsWriter:
         note = "  ".join(f"{name} {values[name]:.5g}" for name in shown)
         self._advance(step - self._step, note)
         self._step = step
+
+    @contextlib.contextmanager
+    def compiling(self, description: str, first: bool = True) -> Iterator[None]:
+        """Say that something is being compiled, and how long that took.
+
+        Args:
+          description: of what is compiled, "the step".
+          first: False says nothing: it was compiled before.
+        """
+        if not (first and self._is_main):
+            yield
+            return
+        self._advance(0, f"compiling {description} ...")
+        start = time.monotonic()
+        yield
+        seconds = time.monotonic() - start
+        self._advance(0, f"compiled {description} in {seconds:.1f} s")
 
     def write_curves(self) -> None:
         """Draw the metrics against the step into `curves.png`."""

@@ -1,5 +1,6 @@
 """Teacher caches of a run: checked where they exist, built where they are missing."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -16,6 +17,7 @@ from kdjax.data import loader, teacher_records
 from kdjax.data import tokenizer as tokenizers
 from kdjax.data.views import Segment
 from kdjax.experiment import methods
+from kdjax.experiment import workdir as workdir_lib
 from kdjax.experiment.models import load_model
 from kdjax.experiment.rows import row_kwargs
 from kdjax.experiment.run import Run
@@ -149,7 +151,13 @@ def ensure(run: Run) -> dict[str, cache_lib.TeacherCache]:
     # Every process looks before any of them finishes a cache.
     distributed.barrier("look")
     if todo:
-        _build(run, teacher_path, todo)
+        with contextlib.ExitStack() as stack:
+            for split in todo:
+                path = folder(config, workdir, split)
+                stack.enter_context(
+                    workdir_lib.hold(path, name="cache", remedy="another cache.path")
+                )
+            _build(run, teacher_path, todo)
     if set(splits) - set(todo):
         _check_teacher(config, workdir, teacher_path, set(splits) - set(todo))
     return {split: _open(run, split, segments) for split, segments in splits.items()}

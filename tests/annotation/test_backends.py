@@ -2,17 +2,22 @@
 
 import collections
 import contextlib
+import gzip
 import http.server
 import json
 import logging
 import re
+import resource
 import threading
+import time
+import zlib
 
 import pytest
 
 from kdjax.annotation import annotate, backends, requests, store
 from kdjax.config import AnnotateConfig
 from kdjax.data import kinship
+from kdjax.experiment import validate
 from tests import helpers
 
 KEY = "sk-very-secret"
@@ -88,6 +93,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if fault == "meet":
             self.server.meeting.wait(20)
             fault = None
+        if fault == "trickle":
+            return self.trickle(found)
+        if fault == "bomb":
+            bomb = zlib.compressobj(9, zlib.DEFLATED, zlib.MAX_WBITS | 16)
+            zeros = (bomb.compress(bytes(1 << 20)) for _ in range(128))
+            content = b"".join(zeros) + bomb.flush()  # 128 MiB in 128 KiB
+            return self.send(200, content, encoding="gzip")
+        if fault == "gzip":
+            return self.send(200, gzip.compress(found.encode()), encoding="gzip")
+        if fault == "zstd":
+            return self.send(200, b"\x28\xb5\x2f\xfd", encoding="zstd")
+        if fault == "echo":
+            found = found.replace("echo", self.headers["Authorization"])
+            fault = None
         if fault is None:
             with self.server.lock:
                 self.server.served += 1
@@ -106,15 +125,31 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.send(fault, json.dumps(said), retry="0.01")
         return self.send(200, fault)
 
-    def send(self, status, text, *, length=None, retry=None):
-        content = text.encode()
+    def trickle(self, text):
+        """A byte now and then: each comes within the timeout, all of them do not."""
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            for byte in text.encode():
+                self.wfile.write(bytes([byte]))
+                self.wfile.flush()
+                if self.server.release.wait(0.2):
+                    break
+        self.close_connection = True
+
+    def send(self, status, text, *, length=None, retry=None, encoding=None):
+        content = text.encode() if isinstance(text, str) else text
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(length or len(content)))
         if retry:
             self.send_header("Retry-After", retry)
+        if encoding:
+            self.send_header("Content-Encoding", encoding)
         self.end_headers()
-        self.wfile.write(content)
+        with contextlib.suppress(OSError):  # the client has had enough
+            self.wfile.write(content)
         if length:
             self.close_connection = True
 
@@ -310,3 +345,86 @@ def test_a_server_that_is_not_there(tmp_path):
         made = config(server, num_retries=1, concurrency=1)
     with pytest.raises(ValueError, match=r"failed 2 times .*no connection"):
         annotate.annotate(made, tmp_path)
+
+
+@pytest.mark.parametrize("fault", ["trickle", "bomb", "zstd"])
+def test_an_answer_without_end_ends(tmp_path, fault):
+    """By the timeout, or by its size; it is tried again like any other failure."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with serving(lambda number: (fault,) if number == 3 else ()) as server:
+        made = config(server, timeout=1.0)
+        start = time.monotonic()
+        report = annotate.annotate(made, tmp_path)
+        assert time.monotonic() - start < 15
+    assert report["rows"] == NUM
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB
+
+
+def test_a_compressed_answer_is_read(tmp_path):
+    with serving(lambda number: ("gzip",) * 9) as server:
+        assert annotate.annotate(config(server), tmp_path)["rows"] == NUM
+        assert server.headers[0]["Accept-Encoding"] == "identity"
+
+
+@pytest.mark.parametrize("counts", [(-5, 3), (10, -3), (True, 3), ("10", 3)])
+def test_a_number_of_tokens_that_cannot_be_is_none(tmp_path, counts):
+    text = json.dumps(
+        answer("How is A related to B", 0)
+        | {
+            "usage": dict(
+                zip(("prompt_tokens", "completion_tokens"), counts, strict=True)
+            )
+        }
+    )
+    with serving(lambda number: (text,)) as server:
+        made = config(server, token_budget=10**6)
+        with pytest.raises(ValueError, match="token_budget=1000000: the server does"):
+            annotate.annotate(made, tmp_path)
+        made.annotate.token_budget = 0
+        report = annotate.annotate(made, tmp_path)
+    assert report["prompt_tokens"] >= 0 and report["new_tokens"] >= 0
+
+
+@pytest.mark.parametrize(
+    "key", ["sk-one\nsk-two", "sk-\x07bell", "sk-\u00e9t\u00e9-secret"]
+)
+def test_a_key_that_is_none_is_refused_and_not_shown(tmp_path, monkeypatch, key):
+    monkeypatch.setenv("TEACHER_KEY", key)
+    with serving() as server, pytest.raises(ValueError, match="TEACHER_KEY") as raised:
+        annotate.annotate(config(server), tmp_path)
+    assert key not in str(raised.value) and "sk-" not in str(raised.value)
+
+
+def test_a_key_that_the_server_writes_is_not_kept(tmp_path):
+    with serving(lambda number: ("echo",)) as server:
+        annotate.annotate(config(server), tmp_path)
+    for file in tmp_path.rglob("*"):
+        assert not file.is_file() or KEY not in file.read_text()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://me:pass-word@localhost/v1",
+        "ftp://me:pass-word@localhost",
+        "me:pass-word@localhost",
+        "https://localhost/v1?key=pass-word",
+        "https://localhost/v1#pass-word",
+    ],
+)
+@pytest.mark.parametrize("backend", ["local", "server"])
+def test_an_address_with_a_secret_is_refused_and_not_shown(url, backend):
+    made = helpers.small_config(
+        annotate=AnnotateConfig(backend=backend, url=url, model="m")
+    )
+    with pytest.raises(ValueError, match=r"annotate\.url has a user") as raised:
+        validate.validate(made)
+    assert "pass-word" not in str(raised.value)
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    from jax import numpy as jnp
+
+    with pytest.raises(ValueError, match=r"weights that are infinite or not a number"):
+        backends._check_finite({"a": jnp.zeros(3), "b": jnp.array([jnp.nan])}, "folder")
+    backends._check_finite({"a": jnp.zeros(3)}, "folder")

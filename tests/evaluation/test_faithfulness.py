@@ -19,7 +19,7 @@ from kdjax.experiment.data import load_data
 from kdjax.experiment.models import make_model, student_params, student_shape
 from kdjax.parallel import sharding
 from kdjax.training import program
-from kdjax.training.checkpoint import Checkpoints, load_student
+from kdjax.training.checkpoint import CheckpointWriter, load_student
 from tests import helpers
 from tests.data.test_views import byte_level
 
@@ -323,9 +323,8 @@ def finished(config, folder):
     initial = program.Program(config, model, mesh).init(
         student_params(config, model, "")
     )
-    checkpoints = Checkpoints(folder / "checkpoints")
-    checkpoints.save(config.train.steps, initial)
-    checkpoints.close()
+    with CheckpointWriter(folder / "checkpoints") as checkpoints:
+        checkpoints.save(config.train.steps, initial)
     lines = [
         json.dumps(row(view, text.target, example.id)) + "\n"
         for example in data.eval_examples[: config.evaluation.num_generations]

@@ -101,7 +101,6 @@ def test_averages_are_stored_and_read(lora_run):
     checkpoints = Checkpoints(run / "checkpoints")
     mesh = sharding.make_mesh(config.mesh)
     stored = checkpoints.restore(Program(config, model, mesh).abstract)
-    checkpoints.close()
     params, means, last = (
         flatten_dict(tree, sep="/") for tree in (params, stored.ema, stored.params)
     )

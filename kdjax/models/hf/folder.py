@@ -26,6 +26,7 @@ from kdjax.config import T5Config
 from kdjax.models import lm
 from kdjax.models.hf import families, safetensors_io, t5
 from kdjax.models.lm import Shape
+from kdjax.runtime import files
 from kdjax.runtime.files import write_json
 
 
@@ -206,7 +207,7 @@ def save(
             fetch(name)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    scratch = files.temporary(path)
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
     ids = {

@@ -123,7 +123,7 @@ def write(
       max_shard_bytes: tensors of one file; a larger tensor has a file for itself.
 
     Raises:
-      ValueError: a tensor of another shape.
+      ValueError: a tensor of another shape, or with a number too large for the dtype.
     """
     itemsize = jnp.dtype(dtype).itemsize
     sizes = {name: itemsize * math.prod(shape) for name, shape in shapes.items()}
@@ -150,13 +150,30 @@ def write(
         with open(folder / file, "wb") as stream:
             stream.write(_header({name: shapes[name] for name in found}, dtype))
             for name in found:
-                part = np.ascontiguousarray(fetch(name), jnp.dtype(dtype))
+                part = _cast(name, fetch(name), dtype)
                 if part.shape != shapes[name]:
                     raise ValueError(
                         f"tensor {name} has shape {part.shape}, wanted {shapes[name]}: "
                         "the parameters are not of this config"
                     )
                 stream.write(part.view(np.uint8))
+
+
+def _cast(name: str, tensor: np.ndarray, dtype: str) -> np.ndarray:
+    """Cast a tensor; its finite numbers must stay finite.
+
+    Raises:
+      ValueError: one is too large for the dtype.
+    """
+    with np.errstate(over="ignore"):
+        part = np.ascontiguousarray(tensor, jnp.dtype(dtype))
+    if not np.isfinite(part).all() and np.isfinite(tensor).all():
+        largest = float(np.abs(tensor).max())
+        raise ValueError(
+            f"dtype={dtype}: tensor {name} has numbers of up to {largest:.3g}, which "
+            "become infinite: use bfloat16 or float32"
+        )
+    return part
 
 
 def _header(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> bytes:
