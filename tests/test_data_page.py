@@ -75,7 +75,7 @@ def make_config(path, flags, teacher):
         cache={"row_length": 384},
         method={"name": "finetune"},
         train={"steps": 1, "row_length": 384, "save_every": 0},
-        evaluation={"row_length": 384, "num_generations": 1, "max_new_tokens": 2},
+        evaluation={"row_length": 384, "num_generations": 0},
     )
     for flag in shlex.split(flags):
         name, _, value = flag.removeprefix("--config.").partition("=")
