@@ -203,7 +203,9 @@ def conclude(
         known = {
             frozenset((pair.first, pair.second)): pair.tukey_p for pair in effects.pairs
         }
-        worse, same, untested = [], [], []
+        worse: list[str] = []
+        same: list[str] = []
+        untested: list[str] = []
         for group in groups[1:]:
             p = known.get(frozenset((best.level, group.level)))
             listed = untested if p is None else worse if p < group_tests.ALPHA else same

@@ -76,6 +76,13 @@ class Json:
             raise ValueError(f"{self._file} lacks {name}: add what the model has")
         return self._raw.get(name, default)
 
+    def need(self, name: str) -> Any:
+        """Return the value of a field that is there and not null, as `take`."""
+        value = self.take(name)
+        if value is None:
+            raise ValueError(f"{self._file}: {name}=null: say what the model has")
+        return value
+
     def fixed(self, name: str, supported: Any) -> None:
         """Raise ValueError unless the field is absent, null or `supported`."""
         value = self.take(name, None)
@@ -110,18 +117,18 @@ class Part(NamedTuple):
 
 
 def _read_sizes(json: Json) -> Values:
-    num_heads, width = json.take("num_attention_heads"), json.take("hidden_size")
+    num_heads, width = json.need("num_attention_heads"), json.need("hidden_size")
     return {
-        "vocab_size": json.take("vocab_size"),
+        "vocab_size": json.need("vocab_size"),
         "width": width,
-        "num_layers": json.take("num_hidden_layers"),
+        "num_layers": json.need("num_hidden_layers"),
         "num_heads": num_heads,
         "num_kv_heads": json.take("num_key_value_heads") or num_heads,
         "head_dim": json.take("head_dim", None) or width // num_heads,
-        "mlp_width": json.take("intermediate_size"),
+        "mlp_width": json.need("intermediate_size"),
         "norm_eps": json.take("rms_norm_eps", 1e-6),
         "tie_embeddings": json.take("tie_word_embeddings", False),
-        "max_length": json.take("max_position_embeddings"),
+        "max_length": json.need("max_position_embeddings"),
         "init_std": json.take("initializer_range", 0.02),
     }
 

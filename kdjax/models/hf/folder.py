@@ -24,7 +24,7 @@ from jax.experimental import multihost_utils
 
 from kdjax.config import T5Config
 from kdjax.models import lm
-from kdjax.models.hf import families, safetensors_io, t5
+from kdjax.models.hf import families, field_limits, safetensors_io, t5
 from kdjax.models.lm import Shape
 from kdjax.runtime import files
 from kdjax.runtime.files import write_json
@@ -62,6 +62,7 @@ def read_config(path: str | os.PathLike) -> Shape:
     if not file.is_file():
         raise ValueError(f"{file} is missing: give a Hugging Face model folder")
     raw = safetensors_io.read_json(file)
+    field_limits.check(raw, str(file))
     if raw.get("model_type") != "t5":
         return families.read(raw, str(file))
     return t5.read(raw, str(file), lambda: t5.HEAD in safetensors_io.names(folder))

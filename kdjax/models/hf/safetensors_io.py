@@ -17,6 +17,7 @@ import jax.numpy as jnp  # its import lets NumPy know bfloat16
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from kdjax.runtime import untrusted
 from kdjax.runtime.files import write_json
 
 INDEX = "model.safetensors.index.json"
@@ -196,8 +197,8 @@ def read_json(file: pathlib.Path) -> dict[str, Any]:
       ValueError: the file holds none.
     """
     try:
-        content = json.loads(file.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        content = untrusted.read_json(file)
+    except ValueError as error:
         raise ValueError(f"{file} is damaged ({error}): download it again") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds no object: download it again")

@@ -88,7 +88,7 @@ def read(raw: Mapping[str, Any], file: str, has_head: Callable[[], bool]) -> T5C
             f"{file}: model_type={raw.get('model_type')!r} is not supported, only "
             "'t5': use a T5 v1.0, v1.1 or FLAN model"
         )
-    absent = [name for name in REQUIRED if name not in raw]
+    absent = [name for name in REQUIRED if raw.get(name) is None]
     if absent:
         raise ValueError(f"{file} lacks {', '.join(absent)}: add what the model has")
     activation = raw.get("feed_forward_proj", "relu")
@@ -104,6 +104,11 @@ def read(raw: Mapping[str, Any], file: str, has_head: Callable[[], bool]) -> T5C
     pad_id = raw.get("pad_token_id", 0)
     start_id = raw.get("decoder_start_token_id")
     eos_id = raw.get("eos_token_id", 1)
+    if type(eos_id) is not int or pad_id is None:
+        raise ValueError(
+            f"{file}: eos_token_id={eos_id!r}, pad_token_id={pad_id!r}: T5 has one of "
+            "each, a number: correct them"
+        )
     return T5Config(
         vocab_size=raw["vocab_size"],
         width=raw["d_model"],
