@@ -4,6 +4,8 @@
     verify FOLDER                          reads and checks everything
     export FOLDER --out=FILE.parquet       one row per record, for other tools
     merge FOLDER FOLDER ... --out=FOLDER   one cache of disjoint examples
+    ids --config=FILE.py --split=train --out=FILE.jsonl
+                                           what a teacher elsewhere is to be run on
     import PATH --format=NAME --config=FILE.py --split=train --out=FOLDER
                                            another tool's teacher outputs as a cache
 
@@ -19,7 +21,9 @@ from kdjax.runtime.console import print_table, progress
 
 for _name in ("config", "workdir"):
     flags.declare_key_flag(_name)
-_OUT = flags.DEFINE_string("out", None, "New folder (merge, import) or file (export).")
+_OUT = flags.DEFINE_string(
+    "out", None, "New folder (merge, import) or file (export, ids)."
+)
 _PNG = flags.DEFINE_string("png", None, "Where info draws what it prints.")
 _FORMAT = flags.DEFINE_string(
     "format",
@@ -28,7 +32,7 @@ _FORMAT = flags.DEFINE_string(
 )
 _LAYOUT = flags.DEFINE_string("layout", None, "Renamed: use --format.")
 _SPLIT = flags.DEFINE_enum(
-    "split", "train", ["train", "eval"], "Examples of the config that import covers."
+    "split", "train", ["train", "eval"], "Examples that ids writes, or import covers."
 )
 _TEACHER = flags.DEFINE_string(
     "teacher", None, "Name of the teacher that wrote them; teacher.path by default."
@@ -46,7 +50,7 @@ def info(folders: list[str]) -> None:
         summary = describe.summarize(cache, advance=advance)
     rows = [
         {"": name, "value": value}
-        for name, value in summary.items()
+        for name, value in (describe.provenance(cache.manifest) | summary).items()
         if not isinstance(value, dict | list)
     ]
     for name, unit in (("entropy", "T="), ("mass", "first ")):
@@ -93,6 +97,32 @@ def merge(folders: list[str]) -> None:
     with progress(sum(c.num_records for c in caches), "merge") as advance:
         manifest = merge_export.merge(caches, _out(), advance=advance)
     print(f"merged {manifest.num_records} records into {_out()}")
+
+
+def ids(names: list[str]) -> None:
+    """Write the prompts and targets that a teacher elsewhere is to be run on."""
+    _check_count(names, 0)
+    config, out = cli.given_config(), _out()
+
+    from kdjax.experiment.data import load_data
+    from kdjax.teacher import merge_export
+
+    data = load_data(config, splits=(_SPLIT.value,))
+    is_train = _SPLIT.value == "train"
+    segments = data.train if is_train else data.evaluation
+    with progress(len(segments), f"write {_SPLIT.value}") as advance:
+        num_rows = merge_export.write_ids(
+            segments,
+            data.views if is_train else data.eval_views,
+            data.tokenizer,
+            out,
+            advance=lambda _: advance(),
+        )
+    print(
+        f"wrote {num_rows} sequences to {out}: run the teacher on their token_ids for "
+        f"the log-probabilities of its {config.cache.k} most probable tokens, then "
+        f"import them, --split={_SPLIT.value}"
+    )
 
 
 def import_(files: list[str]) -> None:
@@ -147,6 +177,7 @@ ACTIONS = {
     "verify": verify,
     "export": export,
     "merge": merge,
+    "ids": ids,
     "import": import_,
 }
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from kdjax import train
+from kdjax import evaluate, train
 from kdjax.config import Config
 from kdjax.experiment.data import load_data
 from kdjax.teacher import cache as cache_lib
@@ -216,6 +216,118 @@ def test_a_run_reads_what_the_command_imported(finished, tmp_path):
     np.testing.assert_allclose(
         helpers.losses(tmp_path / "run"), helpers.losses(workdir), rtol=1e-3
     )
+
+
+def tokenizer_alone(config, folder):
+    """A folder with the files of the teacher's tokenizer, and nothing else."""
+    folder.mkdir()
+    for path in pathlib.Path(config.teacher.path).iterdir():
+        if "token" in path.name:
+            (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+def answer_as_vllm(ids, dump, cache):
+    """What vLLM writes when it is run on the token_ids, with prompt_logprobs."""
+    with open(dump, "w") as file:
+        for line in ids.read_text().splitlines():
+            row = json.loads(line)
+            record = cache.read(bytes.fromhex(row["key"]))
+            tokens = row["token_ids"]
+            assert tokens == row["prompt_ids"] + row["target_ids"]
+            assert record.target_ids.tolist() == row["target_ids"]
+            start = row["num_prompt_tokens"]
+            entries = [None]
+            for place in range(1, len(tokens)):
+                of = max(0, place - start)  # rows of the prompt: any with its token
+                ids_K, log_probs_K = record.ids[of].tolist(), record.log_probs[of]
+                entries.append(
+                    {
+                        str(i): {"logprob": float(p), "rank": rank, "decoded_token": ""}
+                        for rank, (i, p) in enumerate(
+                            zip(ids_K, log_probs_K, strict=True), 1
+                        )
+                    }
+                )
+            answer = {"prompt_token_ids": tokens, "prompt_logprobs": entries}
+            file.write(json.dumps(answer) + "\n")
+
+
+def test_from_ids_to_a_finished_run_without_weights(finished, tmp_path, capsys):
+    config, workdir = finished
+    teacher = tokenizer_alone(config, tmp_path / "teacher")
+    there = helpers.changed(
+        config,
+        teacher={"path": str(teacher)},
+        cache={"path": str(tmp_path / "caches")},
+        train={"steps": 2},
+    )
+    with pytest.raises(ValueError, match="caches/train is not labelled, and teacher"):
+        train.run(there, tmp_path / "run")
+    data = load_data(there)
+    for split, segments in (("train", data.train), ("eval", data.evaluation)):
+        ids, dump = tmp_path / f"{split}.jsonl", tmp_path / f"{split}.vllm.jsonl"
+        views = data.views if split == "train" else data.eval_views
+        num = merge_export.write_ids(segments, views, data.tokenizer, ids)
+        assert num == len({segment.key for segment in segments})
+        answer_as_vllm(ids, dump, cache_of(workdir, split))
+        merge_export.import_file(
+            dump,
+            segments,
+            tmp_path / "caches" / split,
+            config=there,
+            tokenizer=data.tokenizer,
+            tool="vllm",
+            teacher="big/model",
+        )
+    manifest = cache_lib.read_manifest(tmp_path / "caches" / "train")
+    assert describe.provenance(manifest)["teacher"] == "big/model"
+    assert describe.provenance(manifest)["origin"] == "vllm"
+    assert describe.provenance(manifest)["missing"] == "entropy"
+    capsys.readouterr()
+    train.run(there, tmp_path / "run")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    whole = json.loads((workdir / "summary.json").read_text())
+    assert {"nll", "kl", "agreement", "accuracy"} <= summary["student"].keys()
+    for name in ("nll", "perplexity"):
+        assert summary["teacher"][name] == pytest.approx(
+            whole["teacher"][name],
+            rel=1e-3,  # the dump is of rounded rows, which are rounded again
+        )
+    assert summary["teacher"].keys() < whole["teacher"].keys()
+    assert summary["not_measured"].keys() == {"teacher/accuracy", "teacher/ece"}
+    assert "not measured: teacher/accuracy" in capsys.readouterr().out
+    np.testing.assert_allclose(
+        helpers.losses(tmp_path / "run"), helpers.losses(workdir)[:2], rtol=1e-3
+    )
+    metrics, shape = evaluate.score(there, tmp_path / "run", "teacher")
+    assert metrics == summary["teacher"] and shape is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"student": {"init": "teacher_layers", "keep_layers": (0,)}},
+            "student.init='teacher_layers' needs the teacher's weights",
+        ),
+        (
+            {"teacher": {"online": True}},
+            "teacher.online=True needs the teacher's weights",
+        ),
+    ],
+)
+def test_what_needs_weights_is_refused_before_the_first_step(
+    finished, tmp_path, changes, message
+):
+    config, workdir = finished
+    teacher = tokenizer_alone(config, tmp_path / "teacher")
+    changes = {"teacher": {}} | changes
+    changes["teacher"] = changes["teacher"] | {"path": str(teacher)}
+    changes["cache"] = {"path": str(workdir / "cache")}
+    with pytest.raises(ValueError, match=message):
+        train.run(helpers.changed(config, **changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_import_finds_what_is_read_before_the_target(tmp_path):

@@ -19,6 +19,7 @@ from kdjax.experiment.models import Model, load_model, student_params
 from kdjax.experiment.rows import make_plan
 from kdjax.experiment.run import Run, open_run
 from kdjax.experiment.teacher import (
+    check_runs_elsewhere,
     has_teacher,
     runs_elsewhere,
     teacher_config,
@@ -140,12 +141,14 @@ def open_experiment(config: Config, folder: pathlib.Path) -> Run:
       ValueError: an error of config, data, models, caches or directory.
     """
     workdir_lib.check_owner(folder, config)
+    if elsewhere := runs_elsewhere(config):
+        check_runs_elsewhere(config)
     run = open_run(config, folder)
     shape = run.student.shape
     make_plan(config, shape, run.data.train)
     num_rows = config.train.batch_size // config.train.num_microbatches
     sharding.local_rows(run.mesh, num_rows)
-    if has_teacher(config) and not runs_elsewhere(config):
+    if has_teacher(config) and not elsewhere:
         check_teacher(config, shape, teacher_shape(config, run.tokenizer))
     trainable.frozen_paths(run.student.abstract, config.optim.freeze)
     build.check(run)

@@ -261,6 +261,10 @@ class TeacherCache:
         """Return for each content key if there is a record for it."""
         return self._index.contains(keys)
 
+    def keys(self) -> UInt8[np.ndarray, "N 16"]:
+        """Return the content keys of all records, in ascending order."""
+        return self._index.keys()
+
     def read(self, key: bytes) -> Record:
         """Return the record of a key.
 

@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from kdjax.runtime import untrusted
 from kdjax.teacher import cache as cache_lib
+from kdjax.teacher.manifest import Manifest
 
 _EDGES = np.linspace(0, 8, 33)  # nats, of the histogram of entropies
 _BAR = 40  # characters of the longest bar
@@ -77,6 +79,22 @@ def summarize(
         summary["entropy"] = dict(zip(manifest.temperatures, means, strict=True))
         summary |= {"histogram": histogram.tolist(), "edges": _EDGES.tolist()}
     return summary
+
+
+def provenance(manifest: Manifest) -> dict[str, str]:
+    """Describe where a cache comes from and what it cannot answer, in words."""
+    origin, _, _ = manifest.teacher_fingerprint.partition(":")
+    if not manifest.missing:
+        weights = manifest.teacher_fingerprint[:12]
+        origin = f"labelled by kdjax in {manifest.dtype}, weights {weights}"
+    return {
+        "teacher": untrusted.quote(manifest.teacher_path),
+        "origin": untrusted.quote(origin),
+        "temperatures": ", ".join(f"{t:g}" for t in manifest.temperatures),
+        "missing": ", ".join(manifest.missing) or "nothing",
+        "data": untrusted.quote(manifest.data),
+        "tokenizer": untrusted.quote(manifest.tokenizer_fingerprint[:12]),
+    }
 
 
 def histogram_lines(summary: dict[str, Any]) -> list[str]:

@@ -63,6 +63,11 @@ class KeyIndex:
         """Return the number of records."""
         return len(self._high)
 
+    def keys(self) -> UInt8[np.ndarray, "N 16"]:
+        """Return all keys, in ascending order."""
+        halves = np.stack([self._high, self._low], axis=1).astype(">u8")
+        return halves.view(np.uint8)
+
     def locate(self, key: bytes) -> tuple[int, int] | None:
         """Return shard and row of the record of a key; None if there is none."""
         if len(key) != KEY_BYTES:

@@ -4,11 +4,12 @@ Shapes: L tokens of a sequence, T target tokens, K stored pairs, S temperatures.
 """
 
 import dataclasses
+import hashlib
+import itertools
+import json
 import os
-import pathlib
-import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,11 @@ from kdjax.data.tokenizer import fingerprint
 from kdjax.data.views import Segment
 from kdjax.models import hf
 from kdjax.teacher import cache as cache_lib
-from kdjax.teacher import shards
+from kdjax.teacher import shards, staging
 from kdjax.teacher.codec import Record
 from kdjax.teacher.importers.convert import FORMATS, ImportedSequence
-from kdjax.teacher.manifest import MANIFEST, Manifest
+from kdjax.teacher.label import records_per_shard
+from kdjax.teacher.manifest import Manifest
 
 
 def merge(
@@ -43,8 +45,7 @@ def merge(
       ValueError: caches that differ, or share an example.
     """
     first = caches[0].manifest
-    seen: dict[bytes, str] = {}
-    for cache in caches:
+    for number, cache in enumerate(caches):
         for name, expected in first.identity().items():
             actual = cache.manifest.identity()[name]
             if name not in ("content", "shard_size") and actual != expected:
@@ -52,14 +53,14 @@ def merge(
                     f"{name}={actual!r} of {cache.folder!s} differs from {expected!r} "
                     f"of {caches[0].folder!s}: only caches labelled alike can be merged"
                 )
-        for key in cache:
-            if key in seen:
+        keys = cache.keys()
+        for other in caches[:number]:
+            if (common := other.contains(keys)).any():
                 raise ValueError(
-                    f"key={key.hex()} is in {seen[key]} and in {cache.folder!s}: merge "
-                    "caches of disjoint examples"
+                    f"key={keys[common.argmax()].tobytes().hex()} is in "
+                    f"{other.folder!s} and in {cache.folder!s}: merge caches of "
+                    "disjoint examples"
                 )
-            seen[key] = str(cache.folder)
-    make_folder(out)
     manifest = dataclasses.replace(
         first,
         data=" and ".join(cache.manifest.data for cache in caches),
@@ -71,22 +72,11 @@ def merge(
         for cache in caches
         for shard in cache.manifest.shards
     ]
-    for index, (path, num_records) in enumerate(sources):
-        shards.copy_shard(path, out, index, len(sources), manifest)
-        advance(num_records)
-    return cache_lib.finish(out, manifest, num_shards=len(sources))
-
-
-def make_folder(folder: str | os.PathLike) -> None:
-    """Make a new folder.
-
-    Raises:
-      ValueError: there is something in it.
-    """
-    path = pathlib.Path(folder)
-    path.mkdir(parents=True, exist_ok=True)
-    if any(path.iterdir()):
-        raise ValueError(f"out={folder!s} is not empty: name a new folder")
+    with staging.new_folder(out) as scratch:
+        for index, (path, num_records) in enumerate(sources):
+            shards.copy_shard(path, scratch, index, len(sources), manifest)
+            advance(num_records)
+        return cache_lib.finish(scratch, manifest, num_shards=len(sources))
 
 
 def export(cache: cache_lib.TeacherCache, out: str | os.PathLike) -> int:
@@ -101,16 +91,14 @@ def export(cache: cache_lib.TeacherCache, out: str | os.PathLike) -> int:
     """
     import datasets  # seconds, which no other action needs
 
-    path = pathlib.Path(out)
-    if path.exists() or not path.parent.is_dir():
-        raise ValueError(f"out={out!s} exists, or its folder does not: name a new file")
-
     def rows() -> Iterator[dict[str, Any]]:
         for key in cache:
             yield {"key": key.hex()} | _columns(cache.read(key))
 
-    scratch = tempfile.mkdtemp(prefix="kdjax-export-")
-    try:
+    with (
+        staging.new_file(out) as partial,
+        tempfile.TemporaryDirectory(prefix="kdjax-export-") as scratch,
+    ):
         try:
             dataset = datasets.Dataset.from_generator(
                 rows, features=_features(cache.kind), cache_dir=scratch
@@ -119,10 +107,8 @@ def export(cache: cache_lib.TeacherCache, out: str | os.PathLike) -> int:
             if isinstance(error.__cause__, ValueError):  # a damaged record
                 raise error.__cause__ from None
             raise
-        dataset.to_parquet(os.fspath(out))
+        dataset.to_parquet(os.fspath(partial))
         return len(dataset)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _columns(record: Record) -> dict[str, Any]:
@@ -172,6 +158,56 @@ def _features(kind: str) -> Any:
     )
 
 
+def write_ids(
+    segments: Iterable[Segment],
+    views: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    out: str | os.PathLike,
+    *,
+    advance: Callable[[int], None] = lambda num_tokens: None,
+) -> int:
+    """Write what a teacher elsewhere is to read, one JSON object per line.
+
+    `token_ids` is what it is run on: prompt, prefix and target. It must give the
+    log-probabilities of these tokens (of those from `num_prompt_tokens` on), and
+    generate nothing.
+
+    Args:
+      segments: examples as tokens; of equal ones the first is written.
+      views: their names.
+      tokenizer: of the segments.
+      out: a new file.
+      advance: called with the target tokens of every segment.
+
+    Returns:
+      The number of lines.
+
+    Raises:
+      ValueError: the file exists.
+    """
+    done: set[bytes] = set()
+    with staging.new_file(out) as partial, partial.open("w", encoding="utf-8") as file:
+        for segment in segments:
+            advance(len(segment.target_ids))
+            if segment.key in done:
+                continue
+            done.add(segment.key)
+            before = segment.ids[: len(segment.ids) - len(segment.target_ids)]
+            row = {
+                "id": segment.example_id,
+                "view": views[segment.view],
+                "key": segment.key.hex(),
+                "token_ids": segment.ids.tolist(),
+                "num_prompt_tokens": len(before),
+                "prompt_ids": before.tolist(),
+                "target_ids": segment.target_ids.tolist(),
+                "prompt": tokenizer.decode(before),
+                "target": tokenizer.decode(segment.target_ids),
+            }
+            file.write(json.dumps(row) + "\n")
+    return len(done)
+
+
 def import_sequences(
     sequences: Iterable[ImportedSequence],
     segments: Sequence[Segment],
@@ -198,42 +234,64 @@ def import_sequences(
       ValueError: a segment without a sequence, or without a row for a target token;
         sequences that do not fit.
     """
-    make_folder(out)
+    # Of equal examples one is enough, and of its tokens their hash.
+    unique = {segment.key: index for index, segment in enumerate(segments)}
     by_tokens: dict[bytes, list[int]] = {}
-    for index, segment in enumerate(segments):
-        by_tokens.setdefault(segment.ids.tobytes(), []).append(index)
-    records: dict[int, Record] = {}
+    for index in unique.values():
+        by_tokens.setdefault(_digest(segments[index].ids), []).append(index)
+    num_shards = -(-len(unique) // shard_size)
+    records = _records(sequences, segments, by_tokens, manifest, advance)
+    for index in range(num_shards):
+        of_shard = itertools.islice(records, shard_size)
+        cache_lib.write_shard(out, index, num_shards, of_shard, manifest)
+    for _ in records:  # sequences that are left over are read and counted
+        pass
+    return cache_lib.finish(out, manifest, num_shards=num_shards)
+
+
+def _digest(token_ids: np.ndarray) -> bytes:
+    data = np.ascontiguousarray(token_ids, np.int32).tobytes()
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
+def _records(
+    sequences: Iterable[ImportedSequence],
+    segments: Sequence[Segment],
+    by_tokens: Mapping[bytes, Sequence[int]],
+    manifest: Manifest,
+    advance: Callable[[int], None],
+) -> Iterator[tuple[bytes, Record]]:
+    """Yield the record of each example once, in the order of the sequences."""
+    done: set[bytes] = set()
     num_in_order = 0
     for number, rows in enumerate(sequences):
         if rows.token_ids is None:
             num_in_order += 1
-            matches = [number] if number < len(segments) else []
+            matches: Sequence[int] = [number] if number < len(segments) else []
         else:
             # A tool may have appended an end of sequence to the tokens it was given.
-            tokens = rows.token_ids.astype(np.int32)
-            matches = by_tokens.get(tokens.tobytes(), [])
-            matches = matches or by_tokens.get(tokens[:-1].tobytes(), [])
+            matches = by_tokens.get(_digest(rows.token_ids), [])
+            matches = matches or by_tokens.get(_digest(rows.token_ids[:-1]), [])
         for index in matches:
-            records[index] = _record(rows, segments[index], manifest)
-            advance(records[index].num_tokens)
+            segment = segments[index]
+            if segment.key not in done:
+                record = _record(rows, segment, manifest)
+                done.add(segment.key)
+                advance(record.num_tokens)
+                yield segment.key, record
     if num_in_order not in (0, len(segments)):
         raise ValueError(
             f"{num_in_order} sequences without token ids for {len(segments)} examples: "
             "they are matched by their place, so there must be one for each, in order"
         )
-    absent = [s for i, s in enumerate(segments) if i not in records]
+    absent = [segment for segment in segments if segment.key not in done]
     if absent:
         raise ValueError(
             f"example {absent[0].example_id!r}: no sequence has its tokens "
             f"({len(absent)} such of {len(segments)}): run the teacher on these very "
-            "prompts and targets, with this tokenizer"
+            "prompts and targets, with this tokenizer (python -m kdjax.cache ids "
+            "writes them)"
         )
-    unique = {segments[i].key: record for i, record in sorted(records.items())}
-    pairs = list(unique.items())
-    parts = [pairs[i : i + shard_size] for i in range(0, len(pairs), shard_size)]
-    for index, part in enumerate(parts):
-        cache_lib.write_shard(out, index, len(parts), part, manifest)
-    return cache_lib.finish(out, manifest, num_shards=len(parts))
 
 
 def import_file(
@@ -265,7 +323,7 @@ def import_file(
       What `cache.verify` returns.
 
     Raises:
-      ValueError: as `import_sequences` and `cache.verify`; then there is no manifest.
+      ValueError: as `import_sequences` and `cache.verify`; then there is no cache.
     """
     vocab_size = len(tokenizer)
     # Ids of a padded vocabulary may be among the stored ones.
@@ -286,19 +344,20 @@ def import_file(
         missing=FORMATS[tool].missing,
         data=name,
     )
-    import_sequences(
-        FORMATS[tool].read(path, k=k, vocab_size=vocab_size),
-        segments,
-        out,
-        manifest,
-        shard_size=config.cache.shard_size,
-        advance=advance,
-    )
-    try:
-        return cache_lib.verify(cache_lib.load_cache(out))
-    except ValueError:  # a cache that was refused must not be trained on
-        (pathlib.Path(out) / MANIFEST).unlink()
-        raise
+    shard_size = records_per_shard(segments, manifest, config.cache)
+    with staging.new_folder(out) as scratch:
+        import_sequences(
+            FORMATS[tool].read(path, k=k, vocab_size=vocab_size),
+            segments,
+            scratch,
+            manifest,
+            shard_size=shard_size,
+            advance=advance,
+        )
+        try:
+            return cache_lib.verify(cache_lib.load_cache(scratch))
+        except ValueError as error:  # it names a folder that is gone then
+            raise ValueError(str(error).replace(str(scratch), str(out))) from None
 
 
 def _record(rows: ImportedSequence, segment: Segment, manifest: Manifest) -> Record:

@@ -15,7 +15,7 @@ import os
 import pathlib
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent import futures
 from typing import Any, NamedTuple
 
@@ -126,7 +126,7 @@ def _batches(
 
 def _map_in_order(
     function: Callable[[Any], Any], items: Iterator[Any], num_threads: int
-) -> Iterator[Any]:
+) -> Generator[Any]:
     """Yield function(item) in the items' order, a few items ahead in threads."""
     with futures.ThreadPoolExecutor(num_threads, "encode") as pool:
         pending: collections.deque[futures.Future] = collections.deque()
