@@ -6,7 +6,7 @@ import sys
 import kdjax
 
 COMMANDS = {
-    "prepare": "print examples as the student will see them: trained, read, cut",
+    "prepare": "print examples as the student will see them, or tokenise all of them",
     "train": "train a student on its teacher's outputs, and evaluate both",
     "label": "fill the teacher cache",
     "annotate": "have a teacher write rationales by prompting",

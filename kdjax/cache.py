@@ -137,13 +137,14 @@ def import_(files: list[str]) -> None:
     if tool not in convert.FORMATS:
         raise ValueError(f"--format={tool}: use one of {sorted(convert.FORMATS)}")
 
+    from kdjax.data.segments import as_segments
     from kdjax.experiment.data import load_data
     from kdjax.teacher import merge_export
 
     config = cli.given_config()
-    data = load_data(config, splits=(_SPLIT.value,))
+    data = load_data(config, cli.workdir(config), splits=(_SPLIT.value,))
     segments = data.train if _SPLIT.value == "train" else data.evaluation
-    num_tokens = sum(segment.num_loss_tokens for segment in segments)
+    num_tokens = int(as_segments(segments).loss_lengths.sum())
     with progress(num_tokens, f"import {_SPLIT.value}") as advance:
         totals = merge_export.import_file(
             path,

@@ -38,6 +38,7 @@ ANSWER_KINDS = ("auto", "text", "label", "index", "number")
 ANSWER_LISTS = ("error", "first", "any")
 COUNTERFACTUAL_PLACES = ("decoder", "prompt")
 LONG_POLICIES = ("error", "truncate", "drop")
+LONG_TEXTS = ("whole", "pieces", "joined")
 MISSING_POLICIES = ("error", "drop")
 WRONG_LABELS = ("keep", "drop", "weight")
 CHAT_LOSSES = ("all", "last", "each")
@@ -287,9 +288,15 @@ class DataConfig:
     # longest target, tokens, eos and a decoder's prefix too
     max_target: int = positive(256)
     on_long: str = choice("error", LONG_POLICIES)  # a longer example (counted, logged)
+    # texts of more than max_target tokens (method text); whole = as on_long says
+    long_text: str = choice("whole", LONG_TEXTS)
     # no text, question, answer, rationale or label
     on_missing: str = choice("error", MISSING_POLICIES)
     prompt_suffix: bool = True  # prompts end with a line such as "Answer:"
+    # examples per shard of a prepared store; a smaller split is kept in memory
+    shard_size: int = positive(16384)
+    prepared: str = ""  # folder of prepared stores; "" = <workdir>/prepared
+    num_workers: int = non_negative(0)  # processes that prepare; 0 = one per core
     prefixes: PrefixConfig = field(default_factory=PrefixConfig)
     kinship: KinshipConfig = field(default_factory=KinshipConfig)
 

@@ -1,8 +1,10 @@
-"""Data of a config, as the student will see it: python -m kdjax.prepare --show=5.
+"""Data of a config, shown and prepared: python -m kdjax.prepare --config=FILE.py.
 
-Prints examples of both splits: what their file and row are, how each view makes them
-prompt and target, which tokens are trained and which are only read, and what is cut,
-left out or unknown. Nothing is written.
+With --show=5 it prints examples of both splits: what their file and row are, how each
+view makes them prompt and target, which tokens are trained and which are only read, and
+what is cut, left out or unknown; nothing is written. Without, it writes both splits as
+prepared data, which `python -m kdjax.train` does for large ones when they are missing.
+Killed anywhere and started again it continues with the next shard.
 """
 
 import pathlib
@@ -17,17 +19,59 @@ from kdjax.runtime import console
 _SHOW = flags.DEFINE_integer(
     "show", 0, "Examples of each split to print, token by token.", lower_bound=0
 )
+_VERIFY = flags.DEFINE_bool("verify", False, "Read and check all that was prepared.")
 _NUM_COUNTED = 1000  # examples of a split that counts are of, at least
 
 
 def run(config: Config, workdir: pathlib.Path) -> None:
-    """Print the examples and the counts of both splits."""
+    """Print the examples and the counts of both splits, or prepare them."""
     from kdjax.parallel import distributed
 
     if not _SHOW.value:
-        raise ValueError("--show=0 does nothing: use for example --show=5")
-    if distributed.is_main():
+        prepare(config, workdir, verify=_VERIFY.value)
+    elif distributed.is_main():
         show(config, _SHOW.value)
+
+
+def prepare(config: Config, workdir: pathlib.Path, *, verify: bool = False) -> None:
+    """Prepare both splits, unless they are, and print what they hold.
+
+    Args:
+      config: of the run.
+      workdir: of the run.
+      verify: read and check all of it.
+
+    Raises:
+      ValueError: an error of the data, or a damaged file.
+    """
+    from kdjax.data import prepared
+    from kdjax.experiment.data import load_data
+    from kdjax.parallel import distributed
+
+    if config.data.is_built_in:
+        raise ValueError(
+            "data.source='kinship' is generated at each start: there is nothing to "
+            "prepare; give data.path"
+        )
+    data = load_data(config, workdir, force=True)
+    rows = []
+    for segments in (data.train, data.evaluation):
+        assert isinstance(segments, prepared.PreparedSegments)
+        if verify:
+            segments.verify()
+        counts = segments.report.counts
+        rows.append(
+            {
+                "prepared": str(segments.folder),
+                "examples": f"{segments.report.num_examples:,}",
+                "segments": f"{len(segments):,}",
+                "prompt tokens": f"{counts.prompt_tokens:,}",
+                "target tokens": f"{counts.target_tokens:,}",
+                "bytes": f"{segments.num_bytes:,}",
+            }
+        )
+    if distributed.is_main():
+        console.print_table(f"{config.name}: prepared data", rows)
 
 
 def show(config: Config, num: int) -> None:
@@ -96,7 +140,9 @@ def show(config: Config, num: int) -> None:
         )
     if config.data.is_built_in:
         return
-    if overlap := selection.describe_overlap(examples["train"], examples["eval"]):
+    if overlap := selection.describe_overlap(
+        selection.content_digests(examples["train"]), examples["eval"]
+    ):
         print(overlap, file=sys.stderr)
 
 

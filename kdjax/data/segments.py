@@ -151,7 +151,7 @@ class SegmentList(Segments):
     def keys(self) -> UInt8[np.ndarray, "N 16"]:
         """Return the content keys."""
         content = b"".join(s.key for s in self._segments)
-        return np.frombuffer(content, np.uint8).reshape(len(self), -1)
+        return np.frombuffer(content, np.uint8).reshape(len(self), 16)
 
 
 def as_segments(segments: Sequence[Segment]) -> Segments:

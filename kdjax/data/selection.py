@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from jaxtyping import UInt64
 
 from kdjax.config import DataConfig
 from kdjax.data import templates
@@ -28,12 +29,28 @@ class Selection:
     examples: list[Example]
     labels: dict[str, Any]  # the report of `apply_label_policy`
     notes: list[str]  # counts of changed and dropped examples, as sentences
+    num_examples: int  # in all
+    num_labelled: int  # of them that `apply_label_policy` has kept
+    missing: dict[str, int]  # number dropped by missing field
 
 
 def select(
-    examples: Sequence[Example], views: Sequence[str], split: str, config: DataConfig
+    examples: Sequence[Example],
+    views: Sequence[str],
+    split: str,
+    config: DataConfig,
+    *,
+    partial: bool = False,
 ) -> Selection:
     """Select the examples of a split that are used, of those from `load_examples`.
+
+    Args:
+      examples: of the split.
+      views: of the split.
+      split: "train" or "eval".
+      config: of the data.
+      partial: these are not all examples of the split, see `combine`: it is no error
+        if none of them stays.
 
     Raises:
       ValueError: as `apply_label_policy` and `drop_incomplete`.
@@ -41,7 +58,77 @@ def select(
     selected = list(examples)
     labels: dict[str, Any] = {}
     if split == "train":
-        selected, labels = apply_label_policy(examples, config)
+        selected, labels = apply_label_policy(examples, config, partial=True)
+    num_labelled = len(selected)
+    selected, missing = drop_incomplete(selected, views, split, config, partial=True)
+    result = Selection(
+        examples=selected,
+        labels=labels,
+        notes=[],
+        num_examples=len(examples),
+        num_labelled=num_labelled,
+        missing=missing,
+    )
+    return result if partial else combine([result], split, config)
+
+
+def combine(
+    selections: Sequence[Selection], split: str, config: DataConfig
+) -> Selection:
+    """Return the selection of all examples of a split from those of parts of them.
+
+    Raises:
+      ValueError: none would stay.
+    """
+    labels: dict[str, Any] = {}
+    for part in selections:
+        for name, value in part.labels.items():
+            labels[name] = labels.get(name, 0) + value
+    num = sum(part.num_labelled for part in selections)
+    missing: dict[str, int] = {}
+    for part in selections:
+        for name, count in part.missing.items():
+            missing[name] = missing.get(name, 0) + count
+    if labels:
+        num_answered = labels["examples"] - labels["without"]
+        labels["accuracy"] = (num_answered - labels["wrong"]) / max(1, num_answered)
+        _check_labelled(num, labels["examples"], config)
+    _check_complete(missing, num, split)
+    return Selection(
+        examples=[example for part in selections for example in part.examples],
+        labels=labels,
+        notes=_notes(labels, missing, num, split, config),
+        num_examples=sum(part.num_examples for part in selections),
+        num_labelled=num,
+        missing=missing,
+    )
+
+
+def _check_labelled(num: int, num_examples: int, config: DataConfig) -> None:
+    """Raise ValueError if no example has an answer to train on."""
+    if not num:
+        raise ValueError(
+            f"data.wrong_labels={config.wrong_labels!r} leaves none of {num_examples} "
+            f"training examples: all answers of labels={config.labels!r} are wrong"
+        )
+
+
+def _check_complete(missing: dict[str, int], num: int, split: str) -> None:
+    """Raise ValueError if all examples are dropped."""
+    if missing and num == sum(missing.values()):
+        raise ValueError(
+            f"data.on_missing='drop' leaves none of {num} {_KINDS[split]} examples: "
+            f"they have no {' or no '.join(missing)}"
+        )
+
+
+def _notes(
+    labels: dict[str, Any],
+    missing: dict[str, int],
+    num: int,
+    split: str,
+    config: DataConfig,
+) -> list[str]:
     notes = []
     if labels:
         fate = {"keep": "kept", "drop": "left out", "weight": "weighed"}[
@@ -53,14 +140,12 @@ def select(
             f"wrong {fate} (data.wrong_labels={config.wrong_labels}), "
             f"{labels['without']} examples without an answer left out"
         )
-    num = len(selected)
-    selected, missing = drop_incomplete(selected, views, split, config)
     notes += [
         f"{split}: {count} of {num} examples left out, without {name} "
         f"(data.on_missing={config.on_missing})"
         for name, count in missing.items()
     ]
-    return Selection(examples=selected, labels=labels, notes=notes)
+    return notes
 
 
 def replace_label(example: Example, answer: str, path: str) -> Example:
@@ -107,13 +192,18 @@ def _reorder_counterfactuals(example: Example, other: Example) -> tuple[str, ...
 
 
 def apply_label_policy(
-    examples: Sequence[Example], config: DataConfig
+    examples: Sequence[Example], config: DataConfig, *, partial: bool = False
 ) -> tuple[list[Example], dict[str, Any]]:
     """Keep, drop or weigh examples by whether a teacher's answer is right.
 
     Wrong ones are kept, left out or weighed by `wrong_label_weight`, as
     `config.wrong_labels` says; those without an answer are an error or left out
     (`config.on_missing`).
+
+    Args:
+      examples: of the training split.
+      config: of the data.
+      partial: as in `select`.
 
     Returns:
       The examples, and a report: "examples" in all, those "without" an answer, those
@@ -142,23 +232,25 @@ def apply_label_policy(
             example = replace(example, weight=config.wrong_label_weight)
         if example.answer and not (is_wrong and config.wrong_labels == "drop"):
             selected.append(example)
-    if not selected:
-        raise ValueError(
-            f"data.wrong_labels={config.wrong_labels!r} leaves none of {len(examples)} "
-            f"training examples: all answers of labels={config.labels!r} are wrong"
-        )
+    if not partial:
+        _check_labelled(len(selected), len(examples), config)
     num_answered = len(examples) - len(unanswered)
     return selected, {
         "examples": len(examples),
         "without": len(unanswered),
         "wrong": num_wrong,
         "dropped": num_wrong if config.wrong_labels == "drop" else 0,
-        "accuracy": (num_answered - num_wrong) / num_answered,
+        "accuracy": (num_answered - num_wrong) / max(1, num_answered),
     }
 
 
 def drop_incomplete(
-    examples: Sequence[Example], views: Sequence[str], split: str, config: DataConfig
+    examples: Sequence[Example],
+    views: Sequence[str],
+    split: str,
+    config: DataConfig,
+    *,
+    partial: bool = False,
 ) -> tuple[list[Example], dict[str, int]]:
     """Drop the examples without what some view needs.
 
@@ -171,6 +263,7 @@ def drop_incomplete(
       views: of the split.
       split: "train" or "eval".
       config: its `on_missing`.
+      partial: as in `select`.
 
     Returns:
       The other examples, and the number dropped by missing field ("rationale", "text").
@@ -193,11 +286,8 @@ def drop_incomplete(
         if config.on_missing == "error" or (split != "train" and is_joined):
             raise ValueError(_missing_message(name, view, ids, len(examples), split))
         counts[name] = counts.get(name, 0) + len(ids)
-    if counts and not selected:
-        raise ValueError(
-            f"data.on_missing='drop' leaves none of {len(examples)} "
-            f"{_KINDS[split]} examples: they have no {' or no '.join(counts)}"
-        )
+    if not partial:
+        _check_complete(counts, len(examples), split)
     return selected, counts
 
 
@@ -225,17 +315,26 @@ def content_digest(example: Example) -> int:
     return int.from_bytes(digest)
 
 
-def describe_overlap(train: Iterable[Example], evaluation: Iterable[Example]) -> str:
+def content_digests(examples: Iterable[Example]) -> UInt64[np.ndarray, " N"]:
+    """Compute `content_digest` of each example."""
+    return np.fromiter(map(content_digest, examples), np.uint64)
+
+
+def describe_overlap(
+    digests: UInt64[np.ndarray, " N"], evaluation: Iterable[Example]
+) -> str:
     """Return a warning about held-out examples that are training examples too.
 
-    They are compared by content: question and choices, text, or messages. 8 bytes are
-    held of each training example.
+    They are compared by content: question and choices, text, or messages.
+
+    Args:
+      digests: `content_digests` of the training examples.
+      evaluation: the held-out examples.
 
     Returns:
       The warning, with the number and the first ids; "" without any.
     """
-    digests = np.fromiter(map(content_digest, train), np.uint64)
-    digests.sort()
+    digests = np.sort(digests)
     names: list[str] = []
     num = num_same = 0
     for example in evaluation:

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from kdjax.data.batch import TeacherRecords
+from kdjax.data.segments import as_segments
 from kdjax.data.views import Segment
 
 
@@ -81,9 +82,10 @@ def check_cache(
     Raises:
       ValueError: naming the first example without one.
     """
-    absent = [s for s in segments if s.view in views and not cache.has(s.key)]
-    if absent:
-        raise missing(absent[0], len(absent))
+    table = as_segments(segments)
+    is_absent = np.isin(table.views, list(views)) & ~cache.contains(table.keys)
+    if is_absent.any():
+        raise missing(table[int(is_absent.argmax())], int(is_absent.sum()))
 
 
 def missing(segment: Segment, count: int) -> ValueError:

@@ -530,3 +530,6 @@ def _too_long_message(
         f"max_{part}={limit}: use max_{part} >= {length}, or on_long='truncate' or "
         "'drop' (both are counted)"
     )
+
+
+content_key = _key

@@ -15,6 +15,7 @@ from kdjax.config import Config, DecoderConfig, T5Config
 from kdjax.data import chat, loader, templates, views
 from kdjax.data import tokenizer as tokenizers
 from kdjax.data.example import Example
+from kdjax.data.segments import as_segments
 from kdjax.data.templates import Text
 from kdjax.evaluation import calibration, text_match
 from kdjax.experiment import methods
@@ -111,9 +112,10 @@ class Scorer:
         )
         digest = hashlib.blake2b(repr(settings).encode(), digest_size=16)
         choices = self._choices
-        measured = [*self._data.evaluation, *(choices.segments if choices else ())]
-        for segment in measured:
-            digest.update(segment.key + bytes([segment.view]))
+        for segments in (self._data.evaluation, choices.segments if choices else []):
+            table = as_segments(segments)
+            views_N1 = table.views.astype(np.uint8)[:, None]
+            digest.update(np.concatenate([table.keys, views_N1], axis=1).tobytes())
         if choices:
             digest.update(np.asarray(choices.example).tobytes())
             digest.update(np.asarray(choices.correct).tobytes())
@@ -171,10 +173,9 @@ class Scorer:
             raise ValueError(
                 "splits=() has no held-out examples: open the run with some"
             )
-        segments = self._data.evaluation
+        segments = self._tokens.segments
         sums = self._per_segment(params, self._tokens, self._cache)
-        counts = np.array([s.num_loss_tokens for s in segments])
-        view = np.array([s.view for s in segments])
+        counts, view = segments.loss_lengths, segments.views
         nll = float(sums["nll"].sum() / counts.sum())
         metrics = {"nll": nll, "perplexity": math.exp(min(nll, 700.0))}
         for index, name in enumerate(self._data.eval_views):

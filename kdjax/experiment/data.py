@@ -1,16 +1,26 @@
 """Examples of a Config, as text and as tokens."""
 
 import dataclasses
+import itertools
+import os
+import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from kdjax.config import Config
-from kdjax.data import chat_template, selection, sources, views
+import jax
+import numpy as np
+
+from kdjax.config import Config, DataConfig
+from kdjax.data import chat_template, files, prepared, selection, sources, views
 from kdjax.data import tokenizer as tokenizers
+from kdjax.data.example import Example
+from kdjax.data.splits import is_hub_name
 from kdjax.data.views import Segment
 from kdjax.experiment import methods
 from kdjax.models import hf
+from kdjax.parallel import distributed
+from kdjax.runtime.console import progress
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,9 +30,9 @@ class Data:
     tokenizer: Any
     views: tuple[str, ...]
     eval_views: tuple[str, ...]  # the first of `views`: `evaluation` has these
-    train: list[Segment]
-    evaluation: list[Segment]
-    eval_examples: list[sources.Example]
+    train: Sequence[Segment]  # in memory, or read from a prepared store
+    evaluation: Sequence[Segment]
+    eval_examples: list[Example]
     labels: dict[str, Any]  # of a teacher's answers: `selection.apply_label_policy`
     eos_ids: tuple[int, ...] = ()  # of tokens that end a text: `stop_ids`
 
@@ -43,32 +53,53 @@ def tokenizer_path(config: Config) -> str:
     return next(filter(None, paths), "")
 
 
-def load_data(config: Config, *, splits: tuple[str, ...] = ("train", "eval")) -> Data:
-    """Read the examples and make their segments; every data error surfaces here."""
+def load_data(
+    config: Config,
+    workdir: pathlib.Path | None = None,
+    *,
+    splits: tuple[str, ...] = ("train", "eval"),
+    force: bool = False,
+) -> Data:
+    """Read the examples and make their segments; every data error surfaces here.
+
+    A split of more than one shard (`data.shard_size`) is prepared on disk, unless it
+    is, and read from there.
+
+    Args:
+      config: of the run.
+      workdir: of the run, None = runs/<config.name>; prepared data are in its folder
+        "prepared" unless `data.prepared` names another.
+      splits: those that are read.
+      force: small splits are prepared as well.
+
+    Raises:
+      ValueError: an error of the data.
+    """
     tokenizer = load_tokenizer(config)
     student = config.student.path if config.student.init == "folder" else ""
     names = {
         "train": methods.views(config.method),
         "eval": methods.held_out_views(config.method),
     }
-    examples = {
-        split: sources.load_examples(config.data, split, seed=config.data.kinship.seed)
-        for split in splits
-    }
-    if len(examples) == 2 and not config.data.is_built_in:
-        overlap = selection.describe_overlap(examples["train"], examples["eval"])
-        if overlap:
-            print(overlap, file=sys.stderr)
-    segments: dict[str, list[Segment]] = {}
+    segments: dict[str, Sequence[Segment]] = {"train": [], "eval": []}
+    digests: dict[str, np.ndarray] = {}
     labels: dict[str, Any] = {}
-    for split, read in examples.items():
-        selected = selection.select(read, names[split], split, config.data)
-        labels |= selected.labels
-        for note in selected.notes:
-            print(note, file=sys.stderr)
-        segments[split], counts = views.make_segments(
-            selected.examples, names[split], tokenizer, config.data
+    eval_examples: list[Example] = []
+    for split in splits:
+        recipe = prepared.Recipe(
+            split=split, views=names[split], tokenizer=tokenizer, config=config.data
         )
+        if split == "eval":
+            eval_examples = sources.load_examples(
+                config.data, split, seed=config.data.kinship.seed
+            )
+        segments[split], report, digests[split] = _load_split(
+            recipe, _folder(config, workdir), eval_examples, force=force
+        )
+        labels |= report.labels
+        for note in report.notes:
+            print(note, file=sys.stderr)
+        counts = report.counts
         views.check_unknown(counts, tokenizer, config.data)
         if counts.truncated or counts.dropped:
             print(
@@ -76,16 +107,130 @@ def load_data(config: Config, *, splits: tuple[str, ...] = ("train", "eval")) ->
                 f"dropped, {counts.segments} kept (data.on_long={config.data.on_long})",
                 file=sys.stderr,
             )
+    if len(digests) == 2 and not config.data.is_built_in:
+        overlap = selection.describe_overlap(digests["train"], eval_examples)
+        if overlap:
+            print(overlap, file=sys.stderr)
     return Data(
         tokenizer=tokenizer,
         views=names["train"],
         eval_views=names["eval"],
-        train=segments.get("train", []),
-        evaluation=segments.get("eval", []),
-        eval_examples=examples.get("eval", []),
+        train=segments["train"],
+        evaluation=segments["eval"],
+        eval_examples=eval_examples,
         labels=labels,
         eos_ids=stop_ids(config, tokenizer, (config.teacher.path, student)),
     )
+
+
+def _folder(config: Config, workdir: pathlib.Path | None) -> pathlib.Path:
+    """Return the folder of the prepared stores."""
+    workdir = pathlib.Path(f"runs/{config.name}") if workdir is None else workdir
+    return pathlib.Path(config.data.prepared or workdir / "prepared")
+
+
+def _load_split(
+    recipe: prepared.Recipe,
+    folder: pathlib.Path,
+    examples: list[Example],
+    *,
+    force: bool,
+) -> tuple[Sequence[Segment], prepared.Report, np.ndarray]:
+    """Return the segments of a split, its report and the digests of its examples.
+
+    Args:
+      recipe: of the split.
+      folder: of the prepared stores.
+      examples: of the split, if they are read already.
+      force: a small split is prepared as well.
+    """
+    config, split = recipe.config, recipe.split
+    identity = None
+    if not config.is_built_in and (force or any(folder.glob(f"{split}-*"))):
+        identity = recipe.identity(_source(config, split))
+        store = folder / f"{split}-{prepared.key_of(identity)}"
+        if prepared.is_prepared(store):
+            return _open(store, identity)
+    stream: Iterable[Example] = examples or sources.iter_examples(
+        config, split, seed=config.kinship.seed
+    )
+    if config.is_built_in:
+        whole = prepared.Chunk(0, 0, list(stream))
+        return _in_memory(recipe, whole)
+    chunks = prepared.chunk(stream, config.shard_size)
+    first, second = next(chunks, None), next(chunks, None)
+    if first is None:
+        raise ValueError(f"data.path={config.path!r}: the split {split!r} has no rows")
+    if second is None and not force:
+        return _in_memory(recipe, first)
+    if identity is None:
+        identity = recipe.identity(_source(config, split))
+    store = folder / f"{split}-{prepared.key_of(identity)}"
+    first_chunks = [first] if second is None else [first, second]
+    _prepare(store, recipe, identity, itertools.chain(first_chunks, chunks))
+    return _open(store, identity)
+
+
+def _in_memory(
+    recipe: prepared.Recipe, whole: prepared.Chunk
+) -> tuple[list[Segment], prepared.Report, np.ndarray]:
+    made = prepared.segment_chunk(recipe, whole)
+    report = prepared.report_of(recipe, [made.selection], made.counts)
+    return made.segments, report, made.digests
+
+
+def _open(
+    store: pathlib.Path, identity: dict[str, Any]
+) -> tuple[Sequence[Segment], prepared.Report, np.ndarray]:
+    segments = prepared.PreparedSegments(store, identity)
+    return segments, segments.report, segments.digests
+
+
+def _prepare(
+    store: pathlib.Path,
+    recipe: prepared.Recipe,
+    identity: dict[str, Any],
+    chunks: Iterable[prepared.Chunk],
+) -> None:
+    """Write a store; each process writes its own shards."""
+    # Every process looks before any of them finishes it.
+    distributed.barrier(f"look at {store.name}")
+    with progress(
+        None, f"prepare {recipe.split}", is_main=distributed.is_main()
+    ) as advance:
+        num_shards = prepared.build(
+            store,
+            recipe,
+            identity,
+            chunks,
+            process_index=jax.process_index(),
+            num_processes=jax.process_count(),
+            advance=advance,
+        )
+    distributed.barrier(f"prepare {store.name}")
+    if distributed.is_main():
+        prepared.finish(store, recipe, identity, num_shards)
+    distributed.barrier(f"finish {store.name}")
+
+
+def _source(config: DataConfig, split: str) -> dict[str, str]:
+    """Hash what the data are made of: files by their bytes, other sets by their rows.
+
+    So data that were changed are never taken for those that were prepared, whatever
+    their time stamps say.
+    """
+    digests = {}
+    for name in prepared.SOURCES[split]:
+        path = getattr(config, name)
+        if not path or (name == "path" and split == "eval" and config.eval_path):
+            continue
+        if is_hub_name(path):
+            examples = sources.iter_examples(config, split, seed=config.kinship.seed)
+            digests[name] = prepared.digest_examples(examples)
+        else:
+            paths = [path] if os.path.exists(path) else files.find_files(path)
+            digests[name] = prepared.digest_files(paths)
+    return digests
 
 
 def stop_ids(config: Config, tokenizer: Any, paths: Sequence[str]) -> tuple[int, ...]:

@@ -4,6 +4,8 @@ from kdjax.config import Config, leaves
 
 # Fields that change neither the numbers of a run nor what a checkpoint holds.
 _FREE = (
+    "data.prepared",
+    "data.num_workers",
     "mesh.",
     "evaluation.",
     "annotate.",

@@ -45,7 +45,7 @@ def open_run(
 
     Args:
       config: a valid one.
-      workdir: of the run; nothing is written there.
+      workdir: of the run; nothing is written there, but for data that are prepared.
       splits: those whose examples are read; () = only the tokenizer.
       data: takes the place of the config's; None = read them.
       devices: of the mesh; None = all.
@@ -54,7 +54,7 @@ def open_run(
       ValueError: an error of data, mesh or student.
     """
     mesh = sharding.make_mesh(config.mesh, devices=devices)
-    data = load_data(config, splits=splits) if data is None else data
+    data = load_data(config, workdir, splits=splits) if data is None else data
     student = make_model(
         student_shape(config, data.tokenizer),
         mesh,

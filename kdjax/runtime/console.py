@@ -54,7 +54,7 @@ def print_pieces(pieces: Sequence[tuple[str, str]]) -> None:
 
 @contextlib.contextmanager
 def progress(
-    total: int, description: str, *, start: int = 0, is_main: bool = True
+    total: int | None, description: str, *, start: int = 0, is_main: bool = True
 ) -> Iterator[Callable[..., None]]:
     """Show progress: a bar on a terminal, else a line every few seconds on stderr.
 
@@ -62,7 +62,7 @@ def progress(
     it shows a note alone.
 
     Args:
-      total: amount of work, any unit.
+      total: amount of work, any unit; None = not known.
       description: what is being done, one or two words.
       start: work that was done before.
       is_main: False shows nothing.
@@ -93,7 +93,7 @@ def progress(
 class _ProgressLines:
     """Progress as plain lines, for logs."""
 
-    def __init__(self, total: int, description: str, start: int) -> None:
+    def __init__(self, total: int | None, description: str, start: int) -> None:
         self._total, self._description = total, description
         self._start = self._done = start
         self._start_time = time.monotonic()
@@ -111,10 +111,16 @@ class _ProgressLines:
             return
         now = time.monotonic()
         age = now - self._last_line_time
-        if age < _SECONDS_BETWEEN_LINES and self._done < self._total:
+        is_last = self._total is not None and self._done >= self._total
+        if age < _SECONDS_BETWEEN_LINES and not is_last:
             return
         self._last_line_time = now
         seconds_per_unit = (now - self._start_time) / max(self._done - self._start, 1)
+        if self._total is None:
+            rate = 1 / max(seconds_per_unit, 1e-9)
+            line = f"{self._description} {self._done}  {rate:.0f} per s  {note}"
+            print(line.rstrip(), file=sys.stderr, flush=True)
+            return
         line = (
             f"{self._description} {self._done}/{self._total}  "
             f"{seconds_per_unit * (self._total - self._done):.0f} s left  {note}"

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import pathlib
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from kdjax import losses
 from kdjax.config import Config, MeshConfig
 from kdjax.data import loader, teacher_records
 from kdjax.data import tokenizer as tokenizers
+from kdjax.data.segments import as_segments
 from kdjax.data.views import Segment
 from kdjax.experiment import methods
 from kdjax.experiment import workdir as workdir_lib
@@ -43,12 +44,12 @@ def folder(config: Config, workdir: pathlib.Path, split: str) -> pathlib.Path:
     return pathlib.Path(config.cache.path or workdir / "cache") / split
 
 
-def segments_to_label(run: Run) -> dict[str, list[Segment]]:
+def segments_to_label(run: Run) -> dict[str, Sequence[Segment]]:
     """Return the segments that need records: held-out ones, training ones if soft."""
     config = run.config
     if not has_teacher(config):
         return {}
-    segments = {"eval": run.data.evaluation}
+    segments: dict[str, Sequence[Segment]] = {"eval": run.data.evaluation}
     if methods.has_soft_terms(config.method) and not config.teacher.online:
         segments["train"] = run.data.train
     return segments
@@ -163,7 +164,7 @@ def ensure(run: Run) -> dict[str, cache_lib.TeacherCache]:
     return {split: _open(run, split, segments) for split, segments in splits.items()}
 
 
-def _open(run: Run, split: str, segments: list[Segment]) -> cache_lib.TeacherCache:
+def _open(run: Run, split: str, segments: Sequence[Segment]) -> cache_lib.TeacherCache:
     config, data = run.config, run.data
     kind, k = _kind(run, split)
     cache = cache_lib.load_cache(
@@ -213,7 +214,7 @@ def _kind(run: Run, split: str) -> tuple[str, int]:
     return "dense" if whole else "top_k", min(config.cache.k, len(run.tokenizer))
 
 
-def _build(run: Run, teacher_path: str, todo: dict[str, list[Segment]]) -> None:
+def _build(run: Run, teacher_path: str, todo: dict[str, Sequence[Segment]]) -> None:
     config, data = run.config, run.data
     # Each process labels its own shards on its own devices.
     devices = jax.local_devices()
@@ -249,9 +250,10 @@ def _build(run: Run, teacher_path: str, todo: dict[str, list[Segment]]) -> None:
 
     for split, segments in todo.items():
         path = folder(config, run.workdir, split)
-        num_tokens = sum(s.num_loss_tokens for s in segments)
+        table = as_segments(segments)
+        num_tokens = int(table.loss_lengths.sum())
         # Shards of a killed run over other examples are refused, not mixed in.
-        content = hashlib.blake2b(b"".join(s.key for s in segments), digest_size=16)
+        content = hashlib.blake2b(table.keys.tobytes(), digest_size=16)
         kind, k = _kind(run, split)
         names = data.eval_views if split == "eval" else data.views
         manifest = dataclasses.replace(

@@ -13,9 +13,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Int64
 
 from kdjax.config import CacheConfig
 from kdjax.data import loader
+from kdjax.data.segments import as_segments
 from kdjax.data.views import Segment
 from kdjax.teacher import cache, sampling
 from kdjax.teacher.codec import Record
@@ -43,7 +45,7 @@ def records_per_shard(
     """
     if config.shard_size:
         return config.shard_size
-    lengths = {segment.key: len(segment.target_ids) for segment in segments}
+    lengths = as_segments(segments).target_lengths[_distinct(segments)]
     num_records = max(1, len(lengths))
     num_scalars = 2 + 2 * len(manifest.temperatures)
     pair_bytes = {"top_k": 1.7, "sampled": 0.6, "dense": 4.0}[manifest.kind]
@@ -51,15 +53,30 @@ def records_per_shard(
     if manifest.kind == "sampled":
         num_pairs *= manifest.num_rounds * len(manifest.temperatures)
     token_bytes = pair_bytes * num_pairs + 3 * num_scalars
-    record_bytes = _RECORD_BYTES + token_bytes * sum(lengths.values()) / num_records
+    record_bytes = _RECORD_BYTES + token_bytes * int(lengths.sum()) / num_records
     fitting = int(config.shard_mib * 2**20 / record_bytes)
     return max(1, min(fitting, max(_FEWEST_RECORDS, num_records // _FEWEST_SHARDS)))
 
 
-def shards(segments: Sequence[Segment], shard_size: int) -> list[list[Segment]]:
-    """Split segments into shards; equal content (equal keys) is labelled once."""
-    unique = list({segment.key: segment for segment in segments}.values())
-    return [unique[i : i + shard_size] for i in range(0, len(unique), shard_size)]
+def shards(
+    segments: Sequence[Segment], shard_size: int
+) -> list[Int64[np.ndarray, " n"]]:
+    """Split segments into shards: the indices of each one's.
+
+    Equal content (equal keys) is labelled once.
+    """
+    indices = _distinct(segments)
+    return [indices[i : i + shard_size] for i in range(0, len(indices), shard_size)]
+
+
+def _distinct(segments: Sequence[Segment]) -> Int64[np.ndarray, " n"]:
+    """Return the indices of the segments whose key no segment before them has."""
+    halves_N2 = as_segments(segments).keys.view("<u8").reshape(len(segments), 2)
+    order = np.lexsort((halves_N2[:, 0], halves_N2[:, 1]))
+    sorted_N2 = halves_N2[order]
+    is_first = np.ones(len(order), bool)
+    is_first[1:] = (sorted_N2[1:] != sorted_N2[:-1]).any(1)
+    return np.sort(order[is_first])
 
 
 def label(
@@ -91,16 +108,23 @@ def label(
     """
     all_shards = shards(segments, records_per_shard(segments, manifest, config))
     complete = cache.complete_shards(folder, manifest)
+    loss_lengths = as_segments(segments).loss_lengths
     clock = _Clock()
     rows = rows or {"row_length": config.row_length}
     for index, shard in enumerate(all_shards):
         if index % jax.process_count() != jax.process_index():
             continue
         if index in complete:
-            advance(sum(segment.num_loss_tokens for segment in shard))
+            advance(int(loss_lengths[shard].sum()))
             continue
         records = _label_shard(
-            shard, manifest, config, label_step, rows, clock, advance
+            [segments[item] for item in shard],
+            manifest,
+            config,
+            label_step,
+            rows,
+            clock,
+            advance,
         )
         cache.write_shard(
             folder,

@@ -72,6 +72,9 @@ class FakeCache:
     def has(self, key):
         return key in self.segments
 
+    def contains(self, keys):
+        return np.asarray([key.tobytes() in self.segments for key in keys])
+
     def read(self, key):
         target = self.segments[key].loss_ids
         offsets = np.arange(self.k)

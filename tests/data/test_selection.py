@@ -170,7 +170,8 @@ def test_wrong_answers_are_kept_left_out_or_weighed(
     assert note.startswith("labels: 50.00% of the teacher's answers to 3 training")
     held_out = sources.load_examples(config, "eval", seed=0)
     found = selection.select(held_out, ("label",), "eval", config)
-    assert found == selection.Selection(examples=held_out, labels={}, notes=[])
+    assert found.examples == held_out
+    assert (found.labels, found.notes) == ({}, [])
 
 
 def test_free_answers_are_compared_as_they_are(tmp_path):
