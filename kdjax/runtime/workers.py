@@ -63,6 +63,7 @@ def map_tasks(
             return _END if stopping.is_set() else next(source, _END)
 
     def serve() -> None:
+        process = None
         try:
             task = next_task()
             if task is _END:
@@ -82,7 +83,7 @@ def map_tasks(
                 results.put((False, value))
                 task = next_task()
         except (EOFError, BrokenPipeError):
-            code = processes[-1].wait() if processes else None
+            code = process.wait() if process else None
             results.put((True, ValueError(_killed_message(code))))
         except BaseException as error:
             results.put((True, error))
