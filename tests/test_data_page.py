@@ -123,7 +123,8 @@ def test_examples_of_the_page_are_read_and_shown(name, tmp_path, teacher, capsys
     if f"`{schema}`" in PAGE:
         seen = sources.describe(config.data, "train")
         same = {"arc": "commonsense_qa", "text": "plain"}
-        assert f"schema {same.get(schema, schema)}, columns" in seen
+        assert f"schema {same.get(schema, schema)} of the columns" in seen
+        assert ("not read" in seen) == (schema in ("mmlu", "preference"))
     for example in examples:
         assert example.text or example.messages or example.answer
         assert not example.choices or example.answer in example.choices

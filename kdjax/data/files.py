@@ -160,7 +160,7 @@ def find_files(path: str) -> list[str]:
     files = [
         file
         for file in sorted(glob.glob(path, recursive=True))
-        if os.path.isfile(file) and not _is_hidden(os.path.basename(file))
+        if not (os.path.isdir(file) or _is_hidden(os.path.basename(file)))
     ]
     if not files:
         raise ValueError(f"path={path!r} matches no file: check the pattern")
@@ -168,9 +168,16 @@ def find_files(path: str) -> list[str]:
 
 
 def _files_below(folder: str) -> list[str]:
-    files = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not _is_hidden(name)]
+    files: list[str] = []
+    visited = set()  # links may lead back
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        place = os.path.realpath(parent)
+        folders[:] = (
+            [] if place in visited else [n for n in folders if not _is_hidden(n)]
+        )
+        if place in visited:
+            continue
+        visited.add(place)
         files += [
             os.path.join(parent, name)
             for name in names
@@ -230,7 +237,11 @@ def _readable(path: str) -> Iterator[None]:
     try:
         yield
     except (OSError, EOFError, pa.ArrowException) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        if reason := getattr(error, "strerror", None):
+            raise ValueError(
+                f"path={path!r} cannot be read ({reason}): give a file"
+            ) from error
         raise ValueError(
-            f"path={path!r} cannot be read ({reason}): give a file"
+            f"{path}:1 cannot be read ({str(error).splitlines()[0]}): the file is "
+            "damaged or cut off; write it again"
         ) from error

@@ -102,8 +102,14 @@ def _check_encoding(path: str, start: bytes) -> None:
     }
     name = next((name for mark, name in marks.items() if start.startswith(mark)), "")
     if not name and b"\0" in start[:64]:
-        zeros = [index % 2 for index, byte in enumerate(start[:64]) if not byte]
-        name = "UTF-16 without a mark" if len(set(zeros)) == 1 else "binary"
+        head = start[:64]
+        zeros = [index % 2 for index, byte in enumerate(head) if not byte]
+        name = "UTF-16 without a mark"
+        if len(set(zeros)) > 1 or 3 * len(zeros) < len(head):
+            raise ValueError(
+                f"{path}:1 is not UTF-8, it holds bytes that are no text: is the file "
+                "compressed, or of another format than its name tells?"
+            )
     if name:
         raise ValueError(
             f"{path}:1 is not UTF-8, it looks like {name}: convert the file, for "
@@ -194,6 +200,7 @@ def _read_json(file: DataFile) -> Iterator[tuple[int, Values]]:
         yield from _read_json_array(file)
         return
     for number, line in _lines(file):
+        line = line.lstrip("\ufeff")  # between files that were joined
         if not line.strip():
             continue
         where = f"{file.path}:{number}"

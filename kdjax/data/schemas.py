@@ -20,7 +20,7 @@ _SPEAKERS = {  # of ShareGPT -> roles
     "system": "system",
     **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
 }
-_GSM8K = re.compile(r"\n####[^\n]*\S[^\n]*\s*$")
+_GSM8K = re.compile(r"(^|\n)####[^\n]*\S[^\n]*\s*$")
 # Columns that may be choices, where there is no column `choices`.
 _CHOICES = {"options", "candidates", "endings", "answer_choices", "opts"}
 _CHOICE = re.compile(r"(option|choice|ending|op|sol)?[ _-]?([a-e]|\d)", re.IGNORECASE)
@@ -41,10 +41,14 @@ class Schema:
         self._with_choices = ""  # the first row that has some
         self._without_choices = ""  # the first row that has an empty column of them
 
-    @property
-    def name(self) -> str:
-        """Name of the schema; "auto" before the first row."""
-        return self._name
+    def describe(self, row: Row) -> str:
+        """Return the schema of a row, the columns that it reads, and the others."""
+        row = self._rename(row)
+        name = detect(row) if self._name == "auto" else self._name
+        columns = [c for c in row.values if c in COLUMNS[name]]
+        others = [c for c in row.values if c not in COLUMNS[name]]
+        rest = f"; not read: {', '.join(others)}" if others else ""
+        return f"schema {name} of the columns {', '.join(columns)}{rest}"
 
     def example(self, row: Row, default_id: str) -> Example:
         """Convert a row.
@@ -372,6 +376,25 @@ _CONVERTERS: dict[str, Callable[[Schema, Fields], Example]] = {
     "messages": Schema._messages,
     "preference": Schema._preference,
     "text": Schema._text,
+}
+
+
+# Columns that a schema reads, where there are some.
+_PLAIN = ("id", "question", "choices", "answer", "rationale", "counterfactuals", "text")
+_KEYED = ("id", "question", "question_stem", "choices", "answerKey", "rationale")
+COLUMNS = {
+    "plain": _PLAIN,
+    "commonsense_qa": _KEYED,
+    "arc": _KEYED,
+    "openbookqa": _KEYED,
+    "mmlu": ("id", "question", "choices", "answer", "rationale"),
+    "gsm8k": ("id", "question", "answer"),
+    "squad": ("id", "context", "question", "answers"),
+    "alpaca": ("id", "system", "instruction", "input", "output"),
+    "sharegpt": ("id", "system", "conversations", "tools"),
+    "messages": ("id", "system", "messages", "tools"),
+    "preference": ("id", "system", "prompt", "chosen", "tools"),
+    "text": ("id", "text"),
 }
 
 

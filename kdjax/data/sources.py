@@ -83,10 +83,7 @@ def describe(config: DataConfig, split: str) -> str:
     if config.is_built_in:
         return "the built-in task kinship"
     row = next(_read_rows(config, train=split == "train"))
-    schema = Schema(config)
-    schema.example(row, f"{split}-0")
-    columns = ", ".join(map(str, row.values))
-    return f"{row.file}, schema {schema.name}, columns {columns}"
+    return f"{row.file}, {Schema(config).describe(row)}"
 
 
 def _convert(config: DataConfig, split: str, num: int) -> Iterator[Example]:
@@ -251,12 +248,16 @@ class _JoinCheck:
 
 def _replace_labels(examples: Iterator[Example], path: str) -> Iterator[Example]:
     """Replace answers by a teacher's, those of a file of {id, answer}."""
-    answers = _read_texts("labels", path, ("id",), "answer")
+    answers = _read_texts("labels", path, ("id",), "answer", numbers=True)
     check = _JoinCheck("labels", path)
     for example in examples:
-        relabelled = selection.replace_label(
-            example, answers.get((example.id,), ""), path
-        )
+        answer = answers.get((example.id,), "")
+        if isinstance(answer, int) and example.choices:
+            raise ValueError(
+                f"labels={path!r}: id {example.id!r} has the number {answer}, which "
+                f"may be an index or a text of {list(example.choices)}: give the text"
+            )
+        relabelled = selection.replace_label(example, str(answer), path)
         check.add(example, joined=bool(relabelled.answer))
         yield relabelled
     check.finish()
@@ -341,11 +342,19 @@ def _join_counterfactuals(examples: Iterator[Example], path: str) -> Iterator[Ex
 
 
 def _read_texts(
-    field: str, path: str, names: tuple[str, ...], column: str = "text"
-) -> dict[tuple[str, ...], str]:
-    """Read a column of a file by other columns, which are unique; "" = no value."""
+    field: str,
+    path: str,
+    names: tuple[str, ...],
+    column: str = "text",
+    *,
+    numbers: bool = False,
+) -> dict[tuple[str, ...], Any]:
+    """Read a column of a file by other columns, which are unique; "" = no value.
+
+    The values are texts, or with `numbers` also integers.
+    """
     columns = (*names, column)
-    texts: dict[tuple[str, ...], str] = {}
+    texts: dict[tuple[str, ...], Any] = {}
     for row in readers.iter_rows(files.find_files(path), "json"):
         if any(name not in row.values for name in columns):
             raise ValueError(
@@ -356,7 +365,7 @@ def _read_texts(
         if key in texts:
             where = ", ".join(f"{n} {k!r}" for n, k in zip(names, key, strict=True))
             raise ValueError(f"{field}={path!r}: {where} occurs twice ({row.where})")
-        texts[key] = _joined_text(field, row, column)
+        texts[key] = _joined_value(field, row, column, numbers=numbers)
     return texts
 
 
@@ -372,12 +381,12 @@ def _joining_text(field: str, row: Row, name: str) -> str:
     return text
 
 
-def _joined_text(field: str, row: Row, column: str) -> str:
+def _joined_value(field: str, row: Row, column: str, *, numbers: bool) -> Any:
     value: Any = row.values[column]
     if is_missing(value):
         return ""
-    if column == "answer" and isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
+    if numbers and isinstance(value, int) and not isinstance(value, bool):
+        return value
     if not isinstance(value, str):
         raise ValueError(
             f"{field}: {row.where}: {column}={show(value)} is {kind_of(value)}, not "

@@ -71,7 +71,14 @@ REFUSED = {
         {},
         ":1 is not UTF-8",
     ),
-    "binary": ("a.jsonl", b"\x00\x01\x02\x00", {}, ":1 is not UTF-8"),
+    "binary": ("a.jsonl", b"\x00\x01\x02\x00", {}, ":1 .*no text: is the file"),
+    "compressed twice": (
+        "a.jsonl.gz",
+        gzip.compress(gzip.compress(lines(QA))),
+        {},
+        ":1 .*no text: is the file compressed",
+    ),
+    "gz, damaged": ("a.jsonl.gz", b"\x1f\x8b" + b"abc" * 9, {}, ":1 cannot be read"),
     # JSON
     "not JSON": ("a.jsonl", lines(QA) + b"{oops\n", {}, ":2 is not JSON"),
     "Python's quotes": ("a.jsonl", b"{'text': 'a'}\n", {}, ":1 is not JSON"),
@@ -552,6 +559,18 @@ READ = {
         b"\xef\xbb\xbf [" + lines(QA).strip() + b"]",
         {},
         ["fridge"],
+    ),
+    "files joined": (
+        "a.jsonl",
+        b"\xef\xbb\xbf" + lines(QA) + b"\xef\xbb\xbf" + lines(QA),
+        {},
+        ["fridge"] * 2,
+    ),
+    "GSM8K without a rationale": (
+        "a.jsonl",
+        lines({"question": "1 + 1?", "answer": "#### 2"}),
+        {},
+        ["2"],
     ),
     "an array in .jsonl": (
         "a.jsonl",

@@ -192,6 +192,9 @@ def test_free_answers_are_compared_as_they_are(tmp_path):
     [
         (named("moon"), {}, "'full' has 'moon', which is no choice of .*'here'"),
         (named("here") * 2, {}, "'full' occurs twice"),
+        (named(1), {}, "'full' has the number 1, which may be an index or a text"),
+        (named(True), {}, "labels.jsonl:1: answer=True is a truth value, not text"),
+        (named(["here"]), {}, "labels.jsonl:1: answer=.'here'. is a list, not text"),
         ([{"id": "full", "text": "here"}], {}, "use id, answer"),
         ([{"id": "x", "answer": "here"}], {}, "no id of the examples"),
         (named("", None, ""), {}, "no id of the examples"),
