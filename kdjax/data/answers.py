@@ -188,11 +188,14 @@ def _readings(
         )
     text = fields.as_text(value, name, number=True)
     stripped = text.strip()
+    # Two small letters are rather a word, such as "at".
+    is_word = re.fullmatch("[a-z]{2}", stripped)
+    label = None if is_word else letter_index(stripped)
     is_number = re.fullmatch("[0-9]{1,9}", stripped)
     number = int(stripped) if is_number else None
     readings: dict[str, int | None] = {
         "text": _index(texts, text, stripped),
-        "label": _index(labels, text, stripped) if labels else letter_index(stripped),
+        "label": _index(labels, text, stripped) if labels else label,
     }
     if not labels:
         readings |= {"index": number, "number": None if number is None else number - 1}

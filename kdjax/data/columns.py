@@ -251,7 +251,7 @@ class Fields:
         if not isinstance(value, list | tuple):
             raise self.error(
                 f"{name}={show(value)} is {kind_of(value)}, not a list: give a list, "
-                "in a table the text of a JSON list, or several columns by "
-                f"data.columns={name}=A|B|C"
+                "in a table the text of a JSON list"
+                + (", or data.columns=choices=A|B|C" if name == "choices" else "")
             )
         return list(value)

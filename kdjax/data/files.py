@@ -49,7 +49,8 @@ _BUFFER = 2**18  # bytes that are decompressed at once
 # Files of a folder that hold no rows.
 _DOCUMENTS = re.compile(
     r"(readme|license|licence|notice|citation|sources|changelog)\b.*"
-    r"|.*\.(md|py|ya?ml|lock|crc|sha256|rst)"
+    r"|.*\.(md|py|ya?ml|lock|crc|sha256|rst|bak|orig|swp)|.*~"
+    r"|thumbs\.db|desktop\.ini"
     r"|dataset_infos?\.json|dataset_dict\.json|state\.json|features\.json",
     re.IGNORECASE,
 )
@@ -144,10 +145,10 @@ def find_files(path: str) -> list[str]:
     """Return the files of a path: itself, those of a glob or of a folder, sorted.
 
     A folder's are those below it, without hidden ones, those whose name begins with
-    "_", and documents such as README.md.
+    "_", documents such as README.md, and copies such as rows.jsonl~.
 
     Raises:
-      ValueError: there is none.
+      ValueError: there is none, or one in a folder that may be something else.
     """
     path = os.path.expanduser(path)
     if os.path.isdir(path):
@@ -183,6 +184,13 @@ def _files_below(folder: str) -> list[str]:
             for name in names
             if not _is_hidden(name) and not _DOCUMENTS.fullmatch(name)
         ]
+    for file in files:
+        suffix = Path(file).suffix.lower()
+        if suffix and suffix not in (*FORMATS, *_COMPRESSED):
+            raise ValueError(
+                f"{file}: its format is not seen from its name: take it out of the "
+                f"folder, or give a glob such as {folder}/*.jsonl"
+            )
     return sorted(files)
 
 

@@ -219,7 +219,7 @@ class Schema:
         if is_index and self._config.answer_kind == "auto":
             if value == -1:  # the mark of a label that is not published
                 value = fields.require("answer", None, "use a split with answers")
-            answers = AnswerReader("index")
+            answers, choices = AnswerReader("index"), choices._replace(labels=())
         answer = ""
         if value is not None:
             answer = answers.choose(fields, "answer", value, choices)
@@ -525,6 +525,11 @@ def _message(fields: Fields, value: Any, where: str) -> dict[str, Any] | None:
     for name in ("name", "tool_call_id", "reasoning_content"):
         if name in message:
             message[name] = fields.as_text(message[name], f"{where}.{name}")
+    weight = message.get("weight", 1)
+    if isinstance(weight, bool) or weight not in (0, 1):
+        raise fields.error(
+            f"{where}.weight={show(weight)}: use 1, or 0 for a turn that is not learnt"
+        )
     if isinstance(content, list):
         content = _join_parts(fields, content, where)
     if is_missing(content) and role == "assistant" and calls:
@@ -551,8 +556,10 @@ def _join_parts(fields: Fields, parts: list[Any], where: str) -> str:
         if isinstance(part, Mapping) and part.get("type", "text") == "text":
             texts.append(fields.as_text(part.get("text"), f"{where}.content"))
         else:
-            kind = part.get("type") if isinstance(part, Mapping) else kind_of(part)
-            raise fields.error(f"{where} has a part {show(kind)}: only text is read")
+            raise fields.error(
+                f"{where}.content has the part {show(part)}: only parts of the type "
+                "'text' are read"
+            )
     return "".join(texts)
 
 

@@ -215,6 +215,7 @@ def _open_tfds(folder: Path) -> Splits:
     """
     try:
         import tensorflow_datasets as tfds
+        from google.protobuf import json_format
     except ImportError as error:
         raise ValueError(
             f"path={str(folder)!r} is a set of tensorflow_datasets, which is not "
@@ -228,7 +229,12 @@ def _open_tfds(folder: Path) -> Splits:
             builder = tfds.builder_from_directory(str(folder))
         else:
             builder = tfds.builder(folder.name, data_dir=str(folder.parent))
-    except (OSError, ValueError, tfds.core.DatasetNotFoundError) as error:
+    except (
+        OSError,
+        ValueError,
+        json_format.ParseError,
+        tfds.core.DatasetNotFoundError,
+    ) as error:
         raise ValueError(
             f"path={str(folder)!r} is no prepared set of tensorflow_datasets "
             f"({_first_line(error)}): {_PREPARE}"

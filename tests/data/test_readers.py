@@ -149,6 +149,13 @@ def test_shards_of_a_folder_are_read_in_order_of_their_names(tmp_path):
     assert [e.text for e in load(tmp_path / "rows")] == ["2", "3"]
     assert [e.text for e in load(tmp_path / "rows" / "*.jsonl")] == ["2"]
     assert [e.text for e in load(tmp_path / "rows" / "**" / "*.jsonl")] == ["2", "3"]
+    for name in ("rows.jsonl~", "rows.bak", "Thumbs.db"):
+        write(tmp_path / "rows" / name, as_lines([{"text": "5"}]))
+    assert [e.text for e in load(tmp_path / "rows")] == ["2", "3"]
+    other = write(tmp_path / "rows" / "a.jsonl.part", as_lines([{"text": "6"}]))
+    with pytest.raises(ValueError, match=r"a.jsonl.part: its format is not seen"):
+        load(tmp_path / "rows")
+    other.unlink()
     write(tmp_path / "rows" / "c.jsonl", as_lines([{"text": "4"}]) + b"{oops\n")
     with pytest.raises(ValueError, match=r"c.jsonl:2 is not JSON"):
         load(tmp_path / "rows")
