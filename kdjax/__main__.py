@@ -12,6 +12,7 @@ COMMANDS = {
     "annotate": "have a teacher write rationales by prompting",
     "evaluate": "score a student, its teacher or any folder; explanations",
     "compare": "run a grid of methods, factors and seeds; statistics of it",
+    "study": "plan and serve a study of explanations with people, and analyse it",
     "export": "write a student as a Hugging Face folder",
     "cache": "inspect, verify, merge, export and import teacher caches",
     "plan": "compile the step for another machine: memory, collectives, time bound",

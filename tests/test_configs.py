@@ -7,10 +7,12 @@ import pytest
 
 from kdjax.comparison import grid
 from kdjax.experiment import methods, validate
+from kdjax.survey import config as survey
 
 FOLDER = pathlib.Path(__file__).parent.parent / "configs"
 COMPARISONS = sorted((FOLDER / "compare").glob("*.py"))
-FILES = sorted(set(FOLDER.rglob("*.py")) - set(COMPARISONS))
+STUDIES = sorted((FOLDER / "study").glob("*.py"))
+FILES = sorted(set(FOLDER.rglob("*.py")) - set(COMPARISONS) - set(STUDIES))
 
 
 def load(file):
@@ -40,6 +42,17 @@ def test_comparisons_are_valid(file):
         tasks = grid.tasks(comparison, pathlib.Path("workdir"))
         assert any(task.is_run for task in tasks)
         assert argument in comparison.name
+    with pytest.raises(ValueError, match="nonsense"):
+        module.get_config("nonsense")
+
+
+@pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.stem)
+def test_studies_are_valid(file):
+    module = load(file)
+    for argument in ("", "smoke"):
+        study = module.get_config(argument)
+        survey.validate(study)
+        assert argument in study.name
     with pytest.raises(ValueError, match="nonsense"):
         module.get_config("nonsense")
 

@@ -18,7 +18,7 @@ LAYERS = (
     {"experiment"},
     {"training"},
     {"teacher", "evaluation", "annotation"},
-    {"pipeline", "aot", "bench", "comparison"},
+    {"pipeline", "aot", "bench", "comparison", "survey"},
     {"cli"},
     {*COMMANDS, "__main__"},
 )

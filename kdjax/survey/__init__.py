@@ -1,0 +1,1 @@
+"""Studies of students' explanations with people: design, survey, answers, analysis."""
