@@ -1,15 +1,21 @@
 """Tokenizers: Hugging Face ones, and the word-level one of the built-in task."""
 
+import contextlib
+import filecmp
 import functools
 import hashlib
+import importlib.util
 import json
+import os
 import re
-from collections.abc import Mapping, Sequence
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoTokenizer,
     PreTrainedTokenizerBase,
@@ -27,22 +33,152 @@ BREAK, _START, _END = "\ufdd0", "\ufdd1", "\ufdd2"
 def load(path: str | Path) -> PreTrainedTokenizerBase:
     """Load a tokenizer from a folder, or by its hub name.
 
+    Code of a folder is never run, and nobody is asked whether it may.
+
     Raises:
-      ValueError: nothing to load there, or no end-of-sequence token.
+      ValueError: nothing to load there, a file that is damaged, or no end-of-sequence
+        token.
     """
+    _check_files(Path(path))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), use_fast=True)
+        with _held_back_stderr():
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(path), use_fast=True, trust_remote_code=False
+            )
     except OSError as error:
         raise ValueError(
             f"tokenizer={str(path)!r} cannot be loaded: give a Hugging Face folder, or "
             f"a hub name while online ({error})"
         ) from error
+    except BaseException as error:
+        # What its Rust code refuses is an Exception, where it panics a BaseException.
+        if not isinstance(error, Exception) and type(error).__name__ != _PANIC:
+            raise
+        reason = " ".join(str(error).split())[:300]
+        if "custom code" in reason:
+            reason = "its class is code of the folder, which is not run"
+        raise ValueError(
+            f"tokenizer={str(path)!r} cannot be loaded ({type(error).__name__}: "
+            f"{reason}): repair its tokenizer.json, or give another folder"
+        ) from None
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"tokenizer={str(path)!r} has no eos_token: targets end with it; set one "
             "in tokenizer_config.json"
         )
     return tokenizer
+
+
+_PANIC = "PanicException"
+_JSON_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+_SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+
+
+def _check_files(folder: Path) -> None:
+    """Check what a folder's tokenizer is read from, so that errors name the file."""
+    for name in _JSON_FILES:
+        file = folder / name
+        if not file.is_file():
+            continue
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            parts = [content[part] for part in _WITH_PATTERNS if part in content]
+            _check_patterns(parts)
+        except Exception as error:  # a pattern's is a bare Exception
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"{file} is damaged ({type(error).__name__}: {reason}): download it "
+                "again"
+            ) from None
+    sources = [name for name in _SENTENCEPIECE_FILES if (folder / name).is_file()]
+    if not sources or (folder / "tokenizer.json").is_file():
+        return
+    if importlib.util.find_spec("sentencepiece") is None:
+        raise ValueError(
+            f"{folder / sources[0]} is all there is of the tokenizer: pip install "
+            "'kdjax[sentencepiece]', which reads it, or put a tokenizer.json beside it"
+        )
+
+
+_WITH_PATTERNS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+
+
+def _check_patterns(value: Any) -> None:
+    """Compile the regular expressions in a part of a tokenizer.json."""
+    if isinstance(value, Mapping):
+        if isinstance(pattern := value.get("Regex"), str):
+            Regex(pattern)
+        value = list(value.values())
+    for item in value if isinstance(value, list) else ():
+        _check_patterns(item)
+
+
+@contextlib.contextmanager
+def _held_back_stderr() -> Iterator[None]:
+    """Write what is written to stderr in the block after it, and nothing if it fails.
+
+    Code in Rust prints there by itself what it then reports as an error.
+    """
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as held:
+        try:
+            stderr = os.dup(2)
+        except OSError:  # closed
+            yield
+            return
+        try:
+            os.dup2(held.fileno(), 2)
+            try:
+                yield
+            finally:
+                sys.stderr.flush()
+                os.dup2(stderr, 2)
+            held.seek(0)
+            sys.stderr.write(held.read().decode(errors="replace"))
+        finally:
+            os.close(stderr)
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the rows of a vocabulary that have tokens: one more than the last id."""
+    return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0))
+
+
+def check_same_tokens(
+    tokenizer: PreTrainedTokenizerBase, path: str | Path, name: str
+) -> None:
+    """Check that a model's own tokenizer has the same tokens.
+
+    Ids that one of the two lacks are not compared.
+
+    Args:
+      tokenizer: of the data.
+      path: the model's folder; without a tokenizer nothing is compared.
+      name: of the path, in errors.
+
+    Raises:
+      ValueError: an id stands for another text.
+    """
+    folder, own = Path(path), Path(tokenizer.name_or_path or "")
+    names = ("tokenizer.json", *_SENTENCEPIECE_FILES, "vocab.json", "vocab.txt")
+    if not any((folder / file).is_file() for file in names):
+        return
+    files = folder / "tokenizer.json", own / "tokenizer.json"
+    if all(file.is_file() for file in files) and filecmp.cmp(*files, shallow=False):
+        return
+    mine = {index: token for token, index in tokenizer.get_vocab().items()}
+    theirs = {index: token for token, index in load(folder).get_vocab().items()}
+    shared = mine.keys() & theirs.keys()
+    differing = sorted(index for index in shared if mine[index] != theirs[index])
+    if differing:
+        first = differing[0]
+        raise ValueError(
+            f"{name}={str(path)!r} has another tokenizer than the data's "
+            f"({tokenizer.name_or_path!r}): {len(differing)} of {len(shared)} ids are "
+            f"other tokens, {first} is {theirs[first]!r} and {mine[first]!r}: use "
+            "models of one vocabulary; a teacher of another one can write texts to "
+            "train on (kdjax.annotate)"
+        )
 
 
 def make_word_tokenizer(extra_words: Sequence[str] = ()) -> PreTrainedTokenizerFast:

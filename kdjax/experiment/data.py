@@ -35,6 +35,7 @@ class Data:
     eval_examples: list[Example]
     labels: dict[str, Any]  # of a teacher's answers: `selection.apply_label_policy`
     eos_ids: tuple[int, ...] = ()  # of tokens that end a text: `stop_ids`
+    max_id: int = -1  # largest id in the segments
 
 
 def load_tokenizer(config: Config) -> Any:
@@ -77,10 +78,18 @@ def load_data(
     """
     tokenizer = load_tokenizer(config)
     student = config.student.path if config.student.init == "folder" else ""
+    used = tokenizer_path(config)
+    for name, path in (
+        ("teacher.path", config.teacher.path),
+        ("student.path", student),
+    ):
+        if path and path != used:
+            tokenizers.check_same_tokens(tokenizer, hf.resolve(path), name)
     names = {
         "train": methods.views(config.method),
         "eval": methods.held_out_views(config.method),
     }
+    max_id = -1
     segments: dict[str, Sequence[Segment]] = {"train": [], "eval": []}
     digests: dict[str, np.ndarray] = {}
     labels: dict[str, Any] = {}
@@ -101,6 +110,7 @@ def load_data(
             print(note, file=sys.stderr)
         counts = report.counts
         views.check_unknown(counts, tokenizer, config.data)
+        max_id = max(max_id, counts.max_id)
         if counts.truncated or counts.dropped:
             print(
                 f"{split}: {counts.truncated} segments truncated, {counts.dropped} "
@@ -120,6 +130,7 @@ def load_data(
         eval_examples=eval_examples,
         labels=labels,
         eos_ids=stop_ids(config, tokenizer, (config.teacher.path, student)),
+        max_id=max_id,
     )
 
 

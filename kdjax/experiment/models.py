@@ -2,13 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.nnx as nnx
 import jax
 from jax.sharding import Mesh
 
 from kdjax.config import Config, DecoderConfig, LoraConfig, T5Config
+from kdjax.data import tokenizer as tokenizers
 from kdjax.experiment.teacher import teacher_shape, with_vocabulary
 from kdjax.models import attention, hf, lm, lora
 from kdjax.models.lm import Shape
@@ -71,7 +72,7 @@ def student_shape(config: Config, tokenizer: Any) -> Shape:
     """Return the student's shape: its own, its folder's, or a part of the teacher's.
 
     Raises:
-      ValueError: a layer the teacher lacks, or ids that the student's vocabulary lacks.
+      ValueError: a layer the teacher lacks.
     """
     student = config.student
     if student.init == "folder":
@@ -84,13 +85,31 @@ def student_shape(config: Config, tokenizer: Any) -> Shape:
         shape = with_vocabulary(own, tokenizer)
     if isinstance(shape, T5Config) and student.dropout >= 0:
         shape = dataclasses.replace(shape, dropout=student.dropout)
-    if shape.vocab_size < len(tokenizer):
-        raise ValueError(
-            f"student vocab_size={shape.vocab_size} is below the tokenizer's "
-            f"{len(tokenizer)}: use student.decoder.vocab_size=0 or the student's own "
-            "tokenizer"
-        )
     return shape
+
+
+def check_ids(model: str, shape: Shape, max_id: int, tokenizer: Any) -> None:
+    """Check that a model's vocabulary has every id of the data.
+
+    A tokenizer may have more of them.
+
+    Args:
+      model: "student" or "teacher", for the error.
+      shape: the model's.
+      max_id: largest id in the data.
+      tokenizer: of the data.
+
+    Raises:
+      ValueError: it has not.
+    """
+    if max_id >= shape.vocab_size:
+        token = tokenizer.convert_ids_to_tokens(max_id)
+        raise ValueError(
+            f"the {model}'s vocab_size={shape.vocab_size} has no row for token "
+            f"{max_id}, {token!r}, which is in the data: use "
+            "student.decoder.vocab_size=0, or models and a tokenizer that belong "
+            "together"
+        )
 
 
 def student_layers(config: Config, teacher: Shape) -> dict[str, tuple[int, ...]]:
@@ -139,12 +158,31 @@ def student_params(config: Config, model: Model, teacher: str) -> Callable[[], A
     return lambda: lora.beside(make(), model.abstract, key)
 
 
+def label_vocab_size(student: Shape, teacher: Shape, tokenizer: Any) -> int:
+    """Return the first rows of a teacher's vocabulary that its softmax is over.
+
+    All, where the student has as many. Else those that have a token: vocabularies of
+    one tokenizer are padded to different sizes.
+    """
+    if student.vocab_size == teacher.vocab_size:
+        return teacher.vocab_size
+    sizes = (student.vocab_size, teacher.vocab_size)
+    return min(*sizes, tokenizers.vocabulary_size(tokenizer))
+
+
+class Vocabulary(NamedTuple):
+    """The rows of an online teacher's vocabulary that are used."""
+
+    vocab_size: int
+
+
 def shared_vocab_size(shape: Shape, teacher: Any) -> int | None:
     """Return the vocabulary rows that student and teacher share; None = all.
 
     Args:
       shape: the student's.
-      teacher: a cache or a shape, with `vocab_size`; None = no teacher.
+      teacher: with `vocab_size`: a cache, a shape, or the rows in use of an online
+        teacher; None = no teacher.
 
     Raises:
       ValueError: the teacher's ids do not fit the student's vocabulary.
@@ -154,6 +192,7 @@ def shared_vocab_size(shape: Shape, teacher: Any) -> int | None:
     if teacher.vocab_size > shape.vocab_size:
         raise ValueError(
             f"the student's vocab_size={shape.vocab_size} is below the teacher's "
-            f"{teacher.vocab_size}: its ids need at least as many rows"
+            f"{teacher.vocab_size}: label again, into another folder, for this "
+            "student, so that rows without a token are left out"
         )
     return teacher.vocab_size

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from kdjax.config import Config
 from kdjax.experiment.data import Data, load_data
-from kdjax.experiment.models import Model, make_model, student_shape
+from kdjax.experiment.models import Model, check_ids, make_model, student_shape
 from kdjax.parallel import sharding
 
 
@@ -55,8 +55,10 @@ def open_run(
     """
     mesh = sharding.make_mesh(config.mesh, devices=devices)
     data = load_data(config, workdir, splits=splits) if data is None else data
+    shape = student_shape(config, data.tokenizer)
+    check_ids("student", shape, data.max_id, data.tokenizer)
     student = make_model(
-        student_shape(config, data.tokenizer),
+        shape,
         mesh,
         dtype=config.train.dtype,
         remat=config.train.remat,

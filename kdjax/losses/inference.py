@@ -112,10 +112,10 @@ def label(
 
     Returns:
       {"log_probs_NK": log-probabilities at temperature 1 from the full softmax, sorted
-      from the largest (k None: [N, V] in id order), "ids_NK": int32 (absent if k is
-      None), "target_log_probs_N", "log_z_NS": log sum_v p_v^(1/T), "entropy_NS": of
-      the teacher at each T}; float32, nats. With uniforms, "drawn_ids_NSP" in place of
-      log-probabilities and ids.
+      from the largest (k None: [N, num_valid] in id order), "ids_NK": int32 (absent if
+      k is None), "target_log_probs_N", "log_z_NS": log sum_v p_v^(1/T), "entropy_NS":
+      of the teacher at each T}; float32, nats. With uniforms, "drawn_ids_NSP" in place
+      of log-probabilities and ids.
 
     Raises:
       ValueError: arrays whose shapes do not belong together, or options that do not
@@ -154,6 +154,8 @@ def label(
             uniforms_CSP=uniforms_CSP,
             with_entropy=options.with_entropy,
         )
+        if options.k is None and uniforms_CSP is None:
+            out["log_probs_NK"] = out["log_probs_NK"][:, : num_valid(options)]
         return carry, (out, None)
 
     _, out, _ = scan_tokens(

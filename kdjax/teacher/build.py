@@ -19,7 +19,7 @@ from kdjax.data.segments import as_segments
 from kdjax.data.views import Segment
 from kdjax.experiment import methods
 from kdjax.experiment import workdir as workdir_lib
-from kdjax.experiment.models import load_model
+from kdjax.experiment.models import check_ids, label_vocab_size, load_model
 from kdjax.experiment.rows import row_kwargs
 from kdjax.experiment.run import Run
 from kdjax.experiment.teacher import (
@@ -224,7 +224,8 @@ def _build(run: Run, teacher_path: str, todo: dict[str, Sequence[Segment]]) -> N
         batch_size=-(-config.cache.batch_size // len(devices)) * len(devices),
     )
     model, params = load_model(teacher_path, mesh, dtype=config.train.dtype)
-    vocab_size = model.shape.vocab_size
+    check_ids("teacher", model.shape, data.max_id, data.tokenizer)
+    vocab_size = label_vocab_size(run.student.shape, model.shape, data.tokenizer)
     placed = jax.sharding.NamedSharding(mesh, sharding.BATCH_SPEC)
     base = cache_lib.Manifest(
         kind="top_k",
@@ -245,7 +246,8 @@ def _build(run: Run, teacher_path: str, todo: dict[str, Sequence[Segment]]) -> N
             k=k,
             temperatures=settings.temperatures,
             chunk_size=settings.chunk_size
-            or losses.chunk_size(settings.memory_mib, vocab_size),
+            or losses.chunk_size(settings.memory_mib, model.shape.vocab_size),
+            num_valid=vocab_size,
         )
 
     for split, segments in todo.items():

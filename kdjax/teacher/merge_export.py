@@ -16,8 +16,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from kdjax.config import Config
-from kdjax.data.tokenizer import fingerprint
+from kdjax.data.tokenizer import fingerprint, vocabulary_size
 from kdjax.data.views import Segment
+from kdjax.experiment.models import label_vocab_size, student_shape
 from kdjax.models import hf
 from kdjax.teacher import cache as cache_lib
 from kdjax.teacher import shards, staging
@@ -325,12 +326,7 @@ def import_file(
     Raises:
       ValueError: as `import_sequences` and `cache.verify`; then there is no cache.
     """
-    vocab_size = len(tokenizer)
-    # Ids of a padded vocabulary may be among the stored ones.
-    if config.teacher.path:
-        folder = hf.resolve(config.teacher.path)
-        if (folder / "config.json").is_file():
-            vocab_size = hf.read_config(folder).vocab_size
+    num_rows, vocab_size = _vocabulary(config, tokenizer)
     k = min(config.cache.k, vocab_size)
     teacher = teacher or config.teacher.path or "unknown"
     manifest = Manifest(
@@ -347,7 +343,7 @@ def import_file(
     shard_size = records_per_shard(segments, manifest, config.cache)
     with staging.new_folder(out) as scratch:
         import_sequences(
-            FORMATS[tool].read(path, k=k, vocab_size=vocab_size),
+            FORMATS[tool].read(path, k=k, vocab_size=vocab_size, num_rows=num_rows),
             segments,
             scratch,
             manifest,
@@ -358,6 +354,26 @@ def import_file(
             return cache_lib.verify(cache_lib.load_cache(scratch))
         except ValueError as error:  # it names a folder that is gone then
             raise ValueError(str(error).replace(str(scratch), str(out))) from None
+
+
+def _vocabulary(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
+    """Return the rows of the teacher's vocabulary, and those of them that are used.
+
+    Of a teacher that is only known by its outputs, rows that have no token are those up
+    to the next multiple of 1,024.
+    """
+    num_tokens = vocabulary_size(tokenizer)
+    if config.teacher.path:
+        folder = hf.resolve(config.teacher.path)
+        if (folder / "config.json").is_file():
+            teacher = hf.read_config(folder)
+            student = student_shape(config, tokenizer)
+            used = label_vocab_size(student, teacher, tokenizer)
+            return teacher.vocab_size, used
+    return -(-num_tokens // _ROW_MULTIPLE) * _ROW_MULTIPLE, num_tokens
+
+
+_ROW_MULTIPLE = 1024
 
 
 def _record(rows: ImportedSequence, segment: Segment, manifest: Manifest) -> Record:

@@ -7,7 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 from kdjax.config import to_json
-from kdjax.experiment.models import Model, shared_vocab_size
+from kdjax.experiment.models import (
+    Model,
+    Vocabulary,
+    check_ids,
+    label_vocab_size,
+    shared_vocab_size,
+)
 from kdjax.experiment.rows import make_plan
 from kdjax.experiment.run import Run
 from kdjax.parallel import distributed
@@ -53,7 +59,11 @@ def train_loop(
     config, train, student = run.config, run.config.train, run.student
     teacher_model = teacher[0] if teacher else None
     teacher_params = teacher[1:] if teacher else ()
-    source = cache if teacher_model is None else teacher_model.shape
+    source = cache
+    if teacher_model is not None:
+        shapes = student.shape, teacher_model.shape
+        check_ids("teacher", shapes[1], run.data.max_id, run.tokenizer)
+        source = Vocabulary(label_vocab_size(*shapes, run.tokenizer))
     program = Program(
         config,
         student,

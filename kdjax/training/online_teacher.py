@@ -91,7 +91,8 @@ def teacher_targets(
       params: its parameters.
       rows: the microbatch; tokens without a soft weight get no distribution.
       matching: layers to capture; None = none.
-      num_rows: of the student's head, to which a dense teacher's is padded.
+      num_rows: of the student's head, to which a teacher's is cut, and a dense one's
+        padded.
       options: of the loss, for its temperature, chunk size and the teacher's logits.
     """
     captured = None
@@ -111,7 +112,9 @@ def teacher_targets(
     if not teacher.soft:
         return TeacherTargets(None, captured)
     hidden_NE = hidden_BTE.reshape(-1, hidden_BTE.shape[-1])
-    weight_VE = lm.head_weight(params)
+    # Rows that the student lacks have no token.
+    weight_VE = lm.head_weight(params)[:num_rows]
+    num_valid = options.num_valid and min(options.num_valid, weight_VE.shape[0])
     if teacher.num_pairs is None:
         missing = num_rows - weight_VE.shape[0]
         weight_VE = jnp.pad(weight_VE, ((0, missing), (0, 0)))
@@ -128,6 +131,7 @@ def teacher_targets(
             with_entropy=False,
             logit_transform=options.teacher_logit_transform,
             chunk_size=options.chunk_size,
+            num_valid=num_valid,
         ),
         active_N=rows.weights["soft"].reshape(-1) != 0,
         placement=losses.Placement(mesh, sharding.HEAD_SPEC),

@@ -194,7 +194,9 @@ class Program:
         in_step = None
         if teacher is not None:
             dense = config.cache.kind == "dense"
-            pairs = stored_pairs(config.cache, teacher.shape.vocab_size)
+            rows = (teacher.shape.vocab_size, self._model.shape.vocab_size)
+            num_valid = min(*rows, self._num_valid or rows[0])
+            pairs = stored_pairs(config.cache, num_valid)
             in_step = online_teacher.OnlineTeacher(
                 teacher.graphdef,
                 teacher.abstract,

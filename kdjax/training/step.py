@@ -22,16 +22,25 @@ from kdjax.training import online_teacher, state, trainable
 from kdjax.training.state import TrainState
 
 
-def stored_teacher(batch: Batch) -> losses.Teacher | None:
-    """Return the teacher's records of a batch, flattened to tokens, or None."""
+def stored_teacher(batch: Batch, num_rows: int = 0) -> losses.Teacher | None:
+    """Return the teacher's records of a batch, flattened to tokens, or None.
+
+    Args:
+      batch: with records or without.
+      num_rows: of the model's head, to which whole rows are padded.
+    """
     records = batch.teacher
     if records is None:
         return None
     num_pairs = records.log_probs.shape[-1]
     ids, entropy = records.ids, records.entropy
+    log_probs_NK = records.log_probs.reshape(-1, num_pairs)
+    if ids is None and num_pairs < num_rows:
+        padding = ((0, 0), (0, num_rows - num_pairs))
+        log_probs_NK = jnp.pad(log_probs_NK, padding, constant_values=-jnp.inf)
     return losses.Teacher(
         ids_NK=None if ids is None else ids.reshape(-1, num_pairs),
-        log_probs_NK=records.log_probs.reshape(-1, num_pairs),
+        log_probs_NK=log_probs_NK,
         log_z_N=records.log_z.reshape(-1),
         entropy_N=None if entropy is None else entropy.reshape(-1),
     )
@@ -117,9 +126,9 @@ def make_train_step(
     placement = losses.Placement(mesh, sharding.HEAD_SPEC, vocab_axis="tensor")
 
     def targets_of(teacher_params: Any, rows: Batch) -> online_teacher.TeacherTargets:
-        if teacher is None:
-            return online_teacher.TeacherTargets(stored_teacher(rows))
         num_rows = abstract.params["embed"]["embedding"].shape[0]
+        if teacher is None:
+            return online_teacher.TeacherTargets(stored_teacher(rows, num_rows))
         return online_teacher.teacher_targets(
             mesh,
             teacher,
@@ -270,7 +279,7 @@ def make_score_step(
     def score_step(params: Any, batch: Batch) -> dict[str, jax.Array]:
         batch = batch.flattened()
         hidden_BTD = lm.hidden_states(graphdef, params, batch)
-        teacher = stored_teacher(batch)
+        teacher = stored_teacher(batch, lm.head_weight(params).shape[0])
         scores = losses.score(
             hidden_BTD.reshape(-1, hidden_BTD.shape[-1]),
             lm.head_weight(params),
@@ -312,6 +321,7 @@ def make_label_step(
     k: int | None,
     temperatures: tuple[float, ...],
     chunk_size: int,
+    num_valid: int | None = None,
 ) -> Callable[[Any, Batch, Any], dict[str, jax.Array]]:
     """Compile (params, batch, uniforms or None) -> the teacher's record of every token.
 
@@ -322,6 +332,7 @@ def make_label_step(
       k: pairs per token; None stores the whole row.
       temperatures: those for which log Z and entropy are computed.
       chunk_size: tokens of a chunk of the head.
+      num_valid: vocabulary rows from here on are left out; None = none.
 
     Returns:
       The compiled function; arrays as in `losses.label`, first axis M * B * T.
@@ -342,6 +353,7 @@ def make_label_step(
                 temperatures=temperatures,
                 logit_transform=lm.logit_transform(graphdef, params),
                 chunk_size=chunk_size,
+                num_valid=num_valid,
             ),
             uniforms_NSP=uniforms,
             active_N=batch.view.reshape(-1) >= 0,

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from kdjax.config import FAMILIES, DecoderConfig
 from kdjax.models.hf import config_fields
 from kdjax.models.hf.config_fields import Json, Part
@@ -25,6 +27,8 @@ _TOP_NAMES = {
     "norm/scale": "model.norm.weight",
     "head/weight": "lm_head.weight",
 }
+HEAD = _TOP_NAMES["head/weight"]
+_ROWS = 4096  # of a matrix that are compared at a time
 _LAYER_NAMES = {
     "attention_norm/scale": "input_layernorm.weight",
     "attention/query/kernel": "self_attn.q_proj.weight",
@@ -243,5 +247,26 @@ def stored_names(
 def without_copies(
     tensors: dict[str, Any], files: dict[str, Any], config: DecoderConfig
 ) -> dict[str, Any]:
-    """Drop the rotary frequencies, which follow from the config."""
-    return {n: t for n, t in tensors.items() if not n.endswith("rotary_emb.inv_freq")}
+    """Drop the rotary frequencies, which follow from the config, and a tied head.
+
+    Raises:
+      ValueError: the head of a model with tied embeddings is not the embedding.
+    """
+    rest = {n: t for n, t in tensors.items() if not n.endswith("rotary_emb.inv_freq")}
+    embedding = rest.get(_TOP_NAMES["embed/embedding"])
+    if not config.tie_embeddings or HEAD not in rest or embedding is None:
+        return rest
+    head = rest.pop(HEAD)
+    parts = [
+        slice(start, min(start + _ROWS, head.shape[0]))
+        for start in range(0, head.shape[0], _ROWS)
+    ]
+    same = head.shape == embedding.shape and all(
+        np.array_equal(head[part], embedding[part]) for part in parts
+    )
+    if not same:
+        raise ValueError(
+            f"{files[HEAD]}: {HEAD} differs from the embedding, and config.json has "
+            "tie_word_embeddings=true, which makes them one: set it to false"
+        )
+    return rest

@@ -53,6 +53,8 @@ def find(folder: pathlib.Path) -> tuple[dict[str, Tensor], dict[str, pathlib.Pat
       ValueError: a file that is missing, cut short or damaged.
     """
     origins = _read_index(folder)
+    if not origins and not (folder / "model.safetensors").is_file():
+        _refuse_pickles(folder)
     tensors: dict[str, Tensor] = {}
     for file in sorted(set(origins.values())) or [folder / "model.safetensors"]:
         of_file = sorted(name for name, found in origins.items() if found == file)
@@ -99,6 +101,26 @@ def _read_index(folder: pathlib.Path) -> dict[str, pathlib.Path]:
                 "not use this model"
             )
     return {name: folder / file for name, file in weight_map.items()}
+
+
+def _refuse_pickles(folder: pathlib.Path) -> None:
+    """Raise ValueError for a folder whose weights only unpickling could read."""
+    if files := sorted(folder.glob("pytorch_model*.bin")):
+        name = _auto_class(folder)
+        code = f"import sys, transformers; a, b = sys.argv[1:]; transformers.{name}"
+        code += ".from_pretrained(a).save_pretrained(b)"
+        raise ValueError(
+            f"{files[0]} is a pickle, which may run any code and is not read here: "
+            f"convert it where PyTorch is installed, python -c '{code}' {folder} "
+            "NEW_FOLDER, and copy the tokenizer's files there"
+        )
+
+
+def _auto_class(folder: pathlib.Path) -> str:
+    """Return the class of Transformers that loads a folder with its head."""
+    config = folder / "config.json"
+    kind = read_json(config).get("model_type") if config.is_file() else ""
+    return f"AutoModelFor{'Seq2SeqLM' if kind == 't5' else 'CausalLM'}"
 
 
 def names(folder: pathlib.Path) -> set[str]:

@@ -49,14 +49,15 @@ class Format:
     write: Callable[[Path, Iterable[ImportedSequence]], None] | None = None
 
     def read(
-        self, path: Path, *, k: int, vocab_size: int
+        self, path: Path, *, k: int, vocab_size: int, num_rows: int = 0
     ) -> Iterator[ImportedSequence]:
         """Yield the checked sequences of a file, or of a folder's files by name.
 
         Args:
           path: the file or folder.
           k: most probable pairs per row; where there are fewer, slots stay unused.
-          vocab_size: every id is below it.
+          vocab_size: ids from here on have no token: their mass is left out.
+          num_rows: every id is below it; 0 = vocab_size.
 
         Raises:
           ValueError: file, line or row, the value found and the one needed; raised
@@ -65,10 +66,12 @@ class Format:
         if k < 1:
             raise ValueError(f"k={k} pairs of each row: use 1 or more")
         for raw in self.read_raw(path):
-            yield _checked(raw, k, vocab_size)
+            yield _checked(raw, k, vocab_size, max(num_rows, vocab_size))
 
 
-def _checked(raw: RawSequence, k: int, vocab_size: int) -> ImportedSequence:
+def _checked(
+    raw: RawSequence, k: int, vocab_size: int, num_rows: int
+) -> ImportedSequence:
     """Check and sort the rows of a sequence and cut them to k pairs."""
     where, ids_LM, log_probs_LM, token_ids, targets = raw
     if targets is None:
@@ -78,16 +81,25 @@ def _checked(raw: RawSequence, k: int, vocab_size: int) -> ImportedSequence:
     _refuse_first(where, wrong_LM, log_probs_LM, too_high)
     _refuse_first(where, (targets > _SLACK)[:, None], targets[:, None], too_high)
     used_LM = log_probs_LM > -math.inf
-    in_vocabulary = f"an id from 0 to {vocab_size - 1}"
-    wrong_LM = used_LM & ((ids_LM < 0) | (ids_LM >= vocab_size))
+    in_vocabulary = f"an id from 0 to {num_rows - 1}"
+    wrong_LM = used_LM & ((ids_LM < 0) | (ids_LM >= num_rows))
     _refuse_first(where, wrong_LM, ids_LM, in_vocabulary)
     if token_ids is not None:
-        wrong = (token_ids < 0) | (token_ids >= vocab_size)
+        wrong = (token_ids < 0) | (token_ids >= num_rows)
         _refuse_first(where, wrong[:, None], token_ids[:, None], in_vocabulary)
     # Unused slots get numbers of their own, or they would be taken for repetitions.
     sorted_LM = np.sort(np.where(used_LM, ids_LM, -1 - np.arange(ids_LM.shape[1])))
     again = sorted_LM[:, 1:] == sorted_LM[:, :-1]
     _refuse_first(where, again, sorted_LM[:, 1:], "each id once in a row")
+
+    padding_LM = used_LM & (ids_LM >= vocab_size)
+    if padding_LM.any():
+        # What rows without a token have is spread over the others.
+        mass_L = np.exp(np.where(padding_LM, log_probs_LM, -math.inf)).sum(1)
+        rest_L = np.log1p(-np.minimum(mass_L, 1 - 1e-6))
+        used_LM &= ~padding_LM
+        log_probs_LM = np.where(used_LM, log_probs_LM - rest_L[:, None], -math.inf)
+        targets = targets - rest_L
 
     order_LK = np.argsort(-log_probs_LM, axis=1, kind="stable")[:, :k]
     log_probs_LK = np.take_along_axis(log_probs_LM, order_LK, 1)

@@ -225,8 +225,16 @@ def test_damaged_weights_are_named(saved):
     save_file({n: t for n, t in tensors.items() if n != name}, file)
     with pytest.raises(ValueError, match=f"lacks tensor {name}"):
         hf.load_params(folder, CONFIG)
-    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}, file)
-    with pytest.raises(ValueError, match=r"also has tensor lm_head\.weight"):
+    embedding = tensors["model.embed_tokens.weight"]
+    save_file(tensors | {"lm_head.weight": embedding}, file)  # a copy is one
+    jax.tree.map(
+        np.testing.assert_array_equal, hf.load_params(folder, CONFIG), saved[1]
+    )
+    save_file(tensors | {"lm_head.weight": embedding + 1}, file)
+    with pytest.raises(ValueError, match=r"lm_head\.weight differs from the embedding"):
+        hf.load_params(folder, CONFIG)
+    save_file(tensors | {"model.extra.weight": embedding}, file)
+    with pytest.raises(ValueError, match=r"also has tensor model\.extra\.weight"):
         hf.load_params(folder, CONFIG)
     save_file(tensors | {name: tensors[name][:5]}, file)
     with pytest.raises(
