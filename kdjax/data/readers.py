@@ -66,17 +66,26 @@ def iter_rows(paths: Sequence[str], fallback: str = "") -> Iterator[Row]:
         try:
             for number, values in READERS[file.format](file):
                 yield Row(path, number, values)
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{path}:{number + 1} holds bytes that are not UTF-8 ({error.reason}): "
-                "write the file again as UTF-8"
-            ) from error
-        except (OSError, EOFError, pa.ArrowException) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ValueError(
-                f"{path}:{number + 1} cannot be read ({reason}): the file is damaged "
-                "or cut off; write it again"
-            ) from error
+        except DAMAGES as error:
+            raise describe_damage(f"{path}:{number + 1}", error) from error
+
+
+# What libraries raise for the content of a file.
+DAMAGES = (UnicodeDecodeError, OSError, EOFError, pa.ArrowException)
+
+
+def describe_damage(where: str, error: Exception) -> ValueError:
+    """Make an error of what a library says of a file's content."""
+    if isinstance(error, UnicodeDecodeError):
+        return ValueError(
+            f"{where} holds bytes that are not UTF-8 ({error.reason}): write the file "
+            "again as UTF-8"
+        )
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return ValueError(
+        f"{where} cannot be read ({reason}): the file is damaged or cut off; write it "
+        "again"
+    )
 
 
 def _lines(file: DataFile) -> Iterator[tuple[int, str]]:
@@ -381,7 +390,10 @@ def _read_tsv(file: DataFile) -> Iterator[tuple[int, Values]]:
 
 
 def _read_parquet(file: DataFile) -> Iterator[tuple[int, Values]]:
-    with _seekable(file) as source, pq.ParquetFile(source) as table:
+    with (
+        _seekable(file) as source,
+        pq.ParquetFile(source, page_checksum_verification=True) as table,
+    ):
         batches = table.iter_batches(batch_size=_BATCH)
         yield from enumerate(iter_batches(batches, table.schema_arrow, file.path), 1)
 
@@ -421,7 +433,10 @@ def iter_batches(
     decode = class_decoder(features)
     for batch in batches:
         for start in range(0, len(batch), _BATCH):
-            for row in batch.slice(start, _BATCH).to_pylist():
+            part = batch.slice(start, _BATCH)
+            # Offsets of a damaged file would be followed out of its memory.
+            part.validate(full=True)
+            for row in part.to_pylist():
                 yield decode(row) if decode else row
 
 

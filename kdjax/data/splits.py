@@ -96,7 +96,7 @@ def _saved_rows(folder: str, where: str) -> Iterator[Row]:
 
     try:
         split = datasets.load_from_disk(folder, keep_in_memory=False)
-    except (OSError, KeyError, ValueError, TypeError) as error:
+    except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(
             f"path={folder!r} cannot be read as a saved data set "
             f"({_first_line(error)}): save it again"
@@ -109,8 +109,12 @@ def _dataset_rows(split: Any, where: str) -> Iterator[Row]:
     arrow = split.with_format("arrow")
     tables = (arrow[i : i + 512] for i in range(0, len(arrow), 512))
     rows = readers.iter_batches(tables, arrow.data.schema.remove_metadata(), where)
-    for number, values in enumerate(rows, 1):
-        yield Row(where, number, decode(values) if decode else values)
+    number = 0
+    try:
+        for number, values in enumerate(rows, 1):
+            yield Row(where, number, decode(values) if decode else values)
+    except readers.DAMAGES as error:
+        raise readers.describe_damage(f"{where}:{number + 1}", error) from error
 
 
 def _load(path: str) -> Splits:
@@ -257,8 +261,8 @@ def _tfds_rows(builder: Any, split: str) -> Iterator[Row]:
     for number in range(len(source)):
         try:
             values: Values = _to_python(source[number])
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{where}:{number + 1} is not UTF-8: {error}") from None
+        except (*readers.DAMAGES, RuntimeError) as error:
+            raise readers.describe_damage(f"{where}:{number + 1}", error) from error
         yield Row(where, number + 1, decode(values) if decode else values)
 
 

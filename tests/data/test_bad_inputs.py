@@ -572,6 +572,7 @@ READ = {
         {},
         ["fridge"],
     ),
+    "NaN rationale": ("a.jsonl", lines({**MC, "rationale": math.nan}), {}, ["fridge"]),
     "files joined": (
         "a.jsonl",
         b"\xef\xbb\xbf" + lines(QA) + b"\xef\xbb\xbf" + lines(QA),

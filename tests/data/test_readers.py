@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import pathlib
+import random
 import tracemalloc
 
 import datasets
@@ -249,6 +250,26 @@ def test_a_damaged_set_is_one_line(tmp_path):
         (tmp_path / "saved" / "dataset_dict.json").write_text(text)
         with pytest.raises(ValueError, match=r"dataset_dict.json"):
             load(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("name", [".parquet", ".arrow", ".ipc", ".json", ".jsonl.gz"])
+def test_a_damage_is_one_line_or_harmless(name, tmp_path):
+    suffix, _, end = name[1:].partition(".")
+    content = COMPRESSION[f".{end}" if end else ""](CONTENTS[f".{suffix}"])
+    rng = random.Random(0)
+    for _ in range(60):
+        damaged = bytearray(content)
+        if rng.random() < 0.3:
+            del damaged[rng.randrange(len(content)) :]
+        for _ in range(rng.choice((1, 1, 8))):
+            if damaged:
+                damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
+        path = write(tmp_path / f"rows{name}", damaged)
+        try:
+            load(path)
+        except ValueError as error:
+            assert not isinstance(error, UnicodeDecodeError)
+            assert f"rows{name}" in str(error) and "\n" not in str(error)
 
 
 def test_columns_of_other_kinds(tmp_path):

@@ -352,6 +352,7 @@ def test_a_prepared_tfds_folder(tmp_path):
         found = load(config, "eval")
         assert sorted(e.id for e in found) == ["t0", "t1"]
         assert (found[0].choices, found[0].answer) == (("x", "y"), "y")
+        assert load(DataConfig(path=str(folder)), "eval") == found
     config.eval_split = "dev"
     with pytest.raises(ValueError, match="split 'dev' is not in"):
         load(config, "eval")
