@@ -344,6 +344,10 @@ def _annotations(
         num_train=data.num_train,
         num_eval=data.num_eval,
         chat_template=data.chat_template,
+        template_kwargs=data.template_kwargs,
+        template_date=data.template_date,
+        think=data.think,
+        parse_special=data.parse_special,
         kinship=data.kinship,
     )
     names = []

@@ -60,8 +60,16 @@ class ChatEncoder:
         self.asks_for_reasoning = self._template.asks_for_reasoning
 
     def examples(self, examples: Sequence[Example]) -> Iterator[Example]:
-        """Yield the chats to encode: with `chat_loss="each"` one for each turn."""
+        """Yield the chats to encode: with `chat_loss="each"` one for each turn.
+
+        With `on_missing="drop"` chats without a turn to learn are left out.
+        """
         for example in examples:
+            if self._config.on_missing == "drop":
+                try:
+                    learnt_turns(example, self._config)
+                except MissingTurnError:
+                    continue
             if self._config.chat_loss != "each":
                 yield example
                 continue
@@ -292,6 +300,10 @@ class ChatEncoder:
         return chat_template.template_file(self._tokenizer)
 
 
+class MissingTurnError(ValueError):
+    """A chat without a turn to learn; `data.on_missing` says what becomes of it."""
+
+
 _SYSTEM = ("system", "developer")
 
 
@@ -319,17 +331,17 @@ def learnt_turns(example: Example, config: DataConfig) -> list[int]:
         if message["role"] == "assistant" and weight != 0:
             turns.append(index)
     if not turns:
-        raise ValueError(
-            f"example {example.id!r} has no message of the assistant to learn: leave "
-            "it out of the data, or give it one"
+        raise MissingTurnError(
+            f"example {example.id!r} has no message of the assistant to learn: give it "
+            "one, or leave it out (data.on_missing='drop')"
         )
     if config.think == "require":
         for index in turns if config.chat_loss == "all" else turns[-1:]:
             if not has_reasoning(example.messages[index]):
-                raise ValueError(
+                raise MissingTurnError(
                     f"example {example.id!r}: message {index} of the assistant has no "
                     "<think>...</think>, which data.think='require' needs: leave it "
-                    "out of the data, or use 'keep'"
+                    "out (data.on_missing='drop'), or use 'keep'"
                 )
     return turns[-1:] if config.chat_loss == "last" else turns
 

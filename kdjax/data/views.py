@@ -373,6 +373,8 @@ def _tokenize_chats(
     encoder = ChatEncoder(tokenizer, config)
     base = fingerprint(tokenizer).encode()
     chats = list(encoder.examples(examples))
+    if config.chat_loss != "each":  # which has more of them
+        counts.dropped += len(examples) - len(chats)
     segments: list[Segment | None] = []
     for example, tokens in zip(chats, encoder(chats), strict=True):
         fitting = _fit_chat(encoder, example, tokens, config)

@@ -14,6 +14,7 @@ import pytest
 
 from kdjax import annotate as command
 from kdjax import cli
+from kdjax import config as config_lib
 from kdjax.annotation import annotate, backends, prompts, store
 from kdjax.annotation import requests as requests_lib
 from kdjax.config import ANNOTATIONS, AnnotateConfig
@@ -410,6 +411,57 @@ class Echo:
 @pytest.fixture
 def echo(monkeypatch):
     monkeypatch.setattr(backends, "Local", Echo)
+
+
+class Reasoner:
+    """A model that reasons before it answers, but for a fifth of the questions."""
+
+    batch_size = BATCH
+
+    def __init__(self, config, path):
+        pass
+
+    def __call__(self, requests):
+        answers = ["The rest." if r.seed % 5 == 0 else REASONED for r in requests]
+        return [
+            requests_lib.Completion(
+                text=text, finish_reason="stop", prompt_tokens=9, new_tokens=9
+            )
+            for text in answers
+        ]
+
+
+REASONED = "<think>\nPerhaps (z).\n</think>\n\nThe rest."
+
+
+@pytest.mark.parametrize("policy", config_lib.THINK_POLICIES)
+def test_reasoning_is_kept_stripped_or_required(places, tmp_path, monkeypatch, policy):
+    monkeypatch.setattr(backends, "Local", Reasoner)
+    made = config(places, data={"think": policy})
+    report = annotate.annotate(made, tmp_path)
+    folder = annotate.output_folder(made, tmp_path)
+    lines = (folder / "rationales.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    texts = {row["text"] for row in rows}
+    raw = {call["text"] for row in rows for call in row["calls"]}
+    without = report["rows"] - sum(
+        REASONED in json.dumps(row["calls"], ensure_ascii=False)
+        or row["calls"][0]["text"] == REASONED
+        for row in store.read(folder)
+    )
+    assert 0 < without < report["rows"] == NUM
+    if policy == "strip":
+        # The filters have not seen what was thought.
+        assert texts == {"The rest."} and raw == {REASONED, "The rest."}
+        assert report["gates"]["contradicts"] == 0
+        assert all(row["settings"]["think"] == "strip" for row in rows)
+    elif policy == "require":
+        assert texts == {REASONED} and report["dropped"] == without
+        assert report["gates"][annotate.NO_THINK] == without
+    else:
+        assert texts == {REASONED, "The rest."}
+        assert report["gates"]["contradicts"] == NUM - without
+        assert "think" not in rows[0]["settings"]
 
 
 class FirstChoice:

@@ -428,3 +428,19 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"weights that are infinite or not a number"):
         backends._check_finite({"a": jnp.zeros(3), "b": jnp.array([jnp.nan])}, "folder")
     backends._check_finite({"a": jnp.zeros(3)}, "folder")
+
+
+def test_reasoning_of_a_server_is_part_of_its_text(monkeypatch):
+    monkeypatch.setenv("TEACHER_KEY", "k")
+    made = AnnotateConfig(
+        backend="server", url="http://x/v1", model="m", key_variable="TEACHER_KEY"
+    )
+    server = backends.Server(made)
+    try:
+        for name in ("reasoning_content", "reasoning"):
+            message = {"content": "4", name: "Two and two."}
+            body = {"choices": [{"message": message, "finish_reason": "stop"}]}
+            text = server._read(json.dumps(body)).text
+            assert text == "<think>\nTwo and two.\n</think>\n\n4"
+    finally:
+        server.close()

@@ -207,6 +207,8 @@ def test_reasoning_is_kept_stripped_or_required():
     assert required.ids.tolist() == kept.ids.tolist()
     with pytest.raises(ValueError, match=r"'c1': message 1 of the assistant has no"):
         segments(messages, tokenizer, think="require")
+    found, counts = segments(messages, tokenizer, think="require", on_missing="drop")
+    assert (found, counts.dropped) == ([], 1)
 
 
 def test_special_tokens_of_users_are_text():

@@ -175,6 +175,16 @@ def test_a_generator_keeps_order_drops_the_end_token_and_compiles_once(model, un
     assert [call._cache_size() for call in run.compiled.values()] == [1]
 
 
+def test_every_end_token_ends_a_row(model, uncached):
+    ends = (uncached[0][3], uncached[1][2])
+    run = Generator(CONFIG, model[0], decoding(eos_ids=ends), batch_size=3)
+    expected = [
+        row[: min([row.index(end) for end in ends if end in row], default=None)]
+        for row in uncached
+    ]
+    assert run(model[1], PROMPTS) == expected
+
+
 def test_sampling_follows_the_temperature_and_repeats_with_its_key(model):
     graphdef, params = model
     prompts_BP, lengths_B = arrays_of([PROMPTS[0]] * 2000, 8)
