@@ -19,4 +19,7 @@ MAX_ROUNDS = 2**16 - 1  # of draws
 
 # Imports.
 MAX_SEQUENCE_PAIRS = 2**23  # log-probabilities of one sequence, as its tool stored them
+MAX_EXAMPLE_BYTES = 64 * 2**20  # of a tf.Example
+MAX_EXAMPLE_FIELDS = 2**19  # of a tf.Example, those of all its messages
+MAX_SETTINGS_BYTES = 2**16  # of a compression_config.yaml
 MAX_PARQUET_RATIO = 1000  # bytes of a column over those that are stored of it

@@ -100,9 +100,7 @@ def parse_json(data: bytes, where: str, *, constants: bool = False) -> Any:
         )
     except RecursionError:
         reason = "it is nested too deeply"
-    except UnicodeDecodeError:
-        reason = "it is not UTF-8"
-    except ValueError as error:
+    except ValueError as error:  # not UTF-8 either
         reason = quote(str(error))
     raise ValueError(f"{where} is no valid JSON: {reason}")
 

@@ -83,7 +83,12 @@ class ArrayRecordReader:
         return [self._read_one(row) for row in rows]
 
     def iter_records(self) -> Iterator[bytes]:
-        """Read all records in order, compressed or not.
+        """Read all records in order, compressed or not; as `iter_chunks`."""
+        for records in self.iter_chunks():
+            yield from records
+
+    def iter_chunks(self) -> Iterator[list[bytes]]:
+        """Read the records of all chunks in order, compressed or not.
 
         Raises:
           ValueError: a chunk that is not as it says.
@@ -92,7 +97,7 @@ class ArrayRecordReader:
             records = self._read_chunk(offset)
             if len(records) != num or sum(map(len, records)) != size:
                 raise ValueError(f"the chunk at {offset} is not as the footer says")
-            yield from records
+            yield records
 
     def _read_one(self, row: int) -> bytes:
         if not 0 <= row < len(self.chunks.offsets):
@@ -116,7 +121,7 @@ class ArrayRecordReader:
 
     def _read_footer(self) -> Chunks:
         if self._size % _BLOCK or self._size < 2 * _BLOCK:
-            raise ValueError(f"{self._size} bytes are no whole ArrayRecord file")
+            raise ValueError(f"{self._size} bytes")
         places = self._read_chunk(self._size - _BLOCK)
         place = varints.decode_all(places[0]) if places else np.zeros(0)
         if place.tolist()[::2] != [8, 16] or int(place[3]) != _MAGIC:

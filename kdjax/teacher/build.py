@@ -32,7 +32,7 @@ from kdjax.experiment.teacher import (
 from kdjax.models import flops, hf
 from kdjax.models.lm import Shape
 from kdjax.parallel import distributed, sharding
-from kdjax.runtime import chips
+from kdjax.runtime import chips, untrusted
 from kdjax.runtime.console import progress
 from kdjax.teacher import cache as cache_lib
 from kdjax.teacher import label
@@ -195,8 +195,8 @@ def _check_teacher(
         if manifest.teacher_fingerprint != hf.fingerprint(teacher_path):
             raise ValueError(
                 f"teacher.path={teacher_path!r} is not the teacher that {path} was "
-                f"labelled with ({manifest.teacher_path!r}): name that one, or another "
-                "cache.path"
+                f"labelled with ({untrusted.quote(repr(manifest.teacher_path))}): name "
+                "that one, or another cache.path"
             )
 
 

@@ -42,6 +42,8 @@ class FrameReader:
 
     def next_frame(self, size: int) -> bytes:
         """Return the contents of the next frame, exactly `size` bytes."""
+        if self._offset + _LENGTH.size > len(self._data):
+            raise ValueError("a frame is missing")
         (length,) = _LENGTH.unpack_from(self._data, self._offset)
         start = self._offset + _LENGTH.size
         self._offset = start + length

@@ -173,9 +173,10 @@ def load_cache(
     for name, value in expected.items():
         actual = getattr(manifest, name)
         if value is not None and value != actual:
+            actual = untrusted.quote(repr(actual))
             raise ValueError(
-                f"{name}={value!r} is wanted, the cache {folder!s} has {actual!r}: "
-                f"ask for {actual!r}, or label again into another folder"
+                f"{name}={value!r} is wanted, the cache {folder!s} has {actual}: "
+                f"ask for {actual}, or label again into another folder"
             )
     for temperature in temperatures:
         if temperature not in manifest.temperatures:
@@ -187,8 +188,8 @@ def load_cache(
     if "tail_mass" in manifest.missing and tail in ("bucket", "drop"):
         raise ValueError(
             f"tail={tail!r} needs the mass outside the stored pairs, which the origin "
-            f"of {folder!s} ({manifest.teacher_fingerprint}) did not give: use "
-            "'renormalize_teacher' or 'renormalize_both'"
+            f"of {folder!s} ({untrusted.quote(manifest.teacher_fingerprint)}) did not "
+            "give: use 'renormalize_teacher' or 'renormalize_both'"
         )
     return TeacherCache(pathlib.Path(folder), manifest)
 

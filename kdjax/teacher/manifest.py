@@ -281,7 +281,10 @@ def check_identity(
     """Raise ValueError if the shard at `path` was labelled with something else."""
     for name, value in manifest.identity().items():
         if identity.get(name) != value:
+            expected, actual = (
+                untrusted.quote(repr(each)) for each in (value, identity.get(name))
+            )
             raise ValueError(
-                f"{name}={value!r} is wanted, {path} was labelled with "
-                f"{identity.get(name)!r}: label into another folder, or delete this one"
+                f"{name}={expected} is wanted, {path} was labelled with {actual}: "
+                "label into another folder, or delete this one"
             )

@@ -1,9 +1,10 @@
 """Base-128 integers, as protobuf and Riegeli write them."""
 
 import numpy as np
-from jaxtyping import UInt64
+from jaxtyping import UInt8, UInt64
 
 MAX_BYTES = 10  # of one integer
+_PIECE = 1 << 20  # bytes decoded at a time
 
 
 def decode_one(data: bytes | memoryview, start: int) -> tuple[int, int]:
@@ -27,6 +28,16 @@ def decode_all(data: bytes | memoryview) -> UInt64[np.ndarray, " n"]:
       ValueError: the last one has no end, or one takes more than 64 bits.
     """
     octets = np.frombuffer(data, np.uint8)
+    pieces = [np.zeros(0, np.uint64)]
+    while len(octets) > _PIECE:  # some 50 bytes of memory are needed for each
+        last = np.flatnonzero(octets[:_PIECE] < 128)
+        end = int(last[-1]) + 1 if len(last) else _PIECE
+        pieces.append(_decode(octets[:end]))
+        octets = octets[end:]
+    return np.concatenate([*pieces, _decode(octets)])
+
+
+def _decode(octets: UInt8[np.ndarray, " n"]) -> UInt64[np.ndarray, " m"]:
     if not len(octets):
         return np.zeros(0, np.uint64)
     ends = np.flatnonzero(octets < 128)

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Bool, Float32, Int32, Shaped
 
+from kdjax.runtime import limits
 from kdjax.teacher.importers import formats
 from kdjax.teacher.importers.files import Path, refuse
 from kdjax.teacher.importers.formats import RawSequence
@@ -74,6 +75,9 @@ def _checked(
 ) -> ImportedSequence:
     """Check and sort the rows of a sequence and cut them to k pairs."""
     where, ids_LM, log_probs_LM, token_ids, targets = raw
+    if ids_LM.size > limits.MAX_SEQUENCE_PAIRS:
+        needed = f"at most {limits.MAX_SEQUENCE_PAIRS} pairs"
+        refuse(where, f"{ids_LM.size} pairs", needed)
     if targets is None:
         targets = np.full(len(ids_LM), math.nan)
     too_high = f"a log-probability of at most {_SLACK}"

@@ -14,13 +14,16 @@ import dataclasses
 import math
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 import yaml
 from jaxtyping import Float32, Int64, Shaped, UInt8
+
+from kdjax.runtime import limits, untrusted
+from kdjax.teacher import varints
 
 _DTYPES: dict[str, np.dtype] = {
     "float16": np.dtype("<f2"),
@@ -29,8 +32,9 @@ _DTYPES: dict[str, np.dtype] = {
     "float64": np.dtype("<f8"),
 }
 _TERMS = {"sqrt": np.sqrt, "exp": np.exp}
+_MAX_POWER = 100  # of a term
 _MAX_BITS = 63  # of a bit string: they are unpacked into int64
-_MAX_VARINT = 10  # bytes
+_MAX_VOCABULARY, _MAX_PAIRS = 2**31, 2**20  # of compressed rows
 _FIXED = {1: 8, 5: 4}  # protobuf wire type -> bytes
 _FEATURE = {1: "bytes", 2: "float", 3: "int64"}  # field of tf.train.Feature
 
@@ -87,20 +91,22 @@ def read_compression(path: str | os.PathLike) -> Compression:
       ValueError: naming the file, the value found and the one needed.
     """
     path = pathlib.Path(path)
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise ValueError(f"{path} is missing: compressed rows cannot be read without")
+    text = untrusted.read_bytes(path, max_bytes=limits.MAX_SETTINGS_BYTES)
+    if b"&" in text or b"*" in text:  # of such, a short text makes endless values
+        raise ValueError(f"{path}: found an anchor or alias, needed plain YAML")
     try:
-        values = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path} is not YAML: {' '.join(str(error).split())}"
-        ) from None
+        values = yaml.safe_load(text.decode())
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not YAML: {untrusted.quote(str(error))}") from None
     try:
         return _compression(values)
     except KeyError as error:
-        raise ValueError(f"{path}: {error.args[0]} is missing or unknown") from None
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
+        name = untrusted.quote(str(error.args[0]))
+        raise ValueError(f"{path}: {name} is missing or unknown") from None
+    except (AttributeError, OverflowError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {untrusted.quote(str(error))}") from None
 
 
 def _compression(values: Any) -> Compression:
@@ -130,9 +136,15 @@ def _compression(values: Any) -> Compression:
         normalize_t=bool(values.get("normalize_t", False)),
     )
     for term in result.polynomial_terms:
-        if term not in _TERMS and not (isinstance(term, int) and term >= 0):
+        if not (isinstance(term, str) and term in _TERMS) and not (
+            type(term) is int and 0 <= term <= _MAX_POWER
+        ):
             raise ValueError(f"polynomial_terms has {term!r}, needed >= 0, sqrt or exp")
-    if not (result.d > 1 and result.k > 0 and 0 <= result.exact_k <= result.k):
+    if not (
+        1 < result.d <= _MAX_VOCABULARY
+        and 0 < result.k <= _MAX_PAIRS
+        and 0 <= result.exact_k <= result.k
+    ):
         raise ValueError(
             f"found d={result.d}, k={result.k}, exact_k={result.exact_k}, "
             "needed d > 1, k > 0 and exact_k from 0 to k"
@@ -225,26 +237,37 @@ def parse_example(data: bytes) -> dict[str, np.ndarray | list[bytes]]:
     """Parse the features of a serialised tf.Example: float32, int64 or bytes lists.
 
     Raises:
-      ValueError: the bytes are no tf.Example.
+      ValueError: the bytes are no tf.Example, or beyond the limits.
     """
-    features = [value for number, _, value in _fields(memoryview(data)) if number == 1]
-    result = {}
+    if len(data) > limits.MAX_EXAMPLE_BYTES:
+        raise ValueError(
+            f"{len(data)} bytes of a tf.Example, {limits.MAX_EXAMPLE_BYTES} are read"
+        )
+    fields = _FieldReader().fields
+    features = [value for number, _, value in fields(memoryview(data)) if number == 1]
+    result: dict[str, np.ndarray | list[bytes]] = {}
     for message in features:
-        for number, _, entry in _fields(_message(message)):
-            if number == 1:
-                pair = {key: value for key, _, value in _fields(_message(entry))}
-                name = bytes(_message(pair.get(1))).decode(errors="replace")
-                result[name] = _feature(_message(pair.get(2, memoryview(b""))))
+        for number, _, entry in fields(_message(message)):
+            if number != 1:
+                continue
+            pair = {key: value for key, _, value in fields(_message(entry))}
+            name = bytes(_message(pair.get(1))).decode(errors="replace")
+            if name in result:
+                raise ValueError(f"feature {untrusted.quote(name)} comes twice")
+            result[name] = _feature(_message(pair.get(2, memoryview(b""))), fields)
     if not result:
         raise ValueError("no features")
     return result
 
 
-def _feature(data: memoryview) -> np.ndarray | list[bytes]:
+Fields = Callable[[memoryview], Iterator[tuple[int, int, int | memoryview]]]
+
+
+def _feature(data: memoryview, fields: Fields) -> np.ndarray | list[bytes]:
     values: np.ndarray | list[bytes] = np.zeros(0, np.int64)
-    for number, _, message in _fields(data):
+    for number, _, message in fields(data):
         kind = _FEATURE.get(number)
-        items = [(w, v) for n, w, v in _fields(_message(message)) if n == 1]
+        items = [(w, v) for n, w, v in fields(_message(message)) if n == 1]
         if kind == "bytes":
             values = [bytes(_message(value)) for _, value in items]
         elif kind == "float":
@@ -254,64 +277,48 @@ def _feature(data: memoryview) -> np.ndarray | list[bytes]:
             parts = [
                 np.asarray([value], np.uint64).view(np.int64)
                 if wire == 0
-                else _varints(_message(value))
+                else varints.decode_all(_message(value)).view(np.int64)
                 for wire, value in items
             ]
             values = np.concatenate([np.zeros(0, np.int64), *parts])
     return values
 
 
-def _fields(data: memoryview) -> Iterator[tuple[int, int, int | memoryview]]:
-    """Yield (field number, wire type, integer or bytes) of a protobuf message."""
-    at = 0
-    while at < len(data):
-        tag, at = _varint(data, at)
-        wire = tag & 7
-        if wire == 0:
-            value, at = _varint(data, at)
-            yield tag >> 3, wire, value
-            continue
-        if wire == 2:
-            size, at = _varint(data, at)
-        elif wire in _FIXED:
-            size = _FIXED[wire]
-        else:
-            raise ValueError(f"wire type {wire}")
-        if at + size > len(data):
-            raise ValueError("a message cut short")
-        yield tag >> 3, wire, data[at : at + size]
-        at += size
+class _FieldReader:
+    """Reader of the fields of protobuf messages, so many of one record."""
+
+    def __init__(self) -> None:
+        self._left = limits.MAX_EXAMPLE_FIELDS
+
+    def fields(self, data: memoryview) -> Iterator[tuple[int, int, int | memoryview]]:
+        """Yield (field number, wire type, integer or bytes) of a protobuf message."""
+        at = 0
+        while at < len(data):
+            self._left -= 1
+            if self._left < 0:
+                raise ValueError(f"more than {limits.MAX_EXAMPLE_FIELDS} fields")
+            tag, at = varints.decode_one(data, at)
+            wire = tag & 7
+            if wire == 0:
+                value, at = varints.decode_one(data, at)
+                yield tag >> 3, wire, value
+                continue
+            if wire == 2:
+                size, at = varints.decode_one(data, at)
+            elif wire in _FIXED:
+                size = _FIXED[wire]
+            else:
+                raise ValueError(f"wire type {wire}")
+            if size > len(data) - at:
+                raise ValueError("a message cut short")
+            yield tag >> 3, wire, data[at : at + size]
+            at += size
 
 
 def _message(value: Any) -> memoryview:
     if not isinstance(value, memoryview):
         raise ValueError(f"{value!r} for a message")
     return value
-
-
-def _varint(data: memoryview, at: int) -> tuple[int, int]:
-    """Decode the unsigned integer that starts at `at`; return it and its end."""
-    value = 0
-    for place, byte in enumerate(data[at : at + _MAX_VARINT]):
-        value |= (byte & 127) << 7 * place
-        if byte < 128:
-            return value & (1 << 64) - 1, at + place + 1
-    raise ValueError("an integer without an end")
-
-
-def _varints(data: memoryview) -> Int64[np.ndarray, " n"]:
-    """Decode packed int64 values; thousands of them, so without a loop."""
-    octets = np.frombuffer(data, np.uint8)
-    if not len(octets):
-        return np.zeros(0, np.int64)
-    ends = np.flatnonzero(octets < 128)
-    starts = np.concatenate([[0], ends[:-1] + 1])
-    lengths = np.diff(np.append(starts, len(octets)))
-    if not len(ends) or ends[-1] != len(octets) - 1 or lengths.max() > _MAX_VARINT:
-        raise ValueError("an integer without an end")
-    place = np.arange(len(octets)) - np.repeat(starts, lengths)
-    parts = (octets & 127).astype(np.uint64) << (7 * place).astype(np.uint64)
-    return np.bitwise_or.reduceat(parts, starts).view(np.int64)
 
 
 def _floats(data: memoryview) -> Float32[np.ndarray, " n"]:

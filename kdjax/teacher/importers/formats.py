@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float64, Int64, Shaped, UInt8
 
+from kdjax.runtime import limits
 from kdjax.teacher.importers import encodings, files
 from kdjax.teacher.importers.files import Path, refuse
 
@@ -101,9 +102,9 @@ def _vllm(where: str, part: Any, answer: dict[str, Any]) -> RawSequence:
 def _vllm_entry(where: str, key: str, value: Any) -> tuple[int, float, int]:
     """Return (id, log-probability, rank)."""
     try:
-        log_prob, rank = float(value["logprob"]), operator.index(value["rank"])
+        log_prob, rank = _number(value["logprob"]), _integer(value["rank"])
         infinite = log_prob == _VLLM_MINUS_INFINITY
-        return int(key), -math.inf if infinite else log_prob, rank
+        return _parse_id(key), -math.inf if infinite else log_prob, rank
     except (KeyError, OverflowError, TypeError, ValueError):
         refuse(where, {key: value}, "an id with numbers logprob and rank")
 
@@ -140,8 +141,8 @@ def read_sglang(path: Path) -> Iterator[RawSequence]:
 def _sglang_pair(where: str, entry: Any, *, first: bool = False) -> tuple[int, float]:
     """Return (id, log-probability); the first token has none."""
     try:
-        log_prob = math.nan if first and entry[0] is None else float(entry[0])
-        return operator.index(entry[1]), log_prob
+        log_prob = math.nan if first and entry[0] is None else _number(entry[0])
+        return _integer(entry[1]), log_prob
     except (IndexError, KeyError, OverflowError, TypeError, ValueError):
         refuse(where, entry, "[logprob, id, text]")
 
@@ -158,6 +159,9 @@ def read_axolotl(path: Path) -> Iterator[RawSequence]:
         for where, sample in _axolotl_samples(file):
             rows = _list(where, sample, "logprobs")
             pairs: list[Pairs]
+            for i, row in enumerate(rows):
+                if row is not None and not isinstance(row, list):
+                    refuse(f"{where}, token {i}", row, "a list, or null")
             if sample.get("target_token_ids") is None:
                 pairs = [
                     [_axolotl_pair(f"{where}, token {i}", e) for e in row or ()]
@@ -191,7 +195,7 @@ def _axolotl_pair(where: str, entry: Any) -> tuple[int, float]:
         name, _, number = entry["token"].partition(":")
         if name != "token_id":
             raise ValueError(name)
-        return int(number), float(entry["logprob"])
+        return _parse_id(number), _number(entry["logprob"])
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
         needed = '{"token": "token_id:<id>", "logprob": number}, or target_token_ids'
         refuse(where, entry, needed)
@@ -200,7 +204,7 @@ def _axolotl_pair(where: str, entry: Any) -> tuple[int, float]:
 def _axolotl_row(where: str, ids: Any, log_probs: Any) -> Pairs:
     try:
         pairs = zip(ids or (), log_probs or (), strict=True)
-        return [(operator.index(i), float(p)) for i, p in pairs]
+        return [(_integer(i), _number(p)) for i, p in pairs]
     except (OverflowError, TypeError, ValueError):
         refuse(where, (ids, log_probs), "as many ids as log-probabilities")
 
@@ -305,7 +309,12 @@ def _maxtext_arrays(where: str, record: bytes) -> tuple[np.ndarray, ...]:
             refuse(where, sorted(example), f"{name}, a list of {kind.__name__}")
     inputs, ids, logits = (np.asarray(example[name]) for name in _MAXTEXT)
     length = len(inputs)
-    if not len(ids) or len(ids) != len(logits) or len(ids) % max(length, 1):
+    if (
+        not length
+        or not len(ids)
+        or len(ids) != len(logits)
+        or len(ids) % max(length, 1)
+    ):
         actual = f"{len(ids)} top_k_indices, {len(logits)} top_k_logits"
         refuse(where, actual, f"the same number of both for each of {length} inputs")
     segments = example.get("inputs_segmentation", np.ones(length, np.int64))
@@ -331,6 +340,9 @@ def _next_token(
 def _padded(where: str, rows: Sequence[Pairs]) -> tuple[np.ndarray, np.ndarray]:
     """Return ids [L, M] and log-probabilities [L, M] of rows of unequal lengths."""
     shape = len(rows), max(map(len, rows))
+    if shape[0] * shape[1] > limits.MAX_SEQUENCE_PAIRS:
+        needed = f"at most {limits.MAX_SEQUENCE_PAIRS} pairs"
+        refuse(where, f"{shape[0]} rows of {shape[1]}", needed)
     ids_LM, log_probs_LM = np.full(shape, -1, np.int64), np.full(shape, -math.inf)
     for row, pairs in enumerate(rows):
         if pairs:
@@ -340,6 +352,31 @@ def _padded(where: str, rows: Sequence[Pairs]) -> tuple[np.ndarray, np.ndarray]:
             ids_LM[row, : len(pairs)] = ids
             log_probs_LM[row, : len(pairs)] = log_probs
     return ids_LM, log_probs_LM
+
+
+def _number(value: Any) -> float:
+    """Return a JSON number as a float.
+
+    Raises:
+      TypeError: it is something else, a text or a truth value say.
+    """
+    if type(value) not in (int, float):
+        raise TypeError(value)
+    return float(value)
+
+
+def _integer(value: Any) -> int:
+    """Return a JSON integer; raises as `_number`."""
+    if type(value) is not int:
+        raise TypeError(value)
+    return value
+
+
+def _parse_id(text: str) -> int:
+    """Return the integer that a text is; Python's own reads "1_0" and more as one."""
+    if not (text.isascii() and text.removeprefix("-").isdigit()):
+        raise ValueError(text)
+    return int(text)
 
 
 def _first_is_null(where: str, row: Any) -> None:
@@ -357,7 +394,7 @@ def _list(where: str, values: Any, name: str) -> list[Any]:
 
 def _integers(where: str, values: Any, length: int) -> Int64[np.ndarray, " L"]:
     try:
-        integers = np.asarray([operator.index(value) for value in values], np.int64)
+        integers = np.asarray([_integer(value) for value in values], np.int64)
     except (OverflowError, TypeError):
         refuse(where, values, "token ids")
     if len(integers) != length:

@@ -6,6 +6,7 @@ formats that are written here too have round trips.
 
 import json
 import math
+import os
 import struct
 
 import numpy as np
@@ -770,3 +771,120 @@ def test_what_a_format_cannot_hold_is_not_written(tmp_path):
     unknown = rows._replace(target_log_probs=np.full(4, math.nan, np.float32))
     with pytest.raises(ValueError, match=r"sequence 0, token 1: .*of its token"):
         FORMATS["vllm"].write(tmp_path / "a", [unknown])
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        b"",
+        b"\xff" * 5000,
+        b"\x0a" + b"\xff" * 9 + b"\x01abc",  # a length of 2^64 - 1
+        b"\x0a\xff\xff\xff\xff\x0fabc",
+        b"\x0a\x80" * 100,
+        b"\x00\x00" * 2_000_000,  # millions of empty fields
+        message(1, message(1, message(1, b"inputs") + message(2, b"\x1a\xff\x01"))),
+        b"garbage" * 1000,
+    ],
+    ids=range(8),
+)
+def test_records_of_garbage_are_refused_at_once(tmp_path, record):
+    path = write_records(tmp_path / "a.array_record", record)
+    assert_refused("maxtext", path, "record 0: found ")
+
+
+@pytest.mark.parametrize("content", [b"", bytes(131072), b"\xff" * 200_000])
+def test_files_of_garbage_are_refused_at_once(tmp_path, content):
+    path = tmp_path / "a.array_record"
+    path.write_bytes(content)
+    assert_refused("maxtext", path, "needed a whole ArrayRecord file")
+
+
+def test_a_flipped_bit_of_an_array_record_is_found(tmp_path):
+    path = write_records(tmp_path / "a.array_record", serialise(MAXTEXT))
+    data = bytearray(path.read_bytes())
+    data[300] ^= 1
+    path.write_bytes(data)
+    assert_refused("maxtext", path, "needed a whole ArrayRecord file")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: &a [x]\nb: [*a, *a]", "anchor or alias"),
+        ("[" * 5000, "is not YAML"),
+        ("d: .inf\nk: 1\nexact_k: 1\nresidual_bins: []", "cannot convert float"),
+        ("d: 100\nk: 9999999999\nexact_k: 1\nresidual_bins: []", "needed d > 1"),
+        ("d: 100\nk: 1\nexact_k: 1\nresidual_bins: 7", "not iterable"),
+        ("d: 100\nk: 1\nexact_k: 1\nresidual_bins: [7]", "not subscriptable"),
+        ("x" * 100_000, "65536 are read"),
+    ],
+)
+def test_hostile_settings_of_compression_are_refused(tmp_path, text, message):
+    path = tmp_path / "compression_config.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        encodings.read_compression(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def hostile_vllm(**changes):
+    entry = {"logprob": -0.5, "rank": 1, "decoded_token": None} | changes
+    return {"prompt_token_ids": [7, 9], "prompt_logprobs": [None, {"9": entry}]}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"a": ' * 50_000,
+        b'{"prompt_logprobs": [null, {"9": {}, "9": {}}]}',
+        b"[" * 100,
+        b'{"prompt_logprobs": [null, ' + b"9" * 5000 + b"]}",
+        b"{}\xff",
+        json.dumps(hostile_vllm(logprob="-0.5")).encode(),
+        json.dumps(hostile_vllm(logprob=True)).encode(),
+        json.dumps(hostile_vllm(logprob=10**400)).encode(),
+        json.dumps(hostile_vllm(rank=True)).encode(),
+        json.dumps(hostile_vllm(rank=1.0)).encode(),
+        json.dumps(hostile_vllm(logprob=math.nan)).encode(),
+        json.dumps(hostile_vllm(logprob=math.inf)).encode(),
+        b'{"prompt_token_ids": [7, 9], "prompt_logprobs": [null, {"1_0": '
+        b'{"logprob": -1.0, "rank": 1}}]}',
+        b'{"prompt_token_ids": [true, 9], "prompt_logprobs": [null, {"9": '
+        b'{"logprob": -1.0, "rank": 1}}]}',
+    ],
+    ids=range(14),
+)
+def test_hostile_lines_are_refused(tmp_path, line):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(line)
+    assert_refused("vllm", path, "line 1")
+
+
+def test_a_long_row_among_many_short_ones_takes_no_memory(tmp_path):
+    sample = {
+        "target_token_ids": [[1]] * 20_000 + [list(range(20_000))],
+        "logprobs": [[-1.0]] * 20_000 + [[-1.0] * 20_000],
+    }
+    path = write_lines(tmp_path / "a.jsonl", sample)
+    assert_refused("axolotl", path, "found 20001 rows of 20000, needed at most")
+
+
+def test_rows_that_are_no_lists_are_refused(tmp_path):
+    for logprobs in ([5], ["ab"], [{"a": 1}], [True]):
+        path = write_lines(tmp_path / "a.jsonl", {"logprobs": logprobs})
+        assert_refused("axolotl", path, "token 0: found .* needed a list, or null")
+
+
+def test_a_pipe_among_the_files_does_not_wait(tmp_path):
+    os.mkfifo(tmp_path / "a.jsonl")
+    assert_refused("vllm", tmp_path, "a.jsonl is no plain file")
+    os.rename(tmp_path / "a.jsonl", tmp_path / "a.parquet")
+    assert_refused("distillkit", tmp_path, "a.parquet is no plain file")
+
+
+def test_a_column_that_is_a_bomb_is_refused(tmp_path):
+    column = pa.array([bytes(2**22)] * 20)
+    table = pa.table({"logprobs": column})
+    path = tmp_path / "a.parquet"
+    pq.write_table(table, path, compression="zstd", use_dictionary=False)
+    assert_refused("axolotl", path, r"found \d+ bytes of a column in \d+")
