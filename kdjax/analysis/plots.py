@@ -238,6 +238,51 @@ def frontier(points: Sequence[Point], *, lowest: bool = False) -> list[Point]:
     return sorted(best, key=lambda point: point.cost)
 
 
+def curves(
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    x_label: str,
+    y_label: str,
+    *,
+    references: Mapping[str, float] | None = None,
+    name: str = "figure",
+) -> str:
+    """Lines with markers over a common axis.
+
+    Args:
+      series: name -> x and y of its points.
+      x_label: of the axis.
+      y_label: of the axis.
+      references: name -> value of a horizontal line.
+      name: unique in the page; stands before all ids.
+
+    Returns:
+      SVG.
+    """
+    with _style():
+        figure = _figure(6.4, 3.4)
+        axes = figure.subplots()
+        shown = {}
+        for place, (title, (x, y)) in enumerate(series.items()):
+            colour, marker = _look(place)
+            (shown[title],) = axes.plot(x, y, color=colour, marker=marker, markersize=4)
+        for title, value in (references or {}).items():
+            axes.axhline(value, color=_INK, linewidth=0.9, linestyle=":")
+            axes.annotate(
+                _short(title),
+                (1, value),
+                xycoords=("axes fraction", "data"),
+                xytext=(-2, 2),
+                textcoords="offset points",
+                ha="right",
+                fontsize=8,
+            )
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        axes.grid(alpha=0.2)
+        _legend(figure, shown)
+        return _svg(figure, name, f"{y_label} over {x_label}")
+
+
 def reliability(
     bins: Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[float]]],
     *,
