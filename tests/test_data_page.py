@@ -4,6 +4,8 @@ import contextlib
 import pathlib
 import re
 import shlex
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -16,7 +18,8 @@ from kdjax.models import hf, lm
 from tests import helpers
 from tests.data.test_views import byte_level
 
-PAGE = (pathlib.Path(__file__).parent.parent / "docs" / "data.md").read_text()
+PAGE_FILE = pathlib.Path(__file__).parent.parent / "docs" / "data.md"
+PAGE = PAGE_FILE.read_text()
 BLOCKS = {
     name: (flags, content)
     for name, flags, content in re.findall(
@@ -143,6 +146,28 @@ def test_other_formats_of_the_page_are_read_and_shown(path, made, teacher, capsy
     config = make_config(made / path, "", teacher)
     examples = check(config, byte_level(chat_template=CHATML), capsys)
     assert [example.answer for example in examples] == ["fridge", "oven"]
+
+
+def test_the_command_takes_the_flags_of_the_page(tmp_path, teacher):
+    path, flags = write("columns.csv", tmp_path)
+    file = helpers.write_config_file(make_config(path, "", teacher), tmp_path / "c.py")
+    command = [sys.executable, "-m", "kdjax.prepare", f"--config={file}", "--show=1"]
+    shown = subprocess.run(
+        [*command, *shlex.split(flags)],
+        cwd=tmp_path,
+        env=helpers.ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert "columns.csv:2), view label:" in shown.stdout
+    assert "\x1b" not in shown.stdout and "trained" in shown.stdout
+
+
+def test_the_page_is_the_first_link_of_the_readme():
+    readme = (PAGE_FILE.parent.parent / "README.md").read_text()
+    after = readme.partition("configs/quickstart.py")[2]
+    assert re.search(r"\]\(([^)]+)\)", after)[1] == "docs/data.md"
 
 
 @pytest.mark.slow

@@ -375,7 +375,10 @@ def _joining_text(field: str, row: Row, name: str) -> str:
     def error(problem: str) -> ValueError:
         return ValueError(f"{field}: {row.where}: {problem}")
 
-    text = id_text(row.values[name], error, name)
+    value = row.values[name]
+    if name == "choice" and not isinstance(value, str) and not is_missing(value):
+        raise error(f"{name}={show(value)} is {kind_of(value)}: give the choice's text")
+    text = id_text(value, error, name)
     if not text:
         raise error(f"{name}={show(row.values[name])} is missing: give each row one")
     return text

@@ -247,6 +247,10 @@ def test_counterfactuals_are_joined_by_id_and_choice(tmp_path, caplog):
         ([{"id": "zz", "choice": "here", "text": "t"}], "no id of the examples"),
         ([{"id": "c0", "text": "t"}], "use id, choice, text"),
         (
+            [{"id": "c0", "choice": 0, "text": "t"}],
+            "c.jsonl:1: choice=0 is a number: give the choice's text",
+        ),
+        (
             [{"id": "c0", "choice": "moon", "text": "t"}],
             "'moon', which is no choice of",
         ),
