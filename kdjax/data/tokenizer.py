@@ -45,6 +45,8 @@ def load(path: str | Path) -> PreTrainedTokenizerBase:
             tokenizer = AutoTokenizer.from_pretrained(
                 str(path), use_fast=True, trust_remote_code=False
             )
+            # Some settings of a damaged folder show when a text is tokenised.
+            tokenizer("Who is it?", verbose=False)
     except OSError as error:
         raise ValueError(
             f"tokenizer={str(path)!r} cannot be loaded: give a Hugging Face folder, or "

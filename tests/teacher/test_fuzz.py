@@ -1,7 +1,5 @@
 """A bounded number of mutants of every format; `tests.teacher.fuzz` has more."""
 
-import time
-
 import pytest
 
 from tests.teacher import fuzz
@@ -25,5 +23,5 @@ def test_mutants_are_refused_or_read_as_they_were(formats, tmp_path):
 
 
 @pytest.mark.slow
-def test_other_mutants_every_time(formats, tmp_path):
-    fuzz_all(formats, tmp_path, count=10_000, seconds=3, seed=int(time.time()))
+def test_many_more_mutants(formats, tmp_path):
+    fuzz_all(formats, tmp_path, count=10_000, seconds=3, seed=1)

@@ -256,8 +256,8 @@ def _stated(json: Json, field: str) -> Values:
 def _read_rope(json: Json) -> Values:
     # `rope_scaling` until transformers 4, `rope_parameters` from 5 on; either, or both.
     old, new = _stated(json, "rope_scaling"), _stated(json, "rope_parameters")
-    theta = json.take("rope_theta", 10000.0)
-    theta = new.get("rope_theta", old.get("rope_theta", theta))
+    theta = json.take("rope_theta", None)
+    theta = new.get("rope_theta") or old.get("rope_theta") or theta or 10000.0
     ropes = [
         _read_scaling(json, name, stated)
         for name, stated in (("rope_scaling", old), ("rope_parameters", new))
@@ -290,11 +290,11 @@ def _read_two_ropes(json: Json) -> Values:
             json.refuse("rope_scaling", old, f"rope_parameters={nested!r} disagrees")
     if _read_scaling(json, "rope_parameters", local) != RopeConfig():
         json.refuse("rope_parameters", nested, f"{SLIDING} is not to be stretched")
-    theta = json.take("rope_theta", 1e6)
-    local_theta = json.take("rope_local_base_freq", 10000.0)
+    theta = json.take("rope_theta", None) or 1e6
+    local_theta = json.take("rope_local_base_freq", None) or 10000.0
     return {
-        "rope_theta": float(whole.get("rope_theta", theta)),
-        "local_rope_theta": float(local.get("rope_theta", local_theta)),
+        "rope_theta": float(whole.get("rope_theta") or theta),
+        "local_rope_theta": float(local.get("rope_theta") or local_theta),
         "rope": _read_scaling(json, "rope_parameters", whole or old),
     }
 
