@@ -146,6 +146,8 @@ def _explain(error: BaseException) -> str:
     chain = list(_causes(error))
     if text := next((t for e in chain if (t := _system_error(e))), ""):
         return text
+    if isinstance(error, FileNotFoundError) and error.filename:
+        return f"{error.filename}: no such file or folder"
     if isinstance(error, ValueError | FileNotFoundError):
         return str(error)
     return next((t for e in chain if (t := _lost_process(e))), "")
@@ -162,6 +164,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         cause = cause.__cause__ or (None if hidden else cause.__context__)
 
 
+_LONGEST_PATH = 200  # characters, that are shown
 # What to do about an error of the operating system.
 _REMEDIES = {
     errno.ENOSPC: "free some space, or write elsewhere; what is complete is kept, and "
@@ -197,17 +200,20 @@ def _system_error(error: BaseException) -> str:
         number, path = error.errno, error.filename or ""
         if error.filename2 is not None:
             path = f"{path} -> {error.filename2}"
-    elif isinstance(error, RuntimeError | OSError):
-        # ValueErrors are ours, and say it better.
+    else:
         text = str(error)
-        number = next((n for n in _REMEDIES if os.strerror(n) in text), 0)
-        if not number:
+        number = 0
+        if match := re.search(r"os_error_code='(\d+)'|\[OS error (\d+)", text):
+            number = int(match[1] or match[2])  # tensorstore's, in ValueErrors too
+        elif isinstance(error, RuntimeError | OSError):
+            number = next((n for n in _REMEDIES if os.strerror(n) in text), 0)
+        if number not in _REMEDIES:
             return ""
         paths = re.findall(r"[\"'` (](/[^\"'`;,]*[^\"'`;,\s:)\]])", text)
         path = max(paths, key=len, default="")
-    else:
-        return ""
-    where = path or f"a file of --workdir={_WORKDIR.value or 'runs/...'}"
+    path = str(path) if len(str(path)) < _LONGEST_PATH else f"{str(path)[:60]}..."
+    workdir = flags.FLAGS["workdir"].value or "runs/..."
+    where = path or f"a file of --workdir={workdir}"
     return f"{where}: {os.strerror(number)}: {_REMEDIES[number]}"
 
 
@@ -247,8 +253,12 @@ def _quieten() -> None:
 
     What fails in the background is raised by the one who waits for it.
     """
+    if os.environ.get("KDJAX_TRACEBACK"):
+        return
 
     def keep(record: python_logging.LogRecord) -> bool:
+        if record.exc_info and "orbax" in record.pathname:
+            return False
         text = record.getMessage()
         return not any(noise in text for noise in _NOISE)
 

@@ -1,17 +1,22 @@
 """The command line: help without imports, configs by name, errors in one line."""
 
+import errno
+import logging
 import os
 import pathlib
 import re
 import runpy
 import subprocess
 import sys
+import threading
 
 import pytest
 
 import kdjax
 from kdjax import __main__ as script
 from kdjax import cli
+from kdjax import config as config_lib
+from kdjax.runtime import locks
 
 ROOT = pathlib.Path(__file__).parent.parent
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
@@ -89,7 +94,7 @@ def test_configs_have_names(argument, expected):
     [
         (["--config=nowhere.py"], "no such file"),
         (["--config=nowhere"], "'compare/kinship'"),
-        (["--config=quickstart", "--config.train.stepz=3"], "stepz"),
+        (["--config=quickstart", "--config.train.stepz=3"], "mean train.steps?"),
         (["--config=quickstart", "--config.train.steps=x"], "steps"),
         (["--config=configs/quickstart.py:nonsense"], "nonsense"),
         (["--config=quickstart", "--config.train.steps=-1"], "steps=-1"),
@@ -103,3 +108,121 @@ def test_the_command_line_fails_in_one_line(flags, message, tmp_path):
     lines = [line for line in process.stderr.splitlines() if "error:" in line]
     assert len(lines) == 1 and message in lines[0], process.stderr
     assert "Traceback" not in process.stderr
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--config.train.stepz=3", "no such field; did you mean train.steps?"),
+        ("--config.train.learning_rate=3", "mean .* or optim.learning_rate?"),
+        ("--config.optim.lr=3", "optim has .*'learning_rate'"),
+        ("--config.train=3", "is a part of a config, no field; .* train.steps"),
+        ("--config.base.train.stepz=3", "--config.base.train.stepz: .* train.steps?"),
+        ("--noconfig.data.promt_suffix", "did you mean data.prompt_suffix?"),
+    ],
+)
+def test_an_unknown_field_gets_a_suggestion(argument, message):
+    text = cli._suggestion(["train", "--config=quickstart", argument])
+    assert re.search(message, text), text
+    assert "--helpconfig" in text and "\n" not in text
+    assert not cli._suggestion(["train", "--config.train.steps=3"])
+
+
+def test_the_fields_of_a_config_are_listed(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train"])
+    cli._print_config()
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("--config.train.steps=1000  (1 ") for line in lines)
+    assert len(lines) == 2 * len(list(config_lib.leaves(config_lib.Config())))
+
+
+SYSTEM_ERRORS = [
+    (OSError(errno.ENOSPC, "No space left on device", "/d/w"), "/d/w: No space left"),
+    (PermissionError(errno.EACCES, "Permission denied", "/d/w"), "ls -l"),
+    (OSError(errno.EROFS, "Read-only file system", "/d/w"), "can be written to"),
+    (OSError(errno.EIO, "Input/output error", "/d/w"), "dmesg"),
+    (OSError(errno.EMFILE, "Too many open files", "/d/w"), "ulimit -n"),
+    (OSError(errno.ENAMETOOLONG, "File name too long", "x" * 300), "use a shorter"),
+    (OSError(errno.ELOOP, "Too many levels of symbolic links", "/d/w"), "in a circle"),
+    (NotADirectoryError(errno.ENOTDIR, "Not a directory", "/d/w"), "name a folder"),
+    (FileExistsError(errno.EEXIST, "File exists", "/d/w"), "or a link to nothing"),
+    (FileNotFoundError(errno.ENOENT, "No such file", "/d/w"), "/d/w: no such file or"),
+    (RuntimeError("write() failed: No space left on device; writing /d/s.rec"), "/d/s"),
+    (
+        ValueError(
+            'OUT_OF_RANGE: Failed writing: "/d/c/5": Failed to write 4 bytes to file '
+            "30: File too large [os_error_code='27']"
+        ),
+        "/d/c/5: File too large: raise the limit",
+    ),
+    (RuntimeError("[OS error 28: ENOSPC No space left on device]"), "--workdir="),
+]
+
+
+@pytest.mark.parametrize(("error", "expected"), SYSTEM_ERRORS)
+def test_an_error_of_the_system_is_a_line_with_path_and_remedy(error, expected):
+    text = cli._explain(error)
+    assert expected in text and "\n" not in text and len(text) < 400
+    for outer in (KeyError("k"), RuntimeError("orbax")):
+        outer.__cause__ = error
+        wrapped = cli._explain(outer)
+        if not isinstance(error, FileNotFoundError):
+            assert wrapped == text
+
+
+def test_a_bug_keeps_its_traceback():
+    for error in (KeyError("k"), TypeError("t"), RuntimeError("r"), AssertionError()):
+        assert cli._explain(error) == ""
+
+
+@pytest.mark.parametrize("kind", ["file", "dangling", "loop", "long", "below a file"])
+def test_a_folder_that_cannot_be_is_a_line(tmp_path, kind):
+    path = tmp_path / "w"
+    if kind == "file":
+        path.write_text("")
+    elif kind == "dangling":
+        path.symlink_to(tmp_path / "nowhere")
+    elif kind == "loop":
+        path.symlink_to(path)
+    elif kind == "long":
+        path = tmp_path / ("w" * 300)
+    else:
+        path.write_text("")
+        path /= "run"
+    with pytest.raises(OSError) as raised, locks.hold(path):
+        pass
+    text = cli._explain(raised.value)
+    assert text.startswith(str(path)[:60]) and text.count(": ") >= 2, text
+
+
+def test_noise_of_libraries_is_kept_from_the_terminal(monkeypatch):
+    for name in ("absl", "transformers", "orbax"):
+        logger = logging.getLogger(name)
+        monkeypatch.setattr(logger, "filters", list(logger.filters))
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    monkeypatch.delenv("KDJAX_TRACEBACK", raising=False)
+    cli._quieten()
+    logger = logging.getLogger("absl")
+
+    def shown(text, path="x.py", exc_info=None):
+        record = logging.LogRecord("absl", 30, path, 1, text, (), exc_info)
+        return bool(logger.filter(record))
+
+    assert shown("a shard is missing")
+    assert not shown("None of PyTorch, TensorFlow was found")
+    assert not shown("`save_pytree` is deprecated, use `save`")
+    failure = (OSError, OSError(28, "full"), None)
+    assert not shown("raised", "/site-packages/orbax/future.py", failure)
+
+
+@pytest.mark.parametrize("name", ["nothing", "file", "folder"])
+def test_a_workdir_that_is_no_run_says_why(tmp_path, name):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(
+        ValueError, match=rf"--workdir='.*{name}' (does not|is a|has no)"
+    ):
+        cli._config_of_run(tmp_path / name)
+    (tmp_path / "folder" / "config.json").write_text("")
+    with pytest.raises(ValueError, match=r"config.json is empty: give --config="):
+        cli._config_of_run(tmp_path / "folder")

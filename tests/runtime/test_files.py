@@ -62,3 +62,56 @@ def test_json_has_null_where_a_number_is_not_finite(tmp_path):
     text = (tmp_path / "a.json").read_text()
     assert json.loads(text) == {"nll": None, "rows": [{"kl": None}, [1.5, "nan", None]]}
     assert text.endswith("\n")
+
+
+def test_a_device_stays_what_it_is():
+    master, slave = os.openpty()
+    name = os.ttyname(slave)
+    before = os.stat(name)
+    files.write_json(name, {"nll": 1})
+    assert os.read(master, 100).split() == [b"{", b'"nll":', b"1", b"}"]
+    assert os.stat(name).st_rdev == before.st_rdev
+    os.close(master)
+    os.close(slave)
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"", "is empty: remove it"),
+        (b"\n ", "is empty"),
+        (b'{"a": ', "is damaged .Expecting value"),
+        (b"\xff\xfe", "is damaged"),
+        (b"[1]", "no JSON object"),
+        (b"[" * 100_000, "is damaged"),
+    ],
+)
+def test_what_is_no_object_is_refused_by_name(tmp_path, content, problem):
+    file = tmp_path / "config.json"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=problem) as raised:
+        files.read_json(file)
+    assert str(raised.value).startswith(str(file))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("call", ["open", "fsync", "replace"])
+def test_a_full_disk_leaves_the_old_content_and_no_temporary_file(
+    tmp_path, monkeypatch, call
+):
+    file = tmp_path / "summary.json"
+    files.write_json(file, {"a": 1})
+    before = file.read_bytes()
+
+    def fail(*arguments, **keywords):
+        raise OSError(28, "No space left on device", str(file))
+
+    if call == "fsync":
+        monkeypatch.setattr(os, "fsync", fail)
+    else:
+        name = "write_bytes" if call == "open" else "replace"
+        monkeypatch.setattr(pathlib.Path, name, fail)
+    with pytest.raises(OSError, match="No space left"):
+        files.write_json(file, {"a": 2})
+    assert file.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [file]
