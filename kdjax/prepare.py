@@ -102,14 +102,16 @@ def show(config: Config, num: int) -> None:
         selected = selection.select(examples[split], names, split, config.data)
         for note in selected.notes:
             print(note, file=sys.stderr)
-        shown: dict[str, list[Any]] = {}
+        segments_by_id: dict[str, list[Any]] = {}
         counts: dict[str, dict[str, int]] = {}
         for name in names:
             segments, total = views.make_segments(
                 selected.examples, (name,), tokenizer, config.data
             )
             for segment in segments:
-                shown.setdefault(segment.example_id, []).append((name, segment))
+                segments_by_id.setdefault(segment.example_id, []).append(
+                    (name, segment)
+                )
             num_trained = sum(s.num_loss_tokens for s in segments)
             counts[name] = {
                 "examples": len(selected.examples),
@@ -126,7 +128,7 @@ def show(config: Config, num: int) -> None:
             }
         for example in selected.examples[:num]:
             where = f" ({example.origin})" if example.origin else ""
-            for name, segment in shown.get(example.id, []):
+            for name, segment in segments_by_id.get(example.id, []):
                 print(f"\n{split} {example.id!r}{where}, view {name}:")
                 _print_spans(preview.spans(segment, tokenizer))
         print()

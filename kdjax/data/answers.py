@@ -44,7 +44,9 @@ def parse_choices(fields: Fields, value: Any, name: str = "choices") -> Choices:
                 f"{name} has {len(labels)} labels for {len(texts)} texts: give each one"
             )
     elif isinstance(value, dict):
-        labels, texts = list(value), list(value.values())
+        # Columns have a null for the labels of other rows.
+        items = {label: text for label, text in value.items() if text is not None}
+        labels, texts = list(items), list(items.values())
     else:
         texts = fields.as_list(value, name)
         if texts and all(isinstance(item, dict) for item in texts):
@@ -56,24 +58,29 @@ def parse_choices(fields: Fields, value: Any, name: str = "choices") -> Choices:
             if any("label" in item for item in texts):
                 labels = [item.get("label") for item in texts]
             texts = [item["text"] for item in texts]
-    checked = []
     for number, text in enumerate(texts):
-        where = f"{name}[{number}]"
         if is_missing(text):
-            raise fields.error(f"{where}={show(text)} is missing: give each choice")
-        checked.append(fields.as_text(text, where, number=True))
-    return Choices(tuple(checked), _check_labels(fields, labels, name))
+            raise fields.error(
+                f"{name}[{number}]={show(text)} is missing: give each choice"
+            )
+    return Choices(
+        tuple(
+            fields.as_text(text, f"{name}[{number}]", number=True)
+            for number, text in enumerate(texts)
+        ),
+        _parse_labels(fields, labels, name),
+    )
 
 
-def _check_labels(fields: Fields, labels: list[Any], name: str) -> tuple[str, ...]:
-    checked = []
+def _parse_labels(fields: Fields, labels: list[Any], name: str) -> tuple[str, ...]:
+    texts = []
     for label in labels:
         if is_missing(label) or isinstance(label, bool):
             raise fields.error(f"{name} has the label {show(label)}: give each one")
-        checked.append(fields.as_text(label, f"a label of {name}", number=True).strip())
-    if len(set(checked)) < len(checked):
-        raise fields.error(f"{name} has labels {checked}, two alike: make them differ")
-    return tuple(checked)
+        texts.append(fields.as_text(label, f"a label of {name}", number=True).strip())
+    if len(set(texts)) < len(texts):
+        raise fields.error(f"{name} has labels {texts}, two alike: make them differ")
+    return tuple(texts)
 
 
 def check_count(fields: Fields, texts: Sequence[str]) -> None:
@@ -127,18 +134,18 @@ class AnswerReader:
             return texts[index]
         if not kinds:
             raise self._no_choice(fields, name, value, choices)
-        named = {texts[index] for index in kinds.values()}
+        meanings = {texts[index] for index in kinds.values()}
         is_sure = isinstance(value, ClassName) or not kinds.keys() <= {
             "index",
             "number",
         }
-        if len(named) > 1 or not is_sure:
-            meanings = ", ".join(
+        if len(meanings) > 1 or not is_sure:
+            readings = ", ".join(
                 f"{kind!r} {texts[index]!r}" for kind, index in kinds.items()
             )
             raise fields.error(
                 f"{name}={show(value)} of choices {show(list(texts))} is ambiguous: it "
-                f"may be {meanings}: say by data.answer_kind what answers are: the "
+                f"may be {readings}: say by data.answer_kind what answers are: the "
                 "'text' of a choice, its 'label' (a letter), its 'index' from 0, or "
                 "its 'number' from 1"
             )
@@ -156,14 +163,14 @@ class AnswerReader:
     def _no_choice(
         self, fields: Fields, name: str, value: Any, choices: Choices
     ) -> ValueError:
-        shown = list(choices.labels or choices.texts)
+        options = list(choices.labels or choices.texts)
         remedy = "give the text of the right one, or its letter"
         if choices.labels:
             remedy = "give the label of the right one"
         if self._kind != "auto":
             remedy = f"data.answer_kind={self._kind!r}: give the {self._kind} of one"
         return fields.error(
-            f"{name}={show(value)} is none of its choices {show(shown)}: {remedy}"
+            f"{name}={show(value)} is none of its choices {show(options)}: {remedy}"
         )
 
 

@@ -81,15 +81,15 @@ def inspect(path: str, fallback: str = "") -> DataFile:
       ValueError: it cannot be read, or its format is not known.
     """
     suffixes = [suffix.lower() for suffix in Path(path).suffixes[-2:]]
-    named = _COMPRESSED.get(suffixes[-1], "") if suffixes else ""
+    compression_by_name = _COMPRESSED.get(suffixes[-1], "") if suffixes else ""
     with _readable(path):
         with open(path, "rb") as file:
             head = file.read(16)
         compression = _match(_COMPRESSION_MAGIC, head)
-        if named and head and not compression:
+        if compression_by_name and head and not compression:
             raise ValueError(
                 f"{path}: its name ends in {suffixes[-1]!r}, but it is not compressed "
-                f"by {named}: rename it, or compress it again"
+                f"by {compression_by_name}: rename it, or compress it again"
             )
         if compression:
             with open_binary(DataFile(path, "", compression)) as stream:

@@ -171,34 +171,34 @@ class Schema:
             text = "" if stem is None else fields.as_text(stem, "question.stem")
         else:
             choices, text = fields.get("choices"), fields.text(name)
-        parsed = parse_choices(fields, choices)
+        options = parse_choices(fields, choices)
         key = fields.get("answerKey", "use a split with answers")
         answer = ""
-        if not parsed.texts:
+        if not options.texts:
             fields.require("choices", None)
         elif self._config.answer_kind in ("text", "index", "number"):
-            parsed = parsed._replace(labels=())
+            options = options._replace(labels=())
             if key is not None:
-                answer = self._answers.choose(fields, "answerKey", key, parsed)
-        elif not parsed.labels:
+                answer = self._answers.choose(fields, "answerKey", key, options)
+        elif not options.labels:
             raise fields.error(
                 "its choices have no labels for answerKey: give each one"
             )
         elif key is not None:
             key = int(key) if isinstance(key, float) and key.is_integer() else key
             key = fields.as_text(key, "answerKey", number=True).strip()
-            if key not in parsed.labels:
+            if key not in options.labels:
                 raise fields.error(
-                    f"answerKey={key!r} is none of its labels {list(parsed.labels)}: "
+                    f"answerKey={key!r} is none of its labels {list(options.labels)}: "
                     "use a split with answers"
                 )
-            answer = parsed.texts[parsed.labels.index(key)]
+            answer = options.texts[options.labels.index(key)]
         if answer:
-            check_count(fields, parsed.texts)
+            check_count(fields, options.texts)
         return self._example(
             fields,
             question=text,
-            choices=parsed.texts,
+            choices=options.texts,
             answer=answer,
             rationale=fields.optional_text("rationale"),
         )
@@ -333,18 +333,18 @@ class Schema:
 
     def _preference(self, fields: Fields) -> Example:
         """Convert the chosen side of a pair: a text or messages, after a prompt."""
-        chosen, prompt = fields.get("chosen"), fields.values.get("prompt")
-        if isinstance(chosen, str) and not isinstance(prompt, list | tuple):
+        preferred, prompt = fields.get("chosen"), fields.values.get("prompt")
+        if isinstance(preferred, str) and not isinstance(prompt, list | tuple):
             if is_missing(prompt):
                 raise fields.error(
                     "chosen is text, without a prompt: give the prompt, or messages"
                 )
             question = fields.as_text(prompt, "prompt")
-            answer = fields.as_text(chosen, "chosen")
+            answer = fields.as_text(preferred, "chosen")
             return self._chat_of(fields, question, answer)
-        if isinstance(chosen, str):
-            chosen = [{"role": "assistant", "content": chosen}]
-        turns = _list(fields, chosen, "chosen")
+        if isinstance(preferred, str):
+            preferred = [{"role": "assistant", "content": preferred}]
+        turns = _list(fields, preferred, "chosen")
         before: list[Any] = []
         if isinstance(prompt, str) and not is_missing(prompt):
             before = [{"role": "user", "content": prompt}]
@@ -574,11 +574,11 @@ def _tool_call(fields: Fields, call: Any, where: str) -> dict[str, Any]:
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         try:
-            parsed = json.loads(arguments)
+            members = json.loads(arguments)
         except (ValueError, RecursionError):
-            parsed = None
-        if isinstance(parsed, dict):
-            function["arguments"] = parsed
+            members = None
+        if isinstance(members, dict):
+            function["arguments"] = members
     return {n: v for n, v in call.items() if v is not None} | {"function": function}
 
 

@@ -339,6 +339,8 @@ def describe_overlap(
     num = num_same = 0
     for example in evaluation:
         num += 1
+        if not (example.question or example.text or example.messages):
+            continue
         digest = np.uint64(content_digest(example))
         index = int(np.searchsorted(digests, digest))
         if index < len(digests) and digests[index] == digest:

@@ -292,6 +292,22 @@ def test_columns_of_other_kinds(tmp_path):
         load(tmp_path / "rows.arrow")
 
 
+def test_choices_that_other_rows_do_not_have(tmp_path):
+    rows = [
+        {"question": "q", "choices": {"A": "w", "B": "x"}, "answer": "B"},
+        {"question": "q", "choices": {"A": "w", "B": "x", "C": "y"}, "answer": "C"},
+    ]
+    path = write(tmp_path / "rows.parquet", as_parquet(rows))
+    examples = load(path)
+    assert [(e.choices, e.answer) for e in examples] == [
+        (("w", "x"), "x"),
+        (("w", "x", "y"), "y"),
+    ]
+    rows[0]["answer"] = "C"
+    with pytest.raises(ValueError, match=r"rows.parquet:1: .*'C' is none of its"):
+        load(write(path, as_parquet(rows)))
+
+
 @pytest.mark.parametrize(
     ("path", "message"),
     [

@@ -275,10 +275,12 @@ def test_held_out_rows_that_are_training_rows_are_named(tmp_path):
     rows = [{"question": f"q{i % 3}", "answer": f"a{i}"} for i in range(5)]
     train = load(tmp_path, *rows[:3])
     held_out = load(tmp_path, *rows[3:], {"question": "new", "answer": "a"})
-    warning = selection.describe_overlap(train, held_out)
+    empty = Example(id="empty")
+    digests = selection.content_digests([*train, empty])
+    warning = selection.describe_overlap(digests, held_out)
     assert warning.startswith("warning: 2 of 3 held-out examples are training examples")
     assert "'train-0' (" in warning and "rows.jsonl:1)" in warning
-    assert selection.describe_overlap(train, held_out[2:]) == ""
+    assert selection.describe_overlap(digests, [*held_out[2:], empty]) == ""
 
 
 @pytest.mark.parametrize(
