@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -328,6 +329,37 @@ def test_what_needs_weights_is_refused_before_the_first_step(
     with pytest.raises(ValueError, match=message):
         train.run(helpers.changed(config, **changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_an_import_that_is_not_verified_leaves_no_cache(
+    finished, tmp_path, monkeypatch
+):
+    """Refused by `verify`, or killed before it is done: nothing is under its name."""
+    config, workdir = finished
+    dump, out = tmp_path / "dump", tmp_path / "out"
+    convert.write_vllm(dump, whole_sequences(config, cache_of(workdir)))
+    data = load_data(config, splits=("train",))
+
+    def import_it():
+        merge_export.import_file(
+            dump, data.train, out, config=config, tokenizer=data.tokenizer, tool="vllm"
+        )
+
+    def verify_in_part(cache):
+        assert cache.folder != out and not out.exists()
+        raise ValueError(f"record 3 of {cache.folder}/x is shifted")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cache_lib, "verify", verify_in_part)
+        with pytest.raises(ValueError, match=f"record 3 of {out}/x is shifted"):
+            import_it()
+    assert [path.name for path in tmp_path.iterdir()] == ["dump"]
+    # What a kill leaves: the folder beside, with a finished cache in it.
+    partial = tmp_path / ".out.partial"
+    shutil.copytree(workdir / "cache" / "train", partial)
+    import_it()
+    assert {path.name for path in tmp_path.iterdir()} == {"dump", "out"}
+    cache_lib.verify(cache_lib.load_cache(out))
 
 
 def test_an_import_finds_what_is_read_before_the_target(tmp_path):

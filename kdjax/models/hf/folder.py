@@ -257,10 +257,19 @@ def fingerprint(path: str | os.PathLike) -> str:
 
 
 def has_weights(path: str | os.PathLike) -> bool:
-    """Return True if a folder, or a model of the hub, has files of weights."""
+    """Return True if a folder, or a model of the hub, has files of weights.
+
+    Raises:
+      ValueError: its index names some files that are there and some that are not.
+    """
     folder = resolve(path)
-    patterns = ("*.safetensors", safetensors_io.INDEX, "pytorch_model*.bin*")
-    return any(any(folder.glob(pattern)) for pattern in patterns)
+    files = sorted(safetensors_io.indexed_files(folder))
+    missing = [file for file in files if not file.is_file()]
+    if missing and len(missing) < len(files):
+        raise ValueError(f"{missing[0]} is missing: download the folder again")
+    patterns = ("*.safetensors", "pytorch_model*.bin")
+    beside = any(any(folder.glob(pattern)) for pattern in patterns)
+    return beside or (bool(files) and not missing)
 
 
 def join(key_path) -> str:

@@ -271,6 +271,50 @@ def test_save_replaces_model_folders_only(saved, tmp_path):
         hf.save(tmp_path / "notes", CONFIG, params, overwrite=True)
 
 
+def in_a_subfolder(folder):
+    """Move the weights of a folder into one below it, which an index names."""
+    (folder / "weights").mkdir()
+    moved = folder / "weights" / "model.safetensors"
+    (folder / "model.safetensors").rename(moved)
+    names = load_file(moved)
+    weight_map = dict.fromkeys(names, "weights/model.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    return moved, index, weight_map
+
+
+def test_the_fingerprint_sees_what_the_index_names(tmp_path):
+    params = decoder.init_params(CONFIG, jax.random.key(0))
+    hf.save(tmp_path / "m", CONFIG, params)
+    beside = hf.fingerprint(tmp_path / "m")
+    moved, _, _ = in_a_subfolder(tmp_path / "m")
+    below = hf.fingerprint(tmp_path / "m")
+    assert below != beside and hf.has_weights(tmp_path / "m")
+    hf.load_params(tmp_path / "m", CONFIG)
+    data = bytearray(moved.read_bytes())
+    data[-1] ^= 1
+    moved.write_bytes(data)
+    assert hf.fingerprint(tmp_path / "m") != below
+    moved.unlink()
+    assert not hf.has_weights(tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    "name", ["../other/model.safetensors", "/etc/passwd", "a/../../b", "", 7, None]
+)
+def test_an_index_that_leads_out_of_its_folder_is_refused(tmp_path, name):
+    params = decoder.init_params(CONFIG, jax.random.key(0))
+    hf.save(tmp_path / "m", CONFIG, params)
+    _, index, weight_map = in_a_subfolder(tmp_path / "m")
+    weight_map[min(weight_map)] = name
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    for call in (hf.fingerprint, hf.has_weights):
+        with pytest.raises(ValueError, match=r"index\.json names"):
+            call(tmp_path / "m")
+    with pytest.raises(ValueError, match=r"index\.json names"):
+        hf.load_params(tmp_path / "m", CONFIG)
+
+
 @pytest.mark.real_data
 def test_smollm2_gives_the_logits_of_transformers(smollm2, real_data, tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2)
