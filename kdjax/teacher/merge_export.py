@@ -216,6 +216,7 @@ def import_sequences(
     manifest: Manifest,
     *,
     shard_size: int,
+    num_threads: int = 1,
     advance: Callable[[int], None] = lambda num_tokens: None,
 ) -> Manifest:
     """Write a cache of another tool's teacher outputs for these segments.
@@ -229,6 +230,7 @@ def import_sequences(
       out: a new folder.
       manifest: its kind is top_k, its temperatures (1.0,).
       shard_size: records of a shard.
+      num_threads: that encode records.
       advance: called with the target tokens of every segment matched.
 
     Raises:
@@ -244,7 +246,9 @@ def import_sequences(
     records = _records(sequences, segments, by_tokens, manifest, advance)
     for index in range(num_shards):
         of_shard = itertools.islice(records, shard_size)
-        cache_lib.write_shard(out, index, num_shards, of_shard, manifest)
+        cache_lib.write_shard(
+            out, index, num_shards, of_shard, manifest, num_threads=num_threads
+        )
     for _ in records:  # sequences that are left over are read and counted
         pass
     return cache_lib.finish(out, manifest, num_shards=num_shards)
@@ -348,6 +352,7 @@ def import_file(
             scratch,
             manifest,
             shard_size=shard_size,
+            num_threads=config.cache.num_threads,
             advance=advance,
         )
         try:

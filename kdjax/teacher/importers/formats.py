@@ -102,9 +102,14 @@ def _vllm(where: str, part: Any, answer: dict[str, Any]) -> RawSequence:
 def _vllm_entry(where: str, key: str, value: Any) -> tuple[int, float, int]:
     """Return (id, log-probability, rank)."""
     try:
-        log_prob, rank = _number(value["logprob"]), _integer(value["rank"])
-        infinite = log_prob == _VLLM_MINUS_INFINITY
-        return _parse_id(key), -math.inf if infinite else log_prob, rank
+        log_prob, rank = value["logprob"], value["rank"]
+        # Of every pair of a dump: without calls of `_number` and the like.
+        if type(log_prob) is not float:
+            log_prob = _number(log_prob)
+        if type(rank) is not int:
+            raise TypeError(rank)
+        i = int(key) if key.isdecimal() and key.isascii() else _parse_id(key)
+        return i, -math.inf if log_prob == _VLLM_MINUS_INFINITY else log_prob, rank
     except (KeyError, OverflowError, TypeError, ValueError):
         refuse(where, {key: value}, "an id with numbers logprob and rank")
 
