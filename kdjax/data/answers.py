@@ -204,6 +204,10 @@ def _readings(
         "text": _index(texts, text, stripped),
         "label": _index(labels, text, stripped) if labels else label,
     }
+    if readings["text"] is None and readings["label"] is not None:
+        # "A" may also be a choice "a".
+        folded = [item.strip().casefold() for item in texts]
+        readings["text"] = _index(folded, stripped.casefold(), "")
     if not labels:
         readings |= {"index": number, "number": None if number is None else number - 1}
     if isinstance(value, ClassName) and not labels:
@@ -225,4 +229,4 @@ def _index(items: Sequence[str], text: str, stripped: str) -> int | None:
     if text in items:
         return items.index(text)
     ends = [item.strip() for item in items]
-    return ends.index(stripped) if stripped in ends else None
+    return ends.index(stripped) if stripped and stripped in ends else None

@@ -129,15 +129,15 @@ def _check_encoding(path: str, start: bytes) -> None:
 def _not_utf8(
     path: str, number: int, line: bytes, error: UnicodeDecodeError
 ) -> ValueError:
-    """Describe a line that is not UTF-8, with the likely encoding."""
+    """Describe a line that is not UTF-8, and how it reads in the next likely one."""
     rest = line[error.start : error.start + 12]
     try:
-        likely = f"Windows-1252 (Latin-1), in which it reads {rest.decode('cp1252')!r}"
+        reading = f"as Windows-1252 (Latin-1) it reads {rest.decode('cp1252')!r}"
     except UnicodeDecodeError:
-        likely = "another encoding, or no text"
+        reading = "nor Windows-1252 (Latin-1)"
     return ValueError(
-        f"{path}:{number} is not UTF-8 (byte 0x{rest[0]:02x} at {error.start}); it "
-        f"looks like {likely}: convert the file, for example by "
+        f"{path}:{number} is not UTF-8 (byte 0x{rest[0]:02x} at {error.start}); "
+        f"{reading}: convert the file from its encoding, for example by "
         "iconv -f CP1252 -t UTF-8"
     )
 

@@ -6,9 +6,9 @@ has no key.
 
 import dataclasses
 import re
-import string
 from collections.abc import Iterable, Sequence
 
+from kdjax.data.letters import letter
 from kdjax.data.text import normalize_text, states_answer
 
 
@@ -45,8 +45,8 @@ def find_mentions(text: str, choices: Sequence[str], *others: str) -> list[str]:
       One entry per mention; of choices that read alike, the first one.
     """
     by_words: dict[str, str] = {}
-    for letter, choice in zip(string.ascii_lowercase, choices, strict=False):
-        by_words[f"({letter})"] = choice
+    for index, choice in enumerate(choices):
+        by_words[f"({letter(index)})"] = choice
     for choice in (*choices, *others):
         if words := normalize_text(choice):
             by_words.setdefault(words, choice)

@@ -255,6 +255,12 @@ REFUSED = {
         {},
         ":1.*ambiguous.*'text' 'A'.*'label' 'B'",
     ),
+    "letter of small letters": (
+        "a.jsonl",
+        lines({**QA, "choices": ["b", "a", "c"], "answer": "A"}),
+        {},
+        ":1.*ambiguous.*'text' 'a'.*'label' 'b'",
+    ),
     "letters, then texts": (
         "a.jsonl",
         lines({**MC, "answer": "B"}, MC),

@@ -2,10 +2,12 @@
 
 import numpy as np
 
+from kdjax import prepare
 from kdjax.config import DataConfig
 from kdjax.data import preview, views
 from kdjax.data.example import Example
 from kdjax.data.tokenizer import make_word_tokenizer
+from kdjax.runtime import console
 from tests.data.test_views import byte_level
 
 EXAMPLE = Example(
@@ -52,3 +54,15 @@ def test_unknown_tokens_are_counted():
     example = Example(id="a", question="Who is Zzyzx ?", answer="qwerty")
     segments, _ = views.make_segments([example], ["label"], tokenizer, DataConfig())
     assert preview.count_unknown(segments, tokenizer) >= 2
+
+
+def test_on_a_terminal_kinds_are_colours(monkeypatch, capsys):
+    monkeypatch.setattr(console, "has_colors", lambda: True)
+    spans = [preview.Span(False, ("[a]", " b")), preview.Span(True, (" c\n", " d"))]
+    prepare._print_spans(spans)
+    assert capsys.readouterr().out == "[a] b c\n d\n"
+    monkeypatch.setattr(console, "has_colors", lambda: False)
+    prepare._print_spans(spans)
+    assert capsys.readouterr().out == (
+        '  read        2: "[a] b"\n  trained     2: " c\\n" " d"\n'
+    )
