@@ -22,6 +22,7 @@ def get_config(argument: str = "") -> StudyConfig:
         controls=("placebo", "no_rationale"),
         participants=24,
         items_per_participant=12,
+        contact="you@example.org",  # yours
     )
     if argument:
         config.name += "_smoke"

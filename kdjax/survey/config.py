@@ -99,6 +99,10 @@ def validate(config: StudyConfig) -> None:
             raise ValueError(f"{name}={values}: name each once")
     if not config.constructs:
         raise ValueError("constructs=(): name at least one statement to be rated")
+    if not config.contact:
+        raise ValueError(
+            "contact='' is empty: people must know whom to write to; give an address"
+        )
     if config.completion_url and not config.completion_url.startswith("https://"):
         raise ValueError(
             f"completion_url={config.completion_url!r}: begin it with https://"

@@ -126,6 +126,10 @@ def make(config: StudyConfig) -> Study:
     if "placebo" in config.controls:
         place = conditions.index("placebo")
         questions = [_placebo(question, place, words) for question in questions]
+    if config.simulation and not all(question.choices for question in questions):
+        raise ValueError(
+            "simulation=True: people predict a choice: use simulation=False"
+        )
     study = Study(
         config=config,
         conditions=conditions,

@@ -115,6 +115,7 @@ def test_what_cannot_be_planned_says_what_can(tmp_path, fields, message):
     ("fields", "message"),
     [
         ({}, "name the directory"),
+        ({"files": ("a",), "contact": ""}, "whom to write to"),
         ({"files": ("a",), "points": 6}, "points=6: use 5 or 7"),
         ({"files": ("a",), "ratings_per_item": 1}, "ratings_per_item=1 is below 2"),
         ({"files": ("a",), "controls": ("none",)}, "use one of"),
@@ -124,7 +125,7 @@ def test_what_cannot_be_planned_says_what_can(tmp_path, fields, message):
 )
 def test_fields_have_limits(fields, message):
     with pytest.raises(ValueError, match=message):
-        validate(StudyConfig(**fields))
+        validate(StudyConfig(**({"contact": "x@example.org"} | fields)))
 
 
 def test_texts_of_ones_own(tmp_path):
