@@ -196,6 +196,11 @@ def non_negative(default: T) -> T:
     return number(default, at_least=0)
 
 
+def counted(default: int, *, at_most: int = 2**31 - 1) -> int:
+    """Return a field of an integer of 32 bits; 0 is one only if it is the default."""
+    return number(default, at_least=min(default, 1), at_most=at_most)
+
+
 def share(default: T) -> T:
     """Return a field of a number from 0 to 1."""
     return number(default, at_least=0, at_most=1)
@@ -501,15 +506,18 @@ class OptimConfig:
     """Optimizer and learning-rate schedule."""
 
     name: str = choice("adamw", OPTIMIZERS)  # update rule
-    learning_rate: float = positive(3e-4)  # peak
+    learning_rate: float = number(3e-4, above=0, at_most=1e30)  # peak
     schedule: str = choice("cosine", SCHEDULES)  # after warm-up
-    warmup_steps: int = non_negative(0)  # linear from 0 to the peak
-    final_fraction: float = non_negative(0.0)  # learning rate at the last step / peak
-    weight_decay: float = non_negative(0.0)  # decoupled; not applied to norms
+    warmup_steps: int = counted(0)  # linear from 0 to the peak
+    # learning rate at the last step / peak
+    final_fraction: float = number(0.0, at_least=0, at_most=1e6)
+    # decoupled; not applied to norms
+    weight_decay: float = number(0.0, at_least=0, at_most=1e6)
     b1: float = rate(0.9)  # adamw
     b2: float = rate(0.95)  # adamw
-    eps: float = positive(1e-8)  # adamw
-    clip_norm: float = non_negative(1.0)  # global gradient norm limit; 0 = off
+    eps: float = number(1e-8, at_least=1e-30, at_most=1e6)  # adamw
+    # global gradient norm limit; 0 = off
+    clip_norm: float = number(1.0, at_least=0, at_most=1e30)
     # regexes of paths ("layers/mlp/.*") not trained
     freeze: tuple[str, ...] = patterns(())
     # of averaged parameters, which are evaluated; 0 = none
@@ -520,26 +528,28 @@ class OptimConfig:
 class TrainConfig:
     """The loop."""
 
-    steps: int = positive(1000)  # optimizer steps
-    batch_size: int = positive(16)  # packed rows per step over all hosts
-    row_length: int = positive(256)  # tokens per packed row
-    encoder_row_length: int = non_negative(0)  # of an encoder (T5); 0 = row_length
+    steps: int = counted(1000)  # optimizer steps
+    batch_size: int = counted(16, at_most=2**20)  # packed rows per step over all hosts
+    row_length: int = counted(256, at_most=2**24)  # tokens per packed row
+    # of an encoder (T5); 0 = row_length
+    encoder_row_length: int = counted(0, at_most=2**24)
     # segments shuffled and packed together; 0 = all, above 2^18 of them 65,536
     shuffle_window: int = non_negative(0)
-    num_microbatches: int = positive(1)  # gradient accumulation; divides batch_size
+    # gradient accumulation; divides batch_size
+    num_microbatches: int = counted(1, at_most=2**20)
     # of compute; parameters and reductions stay float32
     dtype: str = choice("float32", DTYPES)
     remat: str = choice("none", REMATS)  # what the backward pass recomputes
-    chunk_size: int = non_negative(0)  # tokens per head chunk; 0 = from memory_mib
-    memory_mib: int = positive(32)  # memory for one chunk of logits, MiB
-    log_every: int = positive(10)  # steps between lines of metrics.jsonl
-    eval_every: int = non_negative(0)  # steps between evaluations; 0 = at the end
-    save_every: int = non_negative(500)  # steps between checkpoints; 0 = at the end
-    keep_last: int = positive(2)  # recent checkpoints kept
+    chunk_size: int = counted(0)  # tokens per head chunk; 0 = from memory_mib
+    memory_mib: int = counted(32, at_most=2**20)  # memory for one chunk of logits, MiB
+    log_every: int = counted(10)  # steps between lines of metrics.jsonl
+    eval_every: int = counted(0)  # steps between evaluations; 0 = at the end
+    save_every: int = counted(500)  # steps between checkpoints; 0 = at the end
+    keep_last: int = counted(2)  # recent checkpoints kept
     keep_best: bool = True  # also keep the one with the lowest held-out NLL
     non_finite: str = choice("stop", NON_FINITE)  # a non-finite loss
-    num_threads: int = positive(2)  # loader threads
-    prefetch: int = positive(8)  # batches made ahead
+    num_threads: int = counted(2, at_most=1024)  # loader threads
+    prefetch: int = counted(8, at_most=2**16)  # batches made ahead
 
 
 @dataclass(kw_only=True, slots=True)
