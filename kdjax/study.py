@@ -39,6 +39,11 @@ _COLUMNS = flags.DEFINE_string(
     "",
     "analyse: columns of --ratings under kdjax's names: participant=rater,item=id.",
 )
+_REFERENCE = flags.DEFINE_string(
+    "reference",
+    "",
+    "analyse: condition that others are compared with; the first by default.",
+)
 
 
 def plan() -> None:
@@ -69,7 +74,15 @@ def analyse() -> None:
     from kdjax.survey import analyse as analyse_lib
 
     ratings = pathlib.Path(_RATINGS.value) if _RATINGS.value else None
-    analyse_lib.run(_workdir(), ratings=ratings, columns=_COLUMNS.value)
+    workdir = flags.FLAGS.workdir
+    if ratings and not workdir:  # beside the table
+        workdir = ratings.with_name(f"{ratings.stem}_analysis")
+    analyse_lib.run(
+        pathlib.Path(workdir) if workdir else _workdir(),
+        ratings=ratings,
+        columns=_COLUMNS.value,
+        reference=_REFERENCE.value,
+    )
 
 
 def _validate(config: "StudyConfig") -> None:

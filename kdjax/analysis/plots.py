@@ -218,6 +218,64 @@ def levels(
         return _svg(figure, name, f"{label}: means of the levels of each factor")
 
 
+def likert(
+    counts: Mapping[str, Mapping[str, Sequence[int]]],
+    values: Sequence[str],
+    *,
+    name: str = "figure",
+) -> str:
+    """Shares of ratings as stacked bars, one panel per outcome.
+
+    Args:
+      counts: outcome -> condition -> ratings of each value.
+      values: names of the values, lowest first.
+      name: unique in the page; stands before all ids.
+
+    Returns:
+      SVG; "" where there is no rating.
+    """
+    if not any(sum(row) for rows in counts.values() for row in rows.values()):
+        return ""
+    conditions = list(dict.fromkeys(c for rows in counts.values() for c in rows))
+    columns = min(2, len(counts))
+    lines = math.ceil(len(counts) / columns)
+    colours = _diverging(len(values))
+    with _style():
+        figure = _figure(7.2, 0.5 + lines * (0.6 + 0.24 * len(conditions)))
+        grid = figure.subplots(lines, columns, squeeze=False, sharey=True, sharex=True)
+        for axes in grid.ravel()[len(counts) :]:
+            axes.set_visible(False)
+        shown: dict[str, Any] = {}
+        for axes, (title, rows) in zip(grid.ravel(), counts.items(), strict=False):
+            for height, condition in enumerate(conditions):
+                row, left = rows.get(condition, ()), 0.0
+                for value, count, colour in zip(values, row, colours, strict=False):
+                    width = count / (sum(row) or 1)
+                    bar = axes.barh(height, width, left=left, color=colour, height=0.8)
+                    shown.setdefault(value, bar)
+                    left += width
+            names = [_short(condition, 28) for condition in conditions]
+            axes.set_yticks(range(len(conditions)), names)
+            axes.set(xlim=(0, 1), ylim=(len(conditions) - 0.4, -0.6))
+            axes.set_title(_short(title, 28), fontsize=9)
+        figure.legend(
+            list(shown.values()),
+            [_short(value) for value in shown],
+            loc="outside lower center",
+            ncols=len(shown),
+        )
+        return _svg(figure, name, "shares of ratings by condition")
+
+
+def _diverging(num: int) -> list[Any]:
+    """Return colours from low to high that print in grey and for the colour-blind."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    ends = ("#b35806", "#e6a452", "#b8b8b8", "#7aa6cf", "#1f4e85")
+    scale = LinearSegmentedColormap.from_list("likert", ends)
+    return [scale(place / max(num - 1, 1)) for place in range(num)]
+
+
 def frontier(points: Sequence[Point], *, lowest: bool = False) -> list[Point]:
     """Points that no other beats in one of cost and quality and equals in the other.
 
