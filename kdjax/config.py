@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 
 T = TypeVar("T")
 
-SOURCES = ("auto", "kinship", "jsonl", "datasets", "tfds", "text")
+SOURCES = ("auto", "kinship", "jsonl", "datasets", "tfds", "text", "mixture")
 SCHEMAS = (
     "auto",
     "plain",
@@ -309,6 +309,30 @@ class DataConfig:
     def is_built_in(self) -> bool:
         """True for the built-in task, which is generated."""
         return self.source == "kinship" or (self.source == "auto" and not self.path)
+
+
+@dataclass(kw_only=True, slots=True)
+class MixtureConfig:
+    """Several sources of data (data.source="mixture"): an item for each source.
+
+    A field that is () is that of `data`, or `method.name`, for all of them.
+    """
+
+    names: tuple[str, ...] = ()  # of the sources, for metrics and messages
+    # of rows of a batch and of the loss, relative to each other
+    weights: tuple[float, ...] = positive(())
+    paths: tuple[str, ...] = ()  # data.path of each
+    eval_paths: tuple[str, ...] = ()  # data.eval_path of each
+    schemas: tuple[str, ...] = choice((), SCHEMAS)  # data.schema of each
+    columns: tuple[str, ...] = ()  # data.columns of each
+    rationales: tuple[str, ...] = ()  # data.rationales of each
+    eval_rationales: tuple[str, ...] = ()  # data.eval_rationales of each
+    counterfactuals: tuple[str, ...] = ()  # data.counterfactuals of each
+    num_train: tuple[int, ...] = non_negative(())  # data.num_train of each
+    num_eval: tuple[int, ...] = non_negative(())  # data.num_eval of each
+    methods: tuple[str, ...] = choice((), METHODS)  # method.name of each
+    # folder of each one's teacher cache; "" = <cache>/<name>
+    caches: tuple[str, ...] = ()
 
 
 @dataclass(kw_only=True, slots=True)
@@ -622,6 +646,7 @@ class Config:
     # initialisation and data order of a trained teacher
     teacher_seed: int = random_seed(0)
     data: DataConfig = field(default_factory=DataConfig)
+    mixture: MixtureConfig = field(default_factory=MixtureConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     student: StudentConfig = field(default_factory=StudentConfig)

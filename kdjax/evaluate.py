@@ -45,7 +45,7 @@ def score(
       Held-out metrics, and the shape of the model; None of a teacher without weights,
       whose metrics are those of its records.
     """
-    from kdjax.evaluation.scorer import Scorer, score_records
+    from kdjax.evaluation.scorer import make_scorer, score_records
     from kdjax.evaluation.text_match import match_rates
     from kdjax.experiment.models import load_model
     from kdjax.experiment.run import open_run
@@ -68,7 +68,7 @@ def score(
     else:
         path = teacher_folder(config, workdir) if name == "teacher" else name
         model, params = load_model(path, student_run.mesh, dtype=config.train.dtype)
-    scorer = Scorer(student_run, model, cache=cache)
+    scorer = make_scorer(student_run, model, cache=cache)
     metrics = scorer(params) | match_rates(scorer.generations(params))
     return metrics, model.shape
 

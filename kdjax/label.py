@@ -32,7 +32,11 @@ def run(config: Config, workdir: pathlib.Path) -> None:
     if distributed.is_main():
         print_table(
             f"{config.name}: teacher caches",
-            [build.describe(config, workdir, name) for name in caches],
+            [
+                build.describe(part.config, workdir, name)
+                for part in build.part_runs(labelled)
+                for name in caches
+            ],
         )
 
 

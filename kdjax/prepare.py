@@ -25,12 +25,15 @@ _NUM_COUNTED = 1000  # examples of a split that counts are of, at least
 
 def run(config: Config, workdir: pathlib.Path) -> None:
     """Print the examples and the counts of both splits, or prepare them."""
+    from kdjax.experiment import mixture
     from kdjax.parallel import distributed
 
     if not _SHOW.value:
         prepare(config, workdir, verify=_VERIFY.value)
     elif distributed.is_main():
-        show(config, _SHOW.value)
+        configs = [source.config for source in mixture.sources(config)] or [config]
+        for part in configs:
+            show(part, _SHOW.value)
 
 
 def prepare(config: Config, workdir: pathlib.Path, *, verify: bool = False) -> None:
@@ -53,9 +56,10 @@ def prepare(config: Config, workdir: pathlib.Path, *, verify: bool = False) -> N
             "data.source='kinship' is generated at each start: there is nothing to "
             "prepare; give data.path"
         )
-    data = load_data(config, workdir, force=True)
+    loaded = load_data(config, workdir, force=True)
     rows = []
-    for segments in (data.train, data.evaluation):
+    parts = [data for _, data in loaded.parts] or [loaded]
+    for segments in (s for data in parts for s in (data.train, data.evaluation)):
         assert isinstance(segments, prepared.PreparedSegments)
         if verify:
             segments.verify()

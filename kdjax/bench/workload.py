@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from kdjax.config import Config, T5Config, TrainConfig
 from kdjax.data import loader
-from kdjax.experiment import methods
+from kdjax.experiment import methods, mixture
 from kdjax.experiment.data import load_tokenizer
 from kdjax.experiment.models import (
     Model,
@@ -40,7 +40,7 @@ class Workload:
     mesh: Mesh
     model: Model
     plan: loader.BatchPlan
-    cache: TeacherCache | None  # None without soft terms
+    cache: Any  # the teacher's records; None without soft terms
     source: str  # "real" or "synthetic": where tokens and cache come from
 
 
@@ -91,7 +91,7 @@ def make_synthetic(config: Config, folder: pathlib.Path, mesh: Mesh) -> Workload
         row_length=config.train.row_length,
         prompt_length=_prompt_length(shape, config.train),
         vocab_size=shape.vocab_size,
-        num_views=len(methods.views(config.method)),
+        num_views=len(mixture.views(config)),
         seed=config.seed,
     )
     cache = None

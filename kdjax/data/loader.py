@@ -23,6 +23,7 @@ from jaxtyping import Int, Int32, Int64
 
 from kdjax.data import order
 from kdjax.data.batch import Batch, BatchSpec
+from kdjax.data.mixture import MixtureSegments
 from kdjax.data.segments import Segments, as_segments
 from kdjax.data.teacher_records import RecordWriter
 from kdjax.data.views import Segment
@@ -112,6 +113,7 @@ class BatchPlan:
             [lengths for lengths, _ in limits.values()],
             [limit for _, limit in limits.values()],
             table,
+            batch_size=batch_size,
             seed=seed,
             shuffle=shuffle,
             window=window,
@@ -157,6 +159,13 @@ class BatchPlan:
         empty = np.zeros(0, np.int64)
         return rows + [empty] * (self.batch_size - len(rows))
 
+    def epochs(self, step: int) -> list[int]:
+        """Return the epoch of each row of a step: of a mixture that of its source."""
+        with self._lock:
+            epoch, index = self._locate(step)
+            start = index * self.batch_size
+            return self._order.epochs(epoch, start, start + self.batch_size)
+
     def _locate(self, step: int) -> tuple[int, int]:
         if step < 0:
             raise ValueError(f"step={step}: steps count from 0")
@@ -177,17 +186,34 @@ def _make_order(
     limits: Sequence[int],
     segments: Segments,
     *,
+    batch_size: int,
     seed: int,
     shuffle: bool,
     window: int,
 ) -> order.Order:
-    """Choose between one order of all segments and windows."""
+    """Choose between one order of all segments, windows, and those of each source."""
+    if shuffle and isinstance(segments, MixtureSegments):
+        orders = []
+        for number, part in enumerate(segments.parts):
+            own = slice(segments.bounds[number], segments.bounds[number + 1])
+            orders.append(
+                order.WindowedRows(
+                    [of_kind[own] for of_kind in lengths],
+                    limits,
+                    part.alternatives,
+                    seed=(seed, number),
+                    window=window or order.WINDOW,
+                )
+            )
+        return order.MixedRows(
+            orders, segments.pattern, segments.bounds, batch_size=batch_size
+        )
     if shuffle and (window or len(segments) > order.WHOLE_LIMIT):
         return order.WindowedRows(
             lengths,
             limits,
             segments.alternatives,
-            seed=seed,
+            seed=(seed,),
             window=window or order.WINDOW,
         )
     alternatives = segments.alternatives if shuffle else np.arange(len(segments))
@@ -295,13 +321,16 @@ def make_batch(
         keys = np.random.default_rng([plan.seed, step, _DROPOUT])
         drawn = keys.integers(2**32, size=(plan.batch_size, 2), dtype=np.uint32)
         flat.dropout_keys[:] = drawn[local.ravel()]
-    if cache is not None:
-        records = RecordWriter(cache, temperature, plan.locate(step)[0])
+    epochs = plan.epochs(step)
+    records = {
+        epoch: RecordWriter(cache, temperature, epoch)
+        for epoch in ({} if cache is None else dict.fromkeys(epochs))
+    }
     for row, index in enumerate(local.ravel()):
         for number, span in enumerate(segment_spans(plan, contents[index]), 1):
             _write(flat, row, number, span, weights, plan)
             if cache is not None and span.segment.view in soft_views:
-                records.write(flat.teacher, row, span.loss, span.segment)
+                records[epochs[index]].write(flat.teacher, row, span.loss, span.segment)
     return batch
 
 

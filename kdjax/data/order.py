@@ -29,6 +29,9 @@ class Order(Protocol):
 
     same_rows: bool  # all epochs have the same number of rows
 
+    def epochs(self, epoch: int, start: int, stop: int) -> list[int]:
+        """Return the epoch of each of some rows: of a mixture that of its source."""
+
     def num_rows(self, epoch: int) -> int:
         """Return the number of rows of an epoch."""
 
@@ -66,6 +69,10 @@ class ShuffledRows:
         self._seed, self._shuffle = seed, shuffle
         self.same_rows = not shuffle
         self._rows: dict[int, Rows] = {}  # of the last few epochs used
+
+    def epochs(self, epoch: int, start: int, stop: int) -> list[int]:
+        """Return the epoch of each of some rows."""
+        return [epoch] * (stop - start)
 
     def num_rows(self, epoch: int) -> int:
         """Return the number of rows of an epoch, which is packed for it."""
@@ -112,7 +119,7 @@ class WindowedRows:
         limits: Sequence[int],
         alternatives: Int[np.ndarray, " N"] | None,
         *,
-        seed: int,
+        seed: Sequence[int],
         window: int = WINDOW,
     ) -> None:
         """See the class.
@@ -129,7 +136,7 @@ class WindowedRows:
           ValueError: a group whose items do not follow one another.
         """
         self.same_rows = True
-        self._seed = seed
+        self._seed = tuple(seed)
         self._limits = limits
         self._starts: np.ndarray | None = None  # of the groups; None = they are items
         self._lengths = lengths
@@ -155,6 +162,10 @@ class WindowedRows:
         self._window_rows = np.asarray([int(r.max()) + 1 for r in self._row_of])
         self._packed: dict[tuple[int, int], Rows] = {}  # the last few windows used
 
+    def epochs(self, epoch: int, start: int, stop: int) -> list[int]:
+        """Return the epoch of each of some rows."""
+        return [epoch] * (stop - start)
+
     def num_rows(self, epoch: int) -> int:
         """Return the number of rows of an epoch: the same for all."""
         del epoch
@@ -162,7 +173,7 @@ class WindowedRows:
 
     def rows(self, epoch: int, start: int, stop: int) -> Rows:
         """Return the items of some rows of an epoch."""
-        rng = np.random.default_rng([self._seed, epoch])
+        rng = np.random.default_rng([*self._seed, epoch])
         order = rng.permutation(len(self._window_rows))
         ends = np.cumsum(self._window_rows[order])
         rows: Rows = []
@@ -177,7 +188,7 @@ class WindowedRows:
     def _groups(self, window: int) -> np.ndarray:
         """Return the groups of a window, in the order of the seed."""
         places = np.arange(self._bounds[window], self._bounds[window + 1])
-        return permute(places, self._num_groups, (self._seed, _WINDOW_TAG))
+        return permute(places, self._num_groups, (*self._seed, _WINDOW_TAG))
 
     def _longest_first(self, groups: np.ndarray) -> np.ndarray:
         """Sort groups by their lengths, descending; equal ones stay in their order."""
@@ -199,7 +210,7 @@ class WindowedRows:
     def _window(self, epoch: int, window: int) -> Rows:
         """Return the rows of a window in an epoch."""
         if (epoch, window) not in self._packed:
-            rng = np.random.default_rng([self._seed, epoch, window, _WINDOW_TAG])
+            rng = np.random.default_rng([*self._seed, epoch, window, _WINDOW_TAG])
             groups = rng.permutation(self._groups(window))
             groups = self._longest_first(groups)
             items = groups
@@ -216,3 +227,80 @@ class WindowedRows:
                 del self._packed[next(iter(self._packed))]
             self._packed[epoch, window] = shuffled
         return self._packed[epoch, window]
+
+
+class MixedRows:
+    """Rows of several sources, in a fixed pattern; each source has epochs of its own.
+
+    The rows of a run are one sequence. Row r belongs to source `pattern[r % P]`, P rows
+    being a period, and is the next row of that source's own endless order: so the
+    shares are exact in every P rows, whatever the sizes of the sources. An epoch of
+    the mixture is as long as the rows until each source was seen once, rounded up to
+    whole batches: nothing begins anew there.
+    """
+
+    def __init__(
+        self,
+        orders: Sequence[WindowedRows],
+        pattern: Int[np.ndarray, " P"],
+        bounds: Sequence[int],
+        *,
+        batch_size: int,
+    ) -> None:
+        """See the class.
+
+        Args:
+          orders: of the sources.
+          pattern: source of each row of a period.
+          bounds: first item of each source.
+          batch_size: rows of a batch.
+        """
+        self.same_rows = True
+        self._orders, self._pattern, self._bounds = orders, pattern, bounds
+        self._source_rows = [order.num_rows(0) for order in orders]
+        self._counts = np.bincount(pattern, minlength=len(orders))
+        self._before = [
+            np.cumsum(pattern == s) - (pattern == s) for s in range(len(orders))
+        ]
+        periods = max(
+            -(-rows // int(count))
+            for rows, count in zip(self._source_rows, self._counts, strict=True)
+        )
+        self._num_rows = -(-periods * len(pattern) // batch_size) * batch_size
+
+    def num_rows(self, epoch: int) -> int:
+        """Return the number of rows of an epoch: the same for all."""
+        del epoch
+        return self._num_rows
+
+    def _places(
+        self, epoch: int, start: int, stop: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the source of each row, and its number among those of its source."""
+        rows = np.arange(start, stop, dtype=np.int64) + epoch * self._num_rows
+        periods, places = np.divmod(rows, len(self._pattern))
+        sources = self._pattern[places]
+        before = np.stack(self._before)[sources, places]
+        return sources, periods * self._counts[sources] + before
+
+    def epochs(self, epoch: int, start: int, stop: int) -> list[int]:
+        """Return the epoch of its source that each of some rows belongs to."""
+        sources, numbers = self._places(epoch, start, stop)
+        return (numbers // np.asarray(self._source_rows)[sources]).tolist()
+
+    def rows(self, epoch: int, start: int, stop: int) -> Rows:
+        """Return the items of some rows of an epoch."""
+        sources, numbers = self._places(epoch, start, min(stop, self._num_rows))
+        rows: Rows = [np.zeros(0, np.int64)] * len(sources)
+        for source, order in enumerate(self._orders):
+            places = np.flatnonzero(sources == source)
+            done = 0
+            while done < len(places):  # they follow one another in the source's order
+                own, first = divmod(
+                    int(numbers[places[done]]), self._source_rows[source]
+                )
+                last = min(first + len(places) - done, self._source_rows[source])
+                for row in order.rows(own, first, last):
+                    rows[places[done]] = row + self._bounds[source]
+                    done += 1
+        return rows

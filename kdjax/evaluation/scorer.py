@@ -18,7 +18,7 @@ from kdjax.data.example import Example
 from kdjax.data.segments import as_segments
 from kdjax.data.templates import Text
 from kdjax.evaluation import calibration, text_match
-from kdjax.experiment import methods
+from kdjax.experiment import methods, mixture
 from kdjax.experiment.data import Data, uses_chat_template
 from kdjax.experiment.models import (
     Model,
@@ -356,6 +356,85 @@ class Scorer:
         return [loader.with_end(ids, end) for ids in prompt_ids]
 
 
+class MixtureScorer:
+    """Scorer of the parameters of one model on each source of a mixture.
+
+    Args:
+      run: of a mixture.
+      model: as in `Scorer`.
+      cache: the teacher's records of the held-out segments of all sources.
+    """
+
+    def __init__(
+        self, run: Run, model: Model | None = None, *, cache: Any = None
+    ) -> None:
+        self._scorers: dict[str, Scorer] = {}
+        self._shares: dict[str, float] = {}
+        for source, (name, data) in zip(
+            mixture.sources(run.config), run.data.parts, strict=True
+        ):
+            part = dataclasses.replace(run, config=source.config, data=data)
+            self._scorers[name] = Scorer(part, model, cache=cache)
+            self._shares[name] = source.share
+        self.bins: calibration.Bins | None = None  # a source's own are its ece
+
+    def __call__(self, params: Any) -> dict[str, float]:
+        """Compute the metrics of the model with these parameters.
+
+        Returns:
+          <metric>/<source> for each source, see `Scorer`; and those that all sources
+          have, but for ece, as means weighted by the sources' shares.
+        """
+        by_source = {name: scorer(params) for name, scorer in self._scorers.items()}
+        means = {
+            metric: sum(
+                share * by_source[name][metric] for name, share in self._shares.items()
+            )
+            for metric in next(iter(by_source.values()))
+            if metric not in ("ece", "perplexity")
+            and all(metric in metrics for metrics in by_source.values())
+        }
+        means["perplexity"] = math.exp(min(means["nll"], 700.0))
+        return means | {
+            f"{metric}/{name}": value
+            for name, metrics in by_source.items()
+            for metric, value in metrics.items()
+        }
+
+    def digest(self) -> str:
+        """Return a hash of all that determines the metrics, but for the model."""
+        digests = [
+            (name, self._shares[name], scorer.digest())
+            for name, scorer in self._scorers.items()
+        ]
+        return hashlib.blake2b(repr(digests).encode(), digest_size=16).hexdigest()
+
+    def choice_rows(self) -> list[dict[str, Any]]:
+        """Return the scores of all choices, of the last call."""
+        return [
+            {"source": name} | row
+            for name, scorer in self._scorers.items()
+            for row in scorer.choice_rows()
+        ]
+
+    def generations(self, params: Any) -> list[dict[str, Any]]:
+        """Answer the first held-out examples of each source by greedy decoding."""
+        return [
+            {"source": name} | row
+            for name, scorer in self._scorers.items()
+            for row in scorer.generations(params)
+        ]
+
+
+def make_scorer(
+    run: Run, model: Model | None = None, *, cache: Any = None
+) -> Scorer | MixtureScorer:
+    """Make the scorer of a run, see `Scorer`."""
+    if run.data.parts:
+        return MixtureScorer(run, model, cache=cache)
+    return Scorer(run, model, cache=cache)
+
+
 def score_teacher(
     run: Run,
     folder: pathlib.Path,
@@ -378,7 +457,7 @@ def score_teacher(
     shape = hf.read_config(path)
     dtype = run.config.train.dtype
     model = teacher[0] if teacher else make_model(shape, run.mesh, dtype=dtype)
-    scorer = Scorer(run, model, cache=cache)
+    scorer = make_scorer(run, model, cache=cache)
     file = folder / f"{hf.fingerprint(path)}-{scorer.digest()}.json"
     metrics = _read_metrics(file) if file.is_file() else None
     # Every process looks before one of them writes.

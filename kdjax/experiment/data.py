@@ -15,9 +15,10 @@ from kdjax.config import Config, DataConfig
 from kdjax.data import chat_template, files, prepared, selection, sources, views
 from kdjax.data import tokenizer as tokenizers
 from kdjax.data.example import Example
+from kdjax.data.mixture import MixtureSegments
 from kdjax.data.splits import is_hub_name
 from kdjax.data.views import Segment
-from kdjax.experiment import methods
+from kdjax.experiment import methods, mixture
 from kdjax.models import hf
 from kdjax.parallel import distributed
 from kdjax.runtime.console import progress
@@ -34,6 +35,8 @@ class Data:
     evaluation: Sequence[Segment]
     eval_examples: list[Example]
     labels: dict[str, Any]  # of a teacher's answers: `selection.apply_label_policy`
+    # (name of a source, its data) of a mixture, whose views have their own names
+    parts: tuple[tuple[str, "Data"], ...] = ()
     eos_ids: tuple[int, ...] = ()  # of tokens that end a text: `stop_ids`
     max_id: int = -1  # largest id in the segments
 
@@ -76,6 +79,8 @@ def load_data(
     Raises:
       ValueError: an error of the data.
     """
+    if mixture.is_mixture(config):
+        return _load_mixture(config, workdir, splits=splits, force=force)
     tokenizer = load_tokenizer(config)
     student = config.student.path if config.student.init == "folder" else ""
     used = tokenizer_path(config)
@@ -131,6 +136,43 @@ def load_data(
         labels=labels,
         eos_ids=stop_ids(config, tokenizer, (config.teacher.path, student)),
         max_id=max_id,
+    )
+
+
+def _load_mixture(
+    config: Config,
+    workdir: pathlib.Path | None,
+    *,
+    splits: tuple[str, ...],
+    force: bool,
+) -> Data:
+    """Load each source of a mixture, and join their segments."""
+    sources, loaded = mixture.sources(config), []
+    for source in sources:
+        try:
+            data = load_data(source.config, workdir, splits=splits, force=force)
+        except ValueError as error:
+            raise ValueError(f"mixture source {source.name!r}: {error}") from error
+        loaded.append(data)
+    numbers = mixture.view_numbers(config)
+    names = [source.name for source in sources]
+
+    def join(parts: list[Sequence[Segment]]) -> Sequence[Segment]:
+        if not any(len(part) for part in parts):
+            return []
+        weights = config.mixture.weights
+        return MixtureSegments(parts, names=names, weights=weights, views=numbers)
+
+    return Data(
+        tokenizer=loaded[0].tokenizer,
+        views=mixture.views(config),
+        eval_views=mixture.held_out_views(config),
+        train=join([data.train for data in loaded]),
+        evaluation=join([data.evaluation for data in loaded]),
+        eval_examples=[e for data in loaded for e in data.eval_examples],
+        labels={},
+        parts=tuple(zip(names, loaded, strict=True)),
+        eos_ids=tuple(sorted({i for data in loaded for i in data.eos_ids})),
     )
 
 
@@ -265,4 +307,6 @@ def stop_ids(config: Config, tokenizer: Any, paths: Sequence[str]) -> tuple[int,
 
 def uses_chat_template(config: Config) -> bool:
     """Return True if prompts go through the tokenizer's chat template."""
-    return config.data.chat_template or config.method.name == "chat"
+    sources = mixture.sources(config)
+    names = [source.config.method.name for source in sources] or [config.method.name]
+    return config.data.chat_template or "chat" in names

@@ -10,6 +10,7 @@ _FREE = (
     "evaluation.",
     "annotate.",
     "cache.path",
+    "mixture.caches",
     "cache.shard_size",
     "cache.shard_mib",
     "cache.num_threads",

@@ -8,7 +8,7 @@ import dataclasses
 from kdjax import config as config_lib
 from kdjax.config import AnnotateConfig, Config, DecoderConfig, StudentConfig, T5Config
 from kdjax.data import columns, templates
-from kdjax.experiment import methods
+from kdjax.experiment import methods, mixture
 from kdjax.models import t5
 from kdjax.models.decoder_shape import check_shape
 from kdjax.models.hf import families
@@ -21,10 +21,16 @@ def validate(config: Config) -> None:
       ValueError: name=value, the limit and the remedy, in one line.
     """
     config_lib.check(config)
+    for source in mixture.sources(config):
+        try:
+            validate(source.config)
+        except ValueError as error:
+            raise ValueError(f"mixture source {source.name!r}: {error}") from error
     _check_training(config)
     _check_method(config)
     _check_temperatures(config)
-    _check_data(config)
+    if not mixture.is_mixture(config):
+        _check_data(config)
     templates.check_variables(config.data)
     _check_texts(config)
     _check_student(config.student)

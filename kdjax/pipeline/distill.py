@@ -6,7 +6,7 @@ from typing import Any
 
 from kdjax.config import Config
 from kdjax.evaluation.scorer import (
-    Scorer,
+    make_scorer,
     not_measured,
     score_records,
     score_teacher,
@@ -88,7 +88,7 @@ def _distill(run: Run) -> Distilled:
         print_table(
             f"{config.name}: what the student starts from", provenance.table(origins)
         )
-    scorer = Scorer(run, cache=caches.get("eval"))
+    scorer = make_scorer(run, cache=caches.get("eval"))
     trained = train_loop(
         run,
         student_params(config, run.student, teacher_path),

@@ -17,7 +17,7 @@ from kdjax.data import loader, teacher_records
 from kdjax.data import tokenizer as tokenizers
 from kdjax.data.segments import as_segments
 from kdjax.data.views import Segment
-from kdjax.experiment import methods
+from kdjax.experiment import methods, mixture
 from kdjax.experiment import workdir as workdir_lib
 from kdjax.experiment.models import check_ids, label_vocab_size, load_model
 from kdjax.experiment.rows import row_kwargs
@@ -36,7 +36,10 @@ from kdjax.runtime import chips, untrusted
 from kdjax.runtime.console import progress
 from kdjax.teacher import cache as cache_lib
 from kdjax.teacher import label
+from kdjax.teacher.union import CacheUnion
 from kdjax.training import step
+
+Cache = cache_lib.TeacherCache | CacheUnion
 
 
 def folder(config: Config, workdir: pathlib.Path, split: str) -> pathlib.Path:
@@ -61,6 +64,10 @@ def check(run: Run) -> None:
     Raises:
       ValueError: a cache that does not fit, or an example longer than a labelled row.
     """
+    if run.data.parts:
+        for part in part_runs(run):
+            check(part)
+        return
     config, splits = run.config, segments_to_label(run)
     todo = _missing(run, splits)
     if has_teacher(config) and runs_elsewhere(config):
@@ -83,6 +90,10 @@ def check(run: Run) -> None:
 
 def check_can_label(run: Run) -> None:
     """Raise ValueError if the teacher is to label something and has no weights."""
+    if run.data.parts:
+        for part in part_runs(run):
+            check_can_label(part)
+        return
     config = run.config
     todo = sorted(_missing(run, segments_to_label(run)), reverse=True)
     if todo and runs_elsewhere(config):
@@ -104,8 +115,28 @@ def _rows(config: Config, teacher: Shape) -> dict[str, Any]:
     return row_kwargs(teacher, cache.row_length, cache.encoder_row_length)
 
 
-def open_split(run: Run, split: str) -> cache_lib.TeacherCache | None:
+def part_runs(run: Run) -> list[Run]:
+    """Return the runs on each source of a mixture; the run itself where it has one."""
+    if not run.data.parts:
+        return [run]
+    runs = []
+    root = pathlib.Path(run.config.cache.path or run.workdir / "cache")
+    caches = run.config.mixture.caches or ("",) * len(run.data.parts)
+    for source, (name, data), path in zip(
+        mixture.sources(run.config), run.data.parts, caches, strict=True
+    ):
+        cache = dataclasses.replace(run.config.cache, path=path or str(root / name))
+        config = dataclasses.replace(source.config, cache=cache)
+        runs.append(dataclasses.replace(run, config=config, data=data))
+    return runs
+
+
+def open_split(run: Run, split: str) -> Cache | None:
     """Open the cache of a split; None, with a note on stderr, if it is not labelled."""
+    if run.data.parts:
+        caches = [open_split(part, split) for part in part_runs(run)]
+        opened = [cache for cache in caches if cache is not None]
+        return CacheUnion(opened) if len(opened) == len(caches) else None
     if not has_teacher(run.config):
         return None
     path = folder(run.config, run.workdir, split)
@@ -131,12 +162,16 @@ def describe(config: Config, workdir: pathlib.Path, split: str) -> dict[str, Any
     }
 
 
-def ensure(run: Run) -> dict[str, cache_lib.TeacherCache]:
+def ensure(run: Run) -> dict[str, Cache]:
     """Label what is not labelled yet, and open all caches, by split.
 
     Raises:
       ValueError: a finished cache that does not fit the config or lacks an example.
     """
+    if run.data.parts:
+        caches = [ensure(part) for part in part_runs(run)]
+        names = [name for name in caches[0] if all(name in c for c in caches)]
+        return {name: CacheUnion([c[name] for c in caches]) for name in names}
     config, workdir = run.config, run.workdir
     teacher_path = teacher_folder(config, workdir)
     splits = segments_to_label(run)

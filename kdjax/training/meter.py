@@ -10,7 +10,7 @@ import numpy as np
 
 from kdjax.config import Config
 from kdjax.data.loader import BatchPlan
-from kdjax.experiment import methods
+from kdjax.experiment import methods, mixture
 from kdjax.experiment.rows import flops_kwargs
 from kdjax.models import flops
 from kdjax.models.lm import Shape
@@ -43,7 +43,7 @@ class Meter:
         frozen_params: Mapping[str, Any],
     ) -> None:
         self._config, self._plan = config, plan
-        self._terms = methods.terms(config.method)
+        self._terms = mixture.terms(config)
         self._views, self._writer = views, writer
         divergence = config.method.divergence
         self._soft_name = "kl" if divergence == "forward_kl" else divergence

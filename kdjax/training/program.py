@@ -13,7 +13,7 @@ from kdjax import losses
 from kdjax.config import CacheConfig, Config, T5Config
 from kdjax.data import loader
 from kdjax.data.batch import Batch, BatchSpec
-from kdjax.experiment import methods
+from kdjax.experiment import methods, mixture
 from kdjax.experiment.models import Model
 from kdjax.models import lm
 from kdjax.models.lm import Shape
@@ -124,7 +124,7 @@ class Program:
 
     def terms(self, index: int) -> tuple[methods.Term, ...]:
         """Return the terms of the loss in a step of the run."""
-        return methods.terms(self._config.method, self.progress(index))
+        return mixture.terms(self._config, self.progress(index))
 
     def step_at(self, temperature: float) -> TrainStep:
         """Return (state, batch, online teacher's parameters) -> (state, metrics)."""
@@ -209,7 +209,7 @@ class Program:
             optimizer.make_schedule(config.optim, steps=config.train.steps),
             self._mesh,
             self.abstract,
-            num_views=len(methods.views(config.method)),
+            num_views=len(mixture.views(config)),
             loss_options=loss_options(
                 config, self._model, temperature, self._num_valid, teacher
             ),
@@ -358,7 +358,7 @@ def abstract_batch(
     """
     train, cache = config.train, config.cache
     stored = methods.has_soft_terms(config.method) and not config.teacher.online
-    kinds = {"hard", "soft"} | {term.kind for term in methods.terms(config.method)}
+    kinds = {"hard", "soft"} | {term.kind for term in mixture.terms(config)}
     encoder_length = 0
     if isinstance(shape, T5Config):
         encoder_length = train.encoder_row_length or train.row_length
