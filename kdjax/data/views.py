@@ -351,7 +351,7 @@ def _tokenize(
             target = target[: config.max_target]
         parts = (np.asarray(ids, np.int32) for ids in (prompt, target, prefix))
         prompt_P, target_t, prefix_p = parts
-        key = _key(base, prompt_P, target_t, prefix_p)
+        key = content_key(base, prompt_P, target_t, prefix_p)
         prefix_p = prefix_p if prefix else _EMPTY
         segment = Segment(
             example.id, view, prompt_P, target_t, key, prefix_p, example.weight
@@ -392,7 +392,7 @@ def _tokenize_chats(
             view,
             prompt_P,
             target_t,
-            _key(base, prompt_P, target_t, loss_mask=masked),
+            content_key(base, prompt_P, target_t, loss_mask=masked),
             weight=example.weight,
             loss_mask=masked,
         )
@@ -491,7 +491,7 @@ def check_unknown(
     )
 
 
-def _key(
+def content_key(
     base: bytes,
     prompt_P: np.ndarray,
     target_t: np.ndarray,
@@ -532,6 +532,3 @@ def _too_long_message(
         f"max_{part}={limit}: use max_{part} >= {length}, or on_long='truncate' or "
         "'drop' (both are counted)"
     )
-
-
-content_key = _key

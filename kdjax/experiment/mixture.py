@@ -82,6 +82,8 @@ def _config(config: Config, index: int) -> Config:
     method, cache = config.method, config.cache
     if mixture.methods:
         method = dataclasses.replace(method, name=mixture.methods[index])
+        if method.name != "text":
+            changes["long_text"] = "whole"  # texts alone are cut
     return dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, source="auto", **changes),

@@ -156,6 +156,12 @@ def _check_no_teacher(config: Config) -> None:
 def _check_texts(config: Config) -> None:
     """Check that prompts of views differ, and that no file of texts is ignored."""
     data, views = config.data, methods.views(config.method)
+    if data.long_text != "whole" and views != ("text",):
+        raise ValueError(
+            f"data.long_text={data.long_text!r} with method.name="
+            f"{config.method.name!r}: texts alone are cut: use method.name='text', or "
+            "data.long_text='whole'"
+        )
     prefixes = [getattr(data.prefixes, view, "") for view in views]
     if not data.prompt_suffix and len(set(prefixes)) < len(prefixes):
         raise ValueError(

@@ -262,11 +262,13 @@ def test_keys_depend_on_content_and_tokenizer_alone():
     assert other.key != first.key
     prompt, target = first.prompt_ids, first.target_ids
     for changed in ((prompt[::-1].copy(), target), (prompt, target + 1)):
-        assert views._key(b"", *changed) != views._key(b"", prompt, target)
+        assert views.content_key(b"", *changed) != views.content_key(
+            b"", prompt, target
+        )
 
 
 def test_keys_know_where_the_target_starts():
-    key = views._key
+    key = views.content_key
     a, b = np.array([1, 2], np.int32), np.array([3], np.int32)
     assert key(b"", a, b) != key(b"", a[:1], np.array([2, 3], np.int32))
 
@@ -275,13 +277,13 @@ def test_keys_know_the_prefix():
     ids = [np.array([i], np.int32) for i in range(4)]
     pair = np.array([0, 1], np.int32)
     found = [
-        views._key(b"", *ids[:2]),
-        views._key(b"", *ids[:3]),
-        views._key(b"", ids[0], ids[1], ids[3]),
-        views._key(b"", ids[2], ids[1], ids[0]),
-        views._key(b"", ids[0], pair),
-        views._key(b"", pair, ids[1]),
-        views._key(b"", ids[0], ids[1], pair),
+        views.content_key(b"", *ids[:2]),
+        views.content_key(b"", *ids[:3]),
+        views.content_key(b"", ids[0], ids[1], ids[3]),
+        views.content_key(b"", ids[2], ids[1], ids[0]),
+        views.content_key(b"", ids[0], pair),
+        views.content_key(b"", pair, ids[1]),
+        views.content_key(b"", ids[0], ids[1], pair),
     ]
     assert len(set(found)) == len(found)
     # What was labelled before there were prefixes is found.
