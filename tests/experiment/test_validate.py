@@ -19,6 +19,7 @@ TEXTS = {
     *("label", "rationale", "rationale_then_label", "factual", "counterfactual"),
     *("model", "prompts", "stop", "url", "key_variable", "columns"),
     *("rationale_end", "template_kwargs", "template_date"),
+    *("prepared", "names", "paths", "eval_paths", "caches"),
 }
 LEAVES = list(config_lib.leaves(Config()))
 
