@@ -131,9 +131,8 @@ def show(config: Config, num: int) -> None:
                 ),
             }
         for example in selected.examples[:num]:
-            where = f" ({example.origin})" if example.origin else ""
             for name, segment in segments_by_id.get(example.id, []):
-                print(f"\n{split} {example.id!r}{where}, view {name}:")
+                print(f"\n{split} {example.name}, view {name}:")
                 _print_spans(preview.spans(segment, tokenizer))
         print()
         console.print_table(

@@ -72,7 +72,7 @@ def make_items(examples: Sequence[Example], config: AnnotateConfig) -> list[Item
     for example in examples:
         if not example.question or not example.answer:
             raise ValueError(
-                f"example {example.id!r} has no question with an answer: rationales "
+                f"example {example.name} has no question with an answer: rationales "
                 "are written for these; use another data.schema"
             )
         for_each_wrong_choice = config.method in COUNTERFACTUAL_METHODS
@@ -82,7 +82,7 @@ def make_items(examples: Sequence[Example], config: AnnotateConfig) -> list[Item
             wrong = _wrong(example)
             if not wrong:
                 raise ValueError(
-                    f"example {example.id!r} has no wrong choice, which annotate.method"
+                    f"example {example.name} has no wrong choice, which annotate.method"
                     f"={config.method!r} needs: use another one"
                     + (" or contrast='empty'" * (config.method == "contrastive"))
                 )

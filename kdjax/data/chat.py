@@ -174,7 +174,7 @@ class ChatEncoder:
         content = messages[index].get("content")
         if not isinstance(content, str) or messages[index].get("tool_calls"):
             raise ValueError(
-                f"example {example.id!r}: {self._file()} does not write message "
+                f"example {example.name}: {self._file()} does not write message "
                 f"{index} after what asks for it, and it is more than a text: use "
                 "another template"
             )
@@ -185,7 +185,7 @@ class ChatEncoder:
             content = content.lstrip().removeprefix(think.OPEN).lstrip()
             if think.CLOSE not in content:
                 raise ValueError(
-                    f"example {example.id!r}: {self._file()} asks for reasoning "
+                    f"example {example.name}: {self._file()} asks for reasoning "
                     f"(<think>), and message {index} has none: give it "
                     "reasoning_content, leave it out of the data, or set "
                     "data.template_kwargs so that none is asked for"
@@ -204,7 +204,7 @@ class ChatEncoder:
         try:
             return self._encoder.encode_with_ends(text, borders)
         except ValueError as error:
-            raise ValueError(f"example {example.id!r}: {error}") from None
+            raise ValueError(f"example {example.name}: {error}") from None
 
     def _tokens(
         self, example: Example, turns: Sequence[int], rendered: Rendered
@@ -221,7 +221,7 @@ class ChatEncoder:
                 ids, end = [*ids, self._tokenizer.eos_token_id], stop + 1
             if end is None:
                 raise ValueError(
-                    f"example {example.id!r}: {self._file()} writes no token that ends "
+                    f"example {example.name}: {self._file()} writes no token that ends "
                     f"message {turns[number]}, so that a student would not learn to "
                     "stop: use data.chat_loss='last', or a template with one"
                 )
@@ -240,7 +240,7 @@ class ChatEncoder:
         ]
         if marks and len(marks) != len(assistant):
             raise ValueError(
-                f"example {example.id!r}: {self._file()} marks {len(marks)} turns of "
+                f"example {example.name}: {self._file()} marks {len(marks)} turns of "
                 f"{len(assistant)} of the assistant: repair its generation blocks"
             )
         spans = []
@@ -250,7 +250,7 @@ class ChatEncoder:
                 stop = self._last_end(text, start, stop)
             if common < start or stop <= start:
                 raise ValueError(
-                    f"example {example.id!r}: {self._file()} writes message {index} of "
+                    f"example {example.name}: {self._file()} writes message {index} of "
                     "the assistant, or what is before it, in another way than in its "
                     "own turn, when nothing follows: use data.chat_loss='last', or "
                     "'each' for every turn as the last one of a chat of its own"
@@ -319,27 +319,27 @@ def learnt_turns(example: Example, config: DataConfig) -> list[int]:
     for index, message in enumerate(example.messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise ValueError(
-                f"example {example.id!r}: message {index} is {str(message)[:80]!r}: "
+                f"example {example.name}: message {index} is {str(message)[:80]!r}: "
                 "give it a role and a content"
             )
         weight = message.get("weight", 1)
         if weight not in (0, 1, None):
             raise ValueError(
-                f"example {example.id!r}: message {index} has weight={weight!r}: use "
+                f"example {example.name}: message {index} has weight={weight!r}: use "
                 "1, or 0 for a turn that is not learnt"
             )
         if message["role"] == "assistant" and weight != 0:
             turns.append(index)
     if not turns:
         raise MissingTurnError(
-            f"example {example.id!r} has no message of the assistant to learn: give it "
+            f"example {example.name} has no message of the assistant to learn: give it "
             "one, or leave it out (data.on_missing='drop')"
         )
     if config.think == "require":
         for index in turns if config.chat_loss == "all" else turns[-1:]:
             if not has_reasoning(example.messages[index]):
                 raise MissingTurnError(
-                    f"example {example.id!r}: message {index} of the assistant has no "
+                    f"example {example.name}: message {index} of the assistant has no "
                     "<think>...</think>, which data.think='require' needs: leave it "
                     "out (data.on_missing='drop'), or use 'keep'"
                 )

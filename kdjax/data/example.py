@@ -31,6 +31,11 @@ class Example:
     # File and row that it was read from, "rows.jsonl:3", for errors; "" = none.
     origin: str = dataclasses.field(default="", compare=False, repr=False)
 
+    @property
+    def name(self) -> str:
+        """Its id, and where it was read, for errors."""
+        return f"{self.id!r} ({self.origin})" if self.origin else repr(self.id)
+
 
 def wrong_choices(example: Example) -> tuple[str, ...]:
     """Return the choices that `counterfactuals` belong to, in their order.

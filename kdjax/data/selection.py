@@ -165,7 +165,7 @@ def replace_label(example: Example, answer: str, path: str) -> Example:
     """
     if not example.answer:
         raise ValueError(
-            f"labels={path!r}: example {example.id!r} has no answer to replace: "
+            f"labels={path!r}: example {example.name} has no answer to replace: "
             "use data with questions, or labels=''"
         )
     if not example.choices:
@@ -276,8 +276,7 @@ def drop_incomplete(
     for example in examples:
         needs = ((templates.missing_field(example, view), view) for view in views)
         if key := next((key for key in needs if key[0]), None):
-            where = f" ({example.origin})" if example.origin else ""
-            ids_missing.setdefault(key, []).append(f"{example.id!r}{where}")
+            ids_missing.setdefault(key, []).append(example.name)
         else:
             selected.append(example)
     counts: dict[str, int] = {}
@@ -346,8 +345,7 @@ def describe_overlap(
         if index < len(digests) and digests[index] == digest:
             num_same += 1
             if len(names) < 3:
-                where = f" ({example.origin})" if example.origin else ""
-                names.append(f"{example.id!r}{where}")
+                names.append(example.name)
     if not num_same:
         return ""
     return (

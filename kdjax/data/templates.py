@@ -61,7 +61,7 @@ def render(example: Example, view: str, config: DataConfig) -> list[Text]:
     suffix, _, target = _VIEWS[view]
     if part := missing_field(example, view):
         raise ValueError(
-            f"example {example.id!r} has no {part}, which view {view!r} needs: give "
+            f"example {example.name} has no {part}, which view {view!r} needs: give "
             f"the data one{_WHERE.get(part, '')}, or use a method without that view"
         )
     if view == "chat":

@@ -215,7 +215,7 @@ def choice_segments(
     for index, (example, text) in enumerate(zip(examples, texts, strict=True)):
         if not example.choices:
             raise ValueError(
-                f"example {example.id!r} has no choices to score: use generation"
+                f"example {example.name} has no choices to score: use generation"
             )
         for number, choice in enumerate(example.choices):
             items.append((example, 0, text._replace(target=choice)))
@@ -337,7 +337,7 @@ def _tokenize(
         max_prefix = config.max_target - len(target)
         if len(prompt) > config.max_prompt or len(prefix) > max_prefix:
             if config.on_long == "error":
-                where = f"example {example.id!r}, view {views[view]!r}"
+                where = f"example {example.name}, view {views[view]!r}"
                 raise ValueError(
                     _too_long_message(where, prompt, prefix, target, config)
                 )
@@ -418,7 +418,7 @@ def _fit_chat(
         return tokens
     if config.on_long == "error":
         raise ValueError(
-            f"example {example.id!r}: its chat has {length} tokens, max_prompt="
+            f"example {example.name}: its chat has {length} tokens, max_prompt="
             f"{config.max_prompt} and max_target={config.max_target} make {limit}: "
             "raise one of them, or use on_long='truncate' or 'drop' (both are counted)"
         )

@@ -222,5 +222,5 @@ def test_texts_have_no_labels(tmp_path):
     path = write(tmp_path / "t.jsonl", [{"id": "t", "text": "Once."}] * 1)
     labels = write(tmp_path / "l.jsonl", [{"id": "t", "answer": "x"}])
     config = DataConfig(source="jsonl", path=path, eval_path=labels, labels=labels)
-    with pytest.raises(ValueError, match="'t' has no answer to replace"):
+    with pytest.raises(ValueError, match=r"'t' .*t.jsonl:1\) has no answer to rep"):
         sources.load_examples(config, "train", seed=0)
