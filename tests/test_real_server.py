@@ -133,16 +133,22 @@ def proxy(port):
 @pytest.fixture(scope="module")
 def port(smollm2, tmp_path_factory):
     """Where `transformers serve` answers."""
+    with serve(smollm2, tmp_path_factory.mktemp("serve") / "log") as number:
+        yield number
+
+
+@contextlib.contextmanager
+def serve(folder, log):
+    """Run `transformers serve` with a model in the block, at the port it yields."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         number = free.getsockname()[1]
-    log = tmp_path_factory.mktemp("serve") / "log"
     executable = pathlib.Path(sys.executable).parent / "transformers"
     where = ["--host", "127.0.0.1", "--port", str(number)]
     where += ["--device", "cpu", "--dtype", "float32"]
     with open(log, "wb") as file:
         process = subprocess.Popen(
-            [str(executable), "serve", str(smollm2), *where],
+            [str(executable), "serve", str(folder), *where],
             env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
             stdout=file,
             stderr=subprocess.STDOUT,
