@@ -48,7 +48,7 @@ def score(
     from kdjax.evaluation.scorer import make_scorer, score_records
     from kdjax.evaluation.text_match import match_rates
     from kdjax.experiment.models import load_model
-    from kdjax.experiment.run import open_run
+    from kdjax.experiment.run import for_model, open_run
     from kdjax.experiment.teacher import runs_elsewhere, teacher_folder
     from kdjax.teacher import build
     from kdjax.training.checkpoint import load_student
@@ -67,6 +67,7 @@ def score(
         model, params = student_run.student, load_student(student_run, step=step)
     else:
         path = teacher_folder(config, workdir) if name == "teacher" else name
+        student_run = for_model(student_run, path)
         model, params = load_model(path, student_run.mesh, dtype=config.train.dtype)
     scorer = make_scorer(student_run, model, cache=cache)
     metrics = scorer(params) | match_rates(scorer.generations(params))

@@ -106,6 +106,7 @@ def show(config: Config, num: int) -> None:
         selected = selection.select(examples[split], names, split, config.data)
         for note in selected.notes:
             print(note, file=sys.stderr)
+        ids = {example.id for example in selected.examples}
         segments_by_id: dict[str, list[Any]] = {}
         counts: dict[str, dict[str, int]] = {}
         for name in names:
@@ -113,9 +114,10 @@ def show(config: Config, num: int) -> None:
                 selected.examples, (name,), tokenizer, config.data
             )
             for segment in segments:
-                segments_by_id.setdefault(segment.example_id, []).append(
-                    (name, segment)
-                )
+                # Each turn of a chat may be an example of its own, "<id>/<turn>".
+                key = segment.example_id
+                key = key if key in ids else key.rpartition("/")[0]
+                segments_by_id.setdefault(key, []).append((name, segment))
             num_trained = sum(s.num_loss_tokens for s in segments)
             counts[name] = {
                 "examples": len(selected.examples),

@@ -7,6 +7,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import hashlib
+import json
 import pathlib
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ from kdjax.annotation.prompts import PromptFiles
 from kdjax.annotation.quality import QualityFilters
 from kdjax.annotation.requests import COUNTERFACTUAL_METHODS, Item, Work, make_items
 from kdjax.annotation.store import Key, Row
-from kdjax.config import AnnotateConfig, Config
+from kdjax.config import AnnotateConfig, Config, DataConfig
 from kdjax.data import selection, sources
 from kdjax.data.example import Example
 from kdjax.experiment import workdir as workdir_lib
@@ -319,6 +320,14 @@ def _settings(config: Config, files: PromptFiles, path: str) -> Row:
     settings = {name: getattr(options, name) for name in names}
     settings["stop"] = list(options.stop)
     settings["prompts"] = files.digest
+    data, default = config.data, DataConfig()
+    changed = {
+        name: getattr(data, name)
+        for name in ("template_kwargs", "template_date", "parse_special")
+        if getattr(data, name) != getattr(default, name)
+    }
+    if data.chat_template and changed:
+        settings["template"] = json.loads(json.dumps(changed))
     if config.data.think != "keep":
         settings["think"] = config.data.think
     if options.backend == "server":

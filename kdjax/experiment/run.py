@@ -9,8 +9,10 @@ import jax
 from jax.sharding import Mesh
 
 from kdjax.config import Config
+from kdjax.data import tokenizer as tokenizers
 from kdjax.experiment.data import Data, load_data
 from kdjax.experiment.models import Model, check_ids, make_model, student_shape
+from kdjax.models import hf
 from kdjax.parallel import sharding
 
 
@@ -65,3 +67,20 @@ def open_run(
         adapters=config.student.lora,
     )
     return Run(config=config, workdir=workdir, mesh=mesh, data=data, student=student)
+
+
+def for_model(run: Run, path: str) -> Run:
+    """Return a run whose data another model reads: its tokens end texts, too.
+
+    Args:
+      run: with its data.
+      path: folder or hub name of the model.
+
+    Raises:
+      ValueError: the model has another tokenizer, or no row for a token of the data.
+    """
+    data = run.data
+    tokenizers.check_same_tokens(data.tokenizer, hf.resolve(path), "model")
+    check_ids("model", hf.read_config(path), data.max_id, data.tokenizer)
+    eos_ids = tuple(sorted({*data.eos_ids, *hf.eos_ids(path)}))
+    return dataclasses.replace(run, data=dataclasses.replace(data, eos_ids=eos_ids))

@@ -1,6 +1,7 @@
 """Tokenizers: folders that are damaged, unknown tokens, other vocabularies."""
 
 import ast
+import dataclasses
 import importlib.util
 import json
 import pathlib
@@ -10,8 +11,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from kdjax.config import DataConfig
+from kdjax.data import sources, views
 from kdjax.data import tokenizer as tokenizers
-from kdjax.data import views
 from kdjax.data.example import Example
 from tests.data.chat_templates import make_tokenizer
 from tests.helpers import ROOT
@@ -183,6 +184,13 @@ def test_t5_on_gsm8k_is_refused_and_on_commonsense_qa_is_not(real_data):
     _, counts = views.make_segments(examples, ("label",), tokenizer, config)
     with pytest.raises(ValueError, match=r"'<<'|'<'"):
         views.check_unknown(counts, tokenizer, config)
+    file = str(real_data / "commonsense_qa" / "train.jsonl")
+    config = dataclasses.replace(
+        config, source="jsonl", schema="commonsense_qa", path=file, num_train=1000
+    )
+    examples = sources.load_examples(config, "train", seed=0)
+    _, counts = views.make_segments(examples, ("label",), tokenizer, config)
+    views.check_unknown(counts, tokenizer, config)
 
 
 def test_the_same_tokens(folder):

@@ -140,8 +140,6 @@ def expected(folder, run, segments, *, dense):
         pytest.param("small", "top_k", False, marks=pytest.mark.slow),
         pytest.param("small", "dense", True, marks=pytest.mark.slow),
         pytest.param("large", "dense", False, marks=pytest.mark.slow),
-        pytest.param("small", "dense", False, marks=pytest.mark.slow),
-        pytest.param("large", "dense", True, marks=pytest.mark.slow),
     ],
 )
 def test_losses_are_those_of_the_rows_with_tokens(
@@ -156,7 +154,9 @@ def test_losses_are_those_of_the_rows_with_tokens(
     nll, kl = expected(folder, run, run.data.train, dense=kind == "dense")
     [row] = helpers.step_rows(tmp_path)
     np.testing.assert_allclose(row["loss/chat/hard"], nll, rtol=2e-5)
-    np.testing.assert_allclose(row["loss/chat/soft"], kl, rtol=2e-4, atol=1e-5)
+    # The stored top k are rounded.
+    rtol = 1e-3 if kind == "top_k" and not online else 2e-4
+    np.testing.assert_allclose(row["loss/chat/soft"], kl, rtol=rtol, atol=1e-5)
     manifest = read_manifest(build.folder(config, tmp_path, "eval"))
     assert manifest.vocab_size == 261
 
