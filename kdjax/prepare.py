@@ -81,17 +81,28 @@ def prepare(config: Config, workdir: pathlib.Path, *, verify: bool = False) -> N
 def show(config: Config, num: int) -> None:
     """Print the first examples of both splits, and counts of the first 1,000.
 
+    Of a mixture, those of each source.
+
     Args:
       config: of the run.
       num: examples of each split.
+
+    Raises:
+      ValueError: an error of the data, or too many unknown tokens.
     """
     import itertools
     import sys
 
     from kdjax.data import preview, selection, sources, views
-    from kdjax.experiment import data, methods
+    from kdjax.experiment import data, methods, mixture
 
+    if mixture.is_mixture(config):
+        for source in mixture.sources(config):
+            print(f"source {source.name}, {source.share:.0%} of the rows")
+            show(source.config, num)
+        return
     tokenizer = data.load_tokenizer(config)
+    totals = []
     examples = {}
     for split, names in (
         ("train", methods.views(config.method)),
@@ -113,6 +124,7 @@ def show(config: Config, num: int) -> None:
             segments, total = views.make_segments(
                 selected.examples, (name,), tokenizer, config.data
             )
+            totals.append(total)
             for segment in segments:
                 # Each turn of a chat may be an example of its own, "<id>/<turn>".
                 key = segment.example_id
@@ -133,6 +145,8 @@ def show(config: Config, num: int) -> None:
                 ),
             }
         for example in selected.examples[:num]:
+            if example.id not in segments_by_id:
+                print(f"\n{split} {example.name}: left out, too long")
             for name, segment in segments_by_id.get(example.id, []):
                 print(f"\n{split} {example.name}, view {name}:")
                 _print_spans(preview.spans(segment, tokenizer))
@@ -145,6 +159,8 @@ def show(config: Config, num: int) -> None:
                 for count in counts[names[0]]
             ],
         )
+    for total in totals:
+        views.check_unknown(total, tokenizer, config.data)
     if config.data.is_built_in:
         return
     if overlap := selection.describe_overlap(

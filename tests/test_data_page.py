@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from kdjax import prepare
-from kdjax.config import DecoderConfig, replace
+from kdjax.config import DecoderConfig, MixtureConfig, replace
 from kdjax.data import preview, selection, sources, views
 from kdjax.experiment import methods, validate
 from kdjax.models import hf, lm
@@ -77,7 +77,7 @@ def make_config(path, flags, teacher):
         student={"decoder": SHAPE},
         cache={"row_length": 384},
         method={"name": "finetune"},
-        train={"steps": 1, "row_length": 384, "save_every": 0},
+        train={"steps": 1, "row_length": 384, "save_every": 1},
         evaluation={"row_length": 384, "num_generations": 0},
     )
     for flag in shlex.split(flags):
@@ -148,6 +148,34 @@ def test_other_formats_of_the_page_are_read_and_shown(path, made, teacher, capsy
     assert [example.answer for example in examples] == ["fridge", "oven"]
 
 
+def test_sources_of_a_mixture_are_shown(tmp_path, teacher, capsys):
+    path, _ = write("rows.jsonl", tmp_path)
+    other, _ = write("messages.jsonl", tmp_path)
+    config = make_config(path, "", teacher)
+    config.data.source = "mixture"
+    config.mixture = MixtureConfig(
+        names=("questions", "chats"),
+        weights=(1, 3),
+        paths=(str(path), str(other)),
+        methods=("finetune", "chat"),
+    )
+    prepare.show(config, 1)
+    printed = capsys.readouterr().out
+    assert "source questions, 25% of the rows" in printed
+    assert printed.index("view label:") < printed.index("source chats, 75%")
+    assert "schema messages" in printed and "view chat:" in printed
+
+
+def test_too_long_examples_are_shown_as_left_out(tmp_path, teacher, capsys):
+    path, flags = write("rows.jsonl", tmp_path)
+    config = make_config(path, flags, teacher)
+    config.data.max_prompt, config.data.on_long = 30, "drop"
+    prepare.show(config, 2)
+    printed = capsys.readouterr().out
+    assert re.search(r"train '1' \(.*rows.jsonl:1\): left out, too long", printed)
+    assert re.search(r"segments dropped +│ +1 ", printed)
+
+
 def test_the_command_takes_the_flags_of_the_page(tmp_path, teacher):
     path, flags = write("columns.csv", tmp_path)
     file = helpers.write_config_file(make_config(path, "", teacher), tmp_path / "c.py")
@@ -164,10 +192,10 @@ def test_the_command_takes_the_flags_of_the_page(tmp_path, teacher):
     assert "\x1b" not in shown.stdout and "trained" in shown.stdout
 
 
-def test_the_page_is_the_first_link_of_the_readme():
+def test_the_page_is_the_first_that_the_readme_names_after_its_quickstart():
     readme = (PAGE_FILE.parent.parent / "README.md").read_text()
-    after = readme.partition("configs/quickstart.py")[2]
-    assert re.search(r"\]\(([^)]+)\)", after)[1] == "docs/data.md"
+    start = readme.partition("quickstart.py:hard")[2].partition("## Why")[0]
+    assert re.findall(r"docs/(\w+\.md)", start)[-1:] == ["data.md"]
 
 
 @pytest.mark.slow
