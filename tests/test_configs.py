@@ -8,6 +8,7 @@ import pytest
 from kdjax.comparison import grid
 from kdjax.experiment import methods, validate
 from kdjax.survey import config as survey
+from kdjax.survey import design, plan
 
 FOLDER = pathlib.Path(__file__).parent.parent / "configs"
 COMPARISONS = sorted((FOLDER / "compare").glob("*.py"))
@@ -52,6 +53,8 @@ def test_studies_are_valid(file):
     for argument in ("", "smoke"):
         study = module.get_config(argument)
         survey.validate(study)
+        num_conditions = len(study.students) + len(study.controls)
+        design.check(plan.layout(study, num_conditions))
         assert argument in study.name
     with pytest.raises(ValueError, match="nonsense"):
         module.get_config("nonsense")

@@ -4,8 +4,9 @@
     python -m kdjax.study plan --config=configs/study/kinship.py --workdir=runs/study
 
 Four conditions: students trained by two methods with soft labels, a placebo and no
-explanation at all; 24 people rate 12 explanations each (docs/study.md). The argument
-"smoke" takes the runs of configs/compare/kinship.py:smoke, whatever they answer.
+explanation at all. 24 people rate 12 explanations each, and 3 people each explanation
+(docs/study.md). The argument "smoke" takes the runs of configs/compare/kinship.py:smoke,
+whatever they answer.
 """
 
 from kdjax.survey.config import StudyConfig
@@ -22,6 +23,7 @@ def get_config(argument: str = "") -> StudyConfig:
         controls=("placebo", "no_rationale"),
         participants=24,
         items_per_participant=12,
+        ratings_per_item=3,
         contact="you@example.org",  # yours
     )
     if argument:
@@ -29,6 +31,6 @@ def get_config(argument: str = "") -> StudyConfig:
         config.comparison += "_smoke"
         config.answers = "any"
         config.items_per_participant = 4
-        config.participants = 4
+        config.participants, config.ratings_per_item = 8, 2
         config.practice_items = 0
     return config

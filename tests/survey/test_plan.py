@@ -1,14 +1,24 @@
 """From explanations to a frozen design."""
 
+import dataclasses
 import itertools
 import json
+import os
+import pathlib
 import re
+import shlex
+import shutil
+import subprocess
+import sys
 
 import pytest
 
 from kdjax.survey import items, plan, power, texts
+from kdjax.survey.answers import ANSWERS, Answers
 from kdjax.survey.config import StudyConfig, validate
 from tests.survey import explanations
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
 
 
 def test_a_design_is_frozen(tmp_path):
@@ -187,3 +197,117 @@ def test_english_has_a_text_for_everything():
     words = texts.read(StudyConfig(files=("a",), contact="x@example.org"), 12)
     joined = json.dumps(words)
     assert not re.search(r"\{(institution|contact|minutes|num_items)\}", joined)
+
+
+def comparison(folder, students):
+    """A finished comparison on the built-in task, with made-up generations."""
+    from kdjax import config as config_lib
+    from kdjax.config import Config, DataConfig, KinshipConfig, MethodConfig
+    from kdjax.data import sources
+
+    lines = []
+    for index, (name, method) in enumerate(students.items()):
+        config = Config(
+            data=DataConfig(
+                source="kinship",
+                num_train=8,
+                num_eval=200,
+                kinship=KinshipConfig(min_hops=2, max_hops=2),
+            ),
+            method=MethodConfig(name=method),
+        )
+        run = folder / "runs" / f"{name}-s0"
+        run.mkdir(parents=True)
+        (run / "config.json").write_text(config_lib.to_json(config))
+        rows = []
+        for place, example in enumerate(
+            sources.load_examples(config.data, "eval", seed=0)
+        ):
+            wrong = next(c for c in example.choices if c != example.answer)
+            answer = example.answer if place % 3 else wrong
+            views = {"label": answer, "rationale": f"{name} says {place} ."}
+            if method == "rationale_then_label":
+                views = {method: f"{name} says {place} . Answer: {answer}"}
+            if method == "finetune":
+                del views["rationale"]
+            rows += [
+                {"id": example.id, "view": view, "generated": text}
+                for view, text in views.items()
+            ]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (run / "generations.jsonl").write_text(text)
+        method, labels = name.split("-")
+        line = {"index": index, "run": f"runs/{name}-s0", "method": method}
+        lines.append(json.dumps(line | {"labels": labels, "seed": "0"}))
+    (folder / "runs.jsonl").write_text("\n".join(lines) + "\n")
+
+
+STUDENTS = {
+    "finetune-soft": "finetune",
+    "multitask-soft": "multitask",
+    "rationale_then_label-soft": "rationale_then_label",
+}
+
+
+def test_the_students_of_a_comparison(tmp_path):
+    comparison(tmp_path / "c", STUDENTS)
+    config = StudyConfig(comparison=str(tmp_path / "c"), contact="x@example.org")
+    students, hashes = items.read(config)
+    assert list(students) == ["multitask-soft", "rationale_then_label-soft"]
+    assert set(hashes) == {f"runs/{name}-s0/generations.jsonl" for name in STUDENTS}
+    for name, explanations_of in students.items():
+        assert len(explanations_of) == 200
+        first, second = list(explanations_of.values())[:2]
+        assert not first.right and second.right and second.answer == second.gold
+        assert (
+            second.rationale == f"{name} says 1 ." and "Answer" not in second.rationale
+        )
+    for fields, message in (
+        ({"students": ("finetune-soft",)}, "none that explain"),
+        ({"run_seed": 3}, r"run_seed=3: the comparison has \[0\]"),
+        ({"comparison": str(tmp_path)}, "no runs.jsonl"),
+    ):
+        other = dataclasses.replace(config, **fields)
+        with pytest.raises(ValueError, match=message):
+            items.read(other)
+    (tmp_path / "c/runs/multitask-soft-s0/generations.jsonl").unlink()
+    with pytest.raises(ValueError, match="let the run finish"):
+        items.read(config)
+
+
+COMMAND = re.compile(r"^    (python -m kdjax\.study (?:.*\\\n)*.*)$", re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_page(tmp_path, monkeypatch):
+    """docs/study.md, from a finished comparison on, without the server."""
+    page = (ROOT / "docs" / "study.md").read_text()
+    commands = [
+        shlex.split(text.replace("\\\n", " ")) for text in COMMAND.findall(page)
+    ]
+    actions = [command[3] for command in commands]
+    assert actions[:4] == ["plan", "serve", "export", "analyse"]
+    comparison(tmp_path / "runs/compare_kinship", STUDENTS)
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environment["PYTHONPATH"] = str(ROOT)
+    outputs = []
+    for command in commands:
+        if command[3] in ("serve", "analyse"):  # test_server.py, test_analyse.py
+            continue
+        if command[3] == "export":
+            Answers(tmp_path / "runs/study" / ANSWERS).close()
+        process = subprocess.run(
+            [sys.executable, *command[1:]],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert process.returncode == 0, process.stderr
+        outputs.append(process.stdout)
+    study = plan.read(tmp_path / "runs/study")
+    assert study.conditions[2:] == ("placebo", "no_rationale")
+    assert study.layout.participants == 24
+    assert (tmp_path / "runs/study/ratings.csv").is_file()
+    assert "preregistration.html" in outputs[0]
