@@ -245,6 +245,7 @@ _NOISE = (
     "Save Finalize thread",
     "Checkpointer failed: one or more items",
     "Failed to get metadata for checkpointable",
+    "Task exception was never retrieved",
 )
 
 
@@ -262,7 +263,7 @@ def _quieten() -> None:
         text = record.getMessage()
         return not any(noise in text for noise in _NOISE)
 
-    for name in ("absl", "transformers", "orbax"):
+    for name in ("absl", "asyncio", "transformers", "orbax"):
         python_logging.getLogger(name).addFilter(keep)
 
     def note(arguments: threading.ExceptHookArgs) -> None:

@@ -41,8 +41,11 @@ class Commands:
             arguments.append(f"--config={self.config}")
         if name == "cache":
             arguments = list(flags)
+        log.touch()
         process = processes.start(
-            [f"kdjax.{name}", *arguments], log=log, environment=ENVIRONMENT
+            ["tests.run_command", f"kdjax.{name}", *arguments],
+            log=log,
+            environment=ENVIRONMENT,
         )
         return process, log
 

@@ -9,9 +9,11 @@ import multiprocessing
 import os
 import pathlib
 import runpy
+import signal
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -46,8 +48,23 @@ def start(
     process = _CONTEXT.Process(
         target=_run, args=(tuple(command), str(log), tuple(cores), dict(variables))
     )
+    _start_server()
     process.start()
     return process
+
+
+def _start_server() -> None:
+    """Start the fork server, which ignores a terminal's Ctrl-C, as do its forks.
+
+    Whoever started them gets it, and ends them by SIGTERM.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _run(
