@@ -6,8 +6,11 @@ KDJAX_STARTS sets how many commands are started (100 by hand, fewer in CI).
 import json
 import os
 import pathlib
+import pty
 import re
+import select
 import signal
+import sys
 import time
 
 import numpy as np
@@ -38,7 +41,7 @@ class Commands:
         log = self.folder / f"{self.number}-{name}.log"
         arguments = [f"--workdir={workdir}", *flags]
         if name in ("train", "label"):
-            arguments.append(f"--config={self.config}")
+            arguments.insert(0, f"--config={self.config}")
         if name == "cache":
             arguments = list(flags)
         log.touch()
@@ -138,6 +141,66 @@ def test_a_training_with_company_ends_undisturbed(commands, undisturbed):
             assert name != "cache" or "no manifest.json" in error, error
     print(f"{number} starts: {succeeded} succeeded, {held} were told who runs")
     assert succeeded + held > 0
+
+
+def in_a_terminal(command: list[str], text: str, timeout: float = 120):
+    """Runs a command in a pseudo-terminal, presses Ctrl-C when a text is shown."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.environ |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(helpers.ROOT)}
+        os.execv(command[0], command)
+    shown, deadline, pressed = b"", time.monotonic() + timeout, False
+    while time.monotonic() < deadline:
+        if select.select([terminal], [], [], 0.2)[0]:
+            try:
+                shown += os.read(terminal, 1 << 16)
+            except OSError:  # it has ended
+                break
+        if text.encode() in shown and not pressed:
+            os.write(terminal, b"\x03")
+            pressed = True
+    else:
+        os.kill(pid, signal.SIGKILL)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    os.close(terminal)
+    return code, shown.decode(errors="replace")
+
+
+@pytest.mark.slow
+def test_what_a_terminal_and_a_pipe_show(commands):
+    workdir = commands.folder / "terminal"
+    command = [sys.executable, "-m", "kdjax.train", f"--config={commands.config}"]
+    command += [f"--workdir={workdir}", "--config.train.steps=3000"]
+    code, shown = in_a_terminal(command, "kl ")
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
+    assert code == 130, plain
+    assert "Traceback" not in plain and "deprecat" not in plain
+    assert "PyTorch" not in plain and "compiling the step" in plain
+    assert shown.rfind("\x1b[?25h") > shown.rfind("\x1b[?25l")  # the cursor is back
+    last = plain.strip().splitlines()[-1]
+    saved = re.fullmatch(
+        r"train: interrupted: step (\d+) of 3000 is saved in .*checkpoints: the same "
+        r"command goes on from it",
+        last,
+    )
+    assert saved, last
+    assert step_rows(workdir)[-1]["step"] == int(saved[1])
+    process, log = commands.start("train", workdir, "--config.train.steps=3000")
+    line = f"small goes on: step {saved[1]} of 3000 is in checkpoints/"
+    while line not in log.read_text():
+        assert process.exitcode is None, log.read_text()
+        time.sleep(0.1)
+    while "kl " not in log.read_text():
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join()
+    assert process.exitcode == 143
+    assert re.search(
+        r"^train: ended by SIGTERM: step \d+ of 3000 is saved in .*: the same command "
+        r"goes on from it$",
+        log.read_text(),
+        re.M,
+    )
 
 
 @pytest.mark.slow

@@ -355,7 +355,7 @@ class Server:
             reasoning = message.get("reasoning_content") or message.get("reasoning")
             usage = answer.get("usage") or {}
             counts = [usage.get("prompt_tokens"), usage.get("completion_tokens")]
-        except (ValueError, LookupError, TypeError, AttributeError):
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             text = f"an answer that is no chat completion: {body[:100]!r}"
             raise _Transient(self._safe(text)) from None
         counts = [n if type(n) is int and n >= 0 else None for n in counts]

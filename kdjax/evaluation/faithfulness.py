@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -20,6 +19,7 @@ from kdjax.evaluation.choices import Chooser
 from kdjax.evaluation.rationale_metrics import Record, answers_match
 from kdjax.experiment import methods
 from kdjax.experiment.run import Run
+from kdjax.runtime import files
 
 Row = Mapping[str, Any]
 
@@ -74,7 +74,8 @@ def read_generations(workdir: pathlib.Path) -> list[dict[str, Any]]:
         raise ValueError(
             f"workdir={str(workdir)!r} has no generations.jsonl: let the run finish"
         )
-    return [json.loads(line) for line in file.read_text().splitlines()]
+    remedy = "start the run's command again, which writes it anew"
+    return files.read_jsonl(file, remedy=remedy)
 
 
 def make_records(rows: Iterable[Row], examples: Sequence[Example]) -> list[Record]:

@@ -37,7 +37,10 @@ def read_config(folder: pathlib.Path) -> Config:
             f"workdir={str(folder)!r} has no {CONFIG}: give the directory of a run"
         )
     values = files.read_json(file, remedy="remove it; a run writes its own anew")
-    return config_lib.from_json(json.dumps(values))
+    try:
+        return config_lib.from_json(json.dumps(values))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import shutil
 import socket
 import stat
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 # .NAME.tmp-HOST-MACHINE-PID of `temporary`
@@ -84,6 +84,37 @@ def read_json(file: str | os.PathLike, *, remedy: str = "remove it") -> dict[str
     if not isinstance(value, dict):
         raise ValueError(f"{file!s} is damaged (no JSON object): {remedy}")
     return value
+
+
+def read_jsonl(
+    file: str | os.PathLike, *, remedy: str = "remove it"
+) -> list[dict[str, Any]]:
+    """Read the lines of a file of JSON objects that a command has written.
+
+    Args:
+      file: path to read.
+      remedy: what to do about a damaged line, for errors.
+
+    Raises:
+      ValueError: a line is damaged; file and number are named.
+    """
+    return parse_jsonl(pathlib.Path(file).read_bytes().splitlines(), file, remedy)
+
+
+def parse_jsonl(
+    lines: Sequence[bytes], file: str | os.PathLike, remedy: str
+) -> list[dict[str, Any]]:
+    """Parse lines of JSON objects; arguments and errors as `read_jsonl`."""
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict):
+            raise ValueError(f"{file!s}:{number} is damaged: {remedy}")
+        rows.append(row)
+    return rows
 
 
 def finite(value: Any) -> Any:

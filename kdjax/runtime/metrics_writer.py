@@ -137,10 +137,9 @@ class MetricsWriter:
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
     """Read the lines of a `metrics.jsonl`, "nan" and "inf" as floats again."""
-    lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
     return [
         {name: float(v) if isinstance(v, str) else v for name, v in row.items()}
-        for row in map(json.loads, lines)
+        for row in files.read_jsonl(path, remedy="remove the line")
     ]
 
 
@@ -179,12 +178,9 @@ def _truncate(path: pathlib.Path, step: int) -> None:
     """Drop the lines after `step`, and a last line that a kill cut short."""
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    files.write_atomically(
-        path,
-        "".join(
-            line
-            for line in lines
-            if step and line.endswith("\n") and json.loads(line)["step"] <= step
-        ),
-    )
+    lines = path.read_bytes().splitlines(keepends=True) if step else []
+    lines = [line for line in lines if line.endswith(b"\n")]
+    rows = files.parse_jsonl(lines, path, "remove the line")
+    pairs = zip(lines, rows, strict=True)
+    remaining = [line for line, row in pairs if row.get("step", 0) <= step]
+    files.write_atomically(path, b"".join(remaining))

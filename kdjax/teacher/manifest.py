@@ -85,6 +85,11 @@ def read_manifest(folder: str | os.PathLike) -> Manifest:
     """
     path = pathlib.Path(folder) / MANIFEST
     if not os.path.lexists(path):
+        if not pathlib.Path(folder).exists():
+            raise ValueError(
+                f"cache={folder!s} does not exist: give a folder with a {MANIFEST}, "
+                "such as cache/train of a run"
+            )
         raise ValueError(
             f"cache={folder!s} has no {MANIFEST}: labelling was not finished there; "
             "start it again, it continues where it stopped"

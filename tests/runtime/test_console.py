@@ -33,3 +33,24 @@ def test_table_shows_every_column(capsys):
     console.print_table("results", [{"model": "a", "nll": 1.23456}, {"kl": 0.5}])
     shown = capsys.readouterr().out
     assert all(text in shown for text in ("results", "model", "nll", "kl", "1.235"))
+
+
+def test_brackets_in_names_are_no_markup(capsys, monkeypatch):
+    console.print_table("run[/x] [bold]", [{"[a]": "b[/c]", "[red]n": 1.0}])
+    shown = capsys.readouterr().out
+    for text in ("run[/x] [bold]", "[a]", "b[/c]", "[red]n"):
+        assert text in shown
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with console.progress(1, "label [/x]") as advance:
+        advance(1, note="[/y] done")
+    shown = capsys.readouterr().err
+    assert "label [/x]" in shown and "[/y] done" in shown
+
+
+def test_news_come_at_once_in_a_log(capsys):
+    with console.progress(9, "train") as advance:
+        advance(1)
+        advance(0, "compiling the step ...")
+        advance(0)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[1:] == ["train: compiling the step ..."]

@@ -2,7 +2,10 @@
 
 import json
 import math
+import re
 import sys
+
+import pytest
 
 from kdjax.runtime import metrics_writer
 from kdjax.runtime.metrics_writer import MetricsWriter
@@ -82,3 +85,32 @@ def test_a_curve_of_one_point_is_visible_and_one_without_points_has_no_panel():
 
 def test_curves_without_any_metric():
     assert metrics_writer.curves([]).axes == []
+
+
+def test_the_config_is_shown_as_a_text(tmp_path):
+    with MetricsWriter(tmp_path, total_steps=1, config_json='{\n  "seed": 3\n}'):
+        pass
+    (events,) = tmp_path.glob("events.*")
+    assert b'"seed": 3' in events.read_bytes()
+
+
+def test_a_damaged_line_is_named(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(
+        ValueError, match=r"metrics.jsonl:2 is damaged: remove the line"
+    ):
+        MetricsWriter(tmp_path, total_steps=9, resume_step=4)
+    with pytest.raises(ValueError, match=r"metrics.jsonl:2 is damaged"):
+        metrics_writer.read_metrics(file)
+
+
+def test_compiling_is_announced_with_its_time(tmp_path, capsys):
+    with MetricsWriter(tmp_path, total_steps=2) as writer:
+        for first in (True, False):
+            with writer.compiling("the step", first):
+                pass
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "train: compiling the step ..."
+    assert re.fullmatch(r"train: compiled the step in \d+\.\d s", lines[1])
+    assert len(lines) == 2
