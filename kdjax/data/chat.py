@@ -60,25 +60,42 @@ class ChatEncoder:
         self.asks_for_reasoning = self._template.asks_for_reasoning
 
     def examples(self, examples: Sequence[Example]) -> Iterator[Example]:
-        """Yield the chats to encode: with `chat_loss="each"` one for each turn.
+        """Yield the chats to encode, up to the last turn that is learnt.
 
-        With `on_missing="drop"` chats without a turn to learn are left out.
+        With `chat_loss="each"` there is one for each turn. With `on_missing="drop"`
+        chats without a turn to learn are left out.
+
+        Raises:
+          ValueError: as `learnt_turns`.
         """
         for example in examples:
-            if self._config.on_missing == "drop":
-                try:
-                    learnt_turns(example, self._config)
-                except MissingTurnError:
+            try:
+                turns = assistant_turns(example)
+                if self._config.chat_loss != "each":
+                    turns = learnt_turns(example, self._config)[-1:]
+            except MissingTurnError:
+                if self._config.on_missing == "drop":
                     continue
-            if self._config.chat_loss != "each":
-                yield example
-                continue
-            for index in learnt_turns(example, self._config):
-                yield dataclasses.replace(
-                    example,
-                    id=f"{example.id}/{index}",
-                    messages=example.messages[: index + 1],
+                raise
+            for index in turns:
+                chat = dataclasses.replace(
+                    example, messages=example.messages[: index + 1]
                 )
+                if self._config.chat_loss == "each":
+                    chat = dataclasses.replace(chat, id=f"{example.id}/{index}")
+                    if not self._is_learnt(chat):
+                        continue
+                yield chat
+
+    def _is_learnt(self, chat: Example) -> bool:
+        """Return False for a chat that `on_missing="drop"` leaves out."""
+        try:
+            learnt_turns(chat, self._config)
+        except MissingTurnError:
+            if self._config.on_missing == "drop":
+                return False
+            raise
+        return True
 
     def __call__(self, examples: Sequence[Example]) -> list[ChatTokens]:
         """Encode chats, whatever their lengths.
@@ -307,10 +324,8 @@ class MissingTurnError(ValueError):
 _SYSTEM = ("system", "developer")
 
 
-def learnt_turns(example: Example, config: DataConfig) -> list[int]:
-    """Return the indices of the assistant's messages that are learnt.
-
-    A message with a weight of 0 is read alone.
+def assistant_turns(example: Example) -> list[int]:
+    """Return the indices of the assistant's messages, without those of weight 0.
 
     Raises:
       ValueError: there is none, or a message without what it needs.
@@ -319,22 +334,35 @@ def learnt_turns(example: Example, config: DataConfig) -> list[int]:
     for index, message in enumerate(example.messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise ValueError(
-                f"example {example.name}: message {index} is {str(message)[:80]!r}: "
+                f"example {example.id!r}: message {index} is {str(message)[:80]!r}: "
                 "give it a role and a content"
             )
         weight = message.get("weight", 1)
         if weight not in (0, 1, None):
             raise ValueError(
-                f"example {example.name}: message {index} has weight={weight!r}: use "
+                f"example {example.id!r}: message {index} has weight={weight!r}: use "
                 "1, or 0 for a turn that is not learnt"
             )
         if message["role"] == "assistant" and weight != 0:
             turns.append(index)
     if not turns:
         raise MissingTurnError(
-            f"example {example.name} has no message of the assistant to learn: give it "
+            f"example {example.id!r} has no message of the assistant to learn: give it "
             "one, or leave it out (data.on_missing='drop')"
         )
+    return turns
+
+
+def learnt_turns(example: Example, config: DataConfig) -> list[int]:
+    """Return the indices of the messages that are learnt.
+
+    These are all `assistant_turns`, or the last one with `chat_loss="last"`.
+
+    Raises:
+      ValueError: as `assistant_turns`, or there is no reasoning where the config needs
+        it.
+    """
+    turns = assistant_turns(example)
     if config.think == "require":
         for index in turns if config.chat_loss == "all" else turns[-1:]:
             if not has_reasoning(example.messages[index]):

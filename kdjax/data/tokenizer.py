@@ -316,6 +316,7 @@ class TextEncoder:
                 plain, add_special_tokens=False, split_special_tokens=True
             )
             from_text, offsets = set(ids), []
+        from_text.discard(self._tokenizer.unk_token_id)
         for token, index in self._special_ids.items():
             if index in from_text and BREAK.join(token) in text:
                 raise ValueError(

@@ -207,8 +207,18 @@ def test_reasoning_is_kept_stripped_or_required():
     assert required.ids.tolist() == kept.ids.tolist()
     with pytest.raises(ValueError, match=r"'c1': message 1 of the assistant has no"):
         segments(messages, tokenizer, think="require")
-    found, counts = segments(messages, tokenizer, think="require", on_missing="drop")
+    drop = {"think": "require", "on_missing": "drop"}
+    found, counts = segments(messages, tokenizer, **drop)
     assert (found, counts.dropped) == ([], 1)
+    found, counts = segments(messages, tokenizer, chat_loss="each", **drop)
+    assert [segment.example_id for segment in found] == ["c1/3"]
+
+
+def test_what_follows_the_last_learnt_turn_is_not_read():
+    tokenizer = make_tokenizer("qwen3")
+    for loss in ("last", "each"):
+        found = [segments(USER[:n], tokenizer, chat_loss=loss)[0] for n in (4, 5)]
+        assert [s.key for s in found[0]] == [s.key for s in found[1]]
 
 
 def test_special_tokens_of_users_are_text():
