@@ -257,13 +257,13 @@ class LinearFit:
         ]
         best = min(results, key=lambda result: result.fun)
         other = minimise(
-            lambda theta_K: self._profiled(theta_K)[0],
+            lambda theta_K: self._profiled(np.abs(theta_K))[0],  # no bound to stick to
             np.full(num, 0.7),
             method="Nelder-Mead",
-            bounds=bounds,
             options={"xatol": 1e-5, "fatol": 1e-8},
         )
-        return min(best, other, key=lambda r: r.fun).x, abs(best.fun - other.fun)
+        least = min(best, other, key=lambda result: result.fun)
+        return np.abs(least.x), abs(best.fun - other.fun)
 
     def _full_gradient(self, parameters: np.ndarray) -> np.ndarray:
         """Return the gradient of the deviance by the varying ratios and sigma."""

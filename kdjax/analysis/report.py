@@ -13,7 +13,7 @@ from typing import Any
 
 import jinja2
 
-from kdjax.analysis import factor_effects, group_tests, plots, runs
+from kdjax.analysis import factor_effects, group_tests, plots, runs, study_means
 from kdjax.runtime import files
 
 _TEMPLATE = "report.html.jinja"
@@ -44,6 +44,7 @@ def write(
     folder: str = ".",
     reliability: Bins | None = None,
     facts: Mapping[str, str] | None = None,
+    study: study_means.Study | None = None,
 ) -> None:
     """Write the page atomically.
 
@@ -55,6 +56,7 @@ def write(
       folder: where the runs' directories are, seen from the page.
       reliability: title -> bins, as of `plots.reliability`; None has no diagram.
       facts: what was run, name -> words; None says nothing of it.
+      study: ratings by people of the students; None has no table of them.
     """
     text = render(
         table,
@@ -63,6 +65,7 @@ def write(
         folder=folder,
         reliability=reliability,
         facts=facts,
+        study=study,
     )
     files.write_atomically(path, text)
 
@@ -75,6 +78,7 @@ def render(
     folder: str = ".",
     reliability: Bins | None = None,
     facts: Mapping[str, str] | None = None,
+    study: study_means.Study | None = None,
 ) -> str:
     """Return the page as text; `write` has the arguments.
 
@@ -98,6 +102,7 @@ def render(
         alpha=group_tests.ALPHA,
         versions=_versions,
         facts=facts or {},
+        study=study,
         meanings={m: _MEANINGS.get(m.partition("/")[0], "") for m in design.metrics},
         references=references,
         conclusions=[

@@ -51,6 +51,7 @@ class Comparison:
     annotate: bool = False  # rationales that data names no file for are written first
     faithfulness: bool = False  # explanations are measured too
     latency: bool = False  # time and memory of decoding are measured, per student
+    study: str = ""  # directory of an analysed study (kdjax.study) to show; "" = none
 
     def design(self) -> Design:
         """Return the design that the report is made of."""

@@ -3,11 +3,12 @@
 import csv
 import io
 import math
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kdjax.analysis import report
+from kdjax.analysis import report, study_means
 from kdjax.analysis import runs as analysis_runs
 from kdjax.comparison import runner
 from kdjax.comparison.grid import LATENCY, SEED, Comparison, Task
@@ -130,8 +131,43 @@ def write(
         folder="runs",
         reliability=_reliability(comparison, table, workdir),
         facts=_facts(comparison),
+        study=_study(comparison, table, workdir),
     )
     return table
+
+
+def _study(
+    comparison: Comparison, table: Sequence[Mapping[str, Any]], workdir: pathlib.Path
+) -> study_means.Study | None:
+    """Return what people say of the students of an analysed study.
+
+    A student is a combination of levels, by the name that the study gives it.
+    """
+    if not comparison.study:
+        return None
+    folder = pathlib.Path(comparison.study)
+    means = study_means.read_means(folder)
+    students: dict[str, list[Mapping[str, Any]]] = {}
+    for row in table:
+        name = "-".join(str(row[factor]) for factor in comparison.factors)
+        students.setdefault(name, []).append(row)
+    rows = []
+    for condition, (mean, low, high) in means.items():
+        members = students.get(condition, [])
+        metrics = {}
+        for metric in comparison.metrics:
+            values = [row[metric] for row in members if metric in row]
+            values = [value for value in values if math.isfinite(value)]
+            metrics[metric] = math.fsum(values) / len(values) if values else None
+        rows.append(
+            study_means.RatedStudent(
+                name=condition, metrics=metrics, rating=mean, low=low, high=high
+            )
+        )
+    link = os.path.relpath(folder.resolve() / study_means.REPORT, workdir.resolve())
+    return study_means.Study(
+        link=pathlib.PurePath(link).as_posix(), students=tuple(rows)
+    )
 
 
 def _facts(comparison: Comparison) -> dict[str, str]:

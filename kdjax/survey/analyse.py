@@ -12,14 +12,15 @@ import jinja2
 import numpy as np
 
 from kdjax.analysis import report
+from kdjax.analysis.study_means import QUALITY, REPORT, STATISTICS
 from kdjax.runtime import files
 from kdjax.runtime.console import progress
 from kdjax.survey import ratings as ratings_lib
 from kdjax.survey import tables as tables_lib
-from kdjax.survey.ratings import QUALITY, Ratings
+from kdjax.survey.ratings import Ratings
 from kdjax.survey.tables import ALPHA, Options, Table
 
-RATINGS, STATISTICS, REPORT = "ratings.csv", "statistics.csv", "report.html"
+RATINGS = "ratings.csv"
 _TEMPLATE = "report.html.jinja"
 _DESIGN = "design.json"
 
@@ -56,7 +57,7 @@ def run(
     )
     workdir.mkdir(parents=True, exist_ok=True)
     files.write_atomically(workdir / STATISTICS, as_csv(results))
-    title = str(design.get("name", file.stem))
+    title = str(design.get("name", f"Ratings of {file.stem}"))
     files.write_atomically(workdir / REPORT, render(results, title=title))
     for line in conclude(results):
         print(line)
@@ -184,7 +185,10 @@ def _differences(named: dict[str, Table]) -> list[str]:
 def as_csv(results: Sequence[Table]) -> str:
     """Return all rows of all tables, a number-set per line."""
     rows = [{"table": table.name, **row} for table in results for row in table.rows]
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    first = ("table", "outcome", "condition", "pair", "model", "data", "effect", "term")
+    keys = dict.fromkeys(key for row in rows for key in row)
+    columns = [*(key for key in first if key in keys), *(keys.keys() - set(first))]
+    columns.sort(key=lambda key: (key not in first, list(keys).index(key)))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
     writer.writeheader()

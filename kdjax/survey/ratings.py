@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from kdjax.analysis.study_means import QUALITY
 from kdjax.survey.config import CONSTRUCTS
 
-QUALITY = "quality"  # mean of the constructs
 _MISSING = {"", "na", "n/a", "nan", "null", "none", "-", "--", ".", "?", "missing"}
 # Names under which others' tables have a column, in lower case, letters alone.
 _USUAL_NAMES = {

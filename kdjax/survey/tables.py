@@ -24,7 +24,8 @@ from kdjax.analysis import (
     rating_tests,
     runs,
 )
-from kdjax.survey.ratings import QUALITY, Ratings
+from kdjax.analysis.study_means import MEANS, QUALITY
+from kdjax.survey.ratings import Ratings
 
 ALPHA = group_tests.ALPHA
 _LENGTH = "length, per 10"
@@ -45,9 +46,15 @@ class Table:
 
     @property
     def columns(self) -> list[str]:
-        """Return the keys of the rows; an interval is one column."""
-        keys = dict.fromkeys(key for row in self.rows for key in row)
-        return [key for key in keys if key != "high"]
+        """Return the keys that some row has a value of; an interval is one column."""
+        keys = dict.fromkeys(
+            key
+            for row in self.rows
+            for key, value in row.items()
+            if value not in ("", None)
+        )
+        last = ["remark"] if keys.pop("remark", "") is None else []
+        return [key for key in keys if key != "high"] + last
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -219,7 +226,6 @@ def within_participants(ratings: Ratings, options: Options) -> list[Table]:
             "participants": None if test is None else test.participants,
             "ratings": None if test is None else test.ratings,
             "p": None if test is None else test.joint_p,
-            "p, Holm": None,
             "remark": joint["remark"],
         }
     )
@@ -292,6 +298,7 @@ def linear_models(
     """Fit linear mixed models, with and without length."""
     tests: list[Row] = []
     pairs: list[Row] = []
+    means: list[Row] = []
     variances: list[Row] = []
     for outcome, values_N in ratings.outcomes.items():
         for model, x_NP, names, rows in _designs(ratings, values_N, options):
@@ -347,6 +354,19 @@ def linear_models(
                     "remark": fit.statement,
                 }
             )
+            for place, level in enumerate(_ordered(ratings, options)):
+                contrast_P = identity[0] + (identity[place] if place else 0)
+                effect = fit.effect(level, contrast_P, options.confidence)
+                means.append(
+                    {
+                        "outcome": outcome,
+                        "model": model,
+                        "condition": level,
+                        "mean": effect.value,
+                        "low": effect.low,
+                        "high": effect.high,
+                    }
+                )
             family = []
             for pair, contrast_P in _contrasts(ratings, options, len(names)):
                 effect = fit.effect(pair, contrast_P, options.confidence)
@@ -377,6 +397,16 @@ def linear_models(
             ),
             rows=tests,
             notes=_explanation_note(ratings),
+        ),
+        Table(
+            name=MEANS,
+            title="Means of conditions in the linear mixed models",
+            words=(
+                "What an average participant would give an average item, at average "
+                "length where that is in the model; intervals are for further "
+                "participants and items."
+            ),
+            rows=means,
         ),
         Table(
             name="linear_mixed_pairs",

@@ -141,3 +141,29 @@ def test_nothing_has_run_yet(tmp_path):
     found = by_name(comparison())
     results.write(comparison(), list(found.values()), tmp_path)
     assert "not run" in (tmp_path / results.REPORT).read_text()
+
+
+def test_ratings_by_people_beside_the_metrics(tmp_path):
+    found = by_name(comparison())
+    fill(tmp_path, found)
+    study = tmp_path / "a study"
+    study.mkdir()
+    header = "table,outcome,condition,model,mean,low,high"
+    lines = [
+        "linear_mixed_means,quality,multitask-hard,condition,3.5,3.25,3.75",
+        "linear_mixed_means,quality,placebo,condition,2.5,2.25,2.75",
+        "linear_mixed_means,plausibility,multitask-hard,condition,1.5,1.25,1.75",
+        "linear_mixed_means,quality,placebo,condition + length,9,9,9",
+        "descriptives,quality,placebo,,9,9,9",
+    ]
+    wanted = comparison()
+    wanted.study = str(study)
+    with pytest.raises(ValueError, match=r"kdjax\.study analyse first"):
+        results.write(wanted, list(found.values()), tmp_path)
+    (study / "statistics.csv").write_text("\n".join([header, *lines]) + "\n")
+    results.write(wanted, list(found.values()), tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    section = page.partition('id="study"')[2].partition("<h2")[0]
+    assert "a study/report.html" in section
+    assert "3.50" in section and "3.25 to 3.75" in section
+    assert "placebo" in section and "9.00" not in section
