@@ -1,6 +1,6 @@
 """Error rates and coverage of a study's statistics, on constructed studies.
 
-    python benchmarks/study_statistics.py [--studies=500] [--seed=0]
+    python benchmarks/study_statistics.py [--studies=500] [--seconds=3600] [--seed=0]
 
 People rate explanations of four conditions on five constructs, one to five points. A
 rating is logistic noise around condition + person + question (+ explanation), cut at
@@ -16,6 +16,7 @@ is judged by its own 95% interval of simulation. Some ten minutes on one core.
 import argparse
 import collections
 import math
+import time
 import warnings
 
 import numpy as np
@@ -196,33 +197,31 @@ def main():
     """Simulate studies and print the table."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--studies", type=int, default=500)
+    parser.add_argument("--seconds", type=float, default=3600.0)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     warnings.simplefilter("error")
-    print("| no effect, people differ: share of p < 0.05 | share | 95% | verdict |")
-    print("|---|---|---|---|")
-    for title, sd, heavy, num in (
-        ("", 0.0, True, arguments.studies),
-        (", explanations differ", SD_EXPLANATION, False, arguments.studies // 2),
-    ):
-        table = collections.defaultdict(list)
-        for index in range(num):
-            rng = np.random.default_rng([arguments.seed, heavy, index])
-            for name, p in errors(rng, sd_explanation=sd, heavy=heavy).items():
-                table[name].append(significant(p))
-        for name, hits in table.items():
-            print(line(name + title, hits, ALPHA), flush=True)
     difference, superiority = truth()
-    print(f"\nTruth: {difference:.3f} points of Quality, A {superiority:.3f}\n")
-    print("| effects: share of 95% intervals that cover | share | 95% | verdict |")
-    print("|---|---|---|---|")
-    table = collections.defaultdict(list)
-    for index in range(arguments.studies):
-        rng = np.random.default_rng([arguments.seed, 2, index])
+    start, num = time.monotonic(), 0
+    alike, differing, covered = (collections.defaultdict(list) for _ in range(3))
+    while num < arguments.studies and time.monotonic() - start < arguments.seconds:
+        rng = np.random.default_rng([arguments.seed, num])
+        for name, p in errors(rng, sd_explanation=0.0, heavy=True).items():
+            alike[name].append(significant(p))
+        for name, p in errors(rng, sd_explanation=SD_EXPLANATION, heavy=False).items():
+            differing[name].append(significant(p))
         for name, hit in coverage(rng, difference, superiority).items():
-            table[name].append(hit)
-    for name, hits in table.items():
-        print(line(name, hits, 0.95), flush=True)
+            covered[name].append(hit)
+        num += 1
+    print(f"{num} studies; truth {difference:.3f} points, A {superiority:.3f}")
+    for title, table, wanted in (
+        ("no effect, people differ: share of p < 0.05", alike, ALPHA),
+        ("no effect, explanations differ too", differing, ALPHA),
+        ("effects: share of intervals that cover", covered, 0.95),
+    ):
+        print(f"\n| {title} | share | its 95% interval | verdict |\n|---|---|---|---|")
+        for name, hits in table.items():
+            print(line(name, hits, wanted))
 
 
 if __name__ == "__main__":
