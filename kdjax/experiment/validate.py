@@ -169,7 +169,8 @@ def _check_texts(config: Config) -> None:
             f"{list(views)}: nothing tells their prompts apart: give each view its own "
             "prefix, or use data.prompt_suffix=True"
         )
-    for name in ("rationales", "eval_rationales", "counterfactuals", "labels"):
+    names = ("rationales", "eval_rationales", "counterfactuals", "labels")
+    for name in (*names, "eval_path", "columns"):
         if data.is_built_in and getattr(data, name):
             raise ValueError(
                 f"data.{name}={getattr(data, name)!r} with data.source='kinship': it "
