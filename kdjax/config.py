@@ -568,7 +568,8 @@ class TrainConfig:
     memory_mib: int = counted(32, at_most=2**20)  # memory for one chunk of logits, MiB
     log_every: int = counted(10)  # steps between lines of metrics.jsonl
     eval_every: int = counted(0)  # steps between evaluations; 0 = at the end
-    save_every: int = counted(500)  # steps between checkpoints; 0 = at the end
+    # steps between checkpoints; 0 = at the end
+    save_every: int = number(500, at_least=0, at_most=2**31 - 1)
     keep_last: int = counted(2)  # recent checkpoints kept
     keep_best: bool = True  # also keep the one with the lowest held-out NLL
     non_finite: str = choice("stop", NON_FINITE)  # a non-finite loss

@@ -77,7 +77,7 @@ def make_config(path, flags, teacher):
         student={"decoder": SHAPE},
         cache={"row_length": 384},
         method={"name": "finetune"},
-        train={"steps": 1, "row_length": 384, "save_every": 1},
+        train={"steps": 1, "row_length": 384, "save_every": 0},
         evaluation={"row_length": 384, "num_generations": 0},
     )
     for flag in shlex.split(flags):

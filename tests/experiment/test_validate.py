@@ -30,7 +30,7 @@ LEAVES = list(config_lib.leaves(Config()))
         ("method.name", "fientune", "method.name='fientune' is unknown: use one of"),
         ("data.template_date", "today", "data.template_date='today' is no date: use"),
         ("data.template_kwargs", ("thinks",), "'thinks' is not name=value: use"),
-        ("train.steps", -3, "train.steps=-3 is below 1: use 1 or more"),
+        ("train.steps", -3, "train.steps=-3 is below 1: use 1 to 2147"),
     ],
 )
 def test_distill_refuses_before_anything_is_written(path, value, message, tmp_path):
@@ -56,7 +56,8 @@ def test_what_is_outside_a_limit_or_of_another_type_is_refused(leaf):
     values = [None, [], b"x", 1j]
     if isinstance(leaf.limit, Range):
         below = [leaf.limit.at_least - 1, leaf.limit.above]
-        above = [leaf.limit.at_most + 1, leaf.limit.below]
+        at_most = leaf.limit.at_most
+        above = [max(at_most + 1, math.nextafter(at_most, math.inf)), leaf.limit.below]
         values += [v for v in (*below, *above) if math.isfinite(v)]
         values += [math.nan, math.inf, -math.inf, True, "1"]
     elif isinstance(leaf.limit, Choice):
