@@ -5,9 +5,9 @@
     python benchmarks/prepare.py prepare ROWS.jsonl TOKENIZER FOLDER
     python benchmarks/prepare.py start ROWS.jsonl TOKENIZER FOLDER
 
-`rows` repeats the rows of GSM8K with suffixes that make them distinct. `tokenize` is the
-bound: the tokenizer alone, on all cores, on the texts of 20,000 rows. `prepare` is the
-whole: reading, templates, tokens, shards. `start` opens what was prepared and makes
+`rows` repeats the rows of GSM8K with suffixes that make them distinct. `tokenize` is
+the bound: the tokenizer alone, on all cores, on the texts of 20,000 rows. `prepare` is
+all of it: reading, templates, tokens, shards. `start` opens what was prepared and makes
 batches; times and resident memory are those beyond the imports. One line of JSON each.
 """
 

@@ -5,8 +5,8 @@
 
 Four conditions: students trained by two methods with soft labels, a placebo and no
 explanation at all. 24 people rate 12 explanations each, and 3 people each explanation
-(docs/study.md). The argument "smoke" takes the runs of configs/compare/kinship.py:smoke,
-whatever they answer.
+(docs/study.md). The argument "smoke" takes the runs of
+configs/compare/kinship.py:smoke, whatever they answer.
 """
 
 from kdjax.survey.config import StudyConfig
