@@ -11,6 +11,7 @@ MAX_TEXT = 2**20  # characters of a name or a description in a manifest
 
 # Teacher caches.
 MAX_SHARDS = 100_000  # of a cache
+MAX_SHARD_RECORDS = 2**22  # of one file
 MAX_ENTRY_BYTES = 256 * 2**20  # one record, footer or index of a file, as stored
 MAX_PAIRS = 2**24  # pairs or draws of a record: 1 GiB while it is decoded
 MAX_DENSE = 2**26  # log-probabilities of a dense record: the same

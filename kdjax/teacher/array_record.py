@@ -143,9 +143,11 @@ class ArrayRecordReader:
     def _footer_values(self, offset: int) -> tuple[np.ndarray, int]:
         """Return the integers of all messages but the first, and their number."""
         data, num, size = self._read_raw(offset)
+        if not 0 < num <= limits.MAX_SHARD_RECORDS + 2:  # itself, and an index
+            raise ValueError(
+                f"{num} chunks, {limits.MAX_SHARD_RECORDS} records of a file are read"
+            )
         sizes, values = _decompress(data, num, size)
-        if not num:
-            raise ValueError("its footer is empty")
         # A message holds at most three integers of ten bytes and their tags.
         if (sizes[1:] > np.uint64(33)).any():
             raise ValueError("its footer is damaged")

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from array_record.python import array_record_module
 
-from kdjax.runtime import files, untrusted
+from kdjax.runtime import files, limits, untrusted
 from kdjax.teacher import byte_planes, codec
 from kdjax.teacher.array_record import ArrayRecordReader, Chunks
 from kdjax.teacher.byte_planes import IdCoder
@@ -177,6 +177,11 @@ def _write(
     writer = array_record_module.ArrayRecordWriter(str(temporary), _WRITER_OPTIONS)
     try:
         for key, payload, num_tokens in payloads:
+            if len(keys) == limits.MAX_SHARD_RECORDS:
+                raise ValueError(
+                    f"more than {limits.MAX_SHARD_RECORDS} records of a shard: lower "
+                    "cache.shard_size"
+                )
             keys.append(key)
             total += num_tokens
             digest.update(key + payload)

@@ -166,6 +166,7 @@ def run(form: Format, folder: pathlib.Path, *, count: int, seconds: float, seed:
             continue
         path.write_bytes(mutant)
         began = time.perf_counter()
+        faulthandler.dump_traceback_later(60, exit=True)
         try:
             actual = form.read(path)
         except ValueError as error:
@@ -181,6 +182,7 @@ def run(form: Format, folder: pathlib.Path, *, count: int, seconds: float, seed:
             numbers["same" if actual == expected else "read"] += 1
             if form.checked and actual != expected:
                 raise AssertionError(f"{form.name}, mutant {number}: other numbers")
+        faulthandler.cancel_dump_traceback_later()
         slowest = max(slowest, time.perf_counter() - began)
         for name, content in form.others.items():  # what a reader may have made again
             if (folder / name).read_bytes() != content:
@@ -387,13 +389,11 @@ def main() -> None:
         for number, (name, form) in enumerate(make_formats(folder / "samples").items()):
             if arguments.only not in name:
                 continue
-            faulthandler.dump_traceback_later(600, exit=True)
             place = folder / str(number)
             place.mkdir()
             numbers = run(
                 form, place, count=arguments.count, seconds=1e9, seed=arguments.seed
             )
-            faulthandler.cancel_dump_traceback_later()
             print(f"{name}: {numbers}", flush=True)
 
 

@@ -470,6 +470,15 @@ def test_a_record_of_another_size_is_not_written_either(monkeypatch):
         payload()
 
 
+def test_a_shard_of_too_many_records_is_neither_written_nor_read(tmp_path, monkeypatch):
+    _write_cache(tmp_path)
+    monkeypatch.setattr(limits, "MAX_SHARD_RECORDS", 3)
+    with pytest.raises(ValueError, match=r"more than 3 records of a shard: lower"):
+        cache_lib.write_shard(tmp_path / "b", 0, 1, iter(_pairs(0)), MANIFEST)
+    (tmp_path / cache_lib.INDEX).unlink()
+    assert_refused(tmp_path, "shard-00000-of-00003", "3 records of a file are read")
+
+
 def test_a_compressed_shard_is_refused_before_it_is_inflated(sound, tmp_path):
     """ArrayRecord's own compression: another way to a bomb, which we never write."""
     copy_of(sound, tmp_path)
