@@ -109,6 +109,7 @@ def test_info_and_verify_print(finished, tmp_path):
         (["export", "{cache}"], "--out is missing"),
         (["import", "f", "--layout=vllm"], "--layout was renamed: use --format=vllm"),
         (["import", "f", "--format=llama"], "--format=llama: use one of ['axolotl'"),
+        (["ids"], "--config is missing"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
@@ -329,6 +330,24 @@ def test_what_needs_weights_is_refused_before_the_first_step(
     with pytest.raises(ValueError, match=message):
         train.run(helpers.changed(config, **changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_the_command_writes_ids_and_tells_what_a_cache_is(finished, tmp_path):
+    config, workdir = finished
+    file = helpers.write_config_file(config, tmp_path / "config.py")
+    out = tmp_path / "eval.jsonl"
+    done = command("ids", f"--config={file}", "--split=eval", f"--out={out}")
+    assert done.returncode == 0 and "run the teacher on their token_ids" in done.stdout
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    cache = cache_of(workdir, "eval")
+    assert {bytes.fromhex(row["key"]) for row in rows} == set(cache)
+    assert all(row["prompt"] and row["target"] for row in rows)
+    again = command("ids", f"--config={file}", "--split=eval", f"--out={out}")
+    assert again.returncode != 0 and "exists" in again.stderr.splitlines()[-1]
+    told = command("info", workdir / "cache" / "eval").stdout
+    for name in ("teacher", "origin", "labelled by kdjax", "temperatures", "nothing"):
+        assert name in told
 
 
 def test_an_import_that_is_not_verified_leaves_no_cache(
