@@ -4,7 +4,7 @@ Shapes: N ratings, M outcomes (constructs).
 """
 
 import dataclasses
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
 import numpy as np
 
@@ -221,6 +221,7 @@ class Regression:
     """Ordinary least squares; `condition_p` tests all conditions together."""
 
     coefficients: tuple[Coefficient, ...]
+    pairs: tuple[Coefficient, ...]  # differences of conditions
     ratings: int
     r_squared: float
     condition_f: float
@@ -234,6 +235,7 @@ def regression(
     clusters: Sequence[Hashable],
     *,
     num_conditions: int,
+    contrasts: Iterable[tuple[str, np.ndarray]] = (),
     confidence: float = 0.95,
 ) -> Regression:
     """Fit ordinary least squares.
@@ -245,6 +247,7 @@ def regression(
       names: of the columns.
       clusters: of each rating (participants), for robust standard errors.
       num_conditions: with the first.
+      contrasts: name and weights of the columns, of further estimates.
       confidence: of intervals.
 
     Raises:
@@ -258,27 +261,32 @@ def regression(
         raise ValueError("all ratings are the same")
     fit = extras.load("statsmodels.api").OLS(y_N, x_NP).fit()
     codes_N = np.unique(np.asarray(clusters), return_inverse=True)[1].ravel()
-    robust_p: Sequence[float | None] = [None] * len(names)
+    robust = None
     if codes_N.max() > x_NP.shape[1]:
         robust = fit.get_robustcov_results("cluster", groups=codes_N)
-        robust_p = [float(p) for p in robust.pvalues]
-    restriction = np.eye(len(names))[1:num_conditions]
-    joint = fit.f_test(restriction)
-    intervals = fit.conf_int(1 - confidence)
+
+    def estimate(name: str, contrast_P: np.ndarray) -> Coefficient:
+        test = fit.t_test(contrast_P)
+        low, high = np.ravel(test.conf_int(1 - confidence))
+        cluster_p = None
+        if robust is not None:
+            cluster_p = float(np.squeeze(robust.t_test(contrast_P).pvalue))
+        return Coefficient(
+            name=name,
+            value=float(np.squeeze(test.effect)),
+            standard_error=float(np.squeeze(test.sd)),
+            t=float(np.squeeze(test.tvalue)),
+            p=float(np.squeeze(test.pvalue)),
+            low=float(low),
+            high=float(high),
+            cluster_p=cluster_p,
+        )
+
+    identity = np.eye(len(names))
+    joint = fit.f_test(identity[1:num_conditions])
     return Regression(
-        coefficients=tuple(
-            Coefficient(
-                name=name,
-                value=float(fit.params[place]),
-                standard_error=float(fit.bse[place]),
-                t=float(fit.tvalues[place]),
-                p=float(fit.pvalues[place]),
-                low=float(intervals[place][0]),
-                high=float(intervals[place][1]),
-                cluster_p=robust_p[place],
-            )
-            for place, name in enumerate(names)
-        ),
+        coefficients=tuple(map(estimate, names, identity)),
+        pairs=tuple(estimate(name, row) for name, row in contrasts),
         ratings=len(y_N),
         r_squared=float(fit.rsquared),
         condition_f=float(np.squeeze(joint.fvalue)),

@@ -648,6 +648,7 @@ def regressions(ratings: Ratings, options: Options) -> Table:
                 names,
                 people[mask],
                 num_conditions=len(ratings.levels),
+                contrasts=_contrasts(ratings, options, len(names)),
                 confidence=options.confidence,
             )
         except ValueError as error:
@@ -673,15 +674,15 @@ def regressions(ratings: Ratings, options: Options) -> Table:
                 "p": one.p,
                 "p, robust to participants": one.cluster_p,
             }
-            for one in fit.coefficients
+            for one in (*fit.coefficients, *fit.pairs)
         ]
     words = (
         f"Least squares of {outcome} on condition (against {options.reference})"
-        f"{' and length' if names[-1] == _LENGTH else ''}, ratings taken as "
-        "independent; beside it p with errors that are robust to clusters of "
-        "participants. Outliers lie beyond 1.5 interquartile ranges of the quartiles; "
-        "rules differ in which column and group they are looked for in, so that each "
-        "which finds one is shown."
+        f"{' and length' if names[-1] == _LENGTH else ''}, and all pairs; "
+        "ratings taken as independent, with p of errors that are robust to clusters "
+        "of participants beside it. Outliers lie beyond 1.5 interquartile ranges of "
+        "the quartiles; rules differ in the column and group that they look at, so "
+        "each that finds one is shown."
     )
     return Table(name="regression", title="Linear regression", words=words, rows=rows)
 

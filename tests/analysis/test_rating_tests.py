@@ -75,13 +75,19 @@ def test_regression_by_normal_equations(table):
     length = np.random.default_rng(1).normal(size=60)
     x = np.column_stack([np.ones(60), codes == 1, codes == 2, length]).astype(float)
     fit = rating_tests.regression(
-        y, x, ["constant", "b", "c", "length"], np.arange(60) % 20, num_conditions=3
+        y,
+        x,
+        ["constant", "b", "c", "length"],
+        np.arange(60) % 20,
+        num_conditions=3,
+        contrasts=[("b - c", np.array([0.0, 1.0, -1.0, 0.0]))],
     )
     beta = np.linalg.solve(x.T @ x, x.T @ y)
     assert [one.value for one in fit.coefficients] == pytest.approx(beta)
     rest = y - x @ beta
     variance = rest @ rest / 56 * np.linalg.inv(x.T @ x)
     assert fit.coefficients[3].standard_error == pytest.approx(variance[3, 3] ** 0.5)
+    assert fit.pairs[0].value == pytest.approx(beta[1] - beta[2])
     smaller = x[:, [0, 3]]
     less = y - smaller @ np.linalg.lstsq(smaller, y)[0]
     f = (less @ less - rest @ rest) / 2 / (rest @ rest / 56)
