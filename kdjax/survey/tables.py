@@ -56,6 +56,16 @@ class Table:
         last = ["remark"] if keys.pop("remark", "") is None else []
         return [key for key in keys if key != "high"] + last
 
+    @property
+    def numeric(self) -> set[str]:
+        """Return the columns of numbers."""
+        return {
+            key
+            for row in self.rows
+            for key, value in row.items()
+            if isinstance(value, int | float)
+        }
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
@@ -595,9 +605,9 @@ def independent_tests(ratings: Ratings, options: Options) -> list[Table]:
     single = [row for row in kruskal if row["outcome"] in ratings.constructs]
     _adjust(single)
     note = (
-        "These tests take all ratings as independent. A participant's ratings are not, "
-        "so that their p-values are too large where people differ and each sees all "
-        "conditions, as here."
+        "These tests take all ratings as independent. A participant's are not: where "
+        "people differ, p is too large if each sees all conditions, and too small if "
+        "each sees one."
     )
     return [
         Table(
