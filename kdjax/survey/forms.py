@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from kdjax.survey import answers, design
+from kdjax.survey import answers, content, design
 from kdjax.survey.plan import Study
 
 
@@ -45,7 +45,8 @@ def fields(study: Study, page: design.Page) -> list[Field]:
         ]
     if page.kind == design.SIMULATION:
         label = texts["simulation"]["text"]
-        options = study.questions[page.question].choices
+        choices = study.questions[page.question].choices
+        options = tuple(content.shown_text(choice, 300) for choice in choices)
         return [Field(name="p", label=label, options=options)]
     if page.kind == design.PREFERENCE:
         words = texts["preference"]
@@ -101,3 +102,21 @@ def num_failed(
             value = latest[index].fields.get(field.name, 0)
             failed += bool(field.expected and value and value != field.expected)
     return failed
+
+
+def first_open(
+    pages: Sequence[design.Page], latest: Mapping[int, answers.Answer]
+) -> int:
+    """Return the first page without a complete answer; len(pages) if there is none."""
+    for index in range(len(pages)):
+        if index not in latest or not latest[index].complete:
+            return index
+    return len(pages)
+
+
+def is_locked(
+    pages: Sequence[design.Page], latest: Mapping[int, answers.Answer], index: int
+) -> bool:
+    """Return True for a prediction that was made: the answer was shown since."""
+    is_made = index in latest and latest[index].complete
+    return index < len(pages) and pages[index].kind == design.SIMULATION and is_made

@@ -15,9 +15,7 @@ import pathlib
 import re
 import secrets
 import socket
-import statistics
 import time
-import urllib.parse
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -25,73 +23,29 @@ import jinja2
 
 from kdjax.analysis import extras
 from kdjax.runtime import files, locks
-from kdjax.survey import answers, design, export, forms, plan
+from kdjax.survey import (
+    answers,
+    content,
+    design,
+    export,
+    forms,
+    guard,
+    overview,
+    plan,
+)
 from kdjax.survey.answers import Answers, Participant, StorageError
+from kdjax.survey.guard import Limiter, Refusal
 from kdjax.survey.plan import Study
 
 logger = logging.getLogger(__name__)
 
 KEYS = "server.json"  # the server's secrets
-COOKIE, ADMIN_COOKIE = "study", "admin"
+ADMIN_COOKIE = "admin"
 COOKIE_SECONDS = 30 * 24 * 3600
 FORM_SECONDS = 24 * 3600  # a form is valid for so long
-MAX_BODY = 1 << 14  # bytes of a form
-MAX_SHOWN = 4000  # characters of a model's text
-_MAX_FIELDS = 64
-_MAX_CHOICES = 26
 _MAX_PAGE_SECONDS = 3600.0  # a longer visit counts as this
 _PANEL_VALUE = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{43}")
-# All but tab and line feed that steers a terminal or cannot be written as UTF-8.
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
-HEADERS = {
-    "content-security-policy": "default-src 'none'; style-src 'self'; "
-    "form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
-    "x-content-type-options": "nosniff",
-    "x-frame-options": "DENY",
-    "referrer-policy": "no-referrer",
-    "cross-origin-opener-policy": "same-origin",
-    "cross-origin-resource-policy": "same-origin",
-    "permissions-policy": "camera=(), geolocation=(), microphone=()",
-    "cache-control": "no-store",
-}
-
-
-class Refusal(Exception):
-    """A request that is answered by a message.
-
-    Args:
-      status: of HTTP.
-      message: its name in the texts.
-    """
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status, self.message = status, message
-
-
-class Limiter:
-    """A limit of requests per key: `burst` at once, `rate` per second after that."""
-
-    def __init__(self, rate: float, burst: int) -> None:
-        self._rate, self._burst = rate, burst
-        self._levels: dict[str, tuple[float, float]] = {}  # tokens left, when
-
-    def check(self, key: str) -> None:
-        """Count a request.
-
-        Raises:
-          Refusal: there were too many.
-        """
-        now = time.monotonic()
-        if len(self._levels) > 10_000:  # those that are full again are forgotten
-            full = self._burst / self._rate
-            self._levels = {k: v for k, v in self._levels.items() if now - v[1] < full}
-        level, then = self._levels.get(key, (float(self._burst), now))
-        level = min(self._burst, level + (now - then) * self._rate)
-        if level < 1:
-            raise Refusal(429, "busy")
-        self._levels[key] = (level - 1, now)
 
 
 def run(workdir: pathlib.Path, *, host: str, port: int, is_https: bool) -> None:
@@ -171,7 +125,7 @@ def make_app(
         as many.
     """
     survey = _Survey(study, store, keys, is_https)
-    return _guarded(survey.app(), survey, request_rate)
+    return guard.guarded(survey.app(), survey.refuse, request_rate=request_rate)
 
 
 class _Survey:
@@ -263,7 +217,7 @@ class _Survey:
         try:
             person = self._store.join(
                 identity,
-                _hash(token),
+                guard.token_hash(token),
                 self._sign("code", identity)[:8].upper(),
                 num_places=self._study.layout.participants,
                 idle_seconds=3600 * self._study.config.idle_hours,
@@ -281,10 +235,10 @@ class _Survey:
         person = self._known(request)
         index = request.path_params["number"] - 1
         pages, latest = self._pages_of(person), self._store.latest(person.id)
-        first = _first_open(pages, latest)
+        first = forms.first_open(pages, latest)
         if person.finished is not None:
             return _redirect("/thanks")
-        if not 0 <= index <= first or _is_locked(pages, latest, index):
+        if not 0 <= index <= first or forms.is_locked(pages, latest, index):
             return _redirect(f"/page/{min(first, len(pages) - 1) + 1}")
         known = latest.get(index)
         return self._show(
@@ -303,8 +257,8 @@ class _Survey:
         self._check_form(form, "page", person.id, str(index), form.get("version", ""))
         if person.finished is not None:
             return _redirect("/thanks")
-        first = _first_open(pages, latest)
-        if not 0 <= index <= first or _is_locked(pages, latest, index):
+        first = forms.first_open(pages, latest)
+        if not 0 <= index <= first or forms.is_locked(pages, latest, index):
             return _redirect(f"/page/{min(first, len(pages) - 1) + 1}")
         page_fields = forms.fields(self._study, pages[index])
         sent = {k: v for k, v in form.items() if k not in _FORM}
@@ -398,15 +352,19 @@ class _Survey:
         response = self._render(
             "message.html.jinja", heading=words["done_heading"], text=words["done"]
         )
-        response.delete_cookie(COOKIE, path="/")
+        response.delete_cookie(guard.COOKIE, path="/")
         return response
 
     def resume(self, request: Any, form: dict[str, str]) -> Any:
         """Let a person go on who has the link."""
         token = request.path_params["token"]
-        person = self._store.find(_hash(token)) if _TOKEN.fullmatch(token) else None
+        person = (
+            self._store.find(guard.token_hash(token))
+            if _TOKEN.fullmatch(token)
+            else None
+        )
         if person is None:
-            self._guesses.check(_host(request))
+            self._guesses.check(guard.host(request))
             raise Refusal(404, "unknown")
         present = self._person(request)
         if present is not None and present.id != person.id:
@@ -429,11 +387,13 @@ class _Survey:
             return self._render(
                 "admin_token.html.jinja", hidden=self._hidden("admin"), failed=False
             )
-        return self._render("admin.html.jinja", **self._overview())
+        return self._render(
+            "admin.html.jinja", **overview.summarize(self._study, self._store)
+        )
 
     def admit(self, request: Any, form: dict[str, str]) -> Any:
         """Check the administrator's token."""
-        self._guesses.check(_host(request))
+        self._guesses.check(guard.host(request))
         self._check_form(form, "admin")
         token = form.get("token", "").strip()
         if not hmac.compare_digest(token.encode(), self._admin_token.encode()):
@@ -459,7 +419,7 @@ class _Survey:
         from starlette.responses import Response
 
         if not self._is_admin(request):
-            self._guesses.check(_host(request))
+            self._guesses.check(guard.host(request))
             raise Refusal(403, "forbidden")
         name = request.path_params["file"]
         tables = export.tables(self._study, self._store)
@@ -467,50 +427,6 @@ class _Survey:
             raise Refusal(404, "unknown")
         disposition = {"content-disposition": f'attachment; filename="{name}"'}
         return Response(tables[name], media_type="text/csv", headers=disposition)
-
-    def _overview(self) -> dict[str, Any]:
-        """Return the counts of the administrator's page."""
-        study, store = self._study, self._store
-        people = store.participants()
-        counts = {"finished": 0, "failed": 0, "taking part": 0, "stopped": 0}
-        pages = self._pages_for(0)
-        rows: list[dict[str, Any]] = [
-            {"number": n, "kind": page.kind, "answered": 0, "stopped": 0, "seconds": []}
-            for n, page in enumerate(pages, start=1)
-        ]
-        conditions = dict.fromkeys(study.conditions, 0)
-        idle = time.time() - 3600 * study.config.idle_hours
-        for person in people:
-            own, latest = self._pages_for(person.number), store.latest(person.id)
-            state = "taking part"
-            if person.finished is not None:
-                is_failed = (person.failed or 0) >= study.config.exclude_failed
-                state = "failed" if is_failed else "finished"
-            elif store.seen(person.id) < idle:
-                state = "stopped"
-                rows[min(_first_open(own, latest), len(own) - 1)]["stopped"] += 1
-            counts[state] += 1
-            for index, answer in latest.items():
-                if answer.complete:
-                    rows[index]["answered"] += 1
-                    rows[index]["seconds"].append(answer.seconds)
-                    if own[index].kind == design.RATING:
-                        conditions[study.conditions[own[index].condition]] += 1
-        for row in rows:
-            seconds = row["seconds"]
-            row["median"] = f"{statistics.median(seconds):.1f}" if seconds else "-"
-        counts["withdrawn"] = store.num_withdrawn()
-        spans = [p.finished - p.started for p in people if p.finished is not None]
-        names = list(export.tables(study, store))
-        return {
-            "counts": counts,
-            "places": study.layout.participants,
-            "rows": rows,
-            "conditions": conditions,
-            "minutes": f"{statistics.median(spans) / 60:.1f}" if spans else "-",
-            "tables": names,
-            "study": study,
-        }
 
     # What all handlers share.
 
@@ -538,7 +454,7 @@ class _Survey:
             form: dict[str, str] = {}
             if request.method == "POST":
                 try:
-                    form = await _read_form(request)
+                    form = await guard.read_form(request)
                 except Refusal as refusal:
                     return self.refuse(refusal)
             return await run_in_threadpool(work, request, form)
@@ -604,36 +520,13 @@ class _Survey:
             values=values,
             missing=missing or [],
             message=message,
-            item=self._item(page),
+            item=content.item(self._study, page),
             resume=self._resume_link(request) if index == 0 else "",
             hidden={
                 **self._hidden("page", person.id, str(index), str(version), at=shown),
                 "version": str(version),
             },
         )
-
-    def _item(self, page: design.Page) -> dict[str, Any]:
-        """Return the texts of a page's question, bounded and without control codes."""
-        if page.question < 0:
-            return {}
-        questions = self._study.questions
-        condition = page.condition
-        if page.kind == design.PRACTICE:
-            questions, condition = self._study.practice, 0
-        question = questions[page.question]
-
-        def explanation(place: int) -> tuple[str, bool]:
-            text = question.rationales[place]
-            return shown_text(text), len(text) > MAX_SHOWN
-
-        return {
-            "question": shown_text(question.question),
-            "choices": [shown_text(c, 300) for c in question.choices[:_MAX_CHOICES]],
-            "answer": shown_text(question.answers[condition], 300),
-            "explanation": explanation(condition),
-            "other": explanation(page.other) if page.other >= 0 else ("", False),
-            "other_answer": shown_text(question.answers[page.other], 300),
-        }
 
     def _consent_page(self, panel: tuple[str, ...], *, is_missing: bool = False) -> Any:
         nonce = secrets.token_urlsafe(32)
@@ -649,8 +542,12 @@ class _Survey:
         )
 
     def _person(self, request: Any) -> Participant | None:
-        token = request.cookies.get(COOKIE, "")
-        return self._store.find(_hash(token)) if _TOKEN.fullmatch(token) else None
+        token = request.cookies.get(guard.COOKIE, "")
+        return (
+            self._store.find(guard.token_hash(token))
+            if _TOKEN.fullmatch(token)
+            else None
+        )
 
     def _known(self, request: Any) -> Participant:
         person = self._person(request)
@@ -663,7 +560,7 @@ class _Survey:
         if person.finished is not None:
             return "/thanks"
         pages, latest = self._pages_of(person), self._store.latest(person.id)
-        return f"/page/{min(_first_open(pages, latest), len(pages) - 1) + 1}"
+        return f"/page/{min(forms.first_open(pages, latest), len(pages) - 1) + 1}"
 
     def _pages_of(self, person: Participant) -> list[design.Page]:
         return self._pages_for(person.number)
@@ -676,12 +573,12 @@ class _Survey:
     def _enter(self, person: Participant) -> Any:
         """Return a person of the panel to its place, in this browser from now on."""
         token = secrets.token_urlsafe(32)
-        self._store.replace_token(person.id, _hash(token))
+        self._store.replace_token(person.id, guard.token_hash(token))
         return self._set_cookie(_redirect(self._place(person)), token)
 
     def _set_cookie(self, response: Any, token: str) -> Any:
         response.set_cookie(
-            COOKIE,
+            guard.COOKIE,
             token,
             max_age=COOKIE_SECONDS,
             path="/",
@@ -694,7 +591,7 @@ class _Survey:
     def _resume_link(self, request: Any) -> str:
         base = request.base_url
         scheme = "https" if self._is_https else base.scheme
-        return f"{scheme}://{base.netloc}/resume/{request.cookies[COOKIE]}"
+        return f"{scheme}://{base.netloc}/resume/{request.cookies[guard.COOKIE]}"
 
     def _hidden(self, *purpose: str, at: str = "") -> dict[str, str]:
         """Return the signed fields of a form."""
@@ -734,78 +631,6 @@ class _Survey:
 _FORM = ("shown", "signature", "version", "go")  # fields of every page's form
 
 
-def shown_text(text: str, longest: int = MAX_SHOWN) -> str:
-    """Return the beginning of a model's text, without control characters."""
-    cut = text[:longest] + ("…" if len(text) > longest else "")
-    return _CONTROL.sub("\ufffd", cut)
-
-
-def _guarded(app: Any, survey: _Survey, request_rate: float) -> Any:
-    """Return an application with limits before it, and headers on every response."""
-    from starlette.requests import Request
-
-    people = Limiter(rate=request_rate, burst=int(6 * request_rate))
-    hosts = Limiter(rate=50 * request_rate, burst=int(100 * request_rate))
-
-    async def guarded(scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            raise ValueError(f"{scope['type']} is not served")
-
-        async def send_with_headers(message: Any) -> None:
-            if message["type"] == "http.response.start":
-                present = {name for name, _ in message["headers"]}
-                message["headers"] += [
-                    (name.encode(), value.encode())
-                    for name, value in HEADERS.items()
-                    if name.encode() not in present
-                ]
-            await send(message)
-
-        request = Request(scope)
-        try:
-            hosts.check(_host(request))
-            if token := request.cookies.get(COOKIE):
-                people.check(_hash(token))
-            # Forms of other sites, where the browser says so.
-            if request.method == "POST" and request.headers.get(
-                "sec-fetch-site", "same-origin"
-            ) not in ("same-origin", "none"):
-                raise Refusal(403, "forbidden")
-        except Refusal as refusal:
-            await survey.refuse(refusal)(scope, receive, send_with_headers)
-            return
-        await app(scope, receive, send_with_headers)
-
-    return guarded
-
-
-async def _read_form(request: Any) -> dict[str, str]:
-    """Read a form of bounded size.
-
-    Raises:
-      Refusal: it is too large, or no form.
-    """
-    body = b""
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY:
-            raise Refusal(413, "large")
-    try:
-        pairs = urllib.parse.parse_qsl(
-            body.decode("ascii"),
-            keep_blank_values=True,
-            strict_parsing=bool(body),
-            errors="strict",
-            max_num_fields=_MAX_FIELDS,
-        )
-    except ValueError:
-        raise Refusal(400, "forbidden") from None
-    form = dict(pairs)
-    if len(form) < len(pairs):  # a field twice
-        raise Refusal(400, "forbidden")
-    return form
-
-
 def _panel(values: Mapping[str, str]) -> tuple[str, ...]:
     """Return the panel's three numbers; () unless all are there and plain.
 
@@ -820,33 +645,9 @@ def _panel(values: Mapping[str, str]) -> tuple[str, ...]:
     return panel
 
 
-def _first_open(pages: list[design.Page], latest: Mapping[int, answers.Answer]) -> int:
-    """Return the first page without a complete answer; len(pages) if there is none."""
-    for index in range(len(pages)):
-        if index not in latest or not latest[index].complete:
-            return index
-    return len(pages)
-
-
-def _is_locked(
-    pages: list[design.Page], latest: Mapping[int, answers.Answer], index: int
-) -> bool:
-    """Return True for a prediction that was made: the answer was shown since."""
-    is_made = index in latest and latest[index].complete
-    return index < len(pages) and pages[index].kind == design.SIMULATION and is_made
-
-
 def _seconds(shown: str) -> float:
     """Return the seconds since a page was shown."""
     return min(max(time.time() - int(shown) / 1000, 0.0), _MAX_PAGE_SECONDS)
-
-
-def _hash(token: str) -> str:
-    return hashlib.sha256(token.encode()).hexdigest()
-
-
-def _host(request: Any) -> str:
-    return request.client.host if request.client else ""
 
 
 def _redirect(path: str) -> Any:

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("starlette.testclient")
 
-from kdjax.survey import server
+from kdjax.survey import guard
 from kdjax.survey.answers import ANSWERS, Answers
 from tests.survey import explanations, forms, load, processes
 
@@ -27,7 +27,7 @@ class Person(threading.Thread):
         self.trying: tuple[int, str] | None = None
 
     def run(self):
-        cookies = {server.COOKIE: self.token} if self.token else {}
+        cookies = {guard.COOKIE: self.token} if self.token else {}
         self.trying = None
         try:
             with load.httpx.Client(
@@ -36,8 +36,12 @@ class Person(threading.Thread):
                 follow_redirects=True,
                 verify=False,
             ) as client:
-                response = client.get("/page/1") if self.token else forms.join(client)
-                self.token = self.token or client.cookies[server.COOKIE]
+                response = (
+                    request(client, "GET", "/page/1")
+                    if self.token
+                    else forms.join(client)
+                )
+                self.token = self.token or client.cookies[guard.COOKIE]
                 while True:
                     response = self._answer(client, response)
         except load.httpx.TransportError:
@@ -51,17 +55,28 @@ class Person(threading.Thread):
         text = " ".join(f"{k}={v}" for k, v in sorted(values.items()))
         self.trying = (number, text)
         data = page.hidden | values | {"go": "back" if is_back else "next"}
-        response = client.post(page.action, data=data, follow_redirects=False)
+        response = request(
+            client, "POST", page.action, data=data, follow_redirects=False
+        )
         assert response.status_code == 303, response.text
         before = self.sent.setdefault(number, [])
         if not before or before[-1] != text:
             before.append(text)
         self.trying = None
-        return client.get(response.headers["location"])
+        return request(client, "GET", response.headers["location"])
+
+
+def request(client, method, path, **arguments):
+    """Ask, again and again while there are too many requests."""
+    while True:
+        response = client.request(method, path, **arguments)
+        if response.status_code != 429:
+            return response
+        time.sleep(0.1)
 
 
 def stored(store, token):
-    person = store.find(server._hash(token))
+    person = store.find(guard.token_hash(token))
     rows = store._reader().execute(
         "SELECT page, fields FROM answers WHERE participant = ? ORDER BY id",
         (person.id,),

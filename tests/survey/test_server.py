@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from kdjax.survey import design, export, plan, server
+from kdjax.survey import design, export, guard, plan, server
 from kdjax.survey.answers import ANSWERS, Answers
 from tests.survey import explanations, forms
 
@@ -143,7 +143,7 @@ def test_every_response_has_security_headers(rich):
         client.post("/consent", data={"nonce": "x"}),
         client.get("/resume/" + "a" * 43),
     ):
-        for name, value in server.HEADERS.items():
+        for name, value in guard.HEADERS.items():
             if name != "cache-control":
                 assert response.headers[name] == value, (response.url, name)
         assert "script" not in response.headers["content-security-policy"]
@@ -552,7 +552,7 @@ def test_secrets_are_private(survey):
     content = (survey.workdir / ANSWERS).read_bytes()
     client = survey.client()
     forms.join(client)
-    token = client.cookies[server.COOKIE]
+    token = client.cookies[guard.COOKIE]
     for file in survey.workdir.glob(f"{ANSWERS}*"):
         assert token.encode() not in file.read_bytes()
     assert content
