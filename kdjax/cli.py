@@ -428,7 +428,7 @@ def _flag_error(error: Exception, argv: list[str]) -> str:
 
 def _suggestion(argv: list[str]) -> str:
     """Return what an unknown field of --config.* may have been meant for, or ""."""
-    known = [leaf.path for leaf in config_lib.leaves(Config())]
+    known = [leaf.path for leaf in config_lib.leaves(_config_class(argv)())]
     for argument in argv:
         match = re.match(r"--?(?:no)?config\.((?:base\.)?)([\w.]+)", argument)
         if match is None or match[2] in known:
@@ -459,10 +459,20 @@ def _is_comparison(argv: list[str]) -> bool:
     return pathlib.Path(argv[0]).stem == "compare"
 
 
+def _config_class(argv: list[str]) -> type:
+    """Return the class of the configs that a command takes, or of their base."""
+    if pathlib.Path(argv[0]).stem != "study":
+        return Config
+    from kdjax.survey.config import StudyConfig
+
+    return StudyConfig
+
+
 def _print_config() -> None:
     """Print the fields that --config.* takes: name, default, limit and meaning."""
     prefix = "base." if _is_comparison(sys.argv) else ""
-    config, comments = Config(), config_lib.comments()
+    config = _config_class(sys.argv)()
+    comments = config_lib.comments(type(config).__module__) | config_lib.comments()
     for leaf in config_lib.leaves(config):
         part, _, name = leaf.path.rpartition(".")
         cls = type(operator.attrgetter(part)(config) if part else config)

@@ -776,9 +776,13 @@ def _paths(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield prefix + name, value
 
 
-def comments() -> dict[tuple[str, str], str]:
-    """Return the comment of each field, beside it or above it, by (class, field)."""
-    source = inspect.getsource(sys.modules[__name__])
+def comments(module: str = __name__) -> dict[tuple[str, str], str]:
+    """Return the comment of each field, beside it or above it, by (class, field).
+
+    Args:
+      module: of the dataclasses.
+    """
+    source = inspect.getsource(sys.modules[module])
     lines = source.splitlines()
     result = {}
     for cls in ast.parse(source).body:
