@@ -149,10 +149,10 @@ class Lock:
         Raises:
           ValueError: it is alive.
         """
-        owner, age = _read(self._file)
-        if age is None:  # it is gone
+        owner, modified = _read(self._file)
+        if modified is None:  # it is gone
             return
-        if not _is_dead(self._file, owner, age):
+        if not _is_dead(self._file, owner, modified):
             who = owner or f"a process that {self._file} does not name"
             raise ValueError(
                 f"{self._name} is being written by {who}: wait for its end, or use "
@@ -222,14 +222,14 @@ def check() -> None:
 def holder(folder: str | os.PathLike) -> Owner | None:
     """Return the living owner of a folder's lock; None if there is none."""
     file = pathlib.Path(folder) / LOCK
-    owner, age = _read(file)
-    if owner is None or age is None or _is_dead(file, owner, age):
+    owner, modified = _read(file)
+    if owner is None or modified is None or _is_dead(file, owner, modified):
         return None
     return owner
 
 
 def _read(file: pathlib.Path) -> tuple[Owner | None, float | None]:
-    """Return the owner of a lock (None: not readable) and its age, None without one."""
+    """Return the owner of a lock (None: not readable) and when it was last touched."""
     try:
         with file.open("rb") as stream:
             content = stream.read(1 << 16)
@@ -240,7 +240,7 @@ def _read(file: pathlib.Path) -> tuple[Owner | None, float | None]:
         owner = Owner(**json.loads(content))
     except (ValueError, TypeError):
         owner = None
-    return owner, _now(file.parent) - modified
+    return owner, modified
 
 
 def _now(folder: pathlib.Path) -> float:
@@ -256,8 +256,8 @@ def _now(folder: pathlib.Path) -> float:
             probe.unlink(missing_ok=True)
 
 
-def _is_dead(file: pathlib.Path, owner: Owner | None, age: float) -> bool:
-    """Return True if the owner of a lock of this age cannot be alive."""
+def _is_dead(file: pathlib.Path, owner: Owner | None, modified: float) -> bool:
+    """Return True if the owner of a lock, last touched then, cannot be alive."""
     if owner is not None and owner.machine == files.machine():
         return not files.is_running(owner.pid, owner.start)
     if owner is not None and owner.machine.split()[0] == files.machine().split()[0]:
@@ -265,7 +265,7 @@ def _is_dead(file: pathlib.Path, owner: Owner | None, age: float) -> bool:
         with contextlib.suppress(OSError), file.open("rb+") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
-    return age > STALE_SECONDS
+    return _now(file.parent) - modified > STALE_SECONDS
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import json
+import os
 import pathlib
 import shutil
 import sys
@@ -18,7 +19,7 @@ from orbax.checkpoint import v1 as ocp
 from kdjax.experiment.run import Run
 from kdjax.parallel import distributed
 from kdjax.parallel.sharding import path_name
-from kdjax.runtime import files
+from kdjax.runtime import files, locks
 from kdjax.training import trainable
 from kdjax.training.state import PROJECTION, TrainState
 
@@ -28,9 +29,10 @@ _BLOCK_BYTES = 1 << 20
 
 
 class Checkpoints:
-    """Checkpoints of a run, to be read: nothing is written, cleared or waited for.
+    """Checkpoints of a run, to be read: nothing of them is written, cleared or awaited.
 
-    So they can be read while the run is training; each one appears when it is complete.
+    So they can be read while the run is training; each one appears when it is complete,
+    and hard links keep what is read from being removed meanwhile.
 
     Args:
       folder: of the checkpoints; it need not exist.
@@ -38,6 +40,7 @@ class Checkpoints:
 
     def __init__(self, folder: pathlib.Path) -> None:
         self._folder = pathlib.Path(folder).absolute()
+        self._shown = self._folder  # in errors
 
     def steps(self) -> list[int]:
         """List the steps of the complete checkpoints, the newest last."""
@@ -62,9 +65,9 @@ class Checkpoints:
             differs is listed with the shape wanted and the shape found.
         """
 
-        def read(step: int) -> TrainState:
-            self._check(abstract, step)
-            return TrainState(**self._load(step, _stored(abstract)))
+        def read(checkpoints: Checkpoints, step: int) -> TrainState:
+            checkpoints._check(abstract, step)
+            return TrainState(**checkpoints._load(step, _stored(abstract)))
 
         return self._read(read, step)
 
@@ -80,16 +83,16 @@ class Checkpoints:
     ) -> tuple[int, Any]:
         """Return the step of a checkpoint, and what `restore_params` does."""
 
-        def read(step: int) -> tuple[int, Any]:
-            self._check({"params": abstract}, step, partial=True)
-            stored = _shapes(self._metadata(step))
+        def read(checkpoints: Checkpoints, step: int) -> tuple[int, Any]:
+            checkpoints._check({"params": abstract}, step, partial=True)
+            stored = _shapes(checkpoints._metadata(step))
             averaged = {p.removeprefix("ema/") for p in stored if p.startswith("ema/")}
             params, ema = trainable.partition(abstract, averaged)
             target = {name: x for name, x in (("params", params), ("ema", ema)) if x}
             loading = ocp.options.PyTreeOptions.Loading(partial_load=True)
             options = ocp.options.PyTreeOptions(loading=loading)
             with ocp.Context(pytree_options=options):
-                loaded = self._load(step, target)
+                loaded = checkpoints._load(step, target)
             params = trainable.merge(loaded.get("params", {}), loaded.get("ema", {}))
             return step, params
 
@@ -121,7 +124,7 @@ class Checkpoints:
             first = int(np.min(everywhere))
         return names[first] if first < len(names) else ""
 
-    def _read(self, read: Callable[[int], Any], step: int | None) -> Any:
+    def _read(self, read: Callable[["Checkpoints", int], Any], step: int | None) -> Any:
         """Call `read` with a step; None = the newest, also if it is being replaced."""
         steps = self.steps()
         if not steps:
@@ -134,14 +137,49 @@ class Checkpoints:
         while True:
             current = steps[-1] if step is None else step
             try:
-                if damaged := self.damage(current):
-                    raise ValueError(self._damage_message(current, damaged))
-                return read(current)
+                with self._pinned(current) as checkpoints:
+                    if damaged := checkpoints.damage(current):
+                        raise ValueError(self._damage_message(current, damaged))
+                    return read(checkpoints, current)
             except Exception:
                 # Training removes old checkpoints: then there is a newer one.
                 if step is not None or self.steps()[-1:] in ([], steps[-1:]):
                     raise
                 steps = self.steps()
+
+    @contextlib.contextmanager
+    def _pinned(self, step: int) -> Iterator["Checkpoints"]:
+        """Yield checkpoints of which one stays, though a running training removes it.
+
+        Raises:
+          FileNotFoundError: it is being removed.
+        """
+        owner = locks.holder(self._folder.parent)
+        if owner is None or owner.pid == os.getpid() or jax.process_count() > 1:
+            yield self
+            return
+        source = self._folder / str(step)
+        scratch = files.temporary(self._folder.with_name("reading"))
+        shutil.rmtree(scratch, ignore_errors=True)
+        pinned = Checkpoints(scratch)
+        pinned._shown = self._folder
+        try:
+            try:
+                names = _names(source)
+                for name in names:
+                    target = scratch / str(step) / name
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    os.link(source / name, target)
+            except FileNotFoundError:
+                raise
+            except OSError:  # no right to, or no links here: then without
+                pinned = self
+            else:
+                if _names(source) != names:
+                    raise FileNotFoundError(f"{source} is being removed")
+            yield pinned
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
 
     def _damage_message(self, step: int, file: str) -> str:
         others = [other for other in self.steps() if other != step]
@@ -149,7 +187,7 @@ class Checkpoints:
         if others:
             remedy = f"use another (--step: {others}), or remove it"
         return (
-            f"checkpoint {step} in {self._folder} is damaged: {file} is not as it was "
+            f"checkpoint {step} in {self._shown} is damaged: {file} is not as it was "
             f"written: {remedy}"
         )
 
@@ -202,7 +240,7 @@ class Checkpoints:
         ]
         if lines:
             raise ValueError(
-                f"checkpoint {step} in {self._folder} does not fit "
+                f"checkpoint {step} in {self._shown} does not fit "
                 f"this config: {len(lines)} arrays differ (use the run's own "
                 "config.json, or another --workdir)\n" + "\n".join(lines[:20])
             )
@@ -327,11 +365,7 @@ class CheckpointWriter(Checkpoints):
         if not distributed.is_main():
             return
         folder = self._folder / str(step)
-        checksums = {
-            file.relative_to(folder).as_posix(): _checksum(file)
-            for file in sorted(folder.rglob("*"))
-            if file.is_file()
-        }
+        checksums = {name: _checksum(folder / name) for name in _names(folder)}
         value = {"algorithm": "xxh3_128", "files": checksums}
         files.write_json(folder / CHECKSUMS, value)
 
@@ -364,6 +398,12 @@ class CheckpointWriter(Checkpoints):
             self._pool.shutdown()
             if checkpointer is not None:
                 checkpointer.close()
+
+
+def _names(folder: pathlib.Path) -> list[str]:
+    """List the files below a folder."""
+    files_below = (path for path in folder.rglob("*") if path.is_file())
+    return sorted(path.relative_to(folder).as_posix() for path in files_below)
 
 
 def _checksum(file: pathlib.Path) -> str:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kdjax.runtime import locks
 from kdjax.training.checkpoint import CHECKSUMS, Checkpoints, CheckpointWriter
 from kdjax.training.state import TrainState
 
@@ -157,6 +158,25 @@ def test_one_that_is_replaced_while_it_is_read_gives_the_newer(folder, monkeypat
 
     monkeypatch.setattr(Checkpoints, "_load", load_late)
     assert_same(Checkpoints(folder).restore(abstract()), state(2))
+
+
+def test_one_that_training_removes_meanwhile_is_read_to_its_end(folder, monkeypatch):
+    """Beside a living owner of the directory, by hard links."""
+    load, seen = Checkpoints._load, []
+
+    def load_late(self, step, target):
+        seen.append(self._folder)
+        shutil.rmtree(folder / "2")
+        return load(self, step, target)
+
+    monkeypatch.setattr(Checkpoints, "_load", load_late)
+    owner = locks.Owner(
+        host="h", pid=1, start=0, machine="m", command="train", since="", token=""
+    )
+    monkeypatch.setattr(locks, "holder", lambda folder: owner)
+    assert_same(Checkpoints(folder).restore(abstract()), state(2))
+    assert seen[0].parent == folder.parent and seen[0] != folder
+    assert [path.name for path in folder.parent.iterdir()] == ["checkpoints"]
 
 
 def test_what_fails_in_the_background_is_raised(folder, monkeypatch):
