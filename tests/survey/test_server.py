@@ -556,3 +556,31 @@ def test_secrets_are_private(survey):
     for file in survey.workdir.glob(f"{ANSWERS}*"):
         assert token.encode() not in file.read_bytes()
     assert content
+
+
+def luminance(colour):
+    digits = colour * 2 if len(colour) == 3 else colour
+    channels = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+    linear = [
+        c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in channels
+    ]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_colours_have_contrast(survey):
+    """WCAG 2.2 AA: 4.5 for text, 3 for borders of controls; light and dark."""
+    style = survey.client().get("/style.css").text
+    schemes = re.findall(r":root \{(.*?)\}", style, re.DOTALL)
+    assert len(schemes) == 2
+    for scheme in schemes:
+        colours = dict(re.findall(r"--([\w-]+): #(\w+);", scheme))
+        for text, ground, least in (
+            ("ink", "paper", 4.5),
+            ("ink", "soft", 4.5),
+            ("accent", "paper", 4.5),
+            ("on-accent", "accent", 4.5),
+            ("error", "paper", 4.5),
+            ("line", "paper", 3.0),
+        ):
+            lights = sorted(luminance(colours[name]) for name in (text, ground))
+            assert (lights[1] + 0.05) / (lights[0] + 0.05) >= least, (text, ground)
