@@ -18,6 +18,7 @@ from kdjax.annotation import annotate, backends, requests, store
 from kdjax.config import AnnotateConfig
 from kdjax.data import kinship
 from kdjax.experiment import validate
+from kdjax.runtime import processes
 from tests import helpers
 
 KEY = "sk-very-secret"
@@ -444,3 +445,38 @@ def test_reasoning_of_a_server_is_part_of_its_text(monkeypatch):
             assert text == "<think>\nTwo and two.\n</think>\n\n4"
     finally:
         server.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("faults", "flags", "code"),
+    [
+        ((), [], 0),
+        ((401,), [], 1),
+        ((500,) * 9, ["--config.annotate.num_retries=1"], 1),
+        ((), ["--config.annotate.url=http://me:pass-word@localhost/v1"], 1),
+    ],
+)
+def test_a_command_leaves_no_secret(tmp_path, faults, flags, code):
+    """Neither in a file nor on the terminal, whether it succeeds or fails."""
+    log = tmp_path / "log.txt"
+    with serving(lambda number: faults) as server:
+        file = helpers.write_config_file(config(server), tmp_path / "config.py")
+        process = processes.start(
+            [
+                "kdjax.annotate",
+                f"--config={file}",
+                f"--workdir={tmp_path / 'run'}",
+                f"--json={tmp_path / 'report.json'}",
+                "--verbosity=1",
+                *flags,
+            ],
+            log=log,
+            environment={"TEACHER_KEY": KEY, "JAX_PLATFORMS": "cpu"},
+        )
+        process.join()
+    assert process.exitcode == code, log.read_text()
+    assert "Traceback" not in log.read_text()
+    for path in (path for path in tmp_path.rglob("*") if path.is_file()):
+        content = path.read_bytes()
+        assert KEY.encode() not in content and b"pass-word" not in content, path
