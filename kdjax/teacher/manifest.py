@@ -70,9 +70,9 @@ class Manifest:
 
         Teachers and data that were moved are the same: fingerprint and content count.
         """
-        fields = dataclasses.asdict(self)
-        for name in ("versions", "shards", "teacher_path", "data"):
-            del fields[name]
+        others = ("versions", "shards", "teacher_path", "data")
+        names = [field.name for field in dataclasses.fields(self)]
+        fields = {name: getattr(self, name) for name in names if name not in others}
         return json.loads(json.dumps(fields))
 
 

@@ -22,6 +22,7 @@ from kdjax.teacher.importers import formats
 from kdjax.teacher.importers.files import Path, refuse
 from kdjax.teacher.importers.formats import RawSequence
 
+_LEAST = -1e38  # nats: what float32 holds, with room
 _SLACK = 1e-3  # nats above 0 that are taken for rounding
 _GROUP = 256  # sequences of a parquet row group
 
@@ -81,9 +82,11 @@ def _checked(
     if targets is None:
         targets = np.full(len(ids_LM), math.nan)
     too_high = f"a log-probability of at most {_SLACK}"
-    wrong_LM = np.isnan(log_probs_LM) | (log_probs_LM > _SLACK)
+    beyond_LM = (log_probs_LM < _LEAST) & (log_probs_LM > -math.inf)
+    wrong_LM = np.isnan(log_probs_LM) | (log_probs_LM > _SLACK) | beyond_LM
     _refuse_first(where, wrong_LM, log_probs_LM, too_high)
-    _refuse_first(where, (targets > _SLACK)[:, None], targets[:, None], too_high)
+    wrong = (targets > _SLACK) | ((targets < _LEAST) & (targets > -math.inf))
+    _refuse_first(where, wrong[:, None], targets[:, None], too_high)
     used_LM = log_probs_LM > -math.inf
     in_vocabulary = f"an id from 0 to {num_rows - 1}"
     wrong_LM = used_LM & ((ids_LM < 0) | (ids_LM >= num_rows))

@@ -887,4 +887,4 @@ def test_a_column_that_is_a_bomb_is_refused(tmp_path):
     table = pa.table({"logprobs": column})
     path = tmp_path / "a.parquet"
     pq.write_table(table, path, compression="zstd", use_dictionary=False)
-    assert_refused("axolotl", path, r"found \d+ bytes of a column in \d+")
+    assert_refused("axolotl", path, r"found \d+ bytes of a row group in a file of \d+")
