@@ -134,7 +134,7 @@ def _group(level, values):
 def truth():
     """Return the difference of mean Quality and A of conditions 3 and 0, and pairs."""
     rng = np.random.default_rng(99)
-    y, what, *_ = study(rng, effects=EFFECTS, people=100_000, questions=2_000)
+    y, what, *_ = study(rng, effects=EFFECTS, people=50_000, questions=400)
     quality = y.mean(1)
     first, second = quality[what == 3], quality[what == 0]
     wins = scipy.stats.mannwhitneyu(first, second).statistic

@@ -129,6 +129,11 @@ def conclude(results: Sequence[Table]) -> list[str]:
         if row is not None:
             verdict = _verdict(row["p"], row.get("remark", ""))
             lines.append(f"{outcome}: {verdict} (within participants, by permutation).")
+    for row in named["linear_mixed"].rows:
+        key = (row["outcome"], row["model"], row.get("effect"))
+        if key == (QUALITY, "condition", "condition"):
+            verdict = _verdict(row["p"], "")
+            lines.append(f"{QUALITY}: {verdict} (mixed model: for further items too).")
     differing = [
         row["outcome"]
         for row in named["permutation"].rows

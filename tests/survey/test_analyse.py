@@ -2,6 +2,8 @@
 
 import csv
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -125,6 +127,25 @@ def test_what_cannot_be_estimated_is_said(tmp_path, rows):
     page = analyse.render(tables, title="small")
     assert "not estimable" in page or "not computable" in page
     assert "nan" not in page.lower().replace("nonantialiased", "")
+
+
+def test_the_command_takes_another_group_s_table(tmp_path):
+    file = tmp_path / "theirs.csv"
+    file.write_text("Rater;Model;Good\na;x;4\na;y;5\nb;x;2\nb;y;3\n")
+    command = [sys.executable, "-m", "kdjax.study", "analyse", f"--ratings={file}"]
+    done = subprocess.run(
+        [*command, "--columns=constructs=Good"],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert "permutation" in done.stdout
+    folder = tmp_path / "theirs_analysis"
+    assert {one.name for one in folder.iterdir()} == {"report.html", "statistics.csv"}
+    failed = subprocess.run(command, capture_output=True, text=True)
+    assert failed.returncode == 1
+    assert "name its columns, --columns=constructs=a+b" in failed.stderr
+    assert "Traceback" not in failed.stderr
 
 
 def test_an_unknown_reference_is_refused(tmp_path):
