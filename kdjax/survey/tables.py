@@ -283,7 +283,8 @@ def within_participants(ratings: Ratings, options: Options) -> list[Table]:
                 "share of the variance within participants that conditions explain is "
                 f"the statistic; {options.permutations:,} exchanges. Holm's correction "
                 "is over the constructs. It says of these explanations that they were "
-                "rated differently; the mixed models speak of further items."
+                "rated differently; of conditions only as far as explanations of one "
+                "condition are alike. The mixed models speak of further items."
             ),
             rows=rows,
         ),
