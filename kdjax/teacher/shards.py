@@ -173,7 +173,8 @@ def _write(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / shard_name(index, num_shards)
     temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    keys, total, digest = [], 0, hashlib.blake2b(digest_size=16)
+    keys: list[bytes] = []
+    total, digest = 0, hashlib.blake2b(digest_size=16)
     writer = array_record_module.ArrayRecordWriter(str(temporary), _WRITER_OPTIONS)
     try:
         for key, payload, num_tokens in payloads:
