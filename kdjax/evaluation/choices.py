@@ -41,6 +41,11 @@ def load_chooser(run: Run) -> Chooser:
       run: with its held-out segments.
     """
     config, shape = run.config, run.student.shape
+    if run.data.parts:
+        raise ValueError(
+            "data.source='mixture': explanations are measured on one source: use "
+            "--config.data.source=auto and --config.data.path of one of them"
+        )
     limits = dataclasses.replace(
         config.data,
         max_target=config.data.max_target + config.evaluation.max_new_tokens,
