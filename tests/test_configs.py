@@ -68,7 +68,7 @@ def test_a_comparison_has_every_method_with_each_student(argument):
     both = {"t5", "smollm2"}
     assert students == (set(argument.split(",")) & both or both)
     pairs = {(levels["student"], levels["method"]) for levels, _ in runs.values()}
-    assert pairs == {(s, m) for s in students for m in set(methods.METHODS) - {"text"}}
+    assert pairs == {(s, m) for s in students for m in set(methods.METHODS) - {"text", "chat"}}
     # A student's rows hold as many examples whatever the other student is.
     for levels, config in runs.values():
         is_t5 = levels["student"] == "t5"
@@ -79,7 +79,7 @@ def test_a_comparison_has_every_method_with_each_student(argument):
 @pytest.mark.parametrize("name", ["csqa_t5_base", "csqa_smollm2"])
 def test_paper_configs_have_every_method(name):
     module = load(FOLDER / "paper" / f"{name}.py")
-    assert set(module.ROWS) == set(methods.METHODS) - {"text"}
+    assert set(module.ROWS) == set(methods.METHODS) - {"text", "chat"}
     for method in module.ROWS:
         for further in ("", "cpu", "soft", "smoke,soft"):
             config = module.get_config(",".join(filter(None, (method, further))))

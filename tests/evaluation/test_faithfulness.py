@@ -389,7 +389,7 @@ def multitask(tmp_path_factory):
     ],
 )
 def test_every_method_has_its_measures(method, architecture, tmp_path):
-    assert methods.METHODS.keys() - MEASURES.keys() == {"text"}
+    assert methods.METHODS.keys() - MEASURES.keys() == {"text", "chat"}
     config = small(method, student={"architecture": architecture})
     finished(config, tmp_path)
     measures = faithfulness.measure(helpers.open_eval(config, tmp_path))

@@ -97,7 +97,7 @@ def check(raw: Mapping[str, Any], file: str) -> None:
     for name, value, kind, limit in _values(raw):
         if value is None:
             continue
-        types = (int, float) if kind is float else kind
+        types: Any = (int, float) if kind is float else kind
         if not isinstance(value, types) or (type(value) is bool) != (kind is bool):
             raise ValueError(
                 f"{file}: {name}={quote(value)} is not of type {kind.__name__}: "
