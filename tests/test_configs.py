@@ -68,7 +68,9 @@ def test_a_comparison_has_every_method_with_each_student(argument):
     both = {"t5", "smollm2"}
     assert students == (set(argument.split(",")) & both or both)
     pairs = {(levels["student"], levels["method"]) for levels, _ in runs.values()}
-    assert pairs == {(s, m) for s in students for m in set(methods.METHODS) - {"text", "chat"}}
+    assert pairs == {
+        (s, m) for s in students for m in set(methods.METHODS) - {"text", "chat"}
+    }
     # A student's rows hold as many examples whatever the other student is.
     for levels, config in runs.values():
         is_t5 = levels["student"] == "t5"

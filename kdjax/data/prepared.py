@@ -138,6 +138,7 @@ class Report:
     """Numbers of a split: how it was selected and cut."""
 
     num_examples: int = 0
+    num_used: int = 0  # of them, those that are not left out
     labels: dict[str, Any] = dataclasses.field(default_factory=dict)
     notes: list[str] = dataclasses.field(default_factory=list)
     counts: SegmentCounts = dataclasses.field(default_factory=SegmentCounts)
@@ -221,7 +222,8 @@ def report_of(
     """
     whole = selection.combine(selections, recipe.split, recipe.config)
     return Report(
-        num_examples=sum(s.num_examples for s in selections),
+        num_examples=whole.num_examples,
+        num_used=whole.num_labelled - sum(whole.missing.values()),
         labels=whole.labels,
         notes=whole.notes,
         counts=counts,
@@ -448,6 +450,7 @@ def finish(
         "identity": identity,
         "report": {
             "num_examples": report.num_examples,
+            "num_used": report.num_used,
             "labels": report.labels,
             "notes": report.notes,
             "counts": _counts_to_json(report.counts),

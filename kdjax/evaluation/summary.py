@@ -75,6 +75,13 @@ def write_summary(
             "student": flops.params_count(run.student.shape),
             "teacher": teacher_shape and flops.params_count(teacher_shape),
         },
+        "examples": run.data.counts,
+        "scored": {
+            "examples": len(run.data.eval_examples),
+            "segments": len(run.data.evaluation),
+            "choices": len(choice_rows),
+            "generations": len(generations),
+        },
         **({"labels": labels} if labels else {}),
         **({"not_measured": dict(not_measured)} if not_measured else {}),
         "tokens_per_second": throughput.get("tokens_per_second"),

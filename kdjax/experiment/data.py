@@ -35,6 +35,8 @@ class Data:
     evaluation: Sequence[Segment]
     eval_examples: list[Example]
     labels: dict[str, Any]  # of a teacher's answers: `selection.apply_label_policy`
+    # split -> examples "read", those "used", and their "segments"
+    counts: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
     # (name of a source, its data) of a mixture, whose views have their own names
     parts: tuple[tuple[str, "Data"], ...] = ()
     eos_ids: tuple[int, ...] = ()  # of tokens that end a text: `stop_ids`
@@ -98,6 +100,7 @@ def load_data(
     segments: dict[str, Sequence[Segment]] = {"train": [], "eval": []}
     digests: dict[str, np.ndarray] = {}
     labels: dict[str, Any] = {}
+    split_counts: dict[str, dict[str, int]] = {}
     eval_examples: list[Example] = []
     for split in splits:
         recipe = prepared.Recipe(
@@ -111,6 +114,11 @@ def load_data(
             recipe, _folder(config, workdir), eval_examples, force=force
         )
         labels |= report.labels
+        split_counts[split] = {
+            "read": report.num_examples,
+            "used": report.num_used,
+            "segments": len(segments[split]),
+        }
         for note in report.notes:
             print(note, file=sys.stderr)
         counts = report.counts
@@ -134,6 +142,7 @@ def load_data(
         evaluation=segments["eval"],
         eval_examples=eval_examples,
         labels=labels,
+        counts=split_counts,
         eos_ids=stop_ids(config, tokenizer, (config.teacher.path, student)),
         max_id=max_id,
     )
@@ -171,6 +180,13 @@ def _load_mixture(
         evaluation=join([data.evaluation for data in loaded]),
         eval_examples=[e for data in loaded for e in data.eval_examples],
         labels={},
+        counts={
+            split: {
+                name: sum(data.counts[split][name] for data in loaded)
+                for name in ("read", "used", "segments")
+            }
+            for split in splits
+        },
         parts=tuple(zip(names, loaded, strict=True)),
         eos_ids=tuple(sorted({i for data in loaded for i in data.eos_ids})),
     )

@@ -36,7 +36,7 @@ def write(
         f"---\n{_front(config, shape)}\n---",
         f"# {config.name}",
         f"A student of {flops.params_count(shape):,} parameters, made with kdjax.",
-        _table(("", ""), _facts(config, origins, step)),
+        _table(("", ""), _facts(config, origins, step, summary or {})),
         "## Loss",
         "Of each term the mean over its view's target tokens times its weight.",
         _terms(config),
@@ -81,7 +81,7 @@ def _uses_teacher(config: Config) -> bool:
 
 
 def _facts(
-    config: Config, origins: Mapping[str, str], step: int
+    config: Config, origins: Mapping[str, str], step: int, summary: Mapping[str, Any]
 ) -> list[tuple[str, str]]:
     method, optim, train = config.method, config.optim, config.train
     teacher, path = "none", config.teacher.path
@@ -93,7 +93,7 @@ def _facts(
     facts = [
         ("teacher", teacher),
         ("starts from", "; ".join(starts)),
-        ("data", _data(config.data)),
+        ("data", _data(config.data, summary.get("examples", {}).get("train"))),
         ("method", f"{method.name}, views {', '.join(methods.views(method))}"),
     ]
     if methods.has_soft_terms(config.method):
@@ -114,8 +114,13 @@ def _facts(
     return facts
 
 
-def _data(data: DataConfig) -> str:
+def _data(data: DataConfig, counts: Mapping[str, int] | None) -> str:
+    """Describe the training data; the counts are those of the run's summary."""
     count = f"{data.num_train:,} examples" if data.num_train else "all examples"
+    if counts:
+        count = f"{counts['used']:,} examples"
+        if counts["read"] > counts["used"]:
+            count += f" of {counts['read']:,}"
     if data.is_built_in:
         return f"the built-in task kinship, {count}"
     parts = [f"{provenance.name_of(data.path)} ({data.source}, schema {data.schema})"]

@@ -165,6 +165,10 @@ def test_a_card_says_how_the_student_was_made(tmp_path):
     ):
         assert f"{line}\n" in text, line
     assert str(tmp_path) not in text and str(tmp_path.parent) not in text
+    # A run whose examples were left out in part says how many it used.
+    summary["examples"] = {"train": {"read": 24, "used": 21, "segments": 42}}
+    text = model_card.write(config, DECODER, found, step=6, summary=summary)
+    assert "rationales why.jsonl, 21 examples of 24 |" in text
 
 
 def test_a_card_without_teacher_and_results(tmp_path):
