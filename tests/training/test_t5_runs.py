@@ -81,7 +81,7 @@ def test_export_is_read_by_transformers(t5_run, tmp_path):
         torch.tensor([prompt]), max_new_tokens=8, do_sample=False
     ).numpy()[0, 1:]
     decoding = Decoding(
-        max_new_tokens=8, eos_id=model.shape.eos_id, pad_id=model.shape.pad_id
+        max_new_tokens=8, eos_ids=(model.shape.eos_id,), pad_id=model.shape.pad_id
     )
     found = Generator(model.shape, model.graphdef, decoding)(params, [prompt])[0]
     assert found == [token for token in wanted.tolist() if token > 1]
@@ -241,7 +241,7 @@ def test_generation_equals_decoding_without_a_cache():
     params = jax.tree.map(lambda x: 2 * x, t5.init_params(shape, jax.random.key(0)))
     rng = np.random.default_rng(0)
     prompts = [[*rng.integers(2, 50, n).tolist(), 1] for n in (3, 17, 9)]
-    decoding = Decoding(max_new_tokens=6, eos_id=-1, pad_id=0)
+    decoding = Decoding(max_new_tokens=6, eos_ids=(), pad_id=0)
     found = Generator(shape, graphdef, decoding)(params, prompts)
 
     @jax.jit
