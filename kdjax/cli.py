@@ -121,6 +121,9 @@ def run_actions(main: Callable[[list[str]], None], *, resumes: bool = False) -> 
             _end(interrupts.SIGINT_CODE, "interrupted", str(error) or hint)
         except interrupts.Terminated as error:
             _end(interrupts.SIGTERM_CODE, "ended by SIGTERM", error.message or hint)
+        except BrokenPipeError:  # what reads the output has ended: head, a pager
+            _drop_output()
+            raise SystemExit(interrupts.SIGPIPE_CODE) from None
         except Exception as error:
             text = _explain(error)
             if not text or os.environ.get("KDJAX_TRACEBACK"):
@@ -130,6 +133,12 @@ def run_actions(main: Callable[[list[str]], None], *, resumes: bool = False) -> 
             raise SystemExit(_line(text)) from None
 
     app.run(guarded, flags_parser=parse)
+
+
+def _drop_output() -> None:
+    """Write what is left of the output nowhere, so that the end of Python is quiet."""
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def _end(code: int, event: str, message: str) -> None:
@@ -481,7 +490,7 @@ def _print_config() -> None:
             print(f"--config.{prefix}{leaf.path}={leaf.value!r}{limit}")
             print(f"    {comments[cls.__name__, name]}", flush=True)
         except BrokenPipeError:  # head, or less that was left
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _drop_output()
             return
 
 

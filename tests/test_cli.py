@@ -226,3 +226,22 @@ def test_a_workdir_that_is_no_run_says_why(tmp_path, name):
     (tmp_path / "folder" / "config.json").write_text("")
     with pytest.raises(ValueError, match=r"config.json is empty: give --config="):
         cli._config_of_run(tmp_path / "folder")
+
+
+def test_output_that_nobody_reads_on_ends_quietly():
+    """As of `kdjax.cache info ... | head -1`."""
+    program = (
+        "from kdjax import cli\n"
+        "cli.run_actions(lambda _: [print('x' * 1000) for _ in range(1000)])"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-SIGINT_CODE, SIGTERM_CODE = 130, 143  # 128 + the signal, as shells have it
+# 128 + the signal, as shells have it.
+SIGINT_CODE, SIGPIPE_CODE, SIGTERM_CODE = 130, 141, 143
 _NOTICE_SECONDS = 0.5  # a command that ends sooner needs no word before
 _SHOW_CURSOR = "\x1b[?25h"  # a progress bar hides it
 _notices: list[str] = []  # of the innermost part of the program that stops late
