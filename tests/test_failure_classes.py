@@ -171,9 +171,9 @@ BREAKS = [
         number=11,
         what="the end token, being the padding token too, is not learnt",
         file="data/loader.py",
-        old="batch.view[row, span.target] = segment.view",
-        new="batch.view[row, span.target] = np.where(\n"
-        "        segment.target_ids == segment.target_ids[-1], -1, segment.view)",
+        old="batch.view[row, span.loss] = segment.view",
+        new="batch.view[row, span.loss] = np.where(\n"
+        "        segment.loss_ids == segment.target_ids[-1], -1, segment.view)",
         test="data/test_loader.py::test_rows_hold_the_segments",
     ),
     Break(
@@ -229,7 +229,7 @@ BREAKS = [
     Break(
         number=15,
         what="the wrong choice is the first one in every epoch",
-        file="data/loader.py",
+        file="data/order.py",
         old="drawn = rng.permutation(order)",
         new="drawn = order",
         test="data/test_loader.py::test_an_epoch_takes_one_of_the_alternatives",
@@ -237,7 +237,7 @@ BREAKS = [
     Break(
         number=15,
         what="wrong choices stand at the front of every epoch",
-        file="data/loader.py",
+        file="data/order.py",
         old="order = drawn[first][places]",
         new="order = drawn[np.sort(first)]",
         test="data/test_loader.py::test_alternatives_stand_anywhere_in_an_epoch",
