@@ -675,31 +675,6 @@ class PreparedSegments(Segments):
         return self._column("views")
 
     @property
-    def prompt_lengths(self) -> Int32[np.ndarray, " N"]:
-        """Return the tokens of each prompt."""
-        return self._column("prompt_lengths")
-
-    @property
-    def prefix_lengths(self) -> Int32[np.ndarray, " N"]:
-        """Return the tokens of each prefix."""
-        return self._column("prefix_lengths")
-
-    @property
-    def target_lengths(self) -> Int32[np.ndarray, " N"]:
-        """Return the tokens of each target."""
-        return self._column("target_lengths")
-
-    @property
-    def loss_lengths(self) -> Int32[np.ndarray, " N"]:
-        """Return the tokens of each target that are in the loss."""
-        return self._column("loss_lengths")
-
-    @property
-    def prompt_ends(self) -> Int32[np.ndarray, " N"]:
-        """Return the last token of each prompt; -1 where it is empty."""
-        return self._column("prompt_ends")
-
-    @property
     def alternatives(self) -> Int32[np.ndarray, " N"]:
         """Return the number of the (example, view) pair of each segment."""
         return np.cumsum(self._column("firsts"), dtype=np.int32) - 1

@@ -6,7 +6,7 @@ latter when they are used.
 """
 
 import abc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import overload
 
 import numpy as np
@@ -24,29 +24,29 @@ class Segments(Sequence[Segment]):
         """Return the index of the view of each segment."""
 
     @property
-    @abc.abstractmethod
     def prompt_lengths(self) -> Int32[np.ndarray, " N"]:
         """Return the tokens of each prompt."""
+        return self._column("prompt_lengths")
 
     @property
-    @abc.abstractmethod
     def prefix_lengths(self) -> Int32[np.ndarray, " N"]:
         """Return the tokens of each prefix."""
+        return self._column("prefix_lengths")
 
     @property
-    @abc.abstractmethod
     def target_lengths(self) -> Int32[np.ndarray, " N"]:
         """Return the tokens of each target."""
+        return self._column("target_lengths")
 
     @property
-    @abc.abstractmethod
     def loss_lengths(self) -> Int32[np.ndarray, " N"]:
         """Return the tokens of each target that are in the loss."""
+        return self._column("loss_lengths")
 
     @property
-    @abc.abstractmethod
     def prompt_ends(self) -> Int32[np.ndarray, " N"]:
         """Return the last token of each prompt; -1 where it is empty."""
+        return self._column("prompt_ends")
 
     @property
     @abc.abstractmethod
@@ -61,6 +61,10 @@ class Segments(Sequence[Segment]):
     @abc.abstractmethod
     def keys(self) -> UInt8[np.ndarray, "N 16"]:
         """Return the content keys."""
+
+    @abc.abstractmethod
+    def _column(self, name: str) -> np.ndarray:
+        """Return a column whose values are those of the segments alone."""
 
     @abc.abstractmethod
     def read(self, index: int) -> Segment:
@@ -88,6 +92,16 @@ class Segments(Sequence[Segment]):
         return map(self.read, range(len(self)))
 
 
+# Column -> its value of a segment.
+_COLUMNS: dict[str, Callable[[Segment], int]] = {
+    "prompt_lengths": lambda s: len(s.prompt_ids),
+    "prefix_lengths": lambda s: len(s.prefix_ids),
+    "target_lengths": lambda s: len(s.target_ids),
+    "loss_lengths": lambda s: s.num_loss_tokens,
+    "prompt_ends": lambda s: int(s.prompt_ids[-1]) if len(s.prompt_ids) else -1,
+}
+
+
 class SegmentList(Segments):
     """Segments in memory."""
 
@@ -103,6 +117,9 @@ class SegmentList(Segments):
         """Return the segment at an index."""
         return self._segments[index]
 
+    def _column(self, name: str) -> np.ndarray:
+        return self._integers(map(_COLUMNS[name], self._segments))
+
     def _integers(self, values: Iterator[int]) -> np.ndarray:
         return np.fromiter(values, np.int32, len(self))
 
@@ -110,33 +127,6 @@ class SegmentList(Segments):
     def views(self) -> Int[np.ndarray, " N"]:
         """Return the index of the view of each segment."""
         return self._integers(s.view for s in self._segments)
-
-    @property
-    def prompt_lengths(self) -> Int32[np.ndarray, " N"]:
-        """Return the tokens of each prompt."""
-        return self._integers(len(s.prompt_ids) for s in self._segments)
-
-    @property
-    def prefix_lengths(self) -> Int32[np.ndarray, " N"]:
-        """Return the tokens of each prefix."""
-        return self._integers(len(s.prefix_ids) for s in self._segments)
-
-    @property
-    def target_lengths(self) -> Int32[np.ndarray, " N"]:
-        """Return the tokens of each target."""
-        return self._integers(len(s.target_ids) for s in self._segments)
-
-    @property
-    def loss_lengths(self) -> Int32[np.ndarray, " N"]:
-        """Return the tokens of each target that are in the loss."""
-        return self._integers(s.num_loss_tokens for s in self._segments)
-
-    @property
-    def prompt_ends(self) -> Int32[np.ndarray, " N"]:
-        """Return the last token of each prompt; -1 where it is empty."""
-        return self._integers(
-            int(s.prompt_ids[-1]) if len(s.prompt_ids) else -1 for s in self._segments
-        )
 
     @property
     def alternatives(self) -> Int32[np.ndarray, " N"]:
