@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from kdjax.annotation import annotate
+from kdjax.annotation.requests import COUNTERFACTUAL_METHODS
 from kdjax.config import ANNOTATIONS, AnnotateConfig
 from tests import helpers
 from tests.golden import make_losses
@@ -147,7 +148,7 @@ def test_annotate_smoke(method, real_data, smollm2, tmp_path):
     folder = tmp_path / "annotations" / f"train-{method}"
     name = annotate.result_file(AnnotateConfig(method=method))
     rows = [json.loads(line) for line in (folder / name).read_text().splitlines()]
-    assert len(rows) == (20 if method == "counterfactual" else 5)
+    assert len(rows) == (20 if method in COUNTERFACTUAL_METHODS else 5)
     if method == "answer":
         assert sum(bool(row["answer"]) for row in rows) > 2
         return

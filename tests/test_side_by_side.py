@@ -10,6 +10,7 @@ import pty
 import re
 import select
 import signal
+import subprocess
 import sys
 import time
 
@@ -145,10 +146,16 @@ def test_a_training_with_company_ends_undisturbed(commands, undisturbed):
 
 def in_a_terminal(command: list[str], text: str, timeout: float = 120):
     """Runs a command in a pseudo-terminal, presses Ctrl-C when a text is shown."""
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.environ |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(helpers.ROOT)}
-        os.execv(command[0], command)
+    # Not pty.fork: this process has threads.
+    terminal, ends = pty.openpty()
+    process = subprocess.Popen(
+        ["setsid", "--ctty", "--wait", *command],
+        stdin=ends,
+        stdout=ends,
+        stderr=ends,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(helpers.ROOT)},
+    )
+    os.close(ends)
     shown, deadline, pressed = b"", time.monotonic() + timeout, False
     while time.monotonic() < deadline:
         if select.select([terminal], [], [], 0.2)[0]:
@@ -160,8 +167,8 @@ def in_a_terminal(command: list[str], text: str, timeout: float = 120):
             os.write(terminal, b"\x03")
             pressed = True
     else:
-        os.kill(pid, signal.SIGKILL)
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        process.kill()
+    code = process.wait()
     os.close(terminal)
     return code, shown.decode(errors="replace")
 
