@@ -142,7 +142,8 @@ def _drop_output() -> None:
 
 
 def _end(code: int, event: str, message: str) -> None:
-    """End this process after a signal, with a line on stderr."""
+    """End this process after a signal, with a line on stderr, its last one."""
+    interrupts.silence()
     text = ": ".join(part for part in (_program(), event, message) if part)
     _abandon(text, code)
     threading.excepthook = lambda arguments: None  # threads whose work is cut off

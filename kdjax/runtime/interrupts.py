@@ -5,7 +5,6 @@ import signal
 import socket
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -90,6 +89,9 @@ def notice(text: str) -> Iterator[None]:
         _notices.pop()
 
 
+_silent = threading.Event()
+
+
 def install(program: str) -> None:
     """Make signals end this process as a command: for the commands' edge alone.
 
@@ -139,8 +141,14 @@ def _watch(program: str, reader: socket.socket, writer: socket.socket) -> None:
             threading.Thread(target=_announce, args=(program,), daemon=True).start()
 
 
+def silence() -> None:
+    """Answer no further first Ctrl-C: the last line of the process is about to come."""
+    _silent.set()
+
+
 def _announce(program: str) -> None:
-    time.sleep(_NOTICE_SECONDS)
+    if _silent.wait(_NOTICE_SECONDS):
+        return
     text = _notices[-1] if _notices else "stopping"
     print(f"{program}: {text}; Ctrl-C again: at once", file=sys.stderr, flush=True)
 

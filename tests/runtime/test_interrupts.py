@@ -86,6 +86,18 @@ def test_a_late_end_is_announced():
     assert (code, text) == (130, notice + "train: interrupted: saved\n")
 
 
+def test_nothing_follows_the_last_line():
+    """Ending may take longer than the notice waits for."""
+    last = 'print("train: interrupted:", error, file=sys.stderr)\n'
+    script = LOOP.replace(
+        last, f"interrupts.silence()\n    {last}    time.sleep(1.5)\n"
+    )
+    assert run(script, signal.SIGINT) == (130, "train: interrupted: saved\n")
+    # Without it the notice would come last.
+    loud = script.replace("interrupts.silence()", "pass")
+    assert run(loud, signal.SIGINT)[1].endswith("Ctrl-C again: at once\n")
+
+
 @pytest.mark.parametrize("script", [LOOP, COMPUTE])
 def test_a_second_ctrl_c_ends_at_once_whatever_the_main_thread_does(script):
     code, text = run(script, signal.SIGINT, signal.SIGINT, argument=999)
