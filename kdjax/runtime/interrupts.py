@@ -1,4 +1,10 @@
-"""Ctrl-C and SIGTERM: as a request to the training loop, and for whole commands."""
+"""Ctrl-C and SIGTERM: as a request to the training loop, and for whole commands.
+
+Exit codes of commands: 0 success, 1 an error with a line that says it, 130 Ctrl-C, 141
+nobody reads the output, 143 SIGTERM (what was done is saved: start the same command
+again), 75 another process of the run was lost (start all again), 78 the processes of
+the run differ (starting again does not help).
+"""
 
 import os
 import signal
@@ -11,6 +17,10 @@ from types import FrameType
 
 # 128 + the signal, as shells have it.
 SIGINT_CODE, SIGPIPE_CODE, SIGTERM_CODE = 130, 141, 143
+# Of processes of one run (EX_TEMPFAIL and EX_CONFIG of sysexits.h): another process was
+# lost or did not come, so that the same command may be tried again; or processes differ
+# in config, data, versions or devices, and would differ again.
+PEER_LOST_CODE, RANKS_DIFFER_CODE = 75, 78
 _NOTICE_SECONDS = 0.5  # a command that ends sooner needs no word before
 _SHOW_CURSOR = "\x1b[?25h"  # a progress bar hides it
 _notices: list[str] = []  # of the innermost part of the program that stops late
