@@ -70,8 +70,8 @@ BREAKS = [
         number=3,
         what="off by one between stored row and token",
         file="data/loader.py",
-        old="            slice(first, stop),\n",
-        new="            slice(first - 1, stop - 1),\n",
+        old="slice(first, stop) if mask",
+        new="slice(first - 1, stop - 1) if mask",
         test="data/test_loader.py::test_teacher_rows_stand_where_their_token_is_"
         "predicted",
     ),

@@ -78,12 +78,12 @@ class Person:
             if "days" in legend:
                 value = 1 if self.careless else 2
             options[min(max(value, 1), len(options)) - 1].check()
-        if self.habits.get("keyboard"):
-            self.page.focus("fieldset input:checked, button.main")
-            with self.page.expect_navigation():
+        with self.page.expect_navigation():
+            if self.habits.get("keyboard"):
+                self.page.focus("fieldset input:checked, button.main")
                 self.page.keyboard.press("Enter")
-        else:
-            self.page.click("button.main")
+            else:
+                self.page.click("button.main")
 
     @property
     def careless(self):
@@ -96,7 +96,8 @@ class Person:
             if number == self.habits.get("stop"):
                 break
             if number == self.habits.get("back"):
-                self.page.click("button[value=back]")
+                with self.page.expect_navigation():
+                    self.page.click("button[value=back]")
                 assert self.page.locator("input:checked").count() >= 5
                 self.answer()
                 self.habits["back"] = 0
