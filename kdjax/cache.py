@@ -88,13 +88,17 @@ def export(folders: list[str]) -> None:
 
 def merge(folders: list[str]) -> None:
     """Write one cache of several."""
+    from kdjax.experiment import workdir
     from kdjax.teacher import cache as cache_lib
     from kdjax.teacher import merge_export
 
     caches = [
         cache_lib.load_cache(folder) for folder in _check_count(folders, 2, more=True)
     ]
-    with progress(sum(c.num_records for c in caches), "merge") as advance:
+    with (
+        workdir.hold_output(_out()),
+        progress(sum(c.num_records for c in caches), "merge") as advance,
+    ):
         manifest = merge_export.merge(caches, _out(), advance=advance)
     print(f"merged {manifest.num_records} records into {_out()}")
 
@@ -138,6 +142,7 @@ def import_(files: list[str]) -> None:
         raise ValueError(f"--format={tool}: use one of {sorted(convert.FORMATS)}")
 
     from kdjax.data.segments import as_segments
+    from kdjax.experiment import workdir
     from kdjax.experiment.data import load_data
     from kdjax.teacher import merge_export
 
@@ -145,7 +150,10 @@ def import_(files: list[str]) -> None:
     data = load_data(config, cli.workdir(config), splits=(_SPLIT.value,))
     segments = data.train if _SPLIT.value == "train" else data.evaluation
     num_tokens = int(as_segments(segments).loss_lengths.sum())
-    with progress(num_tokens, f"import {_SPLIT.value}") as advance:
+    with (
+        workdir.hold_output(_out()),
+        progress(num_tokens, f"import {_SPLIT.value}") as advance,
+    ):
         totals = merge_export.import_file(
             path,
             segments,

@@ -14,6 +14,7 @@ from datasets import Dataset
 
 from kdjax import evaluate, train
 from kdjax.config import Config
+from kdjax.experiment import workdir as workdir_lib
 from kdjax.experiment.data import load_data
 from kdjax.teacher import cache as cache_lib
 from kdjax.teacher import describe, merge_export
@@ -152,6 +153,15 @@ def test_merge_copies_every_record(finished, tmp_path):
         )
     with pytest.raises(ValueError, match="merge caches of disjoint examples"):
         merge_export.merge([parts[0], parts[0]], tmp_path / "no")
+
+
+def test_a_folder_that_is_being_merged_is_refused(finished, tmp_path):
+    parts = [finished[1] / "cache" / split for split in ("train", "eval")]
+    with workdir_lib.hold_output(tmp_path / "both"):
+        ended = command("merge", *parts, f"--out={tmp_path / 'both'}")
+    assert ended.returncode == 1
+    assert f"out={str(tmp_path)!r} is being written by" in ended.stderr
+    assert not (tmp_path / "both").exists()
 
 
 def write_axolotl(path, sequences):

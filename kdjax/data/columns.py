@@ -3,7 +3,7 @@
 import json
 import math
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from kdjax.data.readers import Row, Values, kind_of
@@ -97,7 +97,8 @@ class ColumnMap:
             elif value is None or not self._is_first:
                 return None
             else:
-                has = sorted(value) if isinstance(value, Mapping) else kind_of(value)
+                is_mapping = isinstance(value, Mapping)
+                has = describe_names(value) if is_mapping else kind_of(value)
                 raise ValueError(
                     f"{row.where}: data.columns={self._text!r}: there is no "
                     f"{part!r} of {path!r}: it has {has}"
@@ -119,6 +120,13 @@ def show(value: Any) -> str:
 
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 60
+_NAMES = reprlib.Repr()
+_NAMES.maxlist, _NAMES.maxstring = 10, 30
+
+
+def describe_names(names: Iterable[str]) -> str:
+    """Return column names in order, for an error: 10 of them, each of 30 characters."""
+    return _NAMES.repr(sorted(names))
 
 
 def id_text(value: Any, error: Callable[[str], ValueError], name: str = "id") -> str:
@@ -191,8 +199,8 @@ class Fields:
         if value is _ABSENT and not self._drop:
             raise ValueError(
                 f"{self.where}: row {self.id!r} has no column {name!r}: it has "
-                f"{sorted(self.values)}; choose the data.schema that matches the data, "
-                f"or name its columns by data.columns ({name}=COLUMN)"
+                f"{describe_names(self.values)}; choose the data.schema that matches "
+                f"the data, or name its columns by data.columns ({name}=COLUMN)"
             )
         return self.require(name, None if value is _ABSENT else value, remedy)
 

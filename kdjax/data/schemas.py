@@ -7,7 +7,14 @@ from typing import Any
 
 from kdjax.config import SCHEMAS, DataConfig
 from kdjax.data.answers import AnswerReader, check_count, parse_choices
-from kdjax.data.columns import ColumnMap, Fields, check_text, is_missing, show
+from kdjax.data.columns import (
+    ColumnMap,
+    Fields,
+    check_text,
+    describe_names,
+    is_missing,
+    show,
+)
 from kdjax.data.example import Example
 from kdjax.data.readers import ClassName, Row, Values, kind_of
 
@@ -407,7 +414,7 @@ def detect(row: Row) -> str:
     names = candidates(row.values)
     if len(names) == 1:
         return names[0]
-    has = f"{row.where} has columns {sorted(row.values)}"
+    has = f"{row.where} has columns {describe_names(row.values)}"
     if names:
         raise ValueError(
             f"{has}, which are of several schemas: say by data.schema which: {names}"

@@ -14,7 +14,7 @@ import numpy as np
 
 from kdjax.config import DataConfig
 from kdjax.data import files, kinship, readers, selection, splits
-from kdjax.data.columns import check_text, id_text, is_missing, show
+from kdjax.data.columns import check_text, describe_names, id_text, is_missing, show
 from kdjax.data.example import Example, contradicts, wrong_choices
 from kdjax.data.readers import Row, kind_of
 from kdjax.data.schemas import Schema
@@ -359,7 +359,7 @@ def _read_texts(
         if any(name not in row.values for name in columns):
             raise ValueError(
                 f"{field}={path!r}: a row ({row.where}) has columns "
-                f"{sorted(row.values)}: use {', '.join(columns)}"
+                f"{describe_names(row.values)}: use {', '.join(columns)}"
             )
         key = tuple(_joining_text(field, row, name) for name in names)
         if key in texts:

@@ -12,7 +12,8 @@ import jax
 import numpy as np
 
 from kdjax.config import Config, DataConfig
-from kdjax.data import chat_template, files, prepared, selection, sources, views
+from kdjax.data import chat_template, prepared, selection, sources, views
+from kdjax.data import files as data_files
 from kdjax.data import tokenizer as tokenizers
 from kdjax.data.example import Example
 from kdjax.data.mixture import MixtureSegments
@@ -21,6 +22,7 @@ from kdjax.data.views import Segment
 from kdjax.experiment import methods, mixture
 from kdjax.models import hf
 from kdjax.parallel import distributed
+from kdjax.runtime import files
 from kdjax.runtime.console import progress
 
 
@@ -262,7 +264,11 @@ def _prepare(
     chunks: Iterable[prepared.Chunk],
 ) -> None:
     """Write a store; each process writes its own shards."""
-    # Every process looks before any of them finishes it.
+    # Every process looks before any of them finishes it. There is no lock: whoever else
+    # prepares the same store writes the same bytes, each shard in one step.
+    if distributed.is_main():
+        store.mkdir(parents=True, exist_ok=True)
+        files.clear_leftovers(store)
     distributed.barrier(f"look at {store.name}")
     with progress(
         None, f"prepare {recipe.split}", is_main=distributed.is_main()
@@ -297,7 +303,7 @@ def _source(config: DataConfig, split: str) -> dict[str, str]:
             examples = sources.iter_examples(config, split, seed=config.kinship.seed)
             digests[name] = prepared.digest_examples(examples)
         else:
-            paths = [path] if os.path.exists(path) else files.find_files(path)
+            paths = [path] if os.path.exists(path) else data_files.find_files(path)
             digests[name] = prepared.digest_files(paths)
     return digests
 

@@ -134,6 +134,12 @@ REFUSED = {
     "no answers": ("a.jsonl", second(QA, answer=[]), {}, ":2.*is missing"),
     "a list in answers": ("a.jsonl", second(QA, answer=[["a"]]), {}, ":2.*is a list"),
     "answer gone": ("a.jsonl", lines(QA, {"question": "q"}), {}, ":2.*no column 'ans"),
+    "a thousand long columns": (
+        "a.jsonl",
+        lines({f"{number:04d}{'x' * 200}": "a" for number in range(1000)}),
+        {"schema": "plain"},
+        r":1.*no column '\w+': it has \['0000x+\.\.\.x+', .*\]; choose",
+    ),
     "a number as text": (
         "a.jsonl",
         lines({"text": "a"}, {"text": 0}),
