@@ -1,6 +1,7 @@
 """Ahead-of-time plan of a training step: memory, collectives, least time.
 
     python -m kdjax.plan --config=configs/plan_llama_1b.py --topology=v5e:16x16
+    python -m kdjax.plan --config=configs/bench_1b.py --topology=h200:1
 
 Neither data nor a teacher is read: the config gives the shapes. docs/plan.md explains
 every number.
@@ -16,7 +17,8 @@ from kdjax.config import Config
 _TOPOLOGY = flags.DEFINE_string(
     "topology",
     None,
-    'What to compile for: a TPU slice, "v5e:16x16" (v4, v5e, v5p, v6e), or "cpu:8".',
+    'What to compile for: a TPU slice, "v5e:16x16" (v4, v5e, v5p, v6e), GPUs of a '
+    'node, "h200:8" (h100, h200, b200), or of several, "h200:8x4", or "cpu:8".',
 )
 flags.declare_key_flag("json")
 _SEARCH = flags.DEFINE_boolean(

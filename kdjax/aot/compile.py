@@ -1,26 +1,25 @@
-"""Ahead-of-time compilation of the training step: memory, collectives, least time."""
+"""Ahead-of-time compilation of the training step: memory, collectives, traffic."""
 
 import math
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from kdjax.aot import hlo
+from kdjax.aot import hlo, traffic
 from kdjax.config import Config, DecoderConfig, replace
 from kdjax.experiment.models import make_model, student_shape
-from kdjax.experiment.rows import flops_kwargs
-from kdjax.models import attention, flops, lm
+from kdjax.models import attention
 from kdjax.models.lm import Shape
 from kdjax.parallel import sharding
-from kdjax.runtime import chips
 from kdjax.training import program, trainable
 
-_HEAD_LOOP = "shard_map/while"  # the fused head's scan, as JAX names it
+# The fused head's scan, as JAX names it; one device has no shard_map.
+_HEAD_LOOP = re.compile(r"shard_map/while|head_loss\)?/while")
 _NUMBER = r"([\d.]+)([KMGT]?)"
 _DOES_NOT_FIT = (
     rf"Used {_NUMBER}B? of [\d.]+\w* hbm",
@@ -36,11 +35,15 @@ class StepReport:
     shape: Shape
     num_devices: int
     mesh: dict[str, int]  # devices along each axis
+    nodes: tuple[int, ...]  # of each device, in the order of the mesh
     attention: str  # the kernel that attends
     memory: dict[str, int]  # bytes by kind
     collectives: tuple[hlo.Collective, ...]
     head_chunks: int  # trips of the head's loop where no token is padding
+    chunk_tokens: int  # tokens of a chunk of the head, at most
+    kernels: tuple[traffic.Kernel, ...]
     written_bytes: int  # bytes written to main memory
+    read_bytes: int  # bytes that kernels read from main memory
     compiler_flops: float  # of cost_analysis: bodies of loops are counted once
     seconds: float  # of compiling
 
@@ -123,6 +126,7 @@ def compile_step(
     # A tensor axis splits the head's vocabulary, not its tokens.
     shares = mesh.shape["data"] * mesh.shape["fsdp"]
     chunks = math.ceil(math.ceil(rows * train.row_length / shares) / chunk)
+    kernels = traffic.kernels(module, unknown_trips=chunks)
     stats = compiled.memory_analysis()
     # Peaks count what is alive at once; older compilers give the sum of their parts.
     parts = stats.argument_size_in_bytes + stats.temp_size_in_bytes
@@ -135,6 +139,7 @@ def compile_step(
         shape=shape,
         num_devices=mesh.size,
         mesh=dict(mesh.shape),
+        nodes=tuple(device.process_index for device in mesh.devices.flat),
         attention=attention.kernel_name(kernel, train.row_length),
         memory={
             "parameters": bytes_of(built.abstract.params),
@@ -148,9 +153,12 @@ def compile_step(
             "generated code": stats.generated_code_size_in_bytes,
             "peak": peak,
         },
-        collectives=tuple(hlo.collectives(module)),
+        collectives=tuple(hlo.collectives(module, num_devices=mesh.size)),
         head_chunks=chunks,
-        written_bytes=hlo.written_bytes(module, unknown_trips=chunks),
+        chunk_tokens=chunk,
+        kernels=tuple(kernels),
+        written_bytes=traffic.written_bytes(kernels),
+        read_bytes=traffic.read_bytes(kernels),
         compiler_flops=float((compiled.cost_analysis() or {}).get("flops", 0.0)),
         seconds=seconds,
     )
@@ -194,21 +202,52 @@ def is_logits(collective: hlo.Collective, report: StepReport) -> bool:
     The head's weight and its gradient are not: [V, D], a part of the width, or [D, V].
     A part of the vocabulary, as a tensor axis may hold it, counts as one.
     """
+    in_loop = in_head_loop(collective.loops)
+    return any(
+        num_tokens > 1 and (in_loop or not is_weight)
+        for _, dims in collective.shapes
+        for num_tokens, is_weight in _vocabulary_axes(dims, report)
+    )
+
+
+def logits_outside_chunks(report: StepReport) -> list[traffic.Kernel]:
+    """Return the kernels that write float32 logits of more tokens than a chunk has.
+
+    In the head's loop an array is of one chunk: a GPU's product may write partial sums
+    over the width, [parts, tokens, vocabulary].
+    """
+    return [
+        kernel
+        for kernel in report.kernels
+        if kernel.written
+        and not in_head_loop(kernel.loops)
+        and any(
+            dtype == "f32" and num_tokens > report.chunk_tokens and not is_weight
+            for dtype, dims in kernel.shapes
+            for num_tokens, is_weight in _vocabulary_axes(dims, report)
+        )
+    ]
+
+
+def _vocabulary_axes(
+    dims: tuple[int, ...], report: StepReport
+) -> Iterator[tuple[int, bool]]:
+    """Yield the number of tokens for each dimension that may be a vocabulary.
+
+    That is the product of the other dimensions, and whether these may be a weight's.
+    """
     width, vocab_size = report.shape.width, report.shape.vocab_size
     vocabularies = {vocab_size, math.ceil(vocab_size / report.mesh["tensor"])}
     parts = {width // n for n in range(1, report.num_devices + 1) if width % n == 0}
-    for _, dims in collective.shapes:
-        for axis in (i for i, dim in enumerate(dims) if dim in vocabularies):
-            before, after = math.prod(dims[:axis]), math.prod(dims[axis + 1 :])
-            weight = after in parts if before == 1 else (before, after) == (width, 1)
-            if before * after > 1 and (in_head_loop(collective) or not weight):
-                return True
-    return False
+    for axis in (i for i, dim in enumerate(dims) if dim in vocabularies):
+        before, after = math.prod(dims[:axis]), math.prod(dims[axis + 1 :])
+        is_weight = after in parts if before == 1 else (before, after) == (width, 1)
+        yield before * after, is_weight
 
 
-def in_head_loop(collective: hlo.Collective) -> bool:
-    """Return True if it runs once per chunk of the fused head."""
-    return any(_HEAD_LOOP in loop.op_name for loop in collective.loops)
+def in_head_loop(loops: Sequence[hlo.Loop]) -> bool:
+    """Return True for what runs once per chunk of the fused head."""
+    return any(_HEAD_LOOP.search(loop.op_name) for loop in loops)
 
 
 def is_per_token(collective: hlo.Collective) -> bool:
@@ -221,45 +260,6 @@ def num_trips(collective: hlo.Collective, report: StepReport) -> int:
     return math.prod(
         report.head_chunks if loop.trips is None else loop.trips
         for loop in collective.loops
-    )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TimeBound:
-    """Lower bounds on the time of a step, in seconds, one per resource."""
-
-    compute: float  # FLOPs, recomputed ones included, at the peak rate
-    hbm: float  # bytes written, each once written and once read
-    ici: float  # bytes sent, over all links of a chip at once
-
-    @property
-    def seconds(self) -> float:
-        """The bound if all three overlap perfectly."""
-        return max(self.compute, self.hbm, self.ici)
-
-
-def model_flops(config: Config, shape: Shape) -> tuple[int, int]:
-    """Return the useful and the recomputed FLOPs of a step, on all devices.
-
-    Recomputing whole layers (remat="full") repeats their forward pass.
-    """
-    sizes = flops_kwargs(shape, config.train)
-    _, params = lm.create(shape, adapters=config.student.lora)
-    frozen_kwargs = program.frozen_params_kwargs(config, params)
-    useful = flops.train_flops(shape, **sizes | frozen_kwargs)
-    if config.train.remat != "full":
-        return useful, 0
-    return useful, flops.forward_flops(shape, **sizes | {"num_head_tokens": 0})
-
-
-def time_bound(report: StepReport, chip: chips.Chip) -> TimeBound:
-    """Return lower bounds on the time of a step on TPU chips."""
-    work = sum(model_flops(report.config, report.shape))
-    sent = sum(c.wire_bytes * num_trips(c, report) for c in report.collectives)
-    return TimeBound(
-        compute=work / report.num_devices / chip.peak,
-        hbm=2 * report.written_bytes / chip.hbm_rate,
-        ici=sent / chip.ici_rate,
     )
 
 

@@ -1,4 +1,4 @@
-"""Parser of optimised HLO text: collectives, loops and bytes written.
+"""Parser of optimised HLO text: instructions, loops and collectives.
 
 The text is that of `compiled.as_text()`: optimised HLO of one device, where a shape is
 the part that this device holds. A loop's body appears once, so whatever is counted here
@@ -9,6 +9,8 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+
+import numpy as np
 
 Shape = tuple[str, tuple[int, ...]]  # dtype, dimensions
 
@@ -21,6 +23,7 @@ KINDS = (
     "collective-permute",
     "collective-broadcast",
 )
+SENT_WHOLE = ("collective-permute", "collective-broadcast")  # by the one that has it
 _BITS = {"pred": 8, "token": 0, "opaque": 0}  # others end in their number of bits
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
@@ -32,22 +35,6 @@ _CALLED = re.compile(
     r"false_computation)=(\{[^}]*\}|%?[\w.-]+)"
 )
 _TRIPS = re.compile(r'known_trip_count"?[:=]\s*\{"?n"?[:=]\s*"?(\d+)')
-# Outputs that are no new array in memory.
-_NO_WRITE = (
-    "parameter",
-    "constant",
-    "tuple",
-    "get-tuple-element",
-    "bitcast",
-    "while",
-    "conditional",
-    "call",
-    "after-all",
-    "opt-barrier",
-    "partition-id",
-    "replica-id",
-    "add-dependency",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +59,12 @@ class Instruction:
         """Names of the operands."""
         inside = self.text[len(self.opcode) + 1 :].split(")", 1)[0]
         return re.findall(r"%([\w.-]+)", inside)
+
+    @property
+    def called(self) -> list[str]:
+        """Names of the computations that it runs or applies."""
+        groups = _CALLED.findall(self.text)
+        return [name for group in groups for name in re.findall(r"[\w.-]+", group)]
 
     def attribute(self, name: str) -> str:
         """Return the computation that an attribute names, "" if there is none."""
@@ -105,8 +98,13 @@ class Collective:
     op_name: str
     shapes: tuple[Shape, ...]  # the whole arrays: gathered, or before scattering
     num_bytes: int  # of `shapes`, each time it runs
-    group_size: int  # devices that take part, 0 if the text does not say
+    group: tuple[int, ...]  # a group of devices that take part; () = not known
     loops: tuple[Loop, ...]  # outermost first
+
+    @property
+    def group_size(self) -> int:
+        """Devices that take part, 0 if that is not known."""
+        return len(self.group)
 
     @property
     def trips(self) -> int | None:
@@ -122,7 +120,7 @@ class Collective:
 
         Source: Patarasuk and Yuan, 2009, doi 10.1016/j.jpdc.2008.09.002, section 4.
         """
-        if self.kind in ("collective-permute", "collective-broadcast"):
+        if self.kind in SENT_WHOLE:
             return float(self.num_bytes)
         share = 1 - 1 / self.group_size if self.group_size else 1.0
         return (2 if self.kind == "all-reduce" else 1) * share * self.num_bytes
@@ -199,10 +197,9 @@ def walk(module: Module) -> Iterator[tuple[str, Instruction, tuple[Loop, ...]]]:
                 )
                 yield from visit(instruction.attribute("body"), (*loops, loop))
                 continue
-            for group in _CALLED.findall(instruction.text):
-                for called in re.findall(r"[\w.-]+", group):
-                    if called in module.computations:
-                        yield from visit(called, loops)
+            for called in instruction.called:
+                if called in module.computations:
+                    yield from visit(called, loops)
 
     yield from visit(module.entry, ())
 
@@ -239,11 +236,15 @@ def _operand(module: Module, computation: str, name: str, index: int) -> int | N
     return int(number[1]) if number else None
 
 
-def collectives(module: Module) -> list[Collective]:
+def collectives(module: Module, *, num_devices: int = 0) -> list[Collective]:
     """List all collectives, each once however often it runs.
 
     An asynchronous one is listed where it starts. A TPU may spread one over several
     fusions that share its channel: it is listed once.
+
+    Args:
+      module: from `parse`.
+      num_devices: that take part where the text names none.
     """
     results: list[Collective] = []
     channels: dict[tuple, str] = {}  # where each was seen first
@@ -256,13 +257,14 @@ def collectives(module: Module) -> list[Collective]:
             key = (kind, channel[1], loops)
             if channels.setdefault(key, computation) != computation:
                 continue
-        shapes, group = instruction.shapes, _group_size(instruction.text)
+        shapes = instruction.shapes
+        group = _group(instruction.text) or tuple(range(num_devices))
         if instruction.opcode.endswith("-start") and kind != "all-reduce":
-            shapes = _results_of_start(shapes)
+            shapes = results_of_start(shapes)
         if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
             kind = "reduce-scatter"  # a TPU's fusion of all-reduce and slice
         elif kind == "reduce-scatter":
-            shapes = _before_scattering(instruction.text, shapes, group)
+            shapes = _before_scattering(instruction.text, shapes, len(group))
         results.append(
             Collective(
                 kind,
@@ -277,7 +279,7 @@ def collectives(module: Module) -> list[Collective]:
     return results
 
 
-def _results_of_start(shapes: tuple[Shape, ...]) -> tuple[Shape, ...]:
+def results_of_start(shapes: tuple[Shape, ...]) -> tuple[Shape, ...]:
     """Return the results of a start, which is (operands, results, contexts)."""
     arrays = tuple(s for s in shapes if not (s[0] == "u32" and s[1] in ((), (1,))))
     return arrays[len(arrays) // 2 :] if len(arrays) > 1 else arrays
@@ -296,73 +298,56 @@ def _before_scattering(
     )
 
 
-def _group_size(text: str) -> int:
-    """Parse the devices per replica group, in the three notations of the text."""
-    if match := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
-        return len(match[1].split(","))
-    if match := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", text):
-        return int(match[2])
-    if match := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", text):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
-        # 'a' is a whole axis, 'a':(2)4 a part of 4 of it.
-        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", match[2])
-        return math.prod(int(part or sizes[axis]) for axis, part in axes)
-    return 0
+def _group(text: str) -> tuple[int, ...]:
+    """Parse the first replica group, in the notations of the text.
+
+    Of a permutation, the devices of all its pairs.
+    """
+    if match := re.search(r"(?:replica_groups|source_target_pairs)=\{\{", text):
+        inside = text[match.end() :].split("}}", 1)[0]
+        if text[match.start()] == "s":
+            return tuple(sorted({int(n) for n in re.findall(r"\d+", inside)}))
+        return tuple(int(n) for n in inside.split("}")[0].split(","))
+    if match := re.search(r"replica_groups=\[([\d,]+)\]<=(\S+)", text):
+        groups = _iota(match[2]).reshape(_integers(match[1]))
+        return tuple(groups[0].tolist())
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\](.*?)\{([^}]*)\}", text):
+        return _group_of_mesh(match[1], match[2], match[3])
+    return ()
 
 
-def written_bytes(module: Module, *, unknown_trips: int = 1) -> int:
-    """Return the bytes written to main memory in one run, loops multiplied.
-
-    What is updated in place counts as the part that is updated; what stays in a core's
-    own memory, and what is inside a fusion, does not count.
+def _group_of_mesh(mesh: str, devices: str, axes: str) -> tuple[int, ...]:
+    """Return the devices along some axes, or parts of axes, from the first device on.
 
     Args:
-      module: from `parse`.
-      unknown_trips: of loops whose number of trips depends on data.
+      mesh: "'a'=2,'b'=16".
+      devices: ", device_ids=([16,2]T(1,0)) ", or nothing where they are in order.
+      axes: "'b'", or "'b':(2)4" for a part of 4 of it, with 2 before it.
     """
-    total, fused = 0, _fused(module)
-    for computation, instruction, loops in walk(module):
-        opcode = instruction.opcode
-        if computation in fused or opcode in _NO_WRITE or opcode.endswith("-done"):
-            continue
-        trips = math.prod(unknown_trips if x.trips is None else x.trips for x in loops)
-        total += trips * _output_bytes(module, computation, instruction)
-    return total
-
-
-def _fused(module: Module) -> set[str]:
-    """Return the computations whose instructions are not run one by one."""
-    return {
-        called
-        for instructions in module.computations.values()
-        for i in instructions.values()
-        if i.opcode not in ("while", "conditional", "call", "async-start")
-        for group in _CALLED.findall(i.text)
-        for called in re.findall(r"[\w.-]+", group)
+    sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", mesh)}
+    parts = {
+        name: (int(before), int(part)) if part else (1, sizes[name])
+        for name, before, part in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", axes)
     }
+    dims: list[int] = []
+    chosen: list[slice | int] = []
+    for name, n in sizes.items():
+        before, part = parts.get(name, (1, 1))
+        dims += [before, part, n // before // part]
+        chosen += [0, slice(None), 0]
+    listed = re.search(r"device_ids=\((\S+)\)", devices)
+    ids = _iota(listed[1]) if listed else np.arange(math.prod(dims))
+    return tuple(ids.reshape(dims)[tuple(chosen)].ravel().tolist())
 
 
-def _output_bytes(module: Module, computation: str, instruction: Instruction) -> int:
-    root, made = instruction, module.computations[computation]
-    while root.opcode == "fusion":
-        made = module.computations[root.attribute("calls")]
-        root = next(i for i in made.values() if i.is_root)
-        while root.opcode == "bitcast" and root.operands[0] in made:
-            root = made[root.operands[0]]
-    arrays = list(zip(instruction.shapes, instruction.in_hbm, strict=True))
-    if root.opcode == "dynamic-update-slice":
-        update = made[root.operands[1]]
-        arrays = [(shape, arrays[0][1]) for shape in update.shapes]
-    elif root.opcode == "tuple" and len(root.operands) == len(arrays):
-        # Operands that pass through, and collectives that are under way, are not new.
-        makers = [made[name].opcode for name in root.operands]
-        passed = ("parameter", *KINDS)
-        arrays = [
-            a for a, maker in zip(arrays, makers, strict=True) if maker not in passed
-        ]
-    elif root.opcode == "copy-start":  # (copy, original, context)
-        arrays = arrays[:1]
-    elif root.opcode.endswith("-start"):
-        results = _results_of_start(instruction.shapes)
-        arrays = [a for a in arrays if a[0] in results][-len(results) :]
-    return size(tuple(shape for shape, hbm in arrays if hbm))
+def _iota(text: str) -> np.ndarray:
+    """Return the numbers of "[4,2]T(1,0)": 0 to 7 in this shape, transposed."""
+    match = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    assert match is not None
+    dims = _integers(match[1])
+    ids = np.arange(math.prod(dims)).reshape(dims)
+    return ids.transpose(_integers(match[2])) if match[2] else ids
+
+
+def _integers(text: str) -> list[int]:
+    return [int(n) for n in text.split(",")]

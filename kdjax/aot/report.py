@@ -8,13 +8,18 @@ from typing import Any
 
 import jax
 
-from kdjax.aot import compile, topology
+from kdjax.aot import bound, compile, hlo, topology, traffic
 from kdjax.aot.compile import StepReport
 from kdjax.config import Config
 from kdjax.models import flops
 from kdjax.parallel import sharding
 from kdjax.runtime import chips
 from kdjax.runtime.console import print_table
+
+_MORE_MEMORY = (
+    "JAX takes three quarters of a GPU's memory unless told otherwise, and the step "
+    "needs more: set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95"
+)
 
 
 def plan(
@@ -39,7 +44,7 @@ def plan(
     chip = None if generation == "cpu" else chips.find_chip(generation)
     mesh = sharding.make_mesh(config.mesh, devices=devices)
     shape = compile.plannable_shape(config)
-    useful, repeated = compile.model_flops(config, shape)
+    useful, repeated = bound.model_flops(config, shape)
     report: dict[str, Any] = {
         "config": config.name,
         "topology": name,
@@ -69,25 +74,64 @@ def plan(
         "warnings": _warnings(step),
         "compiler_flops_loops_once": step.compiler_flops,
         "written_bytes": step.written_bytes,
+        "read_bytes": step.read_bytes,
+        "written": _written(step),
     }
     if chip is None:
         return report
-    bound = compile.time_bound(step, chip)
+    if not report["fits"]:  # a compiler for GPUs does not refuse it
+        report["needed_bytes"] = step.memory["peak"]
+        if search:
+            report["remedies"] = _remedies(config, mesh, devices, chip, effort)
+    if chip.default_share * chip.hbm_bytes < step.memory["peak"] <= chip.hbm_bytes:
+        report["warnings"].append(_MORE_MEMORY)
+    least = bound.time_bound(step, chip)
     tokens = config.train.batch_size * config.train.row_length
     report["hbm_bytes"] = chip.hbm_bytes
     report["bound"] = {
-        "compute_seconds": bound.compute,
-        "hbm_seconds": bound.hbm,
-        "ici_seconds": bound.ici,
-        "seconds": bound.seconds,
-        "tokens_per_second": tokens / bound.seconds,
-        "mfu": useful / (bound.seconds * chip.peak * len(devices)),
+        "compute_seconds": least.compute,
+        "hbm_seconds": least.hbm,
+        "hbm_seconds_all_reads": (step.written_bytes + step.read_bytes) / chip.hbm_rate,
+        "link_seconds": least.links,
+        "network_seconds": least.network,
+        "seconds": least.seconds,
+        "tokens_per_second": tokens / least.seconds,
+        "mfu": useful / (least.seconds * chip.peak * len(devices)),
     }
-    if search:
+    if search and report["fits"]:
         report["largest_batch_size"] = compile.largest_batch(
             step, devices, chip.hbm_bytes, effort=effort
         )
     return report
+
+
+def _written(step: StepReport) -> list[dict[str, Any]]:
+    """Group equal results of kernels into rows, the most bytes written first."""
+    rows: dict[tuple, dict[str, Any]] = {}
+    for kernel in step.kernels:
+        arrays = _arrays(kernel.shapes)
+        where = _where(kernel.loops)
+        part = traffic.part(kernel)
+        row = rows.setdefault(
+            (part, arrays, where),
+            {"part": part, "arrays": arrays, "where": where, "count": 0, "bytes": 0},
+        )
+        row["count"] += kernel.trips
+        row["bytes"] += kernel.trips * kernel.written
+    return sorted(rows.values(), key=lambda row: -row["bytes"])
+
+
+def _arrays(shapes: Sequence[hlo.Shape]) -> str:
+    arrays = [f"{dtype}{list(dims)}" for dtype, dims in shapes]
+    return ", ".join(arrays[:2]) + (f" +{len(arrays) - 2}" if arrays[2:] else "")
+
+
+def _where(loops: Sequence[hlo.Loop]) -> str:
+    if compile.in_head_loop(loops):
+        return "head's loop"
+    if not loops:
+        return "outside loops"
+    return "loop" + "".join(f" x {loop.trips or '?'}" for loop in loops)
 
 
 def _collectives(step: StepReport) -> list[dict[str, Any]]:
@@ -96,14 +140,7 @@ def _collectives(step: StepReport) -> list[dict[str, Any]]:
     sent: dict[tuple, float] = defaultdict(float)
     for c in step.collectives:
         trips = compile.num_trips(c, step)
-        arrays = [f"{dtype}{list(dims)}" for dtype, dims in c.shapes]
-        what = ", ".join(arrays[:2]) + (f" +{len(arrays) - 2}" if arrays[2:] else "")
-        if compile.in_head_loop(c):
-            where = "head's loop"
-        elif not c.loops:
-            where = "outside loops"
-        else:
-            where = "loop" + "".join(f" x {loop.trips or '?'}" for loop in c.loops)
+        what, where = _arrays(c.shapes), _where(c.loops)
         key = (c.kind, what, where, c.group_size)
         row = rows.setdefault(
             key,
@@ -129,8 +166,13 @@ def _warnings(step: StepReport) -> list[str]:
     for c in step.collectives:
         if compile.is_logits(c, step):
             warnings.append(f"{c.kind} {c.name} communicates logits: {c.shapes}")
-        elif compile.in_head_loop(c) and not compile.is_per_token(c):
+        elif compile.in_head_loop(c.loops) and not compile.is_per_token(c):
             warnings.append(f"{c.kind} {c.name} runs once per chunk of the head")
+    for kernel in compile.logits_outside_chunks(step):
+        warnings.append(
+            f"{kernel.opcode} {kernel.name} writes logits of more than the "
+            f"{step.chunk_tokens} tokens of a chunk: {kernel.shapes}"
+        )
     return warnings
 
 
@@ -155,8 +197,10 @@ def _remedies(
         except compile.DoesNotFit as error:
             row["needed_bytes"] = error.used
             continue
-        row |= {"fits": True, "needed_bytes": step.memory["peak"]}
-        break
+        peak = step.memory["peak"]
+        row |= {"fits": peak <= chip.hbm_bytes, "needed_bytes": peak}
+        if row["fits"]:
+            break
     return tried
 
 
@@ -176,14 +220,18 @@ def show(report: dict[str, Any]) -> None:
         ("fits", {True: "yes", False: "NO", None: "-"}[report["fits"]]),
     ]
     if "bound" in report:
-        bound = report["bound"]
+        least = report["bound"]
         rows += [
-            ("least seconds, products", f"{bound['compute_seconds']:.4f}"),
-            ("least seconds, memory", f"{bound['hbm_seconds']:.4f}"),
-            ("least seconds, links", f"{bound['ici_seconds']:.4f}"),
-            ("least seconds per step", f"{bound['seconds']:.4f}"),
-            ("tokens/s at most", f"{bound['tokens_per_second']:,.0f}"),
-            ("MFU at most", f"{bound['mfu']:.1%}"),
+            ("least seconds, products", f"{least['compute_seconds']:.4f}"),
+            ("least seconds, memory", f"{least['hbm_seconds']:.4f}"),
+            ("least seconds, links", f"{least['link_seconds']:.4f}"),
+        ]
+        if least["network_seconds"]:
+            rows.append(("least seconds, network", f"{least['network_seconds']:.4f}"))
+        rows += [
+            ("least seconds per step", f"{least['seconds']:.4f}"),
+            ("tokens/s at most", f"{least['tokens_per_second']:,.0f}"),
+            ("MFU at most", f"{least['mfu']:.1%}"),
         ]
     if "largest_batch_size" in report:
         rows.append(("largest batch (line)", f"{report['largest_batch_size']} rows"))
@@ -196,6 +244,11 @@ def show(report: dict[str, Any]) -> None:
         print_table(
             "memory of a device",
             [{"kind": kind, "bytes": _size(n)} for kind, n in memory.items() if n],
+        )
+        print_table(
+            f"written in a step: {_size(report['written_bytes'])} (read: "
+            f"{_size(report['read_bytes'])})",
+            [row | {"bytes": _size(row["bytes"])} for row in report["written"][:12]],
         )
         print_table(
             "collectives of a step", [_readable(c) for c in report["collectives"]]

@@ -1,4 +1,4 @@
-"""Topologies to compile for: descriptions of TPU slices, and virtual CPUs."""
+"""Topologies to compile for: TPU slices, nodes of GPUs, and virtual CPUs."""
 
 import contextlib
 import importlib.util
@@ -12,21 +12,23 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
+from kdjax.aot import gpu
 from kdjax.runtime import chips
 
 _SHAPES = {"v4": 3, "v5p": 3, "v5e": 2, "v6e": 2}  # dimensions of a slice
-_EXAMPLES = "v5e:16x16, v6e:16x16, v5p:4x4x4, v4:2x2x1 or cpu:8"
+_EXAMPLES = "v5e:16x16, v6e:16x16, v5p:4x4x4, v4:2x2x1, h200:8, h100:8x4 or cpu:8"
 
 
 def devices(topology: str) -> Sequence[jax.Device]:
     """Return the devices of a topology; call it before JAX lists its devices.
 
     Args:
-      topology: "v5e:16x16" (generation and chips along each dimension of the torus), or
-        "cpu:8" for as many virtual devices of this machine.
+      topology: "v5e:16x16" (generation and chips along each dimension of the torus),
+        "h200:8" (GPUs of one node) or "h200:8x4" (of each of 4 nodes), or "cpu:8" for
+        as many virtual devices of this machine.
 
     Raises:
-      ValueError: an unknown topology, or the compiler for TPUs is not installed.
+      ValueError: an unknown topology, or the compiler for its devices is not installed.
     """
     match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", topology)
     if match is None:
@@ -36,7 +38,9 @@ def devices(topology: str) -> Sequence[jax.Device]:
     name, sizes = match[1], [int(n) for n in match[2].split("x")]
     if name == "cpu":
         return _cpus(topology, sizes)
-    chips.find_chip(name)
+    chip = chips.find_chip(name)
+    if chip.per_node:
+        return gpu.devices(topology, name, sizes, per_node=chip.per_node)
     if len(sizes) != _SHAPES[name] or min(sizes) < 1:
         raise ValueError(
             f"--topology={topology!r}: a {name} slice has {_SHAPES[name]} dimensions, "

@@ -33,35 +33,65 @@ _PEAK_FLOPS = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chip:
-    """Rates and capacity of one TPU chip."""
+    """Rates and capacity of one TPU chip or GPU."""
 
     peak: float  # bfloat16 FLOP/s
     hbm_bytes: float  # main memory available to a program
     hbm_rate: float  # bytes/s between main memory and the core
-    ici_rate: float  # bytes/s sent, all links to neighbours together
+    link_rate: float  # bytes/s sent: all links of a TPU to neighbours, a GPU's NVLink
+    network_rate: float = 0.0  # bytes/s sent to other nodes, per GPU; 0 = has none
+    per_node: int = 0  # most GPUs that NVLink connects; 0 = the links reach all
+    default_share: float = 1.0  # of `hbm_bytes` that JAX takes unless told otherwise
 
 
 # Source: the pages "TPU v4", "TPU v5e", "TPU v5p" and "TPU v6e" of
 # cloud.google.com/tpu/docs, "Key chip specifications"; "Interchip Interconnect BW" of
 # 2400, 1600, 4800 and 3584 Gbps, one way, over 8. Of a capacity of 32, 16, 95 and 32 GB
 # the compiler of libtpu 0.0.42 grants programs the bytes below.
-_CHIPS = {
-    "v4": Chip(peak=275e12, hbm_bytes=30.75 * 2**30, hbm_rate=1228e9, ici_rate=300e9),
-    "v5e": Chip(peak=197e12, hbm_bytes=15.75 * 2**30, hbm_rate=819e9, ici_rate=200e9),
-    "v5p": Chip(peak=459e12, hbm_bytes=95.74 * 2**30, hbm_rate=2765e9, ici_rate=600e9),
-    "v6e": Chip(peak=918e12, hbm_bytes=31.25 * 2**30, hbm_rate=1640e9, ici_rate=448e9),
+_TPUS = {
+    "v4": Chip(peak=275e12, hbm_bytes=30.75 * 2**30, hbm_rate=1228e9, link_rate=300e9),
+    "v5e": Chip(peak=197e12, hbm_bytes=15.75 * 2**30, hbm_rate=819e9, link_rate=200e9),
+    "v5p": Chip(peak=459e12, hbm_bytes=95.74 * 2**30, hbm_rate=2765e9, link_rate=600e9),
+    "v6e": Chip(peak=918e12, hbm_bytes=31.25 * 2**30, hbm_rate=1640e9, link_rate=448e9),
+}
+
+
+def _gpu(device_bytes: int, hbm_rate: float, nvlink_rate: float, peak: float) -> Chip:
+    """Describe a GPU of a node of 8, each with an InfiniBand adapter of 400 Gbps.
+
+    A twentieth of the memory is left to CUDA's context and to the libraries.
+    """
+    return Chip(
+        peak=peak,
+        hbm_bytes=0.95 * device_bytes,
+        hbm_rate=hbm_rate,
+        link_rate=nvlink_rate,
+        network_rate=50e9,
+        per_node=8,
+        default_share=0.75 / 0.95,
+    )
+
+
+# Source: NVIDIA's data sheets of the H100 and H200 (SXM) and of the DGX B200; NVLink's
+# 900 and 1,800 GB/s are of both directions. The bytes of the memory are those that the
+# driver reports.
+_GPUS = {
+    "h100": _gpu(84942979072, 3.35e12, 450e9, 989e12),
+    "h200": _gpu(151397597184, 4.8e12, 450e9, 989e12),
+    "b200": _gpu(191514411008, 8e12, 900e9, 2250e12),
 }
 
 
 def find_chip(name: str) -> Chip:
-    """Return a TPU generation by the name that its topologies begin with.
+    """Return a TPU generation or a GPU by the name that its topologies begin with.
 
     Raises:
-      ValueError: it is not in the table.
+      ValueError: it is not in the tables.
     """
-    if name not in _CHIPS:
-        raise ValueError(f"chip {name!r} is unknown: use one of {list(_CHIPS)}")
-    return _CHIPS[name]
+    known = _TPUS | _GPUS
+    if name not in known:
+        raise ValueError(f"chip {name!r} is unknown: use one of {list(known)}")
+    return known[name]
 
 
 def peak_flops(device: jax.Device, dtype: str = "bfloat16") -> float | None:

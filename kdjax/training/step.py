@@ -139,34 +139,38 @@ def make_train_step(
             options=loss_options,
         )
 
+    @jax.named_scope("student")
+    def student_states(params: Any, rows: Batch) -> tuple[jax.Array, Any]:
+        if matching is None:
+            return lm.hidden_states(graphdef, params, rows), None
+        return decoder.captured_states(
+            graphdef,
+            params,
+            rows.tokens,
+            rows.positions,
+            rows.segments,
+            capture=decoder.Capture(matching.student_layers, matching.attention),
+        )
+
     def loss_of(
         trained: Any, frozen: Any, rows: Batch, targets: online_teacher.TeacherTargets
     ) -> tuple[jax.Array, Any]:
         params, projection_nDE = state.split_projection(
             trainable.merge(frozen, trained)
         )
-        if matching is None:
-            hidden_BTD, captured = lm.hidden_states(graphdef, params, rows), None
-        else:
-            hidden_BTD, captured = decoder.captured_states(
-                graphdef,
-                params,
-                rows.tokens,
-                rows.positions,
-                rows.segments,
-                capture=decoder.Capture(matching.student_layers, matching.attention),
-            )
+        hidden_BTD, captured = student_states(params, rows)
         num_rows, length, width = hidden_BTD.shape
-        total, tokens = losses.fused_loss(
-            hidden_BTD.reshape(num_rows * length, width),
-            lm.head_weight(params),
-            rows.targets.reshape(-1),
-            rows.weights["hard"].reshape(-1),
-            rows.weights["soft"].reshape(-1),
-            targets.distribution,
-            loss_options,
-            placement=placement,
-        )
+        with jax.named_scope("head_loss"):
+            total, tokens = losses.fused_loss(
+                hidden_BTD.reshape(num_rows * length, width),
+                lm.head_weight(params),
+                rows.targets.reshape(-1),
+                rows.weights["hard"].reshape(-1),
+                rows.weights["soft"].reshape(-1),
+                targets.distribution,
+                loss_options,
+                placement=placement,
+            )
         if matching is not None:
             layer_terms = online_teacher.layer_terms(
                 matching, captured, targets.captured, projection_nDE
@@ -214,16 +218,17 @@ def make_train_step(
         old: TrainState, batch: Batch, teacher_params: Any = None
     ) -> tuple[TrainState, Any]:
         total, sums, grads = gradients(old.params, batch, teacher_params)
-        grad_norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(total) & jnp.isfinite(grad_norm)
-        new = apply_update(
-            optimizer,
-            old,
-            grads,
-            finite=finite,
-            frozen_paths=frozen_paths,
-            ema_decay=ema_decay,
-        )
+        with jax.named_scope("update"):
+            grad_norm = optax.tree.norm(grads)
+            finite = jnp.isfinite(total) & jnp.isfinite(grad_norm)
+            new = apply_update(
+                optimizer,
+                old,
+                grads,
+                finite=finite,
+                frozen_paths=frozen_paths,
+                ema_decay=ema_decay,
+            )
         with jax.numpy_dtype_promotion("standard"):  # optax is not strict
             learning_rate = schedule(old.step)
         metrics = {

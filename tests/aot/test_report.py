@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from kdjax import config as config_lib
-from kdjax.aot import compile, hlo, topology
+from kdjax.aot import bound, compile, hlo, topology, traffic
 from kdjax.aot import report as reports
 from kdjax.config import DecoderConfig, MeshConfig, StudentConfig
 from kdjax.models import flops
@@ -71,7 +71,7 @@ def test_the_fused_head_communicates_no_logits(step):
     assert step.head_chunks == 128 // 16
     assert step.collectives and {c.kind for c in step.collectives} >= {"all-gather"}
     assert not [c for c in step.collectives if compile.is_logits(c, step)]
-    assert not [c for c in step.collectives if compile.in_head_loop(c)]
+    assert not [c for c in step.collectives if compile.in_head_loop(c.loops)]
     gathers = [c for c in step.collectives if ("f32", (320, 32)) in c.shapes]
     assert gathers  # of the head's weight: [V, D] is not logits
 
@@ -80,7 +80,7 @@ def test_a_split_vocabulary_exchanges_numbers_of_tokens_alone():
     mesh = MeshConfig(data=2, fsdp=2, tensor=2)
     step = compile.compile_step(config(mesh=mesh), jax.devices())
     assert step.head_chunks == 256 // 16
-    inside = [c for c in step.collectives if compile.in_head_loop(c)]
+    inside = [c for c in step.collectives if compile.in_head_loop(c.loops)]
     assert inside and all(compile.is_per_token(c) for c in inside)
     assert not [c for c in step.collectives if compile.is_logits(c, step)]
     assert not reports._warnings(step)
@@ -125,30 +125,54 @@ def test_logits_of_an_unfused_head_are_flagged(step):
 def test_what_counts_as_logits(step, dims, in_loop, expected):
     loop = hlo.Loop("while", "jit(step)/shard_map/while", None)
     loops = (loop,) if in_loop else ()
-    collective = hlo.Collective("all-reduce", "x", "", (("f32", dims),), 0, 2, loops)
+    collective = hlo.Collective(
+        "all-reduce", "x", "", (("f32", dims),), 0, (0, 1), loops
+    )
     step = dataclasses.replace(step, mesh={"data": 1, "fsdp": 4, "tensor": 2})
     assert compile.is_logits(collective, step) is expected
     assert compile.num_trips(collective, step) == (8 if in_loop else 1)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "dims", "in_loop", "expected"),
+    [
+        ("f32", (128, 320), False, True),  # all tokens of a device at once
+        ("f32", (2, 64, 320), False, True),
+        ("bf16", (128, 320), False, False),
+        ("f32", (16, 320), False, False),  # one chunk
+        ("f32", (320, 32), False, False),  # the head
+        ("f32", (4, 16, 320), True, False),  # parts of the sums of a chunk
+    ],
+)
+def test_logits_written_outside_a_chunk(step, dtype, dims, in_loop, expected):
+    assert step.chunk_tokens == 16 and not compile.logits_outside_chunks(step)
+    loop = hlo.Loop("while", "jit(train_step)/jvp(head_loss)/while", None)
+    loops = (loop,) if in_loop else ()
+    kernel = traffic.Kernel("x", "fusion", "", ((dtype, dims),), 4, 0, loops, 1)
+    written = dataclasses.replace(step, kernels=(*step.kernels, kernel))
+    assert bool(compile.logits_outside_chunks(written)) is expected
+    warnings = [w for w in reports._warnings(written) if "writes logits of more" in w]
+    assert len(warnings) == expected
+
+
 def test_bound_by_hand(step):
-    chip = chips.Chip(peak=1e12, hbm_bytes=GIB, hbm_rate=1e9, ici_rate=1e8)
+    chip = chips.Chip(peak=1e12, hbm_bytes=GIB, hbm_rate=1e9, link_rate=1e8)
     loop = hlo.Loop("while", "", 3)
     shapes = (("f32", (1000,)),)
-    sent = hlo.Collective("all-gather", "x", "", shapes, 4000, 4, (loop,))
+    sent = hlo.Collective("all-gather", "x", "", shapes, 4000, (0, 1, 2, 3), (loop,))
     known = dataclasses.replace(step, written_bytes=500, collectives=(sent,))
-    useful, repeated = compile.model_flops(known.config, SHAPE)
+    useful, repeated = bound.model_flops(known.config, SHAPE)
     tokens = {"num_tokens": 16 * 64, "row_length": 64}
     forward = flops.forward_flops(SHAPE, **tokens, num_head_tokens=0)
     assert useful == 3 * flops.forward_flops(SHAPE, **tokens, num_head_tokens=1024)
     assert repeated == 0
-    bound = compile.time_bound(known, chip)
-    assert bound.compute == pytest.approx(useful / 8 / 1e12)
-    assert bound.hbm == pytest.approx(2 * 500 / 1e9)
-    assert bound.ici == pytest.approx(3 * 3000 / 1e8)
-    assert bound.seconds == bound.ici
+    least = bound.time_bound(known, chip)
+    assert least.compute == pytest.approx(useful / 8 / 1e12)
+    assert least.hbm == pytest.approx(2 * 500 / 1e9)
+    assert least.links == pytest.approx(3 * 3000 / 1e8)
+    assert least.seconds == least.links and least.network == 0
     full = config_lib.replace(known.config, "train.remat", "full")
-    assert compile.model_flops(full, SHAPE) == (useful, forward)
+    assert bound.model_flops(full, SHAPE) == (useful, forward)
 
 
 @pytest.mark.parametrize(
@@ -176,12 +200,15 @@ def test_largest_batch_is_on_a_line(step, monkeypatch, limit, needed, expected):
     assert best == expected
 
 
-def test_remedies_stack_up_until_one_fits(step, monkeypatch):
+@pytest.mark.parametrize("refuses", [True, False])  # as for TPUs, as for GPUs
+def test_remedies_stack_up_until_one_fits(step, monkeypatch, refuses):
     tried = []
 
     def compiled(config, devices, *, effort):
         tried.append(config)
         if config.train.num_microbatches == 1:
+            if not refuses:
+                return fake(step, 20.0)
             raise compile.DoesNotFit(20.0 * GIB, 1.0)
         return fake(step, 9.0)
 
@@ -193,6 +220,7 @@ def test_remedies_stack_up_until_one_fits(step, monkeypatch):
         ("train.num_microbatches=2", True),
     ]
     assert tried[-1].train.remat == "full"  # on top of the change before
+    assert "largest_batch_size" not in report
     reports.show(report)
 
 
@@ -284,7 +312,7 @@ def test_the_report_of_a_config(capsys):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs jax[tpu]")
-def test_a_slice_nobody_owns(monkeypatch):
+def test_a_slice_nobody_owns(compiled_anew):
     shape = dataclasses.replace(SHAPE, width=256, head_dim=64, vocab_size=1024)
     planned = config(
         student=StudentConfig(decoder=shape),
