@@ -17,6 +17,7 @@ COMMANDS = {
     "cache": "inspect, verify, merge, export and import teacher caches",
     "plan": "compile the step for another machine: memory, collectives, time bound",
     "benchmark": "time the training step and its parts, or decoding",
+    "supervise": "run processes as one run, and start them again when one is lost",
 }
 
 

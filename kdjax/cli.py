@@ -100,10 +100,12 @@ def run_actions(main: Callable[[list[str]], None], *, resumes: bool = False) -> 
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
     def parse(argv: list[str]) -> list[str]:
-        if any(argument.lstrip("-") == "helpconfig" for argument in argv):
+        own = argv[: argv.index("--")] if "--" in argv else argv
+        if any(argument.lstrip("-") == "helpconfig" for argument in own):
             _print_config()
             raise SystemExit(0)
-        argv = [_config_argument(argument) for argument in argv]
+        # What follows "--" is another command's.
+        argv = [*map(_config_argument, own), *argv[len(own) :]]
         try:
             return flags.FLAGS(argv)
         except _FLAG_ERRORS as error:

@@ -18,12 +18,17 @@ LAYERS = (
     {"experiment"},
     {"training"},
     {"teacher", "evaluation", "annotation"},
-    {"pipeline", "aot", "bench", "comparison", "survey"},
+    {"pipeline", "aot", "bench", "comparison", "survey", "supervision"},
     {"cli"},
     {*COMMANDS, "__main__"},
 )
 HEIGHT = {part: height for height, parts in enumerate(LAYERS) for part in parts}
-JAX_FREE = ("config", "runtime", "analysis")  # at import, but for runtime.chips
+JAX_FREE = (
+    "config",
+    "runtime",
+    "analysis",
+    "supervision",
+)  # at import, but for runtime.chips
 
 
 def module_of(file: pathlib.Path) -> str:

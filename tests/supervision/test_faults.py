@@ -1,0 +1,245 @@
+"""Random faults of a supervised training: it ends with the undisturbed result.
+
+KDJAX_FAULTS sets how many there are in all (50 by hand, fewer in CI); they are printed
+with the time until each was noticed and the steps that were lost.
+"""
+
+import collections
+import contextlib
+import os
+import pathlib
+import re
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from kdjax.runtime import files
+from tests import helpers, xla_flags
+from tests.helpers import step_rows, summary
+
+NUM_FAULTS = int(os.environ.get("KDJAX_FAULTS", "2"))
+PER_RUN = 10  # faults of one run
+STEPS = 200 + 100 * min(PER_RUN, NUM_FAULTS)
+KINDS = ("kill rank 0", "kill supervisor", "kill rank n", "stop", "port", "disk")
+FLAGS = [
+    "--delay=0",
+    "--stalled_attempts=9",
+    "--max_stopped=5",
+    "--min_silence=60",
+    "--quiet=300",
+]
+
+
+class Run:
+    """A supervised training, in a directory that can be full."""
+
+    def __init__(self, config, folder: pathlib.Path, num_processes: int) -> None:
+        self.folder, self.workdir = folder, folder / "disk" / "run"
+        self.num_processes = num_processes
+        self.config = helpers.write_config_file(config, folder / "config_file.py")
+        self.port = _free_port()
+        self.log = folder / "log"
+        self.start()
+
+    def start(self) -> None:
+        command = [
+            *(sys.executable, "-m", "kdjax.supervise", *FLAGS),
+            *(f"--port={self.port}", f"--processes={self.num_processes}"),
+            *("--cpu_devices=1", "--", sys.executable, "-m", "kdjax.train"),
+            *(f"--config={self.config}", f"--workdir={self.workdir}"),
+        ]
+        variables = {
+            "PYTHONPATH": str(helpers.ROOT),
+            "XLA_FLAGS": xla_flags.FAST_COMPILE,
+        }
+        with self.log.open("ab") as log:
+            self.supervisor = subprocess.Popen(
+                command, env=os.environ | variables, stdout=log, stderr=log
+            )
+
+    def rows(self) -> list[dict]:
+        file = self.workdir / "attempts.jsonl"
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            return files.read_jsonl(file)
+        return []
+
+    def num_told(self) -> int:
+        """The number of ends that the supervisor has told of."""
+        text = self.log.read_text(errors="replace")
+        return len(re.findall(r"^supervise: .* (?:failed|hung) after", text, re.M))
+
+    def num_ends(self) -> int:
+        return sum(row["event"] == "ended" for row in self.rows())
+
+    def pids(self) -> list[int]:
+        return [row for row in self.rows() if row["event"] == "started"][-1]["pids"]
+
+    def step(self) -> int:
+        """The newest step of the metrics."""
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            return step_rows(self.workdir)[-1]["step"]
+        return 0
+
+    def saved(self) -> int:
+        with contextlib.suppress(OSError):
+            names = [p.name for p in (self.workdir / "checkpoints").iterdir()]
+            return max((int(n) for n in names if n.isdecimal()), default=0)
+        return 0
+
+    def wait_for_steps(self, num: int) -> None:
+        """Wait until some steps beyond the newest checkpoint are done."""
+        first = self.saved() + num
+        self.wait(lambda: self.step() >= first)
+
+    def wait(self, ready, seconds: float = 300.0) -> None:
+        deadline = time.monotonic() + seconds
+        while not ready():
+            assert time.monotonic() < deadline, self.log.read_text()[-4000:]
+            assert self.supervisor.poll() is None or ready(), self.log.read_text()[
+                -4000:
+            ]
+            time.sleep(0.05)
+
+
+def _free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("", 0))
+        return one.getsockname()[1]
+
+
+def happen(run: Run, kind: str, rng: np.random.Generator) -> dict:
+    """Let a fault happen; return the seconds until it is noticed, and what is lost."""
+    pids, told, ends = run.pids(), run.num_told(), run.num_ends()
+    start, step = time.monotonic(), run.step()
+    with contextlib.ExitStack() as until_noticed:
+        if kind == "kill supervisor":
+            run.supervisor.kill()
+            run.supervisor.wait()
+            while any(files.is_running(pid) for pid in pids):
+                assert time.monotonic() < start + 30, "orphans"
+                time.sleep(0.01)
+            seconds, saved = time.monotonic() - start, run.saved()
+            run.start()
+            run.wait(lambda: run.num_ends() > ends)
+            return {"seconds": seconds, "lost": max(0, step - saved)}
+        if kind == "stop":
+            os.kill(pids[rng.integers(len(pids))], signal.SIGSTOP)
+        elif kind == "disk":
+            fill(run.folder / "disk" / "filling")
+        elif kind == "port":  # but for every third one
+            for port in range(run.port, run.port + 40):
+                if port % 3:
+                    listener = until_noticed.enter_context(socket.socket())
+                    with contextlib.suppress(OSError):
+                        listener.bind(("", port))
+        if kind in ("kill rank 0", "kill rank n", "port"):
+            rank = 0 if kind == "kill rank 0" else rng.integers(1, len(pids))
+            os.kill(pids[rank], signal.SIGKILL)
+        run.wait(lambda: run.num_told() > told)
+        seconds = time.monotonic() - start
+        if kind == "port":
+            run.wait(lambda: run.rows()[-1]["event"] == "started")
+            assert run.rows()[-1]["port"] % 3 == 0
+        if kind == "disk":
+            time.sleep(rng.uniform(0, 4))
+            (run.folder / "disk" / "filling").unlink()
+    run.wait(lambda: run.num_ends() > ends)
+    row = [row for row in run.rows() if row["event"] == "ended"][ends]
+    return {"seconds": seconds, "lost": row["steps_lost"], "cause": row["cause"]}
+
+
+def fill(file: pathlib.Path) -> None:
+    """Write until the disk is full."""
+    with contextlib.suppress(OSError), file.open("wb", buffering=0) as stream:
+        while True:
+            stream.write(bytes(4096))
+
+
+def result(workdir: pathlib.Path) -> dict:
+    return {
+        "student": summary(workdir)["student"],
+        "losses": [(row["step"], row["loss"]) for row in step_rows(workdir)],
+    }
+
+
+@contextlib.contextmanager
+def small_disk(folder: pathlib.Path):
+    """A file system of 64 MiB, where this user may mount one: yields if it could."""
+    folder.mkdir(parents=True)
+    command = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)]
+    mounted = os.geteuid() == 0 and not subprocess.run(command, check=False).returncode
+    try:
+        yield mounted
+    finally:
+        if mounted:
+            subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+CAUSES = {  # what attempts.jsonl says
+    "kill rank 0": "rank 0 .* was killed by SIGKILL",
+    "kill rank n": "rank [1-9] .* was killed by SIGKILL",
+    "stop": r"is stopped \(SIGSTOP\)",
+    "port": "rank [1-9] .* was killed by SIGKILL",
+    "disk": "No space left on device",
+}
+
+
+@pytest.mark.slow
+def test_random_faults_change_nothing(tmp_path):
+    rng = np.random.default_rng(0)
+    config = helpers.small_config(
+        train={"steps": STEPS, "save_every": 10, "num_microbatches": 1}
+    )
+    expected: dict[int, dict] = {}
+    kinds = list(KINDS)
+    told = collections.defaultdict(list)
+    number = 0
+    while number < NUM_FAULTS:
+        num_processes = 2 if NUM_FAULTS < 10 else int(rng.choice([2, 2, 2, 3, 4]))
+        folder = tmp_path / f"run-{number}"
+        with small_disk(folder / "disk") as mounted:
+            run = Run(config, folder, num_processes)
+            if not mounted and "disk" in kinds:
+                kinds.remove("disk")
+            for _ in range(min(PER_RUN, NUM_FAULTS - number)):
+                # Each kind in turn, then by chance.
+                kind = kinds[number] if number < len(kinds) else str(rng.choice(kinds))
+                run.wait_for_steps(int(rng.integers(15, 60)))
+                assert run.step() < STEPS, "it was over before the faults"
+                told[kind].append(happen(run, kind, rng))
+                print(kind, told[kind][-1], flush=True)
+                number += 1
+            pids = run.pids()
+            assert run.supervisor.wait(600) == 0, run.log.read_text()[-4000:]
+            assert not any(files.is_running(pid) for pid in pids)
+            disturbed = result(run.workdir)
+        if num_processes not in expected:
+            alone = Run(config, _alone(tmp_path, num_processes), num_processes)
+            assert alone.supervisor.wait(600) == 0
+            expected[num_processes] = result(alone.workdir)
+            shutil.rmtree(alone.folder)
+        assert disturbed == expected[num_processes]
+    for kind, rows in told.items():
+        seconds = [row["seconds"] for row in rows]
+        lost = [row["lost"] for row in rows]
+        print(
+            f"| {kind} | {len(rows)} | {statistics.median(seconds):.1f} "
+            f"({max(seconds):.1f}) | {statistics.median(lost):.0f} ({max(lost)}) |"
+        )
+        for row in rows:
+            assert np.isfinite(row["seconds"])
+            if kind in CAUSES:
+                assert re.search(CAUSES[kind], row["cause"]), (kind, row)
+
+
+def _alone(folder: pathlib.Path, num_processes: int) -> pathlib.Path:
+    path = folder / f"alone-{num_processes}"
+    (path / "disk").mkdir(parents=True)
+    return path
