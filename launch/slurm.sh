@@ -156,8 +156,12 @@ run_job() {
     code=0
     wait "$pid" || code=$?
   done
-  # 143: a signal came, and the step is saved. The same job goes on from it.
-  [ "$code" != 143 ] || scontrol requeue "$SLURM_JOB_ID"
+  # 143: a signal came, and the step is saved. The same job goes on from it, unless Slurm
+  # has queued it again already, as it does when a node is lost.
+  if [ "$code" = 143 ]; then
+    [[ $(scontrol show job "$SLURM_JOB_ID") =~ Restarts=([0-9]+) ]] || true
+    [ "${BASH_REMATCH[1]:-}" != "${SLURM_RESTART_COUNT:-0}" ] || scontrol requeue "$SLURM_JOB_ID"
+  fi
   exit "$code"
 }
 

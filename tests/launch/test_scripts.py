@@ -26,6 +26,7 @@ case "$(basename "$0") $*" in
   sbatch*) grep -ac "^sbatch" "$NOTES" ;;
   "scontrol show hostnames"*) printf 'n1\\nn2\\n' ;;
   "scontrol show node n1") echo "NodeName=n1 NodeAddr=10.0.0.1 NodeHostName=n1" ;;
+  "scontrol show job"*) echo "JobId=1 Requeue=1 Restarts=${RESTARTS:-0} BatchFlag=1" ;;
   *queued-resources\\ describe*) sed -n 1p "$NOTES.states"; sed -i 1d "$NOTES.states" ;;
   kubectl*) cat > "$NOTES.input" ;;
   python*) exit "${PYTHON_CODE:-0}" ;;
@@ -224,6 +225,10 @@ def test_the_rank_gets_its_number_from_slurm(stand_ins):
 def test_a_job_that_saved_is_queued_again(stand_ins):
     calls = in_job(stand_ins, code=143, PYTHON_CODE="143")
     assert calls[-1] == ["scontrol", "requeue", "12345"]
+    again = {"PYTHON_CODE": "143", "RESTARTS": "1"}  # Slurm was quicker
+    assert in_job(stand_ins, code=143, **again)[-1][1] == "show"
+    again["SLURM_RESTART_COUNT"] = "1"
+    assert in_job(stand_ins, code=143, **again)[-1][1] == "requeue"
     calls = in_job(stand_ins, code=1, PYTHON_CODE="1")
     assert calls[-1][0] == "python"
 

@@ -185,3 +185,41 @@ def test_a_disturbed_job_ends_with_the_undisturbed_result(
     killed = [row for row in rows if "SIGKILL" in row.get("cause", "")]
     assert len(killed) == FAULTS.count("kill")
     assert all(row["rank"] == 2 and row["host"].startswith("n") for row in killed)
+
+
+@pytest.mark.skipif("requeue" not in FAULTS, reason="by hand: KDJAX_SLURM_FAULTS=all")
+def test_a_comparison_with_a_disturbed_run_has_the_same_results(cluster, tmp_path):
+    config = "--config=tests/comparison/tiny.py:sound"
+    command = ["python", "-m", "kdjax.compare", config]
+    alone, disturbed = tmp_path / "alone", tmp_path / "disturbed"
+    one_device = "--xla_force_host_platform_device_count=1"
+    flags = f"{xla_flags.FAST_COMPILE} {one_device}"
+    cluster.run(
+        *(*command, f"--workdir={alone}"), cwd=helpers.ROOT, env={"XLA_FLAGS": flags}
+    )
+    report = cluster.run(
+        *("bash", SCRIPT, "--cpu-devices=1", f"--output={tmp_path}/log-%a", "--"),
+        *(*command, f"--workdir={disturbed}"),
+        cwd=helpers.ROOT,
+    ).splitlines()[-1]
+    array = str(int(report) - 1)
+    cluster.wait(
+        lambda: cluster.run("squeue", "-h", "-t", "R", "-j", array, "-o", "%i").split(),
+        lambda running: running,
+        300,
+    )
+    first = cluster.run("squeue", "-h", "-t", "R", "-j", array, "-o", "%A").split()[0]
+    cluster.run("scontrol", "requeue", first)
+    state = cluster.wait(
+        lambda: cluster.hurry(first) or cluster.state(report).get("JobState", "gone"),
+        lambda state: state in ("COMPLETED", "FAILED", "CANCELLED"),
+        600,
+    )
+    assert state == "COMPLETED"
+    assert int(cluster.state(first)["Restarts"]) == 1
+    runs = sorted(alone.glob("**/summary.json"))
+    assert len(runs) >= 4
+    for path in runs:
+        other = disturbed / path.relative_to(alone)
+        assert summary(path.parent)["student"] == summary(other.parent)["student"]
+    assert (disturbed / "report.html").exists()
