@@ -68,7 +68,7 @@ def main() -> None:
             if rank != at[0]:
                 time.sleep(1000 if kind == "hang" else 1)  # in a collective
                 sys.exit(75)
-            time.sleep(0.2)  # for the others to come as far
+            time.sleep(0.5)  # for the others to come as far
             happened.touch()
             fault(kind.strip("*"))
         if rank == 0:

@@ -27,8 +27,8 @@ def run(workdir, *flags, **options) -> int:
     return supervisor.Supervisor(command, workdir, options).run()
 
 
-def ended(workdir: pathlib.Path) -> list[dict]:
-    rows = files.read_jsonl(workdir / "attempts.jsonl")
+def ended(workdir: pathlib.Path, name: str = "attempts.jsonl") -> list[dict]:
+    rows = files.read_jsonl(workdir / name)
     return [row for row in rows if row["event"] == "ended"]
 
 
@@ -181,6 +181,30 @@ def test_a_second_supervisor_is_refused(tmp_path):
         run(tmp_path)
     process.terminate()
     process.communicate(timeout=30)
+
+
+def test_hosts_with_a_supervisor_each(tmp_path):
+    """Rank 1 is killed; rank 0 notices, and both go on."""
+    flags = [*RANK, f"--workdir={tmp_path}", "--fault=kill:1:6"]
+    supervisors = [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-m", "kdjax.supervise", "--delay=0"),
+                *(f"--rank={rank}", "--", *flags),
+            ],
+            env=os.environ
+            | {"PYTHONPATH": str(helpers.ROOT), "KDJAX_PROCESS_ID": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in supervisors:
+        assert "attempt 2" in process.communicate(timeout=60)[1]
+        assert process.returncode == 0
+    lost, killed = ended(tmp_path)[0], ended(tmp_path, "attempts-1.jsonl")[0]
+    assert (lost["rank"], lost["codes"]) == (0, [75])
+    assert (killed["rank"], killed["codes"]) == (1, [-9])
 
 
 def test_a_taken_port_is_passed_by():
