@@ -98,6 +98,28 @@ def within_participants(
     )
 
 
+def sign_flip(values_P: np.ndarray, *, num: int = 9999, seed: int = 0) -> float:
+    """Test that values are symmetric about zero; return the two-sided p.
+
+    Under the hypothesis every value could as well have the other sign. All signs are
+    tried where there are at most `num` + 1 of them, else `num` draws:
+    p = (1 + draws at least as far from zero) / (1 + num).
+
+    Args:
+      values_P: a sum of each participant's scores.
+      num: signs drawn.
+      seed: of the draws.
+    """
+    values_P = values_P[values_P != 0]
+    observed = abs(values_P.sum()) - 1e-12
+    if 2 ** len(values_P) <= num + 1:
+        numbers = np.arange(2 ** len(values_P))[:, None]
+        signs = 1.0 - 2.0 * (numbers >> np.arange(len(values_P)) & 1)
+        return float((abs(signs @ values_P) >= observed).mean())
+    signs = np.random.default_rng(seed).choice([-1.0, 1.0], (num, len(values_P)))
+    return float((1 + (abs(signs @ values_P) >= observed).sum()) / (1 + num))
+
+
 def _centre(values_NM: np.ndarray, groups_N: np.ndarray) -> np.ndarray:
     """Subtract the mean of each group."""
     codes_N = np.unique(groups_N, return_inverse=True)[1].ravel()

@@ -4,6 +4,7 @@ It reads a question, a rationale or both. It is a run like any other, with hard 
 whose questions hold its input.
 """
 
+import copy
 import dataclasses
 import json
 import pathlib
@@ -124,6 +125,10 @@ def train_simulator(
     """
     config = simulator_config(config, decoder=decoder, steps=steps)
     validate.validate(config)
+    if _finished(folder, steps):  # others may read it at the same time: no lock
+        _claim_records(folder, records)
+        workdir.check_owner(folder, _with_own_tokenizer(config, folder))
+        return
     with workdir.hold(folder, name="simulator", remedy="another folder"):
         _train(config, folder, records)
 
@@ -132,12 +137,10 @@ def _train(
     config: Config, folder: pathlib.Path, records: Sequence[Record] | None
 ) -> None:
     """Train a simulator in a folder that is this process's own."""
-    steps = config.train.steps
     _claim_records(folder, records)
-    if config.data.tokenizer:
-        config.data.tokenizer = str(_copy_tokenizer(folder, config.data.tokenizer))
+    config = _with_own_tokenizer(config, folder)
     workdir.claim(folder, config)
-    if _finished(folder, steps):
+    if _finished(folder, config.train.steps):  # by whoever held the lock before
         return
     examples = (
         sources.load_examples(config.data, "train", seed=config.data.kinship.seed)
@@ -275,21 +278,28 @@ def _finished(folder: pathlib.Path, steps: int) -> bool:
     return Checkpoints(folder / "checkpoints").latest_step() == steps
 
 
+def _with_own_tokenizer(config: Config, folder: pathlib.Path) -> Config:
+    """Return the config with the tokenizer's copy in the simulator's folder."""
+    if not config.data.tokenizer:
+        return config
+    config = copy.deepcopy(config)
+    config.data.tokenizer = str(_copy_tokenizer(folder, config.data.tokenizer))
+    return config
+
+
 def _copy_tokenizer(folder: pathlib.Path, path: str) -> pathlib.Path:
     """Copy a tokenizer, which students have in folders of their own, once."""
-    original, copy = tokenizers.load(hf.resolve(path)), folder / "tokenizer"
-    if not copy.is_dir():
-        scratch = files.temporary(copy)
+    original, own = tokenizers.load(hf.resolve(path)), folder / "tokenizer"
+    if not own.is_dir():
+        scratch = files.temporary(own)
         original.save_pretrained(scratch)
-        scratch.rename(copy)
-    if tokenizers.fingerprint(tokenizers.load(copy)) != tokenizers.fingerprint(
-        original
-    ):
+        scratch.rename(own)
+    if tokenizers.fingerprint(tokenizers.load(own)) != tokenizers.fingerprint(original):
         raise ValueError(
             f"folder={str(folder)!r} holds a simulator with another tokenizer than "
             f"{path!r}: use another folder, or remove it"
         )
-    return copy
+    return own
 
 
 def _claim_records(folder: pathlib.Path, records: Sequence[Record] | None) -> None:
@@ -303,7 +313,7 @@ def _claim_records(folder: pathlib.Path, records: Sequence[Record] | None) -> No
             f"folder={str(folder)!r} holds a simulator of other records: use another "
             "folder, or remove it"
         )
-    if text:
+    if text != before:
         files.write_atomically(file, text)
 
 

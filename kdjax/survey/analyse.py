@@ -15,8 +15,10 @@ from kdjax.analysis import report
 from kdjax.analysis.study_means import QUALITY, REPORT, STATISTICS
 from kdjax.runtime import files
 from kdjax.runtime.console import progress
+from kdjax.survey import answer_tables, independent_tables, model_tables
 from kdjax.survey import ratings as ratings_lib
 from kdjax.survey import tables as tables_lib
+from kdjax.survey.answer_tables import PREFERENCES, Preference
 from kdjax.survey.ratings import Ratings
 from kdjax.survey.tables import ALPHA, Options, Table
 
@@ -49,11 +51,18 @@ def run(
     table = ratings_lib.read(file, ratings_lib.parse_columns(columns))
     design = _read_design(workdir) if ratings is None else {}
     seconds = float(design.get("exclude_seconds", 0.0))
+    compared = workdir / PREFERENCES
+    preferences = (
+        answer_tables.read_preferences(compared)
+        if ratings is None and compared.is_file()
+        else []
+    )
     results = analyse(
         table,
         reference=reference,
         points=int(design.get("points", 0)),
         min_seconds=seconds,
+        preferences=preferences,
     )
     workdir.mkdir(parents=True, exist_ok=True)
     files.write_atomically(workdir / STATISTICS, as_csv(results))
@@ -70,6 +79,7 @@ def analyse(
     reference: str = "",
     points: int = 0,
     min_seconds: float = 0.0,
+    preferences: Sequence[Preference] = (),
     **settings: Any,
 ) -> list[Table]:
     """Compute all tables of an analysis.
@@ -79,6 +89,7 @@ def analyse(
       reference: condition that others are compared with; "" is the first.
       points: of the scale; 0 is the highest rating, at least 5.
       min_seconds: median seconds per rating below which a person is excluded.
+      preferences: pairs of explanations that the participants compared.
       **settings: of `tables.Options`.
 
     Raises:
@@ -109,13 +120,18 @@ def analyse(
         ]
         advance(1, "permutation tests")
         results += tables_lib.within_participants(remaining, options)
+        results += answer_tables.by_answer(remaining, options)
+        results += answer_tables.predictions(remaining, options)
+        gone = set(table.participants) - set(remaining.participants)
+        compared = answer_tables.preferences(preferences, gone, options)
+        results += [compared] if compared else []
         step = lambda: advance(1, "mixed models")  # noqa: E731
-        results += tables_lib.linear_models(remaining, options, step)
-        results += tables_lib.cumulative_models(remaining, options, step)
+        results += model_tables.linear_models(remaining, options, step)
+        results += model_tables.cumulative_models(remaining, options, step)
         advance(1, "tests of independent ratings")
-        results += tables_lib.independent_tests(remaining, options)
-        results.append(tables_lib.regressions(remaining, options))
-    measures = tables_lib.measures(remaining, options)
+        results += independent_tables.independent_tests(remaining, options)
+        results.append(independent_tables.regressions(remaining, options))
+    measures = independent_tables.measures(remaining, options)
     return results if measures is None else [*results, measures]
 
 
@@ -150,6 +166,7 @@ def conclude(results: Sequence[Table]) -> list[str]:
     ]
     if pairs:
         lines.append(f"Pairs that differ in {QUALITY}, in points: {'; '.join(pairs)}.")
+    lines += _of_choices(named)
     lines += _differences(named)
     failed = [
         f"{row['outcome']} ({row.get('model', '')})"
@@ -161,6 +178,28 @@ def conclude(results: Sequence[Table]) -> list[str]:
         lines.append(f"Mixed models that did not converge: {', '.join(failed)}.")
     if all(row["value"] is None for row in named["agreement"].rows):
         lines.append(f"Agreement: {named['agreement'].rows[0]['remark']}.")
+    return lines
+
+
+def _of_choices(named: dict[str, Table]) -> list[str]:
+    """Return what answers apart, predictions and preferences say."""
+    lines = []
+    for row in named["by_answer_tests"].rows if "by_answer_tests" in named else ():
+        if row["comparison"] != "right - wrong":
+            verdict = _verdict(row["p"], row["remark"])
+            lines.append(f"{row['comparison']}: {verdict}.")
+    if "predictions_pairs" in named:
+        row = named["predictions_pairs"].rows[0]
+        verdict = _verdict(row["p"], row["remark"])
+        lines.append(f"predictions of the student's answer: {verdict}.")
+    rows = named["preferences"].rows if "preferences" in named else ()
+    preferred = "; ".join(
+        f"{row['pair']} {report.number(row['share of first'], 2)}"
+        for row in rows
+        if row["p, Holm"] < ALPHA
+    )
+    if preferred:
+        lines.append(f"Preferences that differ, share of the first: {preferred}.")
     return lines
 
 

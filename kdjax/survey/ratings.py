@@ -34,7 +34,9 @@ _USUAL_NAMES = {
     "attention_failed": "attentionfailed failedattention",
     "finished": "finished completed",
     "right": "right correct iscorrect",
+    "predicted": "predicted simulated",
 }
+_NUMBERS = ("length", "order", "seconds", "attention_failed", "right", "predicted")
 _REQUIRED = ("condition",)
 _MEASURES = (
     "las",
@@ -156,7 +158,7 @@ def read(file: pathlib.Path, columns: Mapping[str, str] | None = None) -> Rating
     numbers = {
         name: _numbers(column, cells[column], file, words=name == "length")
         for name, column in names.items()
-        if name in ("length", "order", "seconds", "attention_failed", "right")
+        if name in _NUMBERS
     }
     numbers |= {m: _numbers(m, cells[m], file) for m in measures}
     table = Ratings(

@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from kdjax.analysis import permutation
 from tests.analysis import ratings
@@ -67,3 +68,12 @@ def test_people_with_one_condition_say_nothing():
         permutation.within_participants(y[:10, None], what[:10], np.arange(10))
     with pytest.raises(ValueError, match="does not vary"):
         permutation.within_participants(0 * y[:, None], what, who)
+
+
+def test_sign_flips_are_the_sign_test_and_its_draws():
+    ones = np.array([1.0] * 9 + [-1.0] * 2 + [0.0] * 5)
+    exact = scipy.stats.binomtest(9, 11).pvalue
+    assert permutation.sign_flip(ones) == pytest.approx(exact)
+    assert permutation.sign_flip(ones, num=1000) == pytest.approx(exact, abs=0.02)
+    assert permutation.sign_flip(np.zeros(4)) == 1.0
+    assert permutation.sign_flip(np.array([2.0, 1.0, 1.0])) == 2 / 8

@@ -10,6 +10,7 @@ from kdjax.config import Config, DataConfig, DecoderConfig, from_json
 from kdjax.data import loader, tokenizer
 from kdjax.evaluation import simulator
 from kdjax.evaluation.rationale_metrics import Record
+from kdjax.runtime import locks
 from tests import helpers
 
 WORDS = ("zero", "one", "two")
@@ -170,7 +171,8 @@ def test_a_finished_simulator_is_left_as_it_is(trained, config, monkeypatch):
         raise AssertionError("trained again")
 
     monkeypatch.setattr(simulator, "train_loop", refuse)
-    simulator.train_simulator(config, trained, decoder=DECODER, steps=250)
+    with locks.hold(trained):  # by another run that reads it
+        simulator.train_simulator(config, trained, decoder=DECODER, steps=250)
     with pytest.raises(ValueError, match=r"train\.steps: 250 -> 900"):
         simulator.train_simulator(config, trained, decoder=DECODER, steps=900)
     with pytest.raises(ValueError, match="holds a simulator of other records"):
