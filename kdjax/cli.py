@@ -5,6 +5,7 @@ commands import theirs where they run: help and flag errors come at once, and a 
 is replaced by one with huge pages before anything is loaded.
 """
 
+import dataclasses
 import difflib
 import errno
 import json
@@ -72,13 +73,13 @@ def run(
     def start(arguments: list[str]) -> None:
         if arguments:
             raise ValueError(f"arguments {arguments} are not flags: use --name=value")
-        config = given_config(validate)
+        config = given_config(validate, join=True)
 
         import jax
 
         from kdjax.parallel import distributed
 
-        distributed.start()
+        distributed.initialize(_waiting(config))
         malloc.trim_after_compile()
         if keep_compiled:
             _keep_compiled()
@@ -90,6 +91,42 @@ def run(
     for name in ("config", "workdir", "helpconfig"):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
     run_actions(start, resumes=resumes)
+
+
+def _waiting(config: Any) -> config_lib.DistributedConfig:
+    """Return how long processes wait for each other; of a comparison, its base's."""
+    is_known = dataclasses.is_dataclass(config)
+    parts = (config, getattr(config, "base", None)) if is_known else ()
+    for part in parts:
+        waiting = getattr(part, "distributed", None)
+        if isinstance(waiting, config_lib.DistributedConfig):
+            return waiting
+    return config_lib.DistributedConfig()
+
+
+def _join(config: Any) -> None:
+    """Meet the other processes of this run, and compare what all are about to do.
+
+    Raises:
+      ValueError: they differ, or one did not come; nothing was written by any.
+    """
+    from kdjax.parallel import distributed
+
+    config_lib.check(_waiting(config), "distributed.")
+    if not distributed.meet(_waiting(config)) or not dataclasses.is_dataclass(config):
+        return  # what is no config is refused by its validation
+
+    from kdjax.experiment import fingerprint
+
+    settings = {
+        flag.name: flag.value
+        for module, flags_of in flags.FLAGS.flags_by_module_dict().items()
+        for flag in flags_of
+        if module.startswith("kdjax.") or module == sys.argv[0]
+        if flag.name.partition(".")[0] not in ("config", "workdir")
+    }
+    settings["workdir"] = os.path.abspath(workdir(config))
+    distributed.agree("start", fingerprint.of_command(_program(), settings, config))
 
 
 def run_actions(main: Callable[[list[str]], None], *, resumes: bool = False) -> None:
@@ -131,8 +168,10 @@ def run_actions(main: Callable[[list[str]], None], *, resumes: bool = False) -> 
             if not text or os.environ.get("KDJAX_TRACEBACK"):
                 _abandon(traceback.format_exc())
                 raise
-            _abandon(_line(text))
-            raise SystemExit(_line(text)) from None
+            code = _code(error)
+            _abandon(_line(text), code)
+            print(_line(text), file=sys.stderr)
+            raise SystemExit(code) from None
 
     app.run(guarded, flags_parser=parse)
 
@@ -153,6 +192,19 @@ def _end(code: int, event: str, message: str) -> None:
     raise SystemExit(code)
 
 
+def _code(error: BaseException) -> int:
+    """Return the exit code of an error."""
+    if "kdjax.parallel.distributed" in sys.modules:
+        from kdjax.parallel import agreement, link
+
+        for cause in _causes(error):
+            if isinstance(cause, agreement.RanksDiffer):
+                return interrupts.RANKS_DIFFER_CODE
+            if isinstance(cause, link.PeerLost):
+                return interrupts.PEER_LOST_CODE
+    return 1
+
+
 def _explain(error: BaseException) -> str:
     """Return what the user can do about an error, in one line; "" for a bug."""
     chain = list(_causes(error))
@@ -161,7 +213,8 @@ def _explain(error: BaseException) -> str:
     if isinstance(error, FileNotFoundError) and error.filename:
         return f"{error.filename}: no such file or folder"
     if isinstance(error, ValueError | FileNotFoundError):
-        return str(error)
+        lost = next((t for e in chain if (t := _lost_process(e))), "")
+        return lost or str(error)
     return next((t for e in chain if (t := _lost_process(e))), "")
 
 
@@ -238,8 +291,11 @@ def _lost_process(error: BaseException) -> str:
 
     import jax
 
+    from kdjax.parallel import distributed
+
     if not jax.distributed.is_initialized():
         return ""
+    distributed.wait_for_cause()  # which is said better, and ends this process
     reason = " ".join(text.split())[:200]
     return (
         f"process {jax.process_index()} of {jax.process_count()} (host "
@@ -337,11 +393,15 @@ def _keep_compiled() -> None:
     jax.config.update("jax_compilation_cache_max_size", _COMPILED_BYTES)
 
 
-def given_config(validate: Callable[[Any], None] | None = None) -> Any:
+def given_config(
+    validate: Callable[[Any], None] | None = None, *, join: bool = False
+) -> Any:
     """Return the validated config of --config, else of the run in --workdir.
 
     Args:
       validate: as in `run`.
+      join: meet the other processes of this run before the config is validated, so
+        that they hear of an error.
 
     Raises:
       ValueError: there is none, it is of another type, or a field is invalid.
@@ -356,6 +416,8 @@ def given_config(validate: Callable[[Any], None] | None = None) -> Any:
                 "--workdir of a run"
             )
         config = _config_of_run(pathlib.Path(_WORKDIR.value))
+    if join:
+        _join(config)
     (validate or _validate)(config)
     return config
 

@@ -587,6 +587,19 @@ class MeshConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class DistributedConfig:
+    """How long the processes of a run wait for each other; no number depends on it."""
+
+    # a process that gave no sign of life for so long is lost, seconds; one that was
+    # killed is noticed at once
+    heartbeat_seconds: int = number(60, at_least=1, at_most=86400)
+    # until all processes must have come, seconds
+    initialization_seconds: int = number(600, at_least=1, at_most=86400)
+    # for the others at the end, seconds
+    shutdown_seconds: int = number(300, at_least=1, at_most=86400)
+
+
+@dataclass(kw_only=True, slots=True)
 class EvalConfig:
     """What is measured on held-out examples."""
 
@@ -655,6 +668,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
     annotate: AnnotateConfig = field(default_factory=AnnotateConfig)
 

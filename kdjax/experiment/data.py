@@ -19,7 +19,7 @@ from kdjax.data.example import Example
 from kdjax.data.mixture import MixtureSegments
 from kdjax.data.splits import is_hub_name
 from kdjax.data.views import Segment
-from kdjax.experiment import methods, mixture
+from kdjax.experiment import fingerprint, methods, mixture
 from kdjax.models import hf
 from kdjax.parallel import distributed
 from kdjax.runtime import files
@@ -85,6 +85,42 @@ def load_data(
     """
     if mixture.is_mixture(config):
         return _load_mixture(config, workdir, splits=splits, force=force)
+    data = _load_source(config, workdir, splits=splits, force=force)
+    _agree(config, data)
+    return data
+
+
+def _agree(config: Config, data: Data) -> None:
+    """Check that all processes have read the same data.
+
+    Raises:
+      ValueError: they have not.
+    """
+    if not distributed.is_several():
+        return
+    paths = {"student.path": config.student.path, "teacher.path": config.teacher.path}
+    digests = {
+        "tokenizer": tokenizers.fingerprint(data.tokenizer)[:16],
+        "training data": fingerprint.of_segments(data.train),
+        "held-out data": fingerprint.of_segments(data.evaluation),
+    }
+    # Of a model of the hub, the folder has the name of its revision.
+    revisions = {
+        f"revision of {name}": pathlib.Path(hf.resolve(path)).name
+        for name, path in paths.items()
+        if is_hub_name(path)
+    }
+    distributed.agree("data", digests | revisions)
+
+
+def _load_source(
+    config: Config,
+    workdir: pathlib.Path | None,
+    *,
+    splits: tuple[str, ...],
+    force: bool,
+) -> Data:
+    """Load the data of one source."""
     tokenizer = load_tokenizer(config)
     student = config.student.path if config.student.init == "folder" else ""
     used = tokenizer_path(config)
@@ -216,12 +252,20 @@ def _load_split(
       force: a small split is prepared as well.
     """
     config, split = recipe.config, recipe.split
-    identity = None
+    identity = store = None
     if not config.is_built_in and (force or any(folder.glob(f"{split}-*"))):
         identity = recipe.identity(_source(config, split))
         store = folder / f"{split}-{prepared.key_of(identity)}"
-        if prepared.is_prepared(store):
-            return _open(store, identity)
+
+    def look() -> dict[str, str]:
+        is_there = store is not None and prepared.is_prepared(store)
+        manifest = fingerprint.of_path(str(store / prepared.MANIFEST)) if store else ""
+        return {f"prepared data {store or split}": manifest if is_there else "none"}
+
+    distributed.agree_on_files(f"prepared data of {split}", look)
+    if store is not None and prepared.is_prepared(store):
+        assert identity is not None
+        return _open(store, identity)
     stream: Iterable[Example] = examples or sources.iter_examples(
         config, split, seed=config.kinship.seed
     )

@@ -7,6 +7,7 @@ _FREE = (
     "data.prepared",
     "data.num_workers",
     "mesh.",
+    "distributed.",
     "evaluation.",
     "annotate.",
     "cache.path",

@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
@@ -22,6 +22,7 @@ SIGINT_CODE, SIGPIPE_CODE, SIGTERM_CODE = 130, 141, 143
 # in config, data, versions or devices, and would differ again.
 PEER_LOST_CODE, RANKS_DIFFER_CODE = 75, 78
 _NOTICE_SECONDS = 0.5  # a command that ends sooner needs no word before
+_FLUSH_SECONDS = 1.0
 _SHOW_CURSOR = "\x1b[?25h"  # a progress bar hides it
 _notices: list[str] = []  # of the innermost part of the program that stops late
 
@@ -45,21 +46,23 @@ class StopRequest:
     signals, it does nothing. Use as a context manager.
 
     Args:
-      forward: called instead with a signal; it makes all processes of a run stop.
+      forward: called as well with a signal; it makes all processes of a run stop.
+      signals: those that are requests.
     """
 
-    def __init__(self, forward: Callable[[int], None] | None = None) -> None:
+    def __init__(
+        self,
+        forward: Callable[[int], None] | None = None,
+        signals: Sequence[int] = (signal.SIGINT, signal.SIGTERM),
+    ) -> None:
         self.received: int | None = None
-        self._forward = forward
+        self._forward, self._signals = forward, signals
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "StopRequest":
         """Install the handlers."""
         if threading.current_thread() is threading.main_thread():
-            signals = [signal.SIGINT, signal.SIGTERM]
-            if self._forward is not None:
-                signals = [signal.SIGINT]
-            for number in signals:
+            for number in self._signals:
                 # Jobs in the background ignore Ctrl-C, and so they shall.
                 if signal.getsignal(number) != signal.SIG_IGN:
                     self._previous[number] = signal.signal(number, self._note)
@@ -84,9 +87,19 @@ class StopRequest:
         Args:
           message: what was left, and how to go on.
         """
-        if self.received == signal.SIGINT:
-            return KeyboardInterrupt(message)
-        return Terminated(message)
+        return stop_by(self.received, message)
+
+
+def stop_by(number: int | None, message: str) -> BaseException:
+    """Return what ends a process after a signal.
+
+    Args:
+      number: of the signal.
+      message: what was left, and how to go on.
+    """
+    if number == signal.SIGINT:
+        return KeyboardInterrupt(message)
+    return Terminated(message)
 
 
 @contextmanager
@@ -163,8 +176,20 @@ def _announce(program: str) -> None:
     print(f"{program}: {text}; Ctrl-C again: at once", file=sys.stderr, flush=True)
 
 
-def end_at_once(program: str) -> None:
-    """End this process without any cleaning up; its locks are free with it."""
-    cursor = _SHOW_CURSOR if sys.stderr.isatty() else ""
-    os.write(2, f"\n{cursor}{program}: ended at once\n".encode())
-    os._exit(SIGINT_CODE)
+def end_at_once(
+    program: str, message: str = "ended at once", code: int = SIGINT_CODE
+) -> None:
+    """End this process without any cleaning up; its locks are free with it.
+
+    Args:
+      program: name of the command.
+      message: its last line.
+      code: of the exit.
+    """
+    cursor = f"\n{_SHOW_CURSOR}" if sys.stderr.isatty() else ""
+    # What was printed may be held by a thread that never goes on.
+    flush = threading.Thread(target=sys.stdout.flush, daemon=True)
+    flush.start()
+    flush.join(_FLUSH_SECONDS)
+    os.write(2, f"{cursor}{program}: {message}\n".encode())
+    os._exit(code)

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import pathlib
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from kdjax.data import loader, teacher_records
 from kdjax.data import tokenizer as tokenizers
 from kdjax.data.segments import as_segments
 from kdjax.data.views import Segment
-from kdjax.experiment import methods, mixture
+from kdjax.experiment import fingerprint, methods, mixture
 from kdjax.experiment import workdir as workdir_lib
 from kdjax.experiment.models import check_ids, label_vocab_size, load_model
 from kdjax.experiment.rows import row_kwargs
@@ -109,6 +109,21 @@ def _missing(run: Run, splits: Collection[str]) -> list[str]:
     return [s for s in splits if label.missing(folder(run.config, run.workdir, s))]
 
 
+def _agree(run: Run, splits: Iterable[str]) -> None:
+    """Check that all processes see the same caches, before any of them changes one."""
+
+    def look() -> dict[str, str]:
+        paths = [folder(run.config, run.workdir, split) for split in splits]
+        return {
+            f"cache {path}": "not labelled"
+            if label.missing(path)
+            else fingerprint.of_path(str(path / cache_lib.MANIFEST))
+            for path in paths
+        }
+
+    distributed.agree_on_files("caches", look)
+
+
 def _rows(config: Config, teacher: Shape) -> dict[str, Any]:
     """Return the keywords of `BatchPlan` for rows as the teacher reads them."""
     cache = config.cache
@@ -140,6 +155,7 @@ def open_split(run: Run, split: str) -> Cache | None:
     if not has_teacher(run.config):
         return None
     path = folder(run.config, run.workdir, split)
+    _agree(run, [split])
     if label.missing(path):
         print(f"{path} is not labelled: no KL, no agreement", file=sys.stderr)
         return None
@@ -175,6 +191,7 @@ def ensure(run: Run) -> dict[str, Cache]:
     config, workdir = run.config, run.workdir
     teacher_path = teacher_folder(config, workdir)
     splits = segments_to_label(run)
+    _agree(run, splits)
     todo = {split: splits[split] for split in _missing(run, splits)}
     if todo and runs_elsewhere(config):
         print(
@@ -184,8 +201,6 @@ def ensure(run: Run) -> dict[str, Cache]:
         )
         splits = {name: of for name, of in splits.items() if name not in todo}
         todo = {}
-    # Every process looks before any of them finishes a cache.
-    distributed.barrier("look")
     if todo:
         with contextlib.ExitStack() as stack:
             for split in todo:

@@ -286,6 +286,9 @@ class CheckpointWriter(Checkpoints):
         Raises:
           ValueError: all are damaged, or the newest does not fit.
         """
+        distributed.agree_on_files(
+            "resume", lambda: {f"checkpoints in {self._folder}": f"{self.steps()}"}
+        )
         steps = self.steps()
         for step in reversed(steps):
             damaged = self.damage(step)
