@@ -64,6 +64,7 @@ class Hub:
         self._rank, self._say = rank, say
         self._heartbeat, self._tick = heartbeat, tick_of(heartbeat)
         self._patience = patience
+        listener.setblocking(False)
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ)
         self._members: dict[int, Connection] = {}
@@ -92,7 +93,7 @@ class Hub:
 
     def _run(self) -> None:
         started = now = time.monotonic()
-        notice = started + _NOTICE_SECONDS
+        notice, beaten = started + _NOTICE_SECONDS, 0.0
         while not self._over:
             for key, _ in self._selector.select(timeout=self._tick):
                 if key.data is None:
@@ -106,7 +107,9 @@ class Hub:
                 # This process stood still itself: its silence is not the others'.
                 for connection in [*self._members.values(), *self._strangers]:
                     connection.heard = now
-            self._beat()
+            if now - beaten > self._tick / 2:
+                self._tell("beat")
+                beaten = now
             self._check_silence(now)
             if self._listener is not None and not self._over:
                 if now - started > self._patience:
@@ -118,9 +121,11 @@ class Hub:
                 self._dismiss(0)
 
     def _accept(self) -> None:
+        """Admit all who wait: hundreds come at once."""
         assert self._listener is not None
-        with contextlib.suppress(OSError):
-            self._admit(self._listener.accept()[0])
+        with contextlib.suppress(OSError):  # BlockingIOError: nobody is left
+            while True:
+                self._admit(self._listener.accept()[0])
 
     def _admit(self, stream: socket.socket) -> None:
         connection = Connection(stream)
@@ -307,9 +312,6 @@ class Hub:
         if connection := self._members.get(index):
             with contextlib.suppress(OSError):
                 connection.send("bye")
-
-    def _beat(self) -> None:
-        self._tell("beat")
 
     def _tell(self, kind: str, **values: Any) -> None:
         for connection in list(self._members.values()):

@@ -3,7 +3,7 @@
 import collections
 import contextlib
 import os
-import select
+import selectors
 import socket
 import threading
 import time
@@ -151,12 +151,13 @@ class Link:
     def _run(self) -> None:
         connection, now = self._connection, time.monotonic()
         connection.heard, sent = now, 0.0
+        selector = selectors.DefaultSelector()
         try:
+            selector.register(connection, selectors.EVENT_READ)
+            selector.register(self._wake_end, selectors.EVENT_READ)
             connection.greet()
             while True:
-                ready, _, _ = select.select(
-                    [connection.fileno(), self._wake_end], [], [], self._tick
-                )
+                ready = {key.fileobj for key, _ in selector.select(self._tick)}
                 last, now = now, time.monotonic()
                 if self._wake_end in ready:
                     os.read(self._wake_end, 4096)
@@ -166,7 +167,7 @@ class Link:
                 if now - sent > self._tick / 2:
                     connection.send("beat")
                     sent = now
-                if connection.fileno() in ready:
+                if connection in ready:
                     messages = connection.receive()
                     connection.heard = now
                     for message in messages:
@@ -183,6 +184,7 @@ class Link:
                     )
                     return
         except (EOFError, OSError, KeyError, TypeError, ValueError):
+            selector.close()
             self._part(
                 f"rank 0 of {self.rank.num} (host {self._host()}) was lost: its "
                 "process is gone, without a word (kill -9, out of memory, a crash: "

@@ -2,12 +2,15 @@
 
 import difflib
 import itertools
+import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import optax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -56,13 +59,18 @@ BATCH_SPEC = P(None, ("data", "fsdp"))  # [microbatch, row, ...]
 def make_mesh(config: MeshConfig, *, devices: Any = None) -> Mesh:
     """Make a (data, fsdp, tensor) mesh over all devices.
 
+    Devices of several slices (TPU slices; for GPUs nodes, or what NVLink joins) have a
+    slow network between them: it gets the data axis, whose one collective per step is
+    the sum of gradients. A fsdp axis that is larger than a slice goes over it, too, and
+    then gathers parameters over it; the tensor axis never does.
+
     Args:
       config: devices per axis; one axis may be -1 and takes the rest.
       devices: defaults to all devices of all processes.
 
     Raises:
       ValueError: the axes do not multiply to the number of devices, or do not suit the
-        torus that these form.
+        torus or the slices that these form.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [config.data, config.fsdp, config.tensor]
@@ -76,15 +84,53 @@ def make_mesh(config: MeshConfig, *, devices: Any = None) -> Mesh:
             f"{len(devices)}, or set one of them to -1"
         )
     sizes = [len(devices) // known if s == -1 else s for s in sizes]
+    types = (AxisType.Auto,) * len(AXES)
     try:
-        return jax.make_mesh(
-            tuple(sizes), AXES, (AxisType.Auto,) * len(AXES), devices=devices
-        )
+        if (num_slices := count_slices(devices)) > 1:
+            inside, between = split_over_slices(sizes, num_slices)
+            array = mesh_utils.create_hybrid_device_mesh(
+                inside, between, devices, allow_split_physical_axes=True
+            )
+            return Mesh(array, AXES, axis_types=types)
+        return jax.make_mesh(tuple(sizes), AXES, types, devices=devices)
     except NotImplementedError as error:  # of TPU slices
         raise ValueError(
             f"{named} do not suit the torus: each axis must be a product of some of "
             f"the slice's dimensions ({str(error).splitlines()[0].split('. ')[0]})"
         ) from None
+
+
+def count_slices(devices: Sequence[Any]) -> int:
+    """Count the slices of devices: groups with a fast network inside."""
+    return len({getattr(device, "slice_index", 0) for device in devices})
+
+
+def split_over_slices(
+    sizes: Sequence[int], num_slices: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Split a (data, fsdp, tensor) mesh into its part inside a slice and between them.
+
+    Args:
+      sizes: devices along each axis.
+      num_slices: of the devices, all of one size.
+
+    Returns:
+      Sizes inside a slice, and numbers of slices along each axis.
+
+    Raises:
+      ValueError: neither the data axis, nor it and the fsdp axis, can be divided so.
+    """
+    data, fsdp, tensor = sizes
+    over_data = math.gcd(data, num_slices)
+    over_fsdp = num_slices // over_data
+    # Rows of a process must be contiguous: fsdp goes over slices where data is used up.
+    if fsdp % over_fsdp or (over_fsdp > 1 and data != over_data):
+        raise ValueError(
+            f"mesh.data={data}, mesh.fsdp={fsdp}, mesh.tensor={tensor} do not divide "
+            f"over {num_slices} slices (or nodes): make mesh.data a multiple of "
+            f"{num_slices}; mesh.tensor has to fit into one slice"
+        )
+    return (data // over_data, fsdp // over_fsdp, tensor), (over_data, over_fsdp, 1)
 
 
 def path_name(path: Any) -> str:
