@@ -92,6 +92,7 @@ _NO_INPUTS = (
     "annotate.url",
     "annotate.key_variable",
 )
+_SECRETS = {"annotate.url"}  # may have a password before it is refused: not shown
 _WHOLE_BYTES = 64 * 2**20  # of files that are read in whole
 _BLOCK, _NUM_BLOCKS = 2**16, 256  # of larger ones, evenly spaced, the ends included
 _MOST_FILES = 20_000  # of a folder
@@ -111,6 +112,8 @@ def of_command(
     fields |= {f"--{name}": _text(settings[name]) for name in sorted(settings)}
     leaves = [*config_lib.leaves(config)]
     fields |= {leaf.path: _text(leaf.value) for leaf in leaves}
+    for name in _SECRETS & fields.keys():
+        fields[name] = _digest(fields[name])
     fields |= _versions() | _environment(os.environ)
     return fields | {
         f"content of {leaf.path}={path}": digest
@@ -119,6 +122,10 @@ def of_command(
         for path in _paths(leaf.value)
         if (digest := of_path(path))
     }
+
+
+def _digest(text: str) -> str:
+    return f"digest {hashlib.sha256(text.encode()).hexdigest()[:12]}" if text else ""
 
 
 def _text(value: Any) -> str:

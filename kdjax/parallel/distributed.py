@@ -45,6 +45,8 @@ def meet(config: DistributedConfig) -> bool:
     KDJAX_PROCESS_ID where those are set (launch/local.sh sets them); else from Slurm,
     Open MPI or a TPU slice that has started several; else, where KDJAX_DISTRIBUTED=1,
     from any scheduler that JAX knows (Kubernetes). KDJAX_DISTRIBUTED=0 forbids both.
+    With the variables a process has all devices that it sees; by the scheduler it has
+    what JAX takes: under Slurm and Open MPI one GPU per task.
 
     Raises:
       ValueError: some of the three variables are missing, or the scheduler is unknown.
@@ -81,6 +83,10 @@ def initialize(config: DistributedConfig) -> None:
         "heartbeat_timeout_seconds": _JAX_HEARTBEATS * config.heartbeat_seconds,
         "shutdown_timeout_seconds": config.shutdown_seconds,
     }
+    if all(os.environ.get(name) for name in _VARIABLES):
+        # Whoever set them has chosen this process's devices, too: JAX would take the
+        # one device with the number of the scheduler's task.
+        options["cluster_detection_method"] = "deactivate"
     known = inspect.signature(jax.distributed.initialize).parameters
     jax.distributed.initialize(
         coordinator_address=_coordinator,
@@ -259,7 +265,7 @@ def abandon(message: str, code: int = 1) -> None:
         return
     print(message, file=sys.stderr, flush=True)
     if _link is not None:
-        _link.end(code, message)
+        _link.end(code, message.removeprefix(f"{_program()}: error: "))
     os._exit(code)
 
 

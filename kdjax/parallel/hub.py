@@ -270,7 +270,7 @@ class Hub:
             error = agreement.describe(fields, hosts)
             if error and is_final:
                 self._ended.update(range(self._rank.num))  # each says it itself
-            self._tell("verdict", error=error)
+            self._tell("verdict", error=error, final=is_final)
 
     def _begin_stop(self, number: int) -> None:
         """Have all ranks stand still between steps, and say where."""
@@ -304,7 +304,7 @@ class Hub:
 
     def _check_last(self) -> None:
         """Let rank 0, which JAX's service dies with, leave after the others."""
-        others = self._members.keys() - {0} - self._ended
+        others = self._members.keys() - {0}
         if self._last_asked is not None and not others:
             self._dismiss(0)
 

@@ -95,7 +95,6 @@ class Link:
             self._condition.wait_for(lambda: self._verdict is not None)
             verdict = self._verdict
         if verdict:
-            self.has_agreed = is_final
             raise RanksDiffer(verdict)
 
     def request_stop(self, number: int) -> None:
@@ -195,15 +194,16 @@ class Link:
         return self.hosts[0] if self.hosts else "unknown"
 
     def _part(self, text: str) -> None:
-        if not (self._dismissed.is_set() or self._is_rank_0_done):
-            self._stop(text, interrupts.PEER_LOST_CODE)
+        orderly = self._dismissed.is_set() or self._is_rank_0_done or self.has_agreed
+        self._stop("" if orderly else text, interrupts.PEER_LOST_CODE)
 
     def _stop(self, text: str, code: int) -> None:
         self._is_over = True
-        self._lose(text, code)
+        if text:
+            self._lose(text, code)
         self._dismissed.set()
         with self._condition:
-            self._verdict = self._verdict or text
+            self._verdict = self._verdict or text or "the ranks have parted"
             self._condition.notify_all()
 
     def _handle(self, message: dict[str, Any]) -> bool:
@@ -217,6 +217,7 @@ class Link:
                 self.hosts = [str(host) for host in message["hosts"]]
             elif kind == "verdict":
                 self._verdict = str(message["error"])
+                self.has_agreed = bool(message["final"] and self._verdict)
             elif kind == "freeze":
                 self._frozen = True
                 self._post("step", step=self._step)
