@@ -78,7 +78,7 @@ def test_another_data_file_is_refused(tmp_path):
 
 @pytest.mark.slow
 def test_a_missing_rank_is_named(tmp_path):
-    config = helpers.changed(small_config(), distributed={"initialization_seconds": 12})
+    config = helpers.changed(small_config(), distributed={"initialization_seconds": 60})
     ends = Gang("label", [config, None, config], [tmp_path / "run"] * 3).ends()
     for index, (code, text) in ends.items():
         assert code == PEER_LOST_CODE
