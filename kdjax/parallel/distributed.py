@@ -190,7 +190,7 @@ def agree(topic: str, fields: Mapping[str, str], *, is_final: bool = True) -> No
     """
     if _link is not None:
         _link.agree(topic, fields, is_final=is_final)
-    elif jax.process_count() > 1:  # joined by the caller's own program
+    elif is_several():  # joined by the caller's own program
         _gather(topic, fields)
 
 
@@ -236,7 +236,10 @@ def _gather(topic: str, fields: Mapping[str, str]) -> None:
 
 def is_several() -> bool:
     """Return True if there are other processes of this run."""
-    return _link is not None or jax.process_count() > 1
+    if _link is not None:
+        return True
+    # Asked of the service first: the backend need not be started for the answer.
+    return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def is_main() -> bool:
@@ -265,7 +268,10 @@ def abandon(message: str, code: int = 1) -> None:
         return
     print(message, file=sys.stderr, flush=True)
     if _link is not None:
-        _link.end(code, message.removeprefix(f"{_program()}: error: "))
+        words = message.removeprefix(f"{_program()}: error: ").strip()
+        if words.startswith("Traceback"):
+            words = words.splitlines()[-1]
+        _link.end(code, words)
     os._exit(code)
 
 
