@@ -100,7 +100,11 @@ def analyse(
     if reasons:
         remaining = table.select(~np.any(list(reasons.values()), axis=0))
     if not len(remaining):
-        raise ValueError("all ratings are excluded: nothing is left to analyse")
+        counts = ", ".join(f"{mask.sum()} {name}" for name, mask in reasons.items())
+        raise ValueError(
+            f"all {len(table)} ratings are excluded ({counts}): nothing is left to "
+            "analyse; the limits are the design's (exclude_failed, exclude_seconds)"
+        )
     levels = remaining.levels
     if reference and reference not in levels:
         raise ValueError(

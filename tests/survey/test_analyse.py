@@ -1,6 +1,7 @@
 """The analysis of a constructed study: planted effects, gaps and hostile names."""
 
 import csv
+import dataclasses
 import json
 import subprocess
 import sys
@@ -152,3 +153,11 @@ def test_an_unknown_reference_is_refused(tmp_path):
     table = ratings.read(write_study(tmp_path / "r.csv"))
     with pytest.raises(ValueError, match="reference='x' is no condition"):
         analyse.analyse(table, reference="x")
+
+
+def test_a_study_of_which_nothing_is_left_says_why(tmp_path):
+    table = ratings.read(write_study(tmp_path / "r.csv"))
+    seconds = {"seconds": np.ones(len(table))}
+    table = dataclasses.replace(table, numbers={**table.numbers, **seconds})
+    with pytest.raises(ValueError, match=r"all 108 ratings .*\(108 too fast\)"):
+        analyse.analyse(table, min_seconds=3.0)
