@@ -313,7 +313,7 @@ def test_the_gpu_script_runs_small(tmp_path):
             sys.executable,
             str(ROOT / "benchmarks" / "gpu.py"),
             "--small",
-            "--parts=head,online",
+            "--parts=parity,head,long_rows,label,heads,decode",
             f"--out={out}",
         ],
         capture_output=True,
@@ -323,7 +323,31 @@ def test_the_gpu_script_runs_small(tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
     assert found["head"]["fused"]["seconds"] > 0
-    assert found["online"]["ratios"]["online_over_offline"]["ratio"] > 0
+    assert max(found["parity"]["relative"].values()) < 0.03
+    assert {"step: loss", "head: d weight"} < set(found["parity"]["relative"])
+    assert found["long_rows"]["per_second"]["tokens"] > 0
+    assert found["label"]["of_matmul"] > 0
+    assert found["heads"]["gemma"]["fused"]["seconds"] > 0
+    assert found["decode"]["decoded_per_second/64"] > 0
+
+
+def test_a_gpu_script_out_of_time_says_so(tmp_path):
+    out = tmp_path / "gpu.json"
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "benchmarks" / "gpu.py"),
+            "--parts=student,head",
+            "--minutes=0",
+            f"--out={out}",
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+    assert set(found) == {"student", "head"}
+    assert all(part == {"skipped": "--minutes=0.0 are over"} for part in found.values())
 
 
 @pytest.mark.slow
