@@ -59,7 +59,6 @@ def get_config(argument: str = "") -> Config:
             row_length=2048,
             dtype="bfloat16",
             remat="dots",
-            memory_mib=512,
             num_threads=4,
         ),
     )

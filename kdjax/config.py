@@ -565,7 +565,8 @@ class TrainConfig:
     dtype: str = choice("float32", DTYPES)
     remat: str = choice("none", REMATS)  # what the backward pass recomputes
     chunk_size: int = counted(0)  # tokens per head chunk; 0 = from memory_mib
-    memory_mib: int = counted(32, at_most=2**20)  # memory for one chunk of logits, MiB
+    # memory for one chunk of logits, MiB; 0 = 32 on a CPU, else a 64th of the device's
+    memory_mib: int = counted(0, at_most=2**20)
     log_every: int = counted(10)  # steps between lines of metrics.jsonl
     eval_every: int = counted(0)  # steps between evaluations; 0 = at the end
     # steps between checkpoints; 0 = at the end

@@ -4,13 +4,13 @@ Shapes: C tokens of the chunk, V vocabulary rows of this device, K stored pairs.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from kdjax.losses.options import LossOptions
+from kdjax.losses.options import LogitTransform, LossOptions
 from kdjax.losses.sparse import (
     TAILS_WITH_BUCKET,
     sampled_forward_kl,
@@ -59,8 +59,9 @@ class ChunkLoss(NamedTuple):
     """The hard loss: (1 - e) nll + e * the mean of -log q, e the label smoothing."""
     kl_C: Float[Array, "C"]
     """The divergence at the temperature, nats, not scaled; 0 without soft weight."""
-    d_logits: Callable[[], Float[Array, "C V"]]
-    """Returns the gradient of sum(hard * hard_C + soft * soft_scale * kl)."""
+    d_products: Callable[[LogitTransform, Any], Float[Array, "C V"]]
+    """(transform, dtype) -> the gradient of sum(hard * hard_C + soft * soft_scale * kl)
+    in the products of which the transform has made the logits, rounded to the dtype."""
 
 
 class _LogQ(NamedTuple):
@@ -107,6 +108,9 @@ def _sparse_loss(
       stored i: d kl / d z_i = g_i - G q_i
       other j:  d kl / d z_j = r_j (g_rest - G q_rest),  r = softmax over the rest alone
     r_j q_rest instead of q_j keeps the rest's gradient exact when its mass is tiny.
+
+    The gradient is written once, in the dtype that the matmuls read: first as if all
+    ids were of the rest, then the entries of the stored ids and of the target are set.
     """
     targets_C, hard_C, soft_C, teacher = tokens
     assert teacher.ids_NK is not None
@@ -114,7 +118,8 @@ def _sparse_loss(
     valid_CK = (teacher.ids_NK >= 0) & (soft_C != 0)[:, None]
     rows_C1 = jnp.arange(logits_CV.shape[0])[:, None]
     slots_CK = jnp.where(valid_CK, shard.local(teacher.ids_NK), shard.size)
-    ids_CX = jnp.concatenate([slots_CK, shard.local(targets_C)[:, None]], axis=1)
+    target_C1 = shard.local(targets_C)[:, None]
+    ids_CX = jnp.concatenate([slots_CK, target_C1], axis=1)
     logits_CX = logits_CV.at[rows_C1, ids_CX].get(mode="fill", fill_value=-jnp.inf)
     stored_CK, target_logits_C = logits_CX[:, :-1], shard.max(logits_CX[:, -1])
     # -inf by way of what was read: so the reading comes first, and the logits are
@@ -141,7 +146,7 @@ def _sparse_loss(
         logits_CV, nll_C, total_1_C, hard_C, options, shard
     )
 
-    def d_logits() -> Float[Array, "C V"]:
+    def d_products(transform: LogitTransform, dtype: Any) -> Float[Array, "C V"]:
         g_CK, g_rest_C, g_sum_C = soft_loss.d_log_q()
         scale_C = soft_C * (options.soft_scale / t)
         d_stored_CK = hard_C[:, None] * jnp.exp(
@@ -149,13 +154,26 @@ def _sparse_loss(
         ) + scale_C[:, None] * (g_CK - g_sum_C[:, None] * jnp.exp(log_q.stored_CK))
         d_rest_1_C = hard_C * jnp.exp(rest.log_1_C - total_1_C)
         d_rest_t_C = scale_C * (g_rest_C - g_sum_C * jnp.exp(log_q.rest_C))
-        d_CV = rest.vjp(d_rest_1_C, d_rest_t_C)
-        d_CV = add_d_uniform(d_CV)
-        d_target_C = -(1 - options.label_smoothing) * hard_C
-        d_CX = jnp.concatenate([d_stored_CK, d_target_C[:, None]], axis=1)
-        return d_CV.at[rows_C1, ids_CX].add(d_CX, mode="drop")
+        d_CV = add_d_uniform(rest.vjp(d_rest_1_C, d_rest_t_C, None), rest_CV)
+        d_CV = transform.vjp(d_CV, rest_CV).astype(dtype)
 
-    return ChunkLoss(nll_C, hard_loss_C, soft_loss.kl_C, d_logits)
+        d_target_C1 = -(1 - options.label_smoothing) * hard_C[:, None]
+        is_target_CK = slots_CK == target_C1
+        d_stored_CK = add_d_uniform(jnp.zeros_like(stored_CK), stored_CK) + d_stored_CK
+        d_stored_CK += jnp.where(is_target_CK, d_target_C1, 0.0)
+        logits_C1 = logits_CX[:, -1:]
+        d_C1 = add_d_uniform(rest.vjp(d_rest_1_C, d_rest_t_C, logits_C1), logits_C1)
+        d_CX = jnp.concatenate([d_stored_CK, d_C1 + d_target_C1], axis=1)
+        d_CX = transform.vjp(d_CX, logits_CX).astype(dtype)
+        # Entries that are set once, and beyond the end those that are not.
+        others_C1 = is_target_CK.any(1, keepdims=True)
+        last_C1 = jnp.where(others_C1, shard.size, target_C1)
+        places_CX = jnp.concatenate([slots_CK, last_C1], axis=1)
+        beyond_X = shard.size + jnp.arange(places_CX.shape[1], dtype=places_CX.dtype)
+        places_CX = jnp.where(places_CX < shard.size, places_CX, beyond_X[None])
+        return d_CV.at[rows_C1, places_CX].set(d_CX, mode="drop", unique_indices=True)
+
+    return ChunkLoss(nll_C, hard_loss_C, soft_loss.kl_C, d_products)
 
 
 def _sampled_loss(
@@ -249,17 +267,18 @@ def _dense_loss(
         logits_CV, nll_C, total_1_C, hard_C, options, shard
     )
 
-    def d_logits() -> Float[Array, "C V"]:
+    def d_products(transform: LogitTransform, dtype: Any) -> Float[Array, "C V"]:
         (g_CV,) = vjp(jnp.ones_like(soft_C))
         g_sum_C = shard.sum(g_CV.sum(-1))
         scale_C = soft_C * (options.soft_scale / t)
-        d_CV = masses.vjp(hard_C, -scale_C * g_sum_C) + scale_C[:, None] * g_CV
-        d_CV = add_d_uniform(d_CV)
+        d_CV = masses.vjp(hard_C, -scale_C * g_sum_C, None) + scale_C[:, None] * g_CV
+        d_CV = add_d_uniform(d_CV, logits_CV)
         d_target_C = -(1 - options.label_smoothing) * hard_C
         rows_C = jnp.arange(targets_C.shape[0])
-        return d_CV.at[rows_C, shard.local(targets_C)].add(d_target_C, mode="drop")
+        d_CV = d_CV.at[rows_C, shard.local(targets_C)].add(d_target_C, mode="drop")
+        return transform.vjp(d_CV, logits_CV).astype(dtype)
 
-    return ChunkLoss(nll_C, hard_loss_C, shard.sum(local_kl_C), d_logits)
+    return ChunkLoss(nll_C, hard_loss_C, shard.sum(local_kl_C), d_products)
 
 
 def _smoothed(
@@ -269,8 +288,10 @@ def _smoothed(
     hard_C: Float[Array, "C"],
     options: LossOptions,
     shard: VocabShard,
-) -> tuple[Float[Array, "C"], Callable[[jax.Array], jax.Array]]:
-    """Return the hard loss with label smoothing, and a function that adds its gradient.
+) -> tuple[Float[Array, "C"], Callable[[jax.Array, jax.Array], jax.Array]]:
+    """Return the hard loss with label smoothing, and what adds its gradient.
+
+    That is (gradient, logits of the same ids) -> gradient, without the target's part.
 
     hard = (1 - e) nll - e / V sum_v log q_v over the V ids that are not padding.
 
@@ -278,12 +299,14 @@ def _smoothed(
     """
     share = options.label_smoothing
     if not share:
-        return nll_C, lambda d_CV: d_CV
+        return nll_C, lambda d_CX, logits_CX: d_CX
     valid_CV = logits_CV > -jnp.inf
     sum_C = shard.sum(jnp.where(valid_CV, logits_CV, 0.0).sum(-1))
     loss_C = (1 - share) * nll_C + share * (total_C - sum_C / shard.num_valid)
     d_each_C = hard_C * (share / shard.num_valid)
-    return loss_C, lambda d_CV: jnp.where(valid_CV, d_CV - d_each_C[:, None], d_CV)
+    return loss_C, lambda d_CX, logits_CX: jnp.where(
+        logits_CX > -jnp.inf, d_CX - d_each_C[:, None], d_CX
+    )
 
 
 class _Masses(NamedTuple):
@@ -291,9 +314,9 @@ class _Masses(NamedTuple):
 
     log_1_C: Float[Array, "C"]
     log_t_C: Float[Array, "C"]
-    vjp: Callable[[jax.Array, jax.Array], Float[Array, "C V"]]
-    """(d_1_C, d_t_C) -> d_1 softmax(values) + d_t softmax(values / t); a row without
-    mass gets 0."""
+    vjp: Callable[[jax.Array, jax.Array, jax.Array | None], Float[Array, "C X"]]
+    """(d_1_C, d_t_C, some_CX) -> d_1 softmax(values) + d_t softmax(values / t), at some
+    of the values, or at all of them for None; a row without mass gets 0."""
 
 
 def _masses(
@@ -307,10 +330,17 @@ def _masses(
     One exponential serves both temperatures where t is an integer (up to 8): those at 1
     are its powers, and `vjp` reads them in place of the logits.
     """
-    x_CV = values_CV - peak_C[:, None]
-    exp_t_CV = jnp.exp(x_CV / t)
     multiple = int(t) if t == round(t) and t <= 8 else None
-    exp_1_CV = jnp.exp(x_CV) if multiple is None else _power(exp_t_CV, multiple)
+
+    def exponentials(x_CX: jax.Array) -> tuple[jax.Array, jax.Array]:
+        x_CX = x_CX - peak_C[:, None]
+        exp_t_CX = jnp.exp(x_CX / t)
+        return (
+            jnp.exp(x_CX) if multiple is None else _power(exp_t_CX, multiple),
+            exp_t_CX,
+        )
+
+    exp_1_CV, exp_t_CV = exponentials(values_CV)
     log_1_C = jnp.log(shard.sum(exp_1_CV.sum(-1))) + peak_C
     log_t_C = jnp.log(shard.sum(exp_t_CV.sum(-1))) + peak_C / t
 
@@ -320,12 +350,17 @@ def _masses(
         log_mass_C = jnp.where(log_mass_C > -jnp.inf, log_mass_C, jnp.inf)
         return (cotangent_C * jnp.exp(log_unit_C - log_mass_C))[:, None]
 
-    def vjp(d_1_C: jax.Array, d_t_C: jax.Array) -> Float[Array, "C V"]:
+    def vjp(
+        d_1_C: jax.Array, d_t_C: jax.Array, some_CX: jax.Array | None
+    ) -> Float[Array, "C X"]:
         at_1_C1 = factor(d_1_C, log_1_C, peak_C)
         at_t_C1 = factor(d_t_C, log_t_C, peak_C / t)
+        exp_1, exp_t = (
+            (exp_1_CV, exp_t_CV) if some_CX is None else exponentials(some_CX)
+        )
         if multiple is None:
-            return at_1_C1 * exp_1_CV + at_t_C1 * exp_t_CV
-        return exp_t_CV * (at_t_C1 + at_1_C1 * exp_t_CV ** (multiple - 1))
+            return at_1_C1 * exp_1 + at_t_C1 * exp_t
+        return exp_t * (at_t_C1 + at_1_C1 * exp_t ** (multiple - 1))
 
     return _Masses(log_1_C, log_t_C, vjp)
 

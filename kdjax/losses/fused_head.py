@@ -123,7 +123,7 @@ def _weighted_loss(
     def step(
         carry: None, heads: Heads, hidden_CD: jax.Array, tokens: Tokens
     ) -> tuple[None, tuple[dict[str, jax.Array], None]]:
-        _, loss = _chunk_loss(options, placement, heads, hidden_CD, tokens)
+        loss = _chunk_loss(options, placement, heads, hidden_CD, tokens)
         return carry, (_per_token(loss), None)
 
     heads = (student, teacher_head)
@@ -149,9 +149,12 @@ def _weighted_loss_forward(
     def step(
         sums: Head, heads: Heads, hidden_CD: jax.Array, tokens: Tokens
     ) -> tuple[Head, tuple[dict[str, jax.Array], jax.Array]]:
-        logits_CV, loss = _chunk_loss(options, placement, heads, hidden_CD, tokens)
-        d_products_CV = options.logit_transform.vjp(loss.d_logits(), logits_CV)
-        if sums.bias_V is not None:
+        loss = _chunk_loss(options, placement, heads, hidden_CD, tokens)
+        summed = sums.bias_V is not None
+        d_products_CV = loss.d_products(
+            options.logit_transform, jnp.float32 if summed else hidden_CD.dtype
+        )
+        if summed:
             sums = sums._replace(bias_V=sums.bias_V + d_products_CV.sum(0))
         d_products_CV = d_products_CV.astype(hidden_CD.dtype)
         d_hidden_CD = matmul("cv,vd->cd", d_products_CV, heads[0].weight_VD)
@@ -240,8 +243,8 @@ def _chunk_loss(
     heads: Heads,
     hidden_CD: Float[Array, "C D"],
     tokens: Tokens,
-) -> tuple[Float[Array, "C V"], ChunkLoss]:
-    """Return the student's logits and the losses of one chunk."""
+) -> ChunkLoss:
+    """Return the losses of one chunk."""
     student, teacher_head = heads
     shard = vocab_shard(options, placement, student)
     hidden_CE = tokens.teacher.hidden_NE
@@ -252,7 +255,7 @@ def _chunk_loss(
         log_z_C = shard.logsumexp(rows_CV, peak_C, t)
         tokens = tokens._replace(teacher=Teacher(None, rows_CV, log_z_C))
     logits_CV = head_logits(hidden_CD, student, options.logit_transform, shard)
-    return logits_CV, chunk_loss(logits_CV, tokens, options, shard)
+    return chunk_loss(logits_CV, tokens, options, shard)
 
 
 def _per_token(loss: ChunkLoss) -> dict[str, jax.Array]:

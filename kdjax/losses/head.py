@@ -28,14 +28,15 @@ class Head(NamedTuple):
 Heads = tuple[Head, Head | None]  # of the student, of an online teacher
 
 
-def chunk_size(memory_mib: float, vocab_size: int) -> int:
+def chunk_size(memory_mib: float, vocab_size: int, *, at_most: int = 1024) -> int:
     """Return the tokens per chunk whose float32 logits fit in `memory_mib`.
 
-    The largest power of two that fits, at most 1024; 8 where even 8 do not fit. While
-    gradients are made, two arrays of this size are alive.
+    The largest power of two that fits, at most `at_most`; 8 where even 8 do not fit.
+    While gradients are made, they are alive beside the logits, in the dtype of the
+    hidden states.
     """
     fitting = memory_mib * 2**20 / (4 * vocab_size)
-    return min(1024, max(8, 2 ** math.floor(math.log2(max(fitting, 1)))))
+    return min(at_most, max(8, 2 ** math.floor(math.log2(max(fitting, 1)))))
 
 
 def head_logits(

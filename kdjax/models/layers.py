@@ -36,14 +36,27 @@ def recomputing(body: Callable, remat: str) -> Callable:
 
     Args:
       body: (carry, layer) -> (carry, output).
-      remat: "none"; "dots" (all but matmuls with parameters); "full" (all of it).
+      remat: "none"; "dots" (all but matmuls with parameters, and attention where a
+        kernel of cuDNN makes it); "full" (all of it).
     """
     if remat == "none":
         return body
-    dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    policy = dots if remat == "dots" else None
+    policy = _is_matmul_or_attention if remat == "dots" else None
     # A scan's body cannot be merged with its recomputation: no barrier needed.
     return jax.checkpoint(body, policy=policy, prevent_cse=False)
+
+
+def _is_matmul_or_attention(primitive: Any, *arguments: Any, **parameters: Any) -> Any:
+    """Save the results of matmuls with parameters, and those of cuDNN's attention.
+
+    The latter are as small as a matmul's: the mixed values, and a number per head and
+    token. Attention by XLA has matmuls with batch dimensions and its scores are not
+    kept.
+    """
+    if primitive.name.startswith("dot_product_attention_fwd"):
+        return True
+    matmuls = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return matmuls(primitive, *arguments, **parameters)
 
 
 MAX_UNROLLED_LAYERS = 8  # more would take long to compile

@@ -82,6 +82,18 @@ _GPUS = {
 }
 
 
+# By a part of `device.device_kind`, lower case, first hit.
+_MEMORY_BYTES = {
+    "tpu v6": _TPUS["v6e"].hbm_bytes,
+    "tpu v5 lite": _TPUS["v5e"].hbm_bytes,
+    "tpu v5": _TPUS["v5p"].hbm_bytes,
+    "tpu v4": _TPUS["v4"].hbm_bytes,
+    "b200": 191514411008,
+    "h200": 151397597184,
+    "h100": 84942979072,
+}
+
+
 def find_chip(name: str) -> Chip:
     """Return a TPU generation or a GPU by the name that its topologies begin with.
 
@@ -92,6 +104,25 @@ def find_chip(name: str) -> Chip:
     if name not in known:
         raise ValueError(f"chip {name!r} is unknown: use one of {list(known)}")
     return known[name]
+
+
+def memory_bytes(device: jax.Device) -> float:
+    """Return the bytes of an accelerator's memory: the table's, or what it grants.
+
+    Raises:
+      ValueError: a device that is not in the table and does not say.
+    """
+    kind = device.device_kind.lower()
+    for name, num_bytes in _MEMORY_BYTES.items():
+        if name in kind:
+            return num_bytes
+    granted = (device.memory_stats() or {}).get("bytes_limit")
+    if not granted:
+        raise ValueError(
+            f"device {device.device_kind!r} does not say how much memory it has: give "
+            "--config.train.memory_mib=256"
+        )
+    return granted
 
 
 def peak_flops(device: jax.Device, dtype: str = "bfloat16") -> float | None:

@@ -18,9 +18,11 @@ from kdjax.experiment.models import Model
 from kdjax.models import lm
 from kdjax.models.lm import Shape
 from kdjax.parallel import sharding
+from kdjax.runtime import chips
 from kdjax.training import online_teacher, optimizer, state, step, trainable
 from kdjax.training.state import TrainState
 
+_CPU_BYTES = 32 * 2**20  # for a chunk of logits
 TrainStep = Any  # what jax.jit returns: callable, and it can be lowered
 
 
@@ -338,11 +340,33 @@ def loss_options(
 
 
 def chunk_size(config: Config, model: Model) -> int:
-    """Return the tokens per chunk of the fused head."""
+    """Return the tokens per chunk of the fused head.
+
+    Each chunk adds a gradient of the head's whole weight to the sum of those before it,
+    so that chunks are as large as the device allows.
+    """
     train = config.train
-    return train.chunk_size or losses.chunk_size(
-        train.memory_mib, model.shape.vocab_size
+    device = jax.tree.leaves(model.shardings)[0].mesh.devices.flat[0]
+    return train.chunk_size or head_chunk_size(
+        train.memory_mib, model.shape.vocab_size, device
     )
+
+
+def head_chunk_size(memory_mib: int, vocab_size: int, device: jax.Device) -> int:
+    """Return the tokens per chunk of the fused head on a device.
+
+    Args:
+      memory_mib: for a chunk of float32 logits; 0 = 32 MiB on a CPU, elsewhere a 64th
+        of the device's memory.
+      vocab_size: rows of the head.
+      device: real or described.
+    """
+    on_cpu = device.platform == "cpu"  # where larger chunks do not fit the caches
+    if not memory_mib:
+        memory = _CPU_BYTES if on_cpu else chips.memory_bytes(device) / 64
+        memory_mib = max(1, int(memory / 2**20))
+    at_most = 1024 if on_cpu else 8192
+    return losses.chunk_size(memory_mib, vocab_size, at_most=at_most)
 
 
 def abstract_batch(

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from kdjax.config import DecoderConfig, MeshConfig
 from kdjax.experiment.models import make_model
-from kdjax.models import attention, decoder
+from kdjax.models import attention, decoder, layers
 from kdjax.models.attention import Kernel, ScoreOptions
 from kdjax.parallel import sharding
 
@@ -241,6 +241,28 @@ def test_the_kernel_is_part_of_the_graph():
     ]
     assert graphs[0] != graphs[1] and graphs[1] == graphs[2]
     assert hash(graphs[1]) == hash(graphs[2])
+
+
+def test_dots_keep_what_cudnn_makes(monkeypatch):
+    """The backward pass of a layer has no second forward pass of attention."""
+    from jax._src.cudnn import fused_attention_stablehlo as fused
+
+    monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91000)
+    attend = attention.within_segments(
+        Kernel(name="cudnn", mesh=mesh_of(2, 2, 2)), packed(4, 256)
+    )
+    x = jax.ShapeDtypeStruct((4, 256, 2, 64), jnp.bfloat16)
+    times = {}
+    for remat in ("none", "dots", "full"):
+        layer = layers.recomputing(lambda x, _: (attend(x, x, x), None), remat)
+
+        def total(x):
+            mixed, _ = jax.lax.scan(layer, x, None, length=3)  # noqa: B023
+            return mixed.astype(jnp.float32).sum()
+
+        program = str(jax.make_jaxpr(jax.grad(total))(x))
+        times[remat] = program.count("dot_product_attention_fwd_wrapper[")
+    assert times == {"none": 1, "dots": 1, "full": 2}
 
 
 def test_cudnn_lowers_for_cuda(monkeypatch):

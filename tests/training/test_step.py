@@ -1,6 +1,7 @@
 """The step: what the batch is cut into changes nothing."""
 
 import dataclasses
+import types
 
 import jax
 import numpy as np
@@ -174,6 +175,38 @@ def test_soft_weight_zero_is_cross_entropy():
 
 def test_chunk_size_from_memory():
     assert losses.chunk_size(16, 32000) == 128
+
+
+@pytest.mark.parametrize(
+    ("platform", "kind", "memory_mib", "vocab_size", "expected"),
+    [
+        ("cpu", "cpu", 0, 32000, 256),  # 32 MiB
+        ("cpu", "cpu", 4096, 32000, 1024),
+        ("gpu", "NVIDIA H200 141GB HBM3e", 0, 128256, 4096),  # a 64th: 2,256 MiB
+        ("gpu", "NVIDIA H100 80GB HBM3", 0, 128256, 2048),
+        ("gpu", "NVIDIA H200 141GB HBM3e", 0, 32000, 8192),
+        ("gpu", "NVIDIA H200 141GB HBM3e", 256, 128256, 512),
+        ("tpu", "TPU v5 lite", 0, 128256, 512),
+        ("gpu", "a GPU of 64 GiB", 0, 128256, 2048),  # it says so itself
+    ],
+)
+def test_chunks_of_the_head_follow_the_device(
+    platform, kind, memory_mib, vocab_size, expected
+):
+    device = types.SimpleNamespace(
+        platform=platform,
+        device_kind=kind,
+        memory_stats=lambda: {"bytes_limit": 64 * 2**30},
+    )
+    assert program.head_chunk_size(memory_mib, vocab_size, device) == expected
+
+
+def test_a_device_that_does_not_say_its_memory():
+    device = types.SimpleNamespace(
+        platform="gpu", device_kind="another", memory_stats=lambda: None
+    )
+    with pytest.raises(ValueError, match=r"--config\.train\.memory_mib=256"):
+        program.head_chunk_size(0, 32000, device)
 
 
 def online(config, *, whole=False, mesh_config=None, devices=None):
