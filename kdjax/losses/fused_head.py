@@ -150,11 +150,10 @@ def _weighted_loss_forward(
         sums: Head, heads: Heads, hidden_CD: jax.Array, tokens: Tokens
     ) -> tuple[Head, tuple[dict[str, jax.Array], jax.Array]]:
         loss = _chunk_loss(options, placement, heads, hidden_CD, tokens)
-        summed = sums.bias_V is not None
-        d_products_CV = loss.d_products(
-            options.logit_transform, jnp.float32 if summed else hidden_CD.dtype
-        )
-        if summed:
+        # A bias's gradient is summed before anything is rounded.
+        dtype = hidden_CD.dtype if sums.bias_V is None else jnp.float32
+        d_products_CV = loss.d_products(options.logit_transform, dtype)
+        if sums.bias_V is not None:
             sums = sums._replace(bias_V=sums.bias_V + d_products_CV.sum(0))
         d_products_CV = d_products_CV.astype(hidden_CD.dtype)
         d_hidden_CD = matmul("cv,vd->cd", d_products_CV, heads[0].weight_VD)
