@@ -1,5 +1,6 @@
 """attempts.jsonl: a line when an attempt starts, and one when it has ended, and why."""
 
+import errno
 import json
 import os
 import pathlib
@@ -50,16 +51,7 @@ class Attempts:
         """Write what could not be written before, if that works now."""
         while self._pending:
             try:
-                self._file.parent.mkdir(parents=True, exist_ok=True)
-                start = self._file.stat().st_size if self._file.exists() else 0
-                with self._file.open("ab") as stream:
-                    try:
-                        stream.write(self._pending[0].encode())
-                        stream.flush()
-                        os.fsync(stream.fileno())
-                    except OSError:
-                        os.truncate(self._file, start)
-                        raise
+                _append(self._file, self._pending[0].encode())
             except OSError:
                 return
             del self._pending[0]
@@ -68,6 +60,27 @@ class Attempts:
         now = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime())
         self._pending.append(json.dumps({"time": f"{now}Z"} | row) + "\n")
         self.flush()
+
+
+def _append(file: pathlib.Path, line: bytes) -> None:
+    """Append a line, or nothing: Python's own buffer would try again at close.
+
+    Raises:
+      OSError: there is no room for all of it.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        start = os.fstat(descriptor).st_size
+        try:
+            if os.write(descriptor, line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+            os.fsync(descriptor)
+        except OSError:
+            os.ftruncate(descriptor, start)
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def _read(file: pathlib.Path) -> list[dict[str, Any]]:

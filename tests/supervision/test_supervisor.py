@@ -220,15 +220,20 @@ def test_what_a_full_disk_refused_is_written_later(tmp_path, monkeypatch):
     from kdjax.supervision import attempts
 
     log = attempts.Attempts(tmp_path / "attempts.jsonl")
-    real = os.fsync
+    real = os.write
+    for room in (0, 10):  # a write may be cut short
 
-    def full(descriptor):
-        raise OSError(28, "No space left on device")
+        def full(descriptor, data, room=room):
+            if not room:
+                raise OSError(28, "No space left on device")
+            return real(descriptor, data[:room])
 
-    monkeypatch.setattr(os, "fsync", full)
-    log.started(port=1)
-    assert not (tmp_path / "attempts.jsonl").read_text()
-    monkeypatch.setattr(os, "fsync", real)
+        monkeypatch.setattr(os, "write", full)
+        if not room:
+            log.started(port=1)
+        log.flush()
+        assert not (tmp_path / "attempts.jsonl").read_text()
+    monkeypatch.setattr(os, "write", real)
     log.ended(outcome="done")
     rows = files.read_jsonl(tmp_path / "attempts.jsonl")
     assert [row["event"] for row in rows] == ["started", "ended"]
