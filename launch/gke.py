@@ -100,11 +100,11 @@ def make_jobset(flags: argparse.Namespace) -> dict:
     )
     if flags.spot:
         selector["cloud.google.com/gke-spot"] = "true"
-    environment = [index_variable("KDJAX_HOST"), *environment]
-    rank = "$KDJAX_HOST"
+    environment = [index_variable("HOST_INDEX"), *environment]
+    rank = "$HOST_INDEX"
     if flags.slices > 1:
-        environment.append(annotation("KDJAX_SLICE", "jobset.sigs.k8s.io/job-index"))
-        rank = f"$(expr $KDJAX_SLICE '*' {hosts} + $KDJAX_HOST)"
+        environment.append(annotation("SLICE_INDEX", "jobset.sigs.k8s.io/job-index"))
+        rank = f"$(expr $SLICE_INDEX '*' {hosts} + $HOST_INDEX)"
     supervise = [*("exec", "python", "-m", "kdjax.supervise"), f"--rank={rank}"]
     words = shlex.join([*flags.supervise, "--", *flags.command])
     container = {

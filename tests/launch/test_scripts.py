@@ -457,7 +457,7 @@ def test_the_jobset_is_one(stand_ins, flags, pods, limits):
     command = [word.replace("$$(", "$(") for word in container["command"]]
     shown = subprocess.run(
         [*command[:2], command[2].replace("exec python", "printf '%s\\n'")],
-        env=os.environ | {"KDJAX_HOST": "3", "KDJAX_SLICE": "1"},
+        env=os.environ | {"HOST_INDEX": "3", "SLICE_INDEX": "1"},
         capture_output=True,
         text=True,
     ).stdout.splitlines()

@@ -95,9 +95,22 @@ class Run:
         return 0
 
     def wait_for_steps(self, num: int) -> None:
-        """Wait until some steps beyond the newest checkpoint are done."""
+        """Wait until an attempt has saved, and done some steps more."""
+        before = self.saved()
+        self.wait(lambda: self.saved() > before)
         first = self.saved() + num
-        self.wait(lambda: self.step() >= first)
+        self.wait(lambda: self.step() >= first and self.is_running())
+
+    def is_running(self) -> bool:
+        """Return True if no rank has ended."""
+        last = (self.rows() or [{"event": ""}])[-1]
+        return last["event"] == "started" and all(map(files.is_running, last["pids"]))
+
+    def close(self) -> None:
+        """Kill the supervisor, and so the ranks, if a test has failed."""
+        if self.supervisor.poll() is None:
+            self.supervisor.kill()
+            self.supervisor.wait()
 
     def wait(self, ready, seconds: float = 300.0) -> None:
         deadline = time.monotonic() + seconds
@@ -226,15 +239,16 @@ def disturb(command, num_faults: int, folder: pathlib.Path, *, first: int) -> No
         if num_ranks not in expected:
             alone = folder / f"alone-{num_ranks}"
             (alone / "disk").mkdir(parents=True)
-            run = Run(command, alone, num_ranks)
-            assert run.supervisor.wait(900) == 0, run.log.read_text()[-4000:]
+            with contextlib.closing(Run(command, alone, num_ranks)) as run:
+                assert run.supervisor.wait(900) == 0, run.log.read_text()[-4000:]
             expected[num_ranks] = result(run.workdir)
             shutil.rmtree(alone)
         own = folder / f"run-{index}"
-        with small_disk(own / "disk") as mounted:
+        with contextlib.ExitStack() as stack:
+            mounted = stack.enter_context(small_disk(own / "disk"))
             if not mounted and "disk" in kinds:
                 kinds.remove("disk")
-            run = Run(command, own, num_ranks)
+            run = stack.enter_context(contextlib.closing(Run(command, own, num_ranks)))
             for _ in range(min(PER_RUN, num_faults - number)):
                 # Each kind in turn, then by chance.
                 kind = kinds[number] if number < len(kinds) else str(rng.choice(kinds))
