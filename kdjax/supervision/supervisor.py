@@ -75,6 +75,7 @@ class Supervisor:
     ) -> None:
         self._command, self._workdir, self._options = command, workdir, options
         self._progress = Progress(workdir)
+        self._running_time = 0.0  # when no rank was stopped last
 
     def run(self) -> int:
         """Run attempts until one succeeds, is stopped, or another would not help.
@@ -161,12 +162,13 @@ class Supervisor:
         options, progress = self._options, self._progress
         deadline, echo_deadline, next_look = math.inf, math.inf, 0.0
         sent = False
-        before = time.monotonic()
+        before = self._running_time = time.monotonic()
         while gang.running:
             gang.wait(_POLL_SECONDS)
             now = time.monotonic()
             if now - before > _STOOD_STILL_SECONDS:
                 progress.forgive(now - before)
+                self._running_time = now
             before = now
             if request.received is not None and not sent:
                 sent, deadline = True, now + options.grace
@@ -197,8 +199,10 @@ class Supervisor:
             quiet=options.quiet,
         )
         host = socket.gethostname()
-        stopped = gang.stopped() if age > min(limit, options.max_stopped) else []
-        if not stopped and age < limit:
+        stopped = gang.stopped()
+        if not stopped:
+            self._running_time = now
+        if now - self._running_time < options.max_stopped and age < limit:
             return None
         if stopped:
             cause = f"rank {_ranks(stopped)} on host {host} is stopped (SIGSTOP)"

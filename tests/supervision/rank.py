@@ -32,7 +32,7 @@ def resume(workdir: pathlib.Path) -> tuple[int, str]:
     metrics = workdir / "metrics.jsonl"
     if os.environ.get("KDJAX_PROCESS_ID", "0") == "0" and metrics.exists():
         lines = metrics.read_text().splitlines(keepends=True)
-        metrics.write_text("".join(lines[:step]))
+        os.truncate(metrics, sum(map(len, lines[:step])))
     file = workdir / "checkpoints" / str(step) / "state"
     return step, file.read_text() if step else ""
 
