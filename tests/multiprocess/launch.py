@@ -64,7 +64,7 @@ class Gang:
         """
         waited = {i: p for i, p in self.processes.items() if i != but}
         try:
-            texts = {i: p.communicate(timeout=240)[1] for i, p in waited.items()}
+            texts = {i: p.communicate(timeout=600)[1] for i, p in waited.items()}
         finally:
             self.kill()
         return {i: (p.returncode, texts[i]) for i, p in waited.items()}

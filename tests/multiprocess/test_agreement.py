@@ -7,7 +7,7 @@ import time
 import pytest
 
 from kdjax.config import Config, leaves, replace
-from kdjax.runtime.interrupts import PEER_LOST_CODE, RANKS_DIFFER_CODE, SIGTERM_CODE
+from kdjax.runtime.interrupts import PEER_LOST_CODE, RANKS_DIFFER_CODE
 from tests import helpers
 from tests.multiprocess.launch import Gang
 from tests.parallel.test_agreement import LEAVES, another
@@ -42,14 +42,8 @@ def test_ranks_of_two_configs_are_refused(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    [
-        "train.steps",
-        "seed",
-        "data.num_train",
-        "method.soft_weight",
-        "distributed.heartbeat_seconds",
-    ]
     # All of them take an hour: KDJAX_ALL_FIELDS=1.
+    ["train.steps", "distributed.heartbeat_seconds"]
     if "KDJAX_ALL_FIELDS" not in os.environ
     else list(LEAVES),
 )
@@ -90,9 +84,13 @@ def test_a_missing_rank_is_named(tmp_path):
 @pytest.fixture
 def trained_gang(tmp_path):
     """Two processes in the middle of a training, and their directory."""
-    config = helpers.changed(small_config(), train={"steps": 10_000, "save_every": 0})
+    config = helpers.changed(
+        small_config(),
+        train={"steps": 10_000, "save_every": 0},
+        method={"name": "finetune", "soft_weight": 0.0},
+    )
     gang = Gang("train", [config] * 2, [tmp_path / "run"] * 2)
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 600
     metrics = tmp_path / "run" / "metrics.jsonl"
     while not metrics.exists() or metrics.read_text().count("\n") < 2:
         assert time.monotonic() < deadline and gang.processes[0].poll() is None
@@ -105,10 +103,9 @@ def trained_gang(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "number, reason",
-    [(signal.SIGKILL, "its process is gone"), (signal.SIGSTOP, "silent for")],
+    "lost, number, reason",
+    [(0, signal.SIGKILL, "its process is gone"), (1, signal.SIGSTOP, "silent for")],
 )
-@pytest.mark.parametrize("lost", [0, 1])
 def test_a_lost_rank_is_named(trained_gang, lost, number, reason):
     gang, _ = trained_gang
     gang.processes[lost].send_signal(number)
@@ -116,15 +113,3 @@ def test_a_lost_rank_is_named(trained_gang, lost, number, reason):
     assert code == PEER_LOST_CODE, text[-2000:]
     line = text.strip().splitlines()[-1]
     assert f"rank {lost} of 2 (host " in line and f"was lost: {reason}" in line
-
-
-@pytest.mark.slow
-def test_sigterm_to_one_rank_saves_one_step(trained_gang):
-    gang, folder = trained_gang
-    gang.processes[1].terminate()
-    ends = gang.ends()
-    lines = {text.strip().splitlines()[-1] for _, text in ends.values()}
-    assert {code for code, _ in ends.values()} == {SIGTERM_CODE}
-    assert len(lines) == 1 and "ended by SIGTERM: step " in lines.pop()
-    (checkpoint,) = (folder / "checkpoints").glob("[0-9]*")
-    assert int(checkpoint.name) > 1

@@ -1,0 +1,60 @@
+"""A run goes on over other axes of the mesh: same batches, same losses to rounding."""
+
+import numpy as np
+import pytest
+
+from kdjax import label, train
+from kdjax.parallel import distributed
+from tests import helpers
+from tests.helpers import losses, step_rows, summary
+
+
+def check_same_run(one, other, **tolerance):
+    """Two runs had the same batches and, to rounding, the same losses."""
+    for key in ("step", "tokens"):
+        if key in step_rows(one)[0]:
+            assert [r[key] for r in step_rows(one)] == [
+                r[key] for r in step_rows(other)
+            ]
+    np.testing.assert_allclose(losses(one), losses(other), **tolerance)
+    for name, value in summary(one)["student"].items():
+        if name in ("nll", "kl"):
+            found = summary(other)["student"][name]
+            np.testing.assert_allclose(found, value, rtol=1e-3, atol=1e-5)
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A small run with a teacher of its own, which is trained."""
+    config = helpers.small_config(
+        train={"steps": 8, "save_every": 0, "num_microbatches": 1},
+        teacher={"steps": 2},
+        cache={"shard_size": 3, "batch_size": 2},
+        optim={"learning_rate": 1e-3},
+    )
+    train.run(config, tmp_path / "teacher", until="teacher")
+    config.teacher.path = str(tmp_path / "teacher" / "teacher")
+    return config
+
+
+@pytest.mark.slow
+def test_meshes_of_any_axes_are_one_run(config, tmp_path, monkeypatch):
+    """Data 1 and fsdp 8, 8 and 1, 2 and 4, then the tensor axis, as one run."""
+    config.cache.path = str(tmp_path / "cache")
+    label.run(config, tmp_path / "label")
+    one, several = tmp_path / "one", tmp_path / "several"
+    train.run(config, one)
+    meshes = [(1, 8, 1), (8, 1, 1), (2, 4, 1), (2, 2, 2)]
+    for index, (data, fsdp, tensor) in enumerate(meshes):
+        mesh = {"data": data, "fsdp": fsdp, "tensor": tensor}
+        stop = 2 * (index + 1)
+        monkeypatch.setattr(
+            distributed.Preemption, "requested", lambda self, s, stop=stop: s == stop
+        )
+        if stop < 8:
+            with pytest.raises(SystemExit):
+                train.run(helpers.changed(config, mesh=mesh), several)
+        else:
+            monkeypatch.undo()
+            train.run(helpers.changed(config, mesh=mesh), several)
+    check_same_run(one, several, rtol=1e-4)
