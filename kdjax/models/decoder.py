@@ -125,9 +125,7 @@ class Decoder(nnx.Module):
         """
         block_graphdef, stacked = nnx.split(self.layers)
         all_angles = rotary.angles(self.ropes, positions_BT)
-        x_BTD = self.embed(tokens_BT, jnp.dtype(self.dtype))
-        if self.embedding_scale != 1.0:
-            x_BTD *= jnp.asarray(self.embedding_scale, x_BTD.dtype)
+        x_BTD = self._embedded(tokens_BT)
         captured, slots_L = allocate(capture, x_BTD, num_layers=self.num_layers)
 
         def body(carry, layer):
@@ -161,6 +159,59 @@ class Decoder(nnx.Module):
             unroll=self.unroll,
         )
         return self.norm(x_BTD), cache, captured
+
+    def extend(self, tokens_BT, positions_BT, attend, layers, cache):
+        """Compute hidden states of new tokens beside a cache that is only read.
+
+        Args:
+          tokens_BT: new tokens.
+          positions_BT: theirs.
+          attend: (query, key, value, layer of the cache, window=) -> mixed values, and
+            what is to be stored of the new tokens.
+          layers: parameters of the layers, stacked, or one tree each as a tuple, which
+            is unrolled: a CPU would copy each layer's weights out of the stack.
+          cache: of the layers, stacked or a tuple like them.
+
+        Returns:
+          Hidden states after the final norm, and what is to be stored of each layer,
+          stacked or a tuple like them.
+        """
+        block_graphdef, _ = nnx.split(self.layers)
+        all_angles = rotary.angles(self.ropes, positions_BT)
+        x_BTD = self._embedded(tokens_BT)
+
+        def body(x_BTD, layer):
+            block_params, own, layer_cache = layer
+            block, stored = nnx.merge(block_graphdef, block_params), []
+            angles = all_angles
+            if "rotary" in own:
+                angles = jax.tree.map(lambda x: x[own["rotary"]], all_angles)
+            size = jnp.int32(self.score_options.windows[0])
+            window = own.get("window", size)
+
+            def mix(query, key, value):
+                mixed, new = attend(query, key, value, layer_cache, window)
+                stored.append(new)
+                return mixed
+
+            return block(x_BTD, angles, mix), stored[0]
+
+        own = self._per_layer()
+        if not isinstance(layers, tuple):
+            x_BTD, stored = jax.lax.scan(body, x_BTD, (layers, own, cache))
+            return self.norm(x_BTD), stored
+        outputs = []
+        for number, layer in enumerate(zip(layers, cache, strict=True)):
+            own_layer = {name: x[number] for name, x in own.items()}
+            x_BTD, new = body(x_BTD, (layer[0], own_layer, layer[1]))
+            outputs.append(new)
+        return self.norm(x_BTD), tuple(outputs)
+
+    def _embedded(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        x_BTD = self.embed(tokens_BT, jnp.dtype(self.dtype))
+        if self.embedding_scale != 1.0:
+            x_BTD *= jnp.asarray(self.embedding_scale, x_BTD.dtype)
+        return x_BTD
 
     def _per_layer(self) -> dict[str, Int[Array, "L"]]:
         """Return the settings that differ between layers, int32 [L]; {} if none do."""

@@ -14,8 +14,10 @@ once.
 Shapes: B prompts decoded together, R rows (B, or 2 B with contrasts), P prompt time
 (right padded), N new tokens, F of them forced, V vocabulary.
 
-Source: Wang et al., 2023, SCOTT, arXiv 2305.01879, section 3.1 (contrasts); Holtzman et
-al., 2020, arXiv 1904.09751, section 3.1 (top_p).
+Batches end with their slowest row; `continuous` refills slots instead, and is not yet
+what commands use.
+
+Source: Wang et al., 2023, SCOTT, arXiv 2305.01879, section 3.1 (contrasts).
 """
 
 from collections.abc import Callable, Sequence
@@ -30,6 +32,7 @@ from jaxtyping import Array, Float, Int
 
 from kdjax.config import CONTRAST_STOPS
 from kdjax.models import lm
+from kdjax.models.sampling import filter_logits, row_keys
 
 # Prompts are padded to a power of two from the first to the second, then to multiples
 # of the second or, where that is more, of a sixteenth of the next power of two.
@@ -313,11 +316,6 @@ def contrasted_logits(
     return jnp.where(is_end_1V == ends_B1, score_BV, -jnp.inf)
 
 
-def row_keys(seed: int, seeds_B: Int[np.ndarray, "B"]) -> Array:
-    """Return the random key of each prompt, from the run's seed and its own."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), seeds_B)
-
-
 def next_tokens(
     logits_BV: Float[Array, "B V"],
     keys_B: Array,
@@ -341,23 +339,6 @@ def next_tokens(
     )
     keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, step)
     return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
-
-
-def filter_logits(
-    logits_BV: Float[Array, "B V"], *, top_k: int = 0, top_p: float = 1.0
-) -> Float[Array, "B V"]:
-    """Set to -inf what top_k or top_p excludes; ties with the last one remain."""
-    if top_k:
-        kth_B1 = jax.lax.top_k(logits_BV, min(top_k, logits_BV.shape[-1]))[0][:, -1:]
-        logits_BV = jnp.where(logits_BV < kth_B1, -jnp.inf, logits_BV)
-    if top_p < 1:
-        sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
-        probs_BV = jax.nn.softmax(sorted_BV, axis=-1)
-        before_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV
-        nucleus_BV = jnp.where(before_BV < top_p, sorted_BV, jnp.inf)
-        threshold_B1 = jnp.min(nucleus_BV, axis=-1, keepdims=True)
-        logits_BV = jnp.where(logits_BV < threshold_B1, -jnp.inf, logits_BV)
-    return logits_BV
 
 
 def pad_prompts(

@@ -1,0 +1,384 @@
+"""A key/value cache in pages, shared by the slots of a decoding batch.
+
+The cache of a shard is a pool of M pages of S tokens. A page belongs to one slot, and
+is its `index`-th; so memory follows what is alive in all slots together, whatever the
+lengths of single rows. The pages of one token are read where they lie: every page is
+multiplied with the queries of the slot that owns it, and the softmax is put together
+from those of the pages,
+
+    p_s = exp(z_s - m) / sum, m = max over pages of m_page,
+    mixed = sum over pages of exp(m_page - m) * mixed_page / sum.
+
+Keys and values are held in the compute dtype, in bfloat16, or as int8 with a float32
+scale max |x| / 127 per token and head. New tokens are read as they will be held: what
+comes out does not depend, up to rounding, on how prompts are cut.
+
+Shapes: F shards, B slots, M pages, S tokens per page, J pages of a slot at most, T new
+tokens, R lanes, C tokens per lane, X = R C, L layers, H query heads, G key/value heads,
+U = H / G, K per head. Functions take one shard's arrays, without F, unless they say so.
+
+Source: Kwon et al., 2023, arXiv 2309.06180, section 4 (pages); Dao et al., 2022, arXiv
+2205.14135, section 3.1 (the softmax in parts).
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kdjax.config import DecoderConfig
+from kdjax.models.attention import ScoreOptions
+
+Layer = dict[str, Array]
+Cache = Layer | tuple[Layer, ...]  # layers on axis 0, or apart
+Heads = dict[str, Array]  # keys or values as they are held: "data", and "scale" of int8
+_LOWEST = float(jnp.finfo(jnp.float32).min)
+
+
+class Places(NamedTuple):
+    """Where the tokens of a shard's slots lie."""
+
+    table: Int[Array, "B J"]  # pages of each slot, in order; M beyond the last
+    owner: Int[Array, "M"]  # slot of each page; -1 = free
+    index: Int[Array, "M"]  # number of the page among its slot's
+    cached: Int[Array, "B"]  # tokens of each slot that are in the cache
+
+
+class Lanes(NamedTuple):
+    """Pieces of prompts that a step reads, of one shard; lanes of a slot adjoin."""
+
+    slot: Int[Array, "R"]  # B = an unused lane
+    start: Int[Array, "R"]  # position of its first token
+    count: Int[Array, "R"]  # tokens in use, of C
+
+
+class _Part(NamedTuple):
+    """A part of a softmax: over some of the keys."""
+
+    max: Float[Array, "..."]
+    sum: Float[Array, "..."]  # of exp(z - max)
+    mixed: Float[Array, "... K"]  # sum of exp(z - max) * value
+
+
+def init(
+    shape: DecoderConfig,
+    *,
+    num_shards: int,
+    num_pages: int,
+    page_size: int,
+    dtype: str,
+    unstack: bool = False,
+) -> Cache:
+    """Return a zeroed cache: keys [F, M, G, K, S] and values [F, M, G, S, K] of layers.
+
+    Args:
+      shape: of the model.
+      num_shards: F.
+      num_pages: M.
+      page_size: S.
+      dtype: "float32", "bfloat16" or "int8", which adds scales [F, M, G, S].
+      unstack: a tuple of layers instead of arrays with the layers on axis 0.
+    """
+    pages = (num_shards, num_pages, shape.num_kv_heads)
+
+    def layer() -> Layer:
+        cache = {
+            "key": jnp.zeros((*pages, shape.head_dim, page_size), dtype),
+            "value": jnp.zeros((*pages, page_size, shape.head_dim), dtype),
+        }
+        if dtype == "int8":
+            for name in ("key_scale", "value_scale"):
+                cache[name] = jnp.zeros((*pages, page_size), jnp.float32)
+        return cache
+
+    if unstack:
+        return tuple(layer() for _ in range(shape.num_layers))
+    return jax.tree.map(lambda x: jnp.stack([x] * shape.num_layers), layer())
+
+
+def map_layers(function: Callable[..., Layer], cache: Cache, *more: Any) -> Cache:
+    """Apply a function to every layer of a cache, and of other trees like it."""
+    if isinstance(cache, tuple):
+        return tuple(map(function, cache, *more))
+    return jax.vmap(function)(cache, *more)
+
+
+def num_bytes(shape: DecoderConfig, dtype: str) -> int:
+    """Return the bytes of the keys and values of one token."""
+    heads = 2 * shape.num_layers * shape.num_kv_heads
+    scale = 4 if dtype == "int8" else 0
+    return heads * (shape.head_dim * jnp.dtype(dtype).itemsize + scale)
+
+
+def held(x: Float[Array, "... K"], dtype: str) -> Heads:
+    """Return keys or values of new tokens as the cache holds them."""
+    if dtype != "int8":
+        return {"data": x.astype(dtype)}
+    x = x.astype(jnp.float32)
+    scale = jnp.max(jnp.abs(x), axis=-1) / 127
+    data = x / jnp.where(scale > 0, scale, 1.0)[..., None]
+    return {"data": jnp.round(data).astype(jnp.int8), "scale": scale}
+
+
+def read(heads: Heads) -> Float[Array, "... K"]:
+    """Return keys or values as float32."""
+    x = heads["data"].astype(jnp.float32)
+    return x * heads["scale"][..., None] if "scale" in heads else x
+
+
+def write(
+    cache: Cache,
+    new: Any,
+    page_FT: Int[Array, "F T"],
+    offset_FT: Int[Array, "F T"],
+) -> Cache:
+    """Write new tokens of all layers into their cells.
+
+    Args:
+      cache: of all shards.
+      new: for every layer "key" and "value", [F, T, G, K], as they are `held`.
+      page_FT: page of each token; M = nowhere.
+      offset_FT: its cell in the page.
+    """
+
+    def of_shard(layer: Layer, new: Any, page_T: Array, offset_T: Array) -> Layer:
+        layer = dict(layer)
+        at = {name: x.at for name, x in layer.items()}
+        places = {
+            "key": at["key"][page_T, :, :, offset_T],
+            "value": at["value"][page_T, :, offset_T],
+        }
+        for name, place in places.items():
+            layer[name] = place.set(new[name]["data"], mode="drop")
+            if "scale" in new[name]:
+                place = at[f"{name}_scale"][page_T, :, offset_T]
+                layer[f"{name}_scale"] = place.set(new[name]["scale"], mode="drop")
+        return layer
+
+    def of_layer(layer: Layer, new: Any) -> Layer:
+        return jax.vmap(of_shard)(layer, new, page_FT, offset_FT)
+
+    return map_layers(of_layer, cache, new)
+
+
+def copy_pages(
+    cache: Cache, source_FZ: Int[Array, "F Z"], target_FZ: Int[Array, "F Z"]
+) -> Cache:
+    """Copy pages of each shard; a target of M copies nothing."""
+
+    def of_shard(layer: Layer, source_Z: Array, target_Z: Array) -> Layer:
+        return jax.tree.map(
+            lambda x: x.at[target_Z].set(x[source_Z], mode="drop"), layer
+        )
+
+    def of_layer(layer: Layer) -> Layer:
+        return jax.vmap(of_shard)(layer, source_FZ, target_FZ)
+
+    return map_layers(of_layer, cache)
+
+
+def attend_tokens(
+    query_BHK: Float[Array, "B H K"],
+    key: Heads,
+    value: Heads,
+    layer: Layer,
+    places: Places,
+    options: ScoreOptions,
+    window: Int[Array, ""],
+) -> Float[Array, "B H K"]:
+    """Mix values for one new token per slot, at the position after its cached ones.
+
+    Args:
+      query_BHK: of the new tokens.
+      key: of the new tokens, [B, G, K].
+      value: as the keys.
+      layer: of the cache, one layer of one shard.
+      places: of the slots' tokens.
+      options: of the scores.
+      window: tokens that the layer sees, 0 = all.
+
+    Returns:
+      Mixed values, float32.
+    """
+    groups = layer["key"].shape[1]
+    query_BGUK = _by_group(query_BHK, groups)
+    own = jnp.einsum("bguk,bgk->bgu", query_BGUK, read(key))
+    own_part = _Part(
+        _scaled(own, options, query_BHK.shape[-1]),
+        jnp.ones_like(own),
+        jnp.broadcast_to(read(value)[:, :, None], query_BGUK.shape),
+    )
+    pages = _page_part(query_BGUK, layer, places, options, window)
+    mixed_BGUK = _merged(pages, own_part)
+    return mixed_BGUK.reshape(query_BHK.shape)
+
+
+def _page_part(query_BGUK, layer, places: Places, options, window) -> _Part:
+    """Attend to the cached tokens of each slot, page by page."""
+    page_size, head_dim = layer["value"].shape[-2:]
+    owner_M = jnp.maximum(places.owner, 0)
+    first_M = places.index * page_size
+    position_MS = first_M[:, None] + jnp.arange(page_size, dtype=jnp.int32)[None]
+    cached_M1 = places.cached[owner_M][:, None]
+    mask_MS = (places.owner >= 0)[:, None] & (position_MS < cached_M1)
+    mask_MS &= (cached_M1 - position_MS < window) | (window == 0)
+    scores_MGUS = _products(query_BGUK[owner_M], layer["key"])
+    if "key_scale" in layer:
+        scores_MGUS *= layer["key_scale"][:, :, None]
+    scores_MGUS = _scaled(scores_MGUS, options, head_dim)
+    mask_MGUS = mask_MS[:, None, None]
+    max_MGU, weights_MGUS = _weights(scores_MGUS, mask_MGUS)
+    sum_MGU = weights_MGUS.sum(-1)
+    if "value_scale" in layer:
+        weights_MGUS *= layer["value_scale"][:, :, None]
+    mixed_MGUK = _products(weights_MGUS, layer["value"])
+    # The pages of each slot.
+    num_pages = places.table.shape[1]
+    first_J = jnp.arange(num_pages, dtype=jnp.int32) * page_size
+    used_BJ = first_J[None] < places.cached[:, None]
+    table_BJ = jnp.where(used_BJ, places.table, 0)
+    max_BJGU = jnp.where(used_BJ[..., None, None], max_MGU[table_BJ], _LOWEST)
+    max_BGU = max_BJGU.max(1)
+    share_BJGU = jnp.exp(max_BJGU - max_BGU[:, None])
+    share_BJGU = jnp.where(used_BJ[..., None, None], share_BJGU, 0.0)
+    return _Part(
+        max_BGU,
+        (share_BJGU * sum_MGU[table_BJ]).sum(1),
+        (share_BJGU[..., None] * mixed_MGUK[table_BJ]).sum(1),
+    )
+
+
+def attend_lanes(
+    query_XHK: Float[Array, "X H K"],
+    key: Heads,
+    value: Heads,
+    layer: Layer,
+    places: Places,
+    lanes: Lanes,
+    options: ScoreOptions,
+    window: Int[Array, ""],
+) -> Float[Array, "X H K"]:
+    """Mix values for the tokens of prompts that a step reads.
+
+    They see their slot's cached tokens, and those before them in all lanes of the slot.
+
+    Args:
+      query_XHK: of the lanes' tokens.
+      key: of the same, [X, G, K].
+      value: as the keys.
+      layer: of the cache, one layer of one shard.
+      places: of the slots' tokens.
+      lanes: of the step.
+      options: of the scores.
+      window: tokens that the layer sees, 0 = all.
+
+    Returns:
+      Mixed values, float32.
+    """
+    groups, page_size = layer["value"].shape[1], layer["value"].shape[2]
+    num_slots, num_pages = places.table.shape
+    num_lanes = lanes.slot.shape[0]
+    head_dim = query_XHK.shape[-1]
+    query_XGUK = _by_group(query_XHK, groups)
+    length = query_XHK.shape[0] // num_lanes
+    slot_X, position_X, valid_X = lane_tokens(lanes, length)
+    # Those of the same step.
+    distance_XX = position_X[:, None] - position_X[None]
+    mask_XX = (slot_X[:, None] == slot_X[None]) & valid_X[None] & (distance_XX >= 0)
+    mask_XX &= (distance_XX < window) | (window == 0)
+    scores_GUXX = jnp.einsum("xguk,ygk->guxy", query_XGUK, read(key))
+    scores_GUXX = _scaled(scores_GUXX, options, head_dim)
+    max_GUX, weights_GUXX = _weights(scores_GUXX, mask_XX[None, None])
+    new_part = _Part(
+        max_GUX,
+        weights_GUXX.sum(-1),
+        jnp.einsum("guxy,ygk->guxk", weights_GUXX, read(value)),
+    )
+    # Those before.
+    slot_R = jnp.minimum(lanes.slot, num_slots - 1)
+    table_RJ = jnp.minimum(places.table[slot_R], layer["key"].shape[0] - 1)
+    before = {name: x[table_RJ] for name, x in layer.items()}
+    query_RCGUK = query_XGUK.reshape(num_lanes, length, *query_XGUK.shape[1:])
+    scores_RGUCJS = jnp.einsum(
+        "rcguk,rjgks->rgucjs", query_RCGUK, before["key"].astype(jnp.float32)
+    )
+    if "key_scale" in before:
+        scale_RGJS = before["key_scale"].transpose(0, 2, 1, 3)
+        scores_RGUCJS *= scale_RGJS[:, :, None, None]
+    scores = _scaled(scores_RGUCJS, options, head_dim)
+    scores = scores.reshape(*scores.shape[:4], -1)
+    position_P = jnp.arange(num_pages * page_size, dtype=jnp.int32)
+    mask_RP = position_P[None] < places.cached[slot_R][:, None]
+    distance_RCP = position_X.reshape(num_lanes, length, 1) - position_P[None, None]
+    mask_RCP = mask_RP[:, None] & ((distance_RCP < window) | (window == 0))
+    max_RGUC, weights = _weights(scores, mask_RCP[:, None, None])
+    sum_RGUC = weights.sum(-1)
+    weights = weights.reshape(scores_RGUCJS.shape)
+    if "value_scale" in before:
+        weights *= before["value_scale"].transpose(0, 2, 1, 3)[:, :, None, None]
+    mixed_RGUCK = jnp.einsum(
+        "rgucjs,rjgsk->rguck", weights, before["value"].astype(jnp.float32)
+    )
+
+    def flat(x):  # [R, G, U, C, ...] -> [G, U, X, ...]
+        x = jnp.moveaxis(x, 0, 2)
+        return x.reshape(*x.shape[:2], -1, *x.shape[4:])
+
+    old_part = _Part(*map(flat, (max_RGUC, sum_RGUC, mixed_RGUCK)))
+    mixed_GUXK = _merged(new_part, old_part)
+    return jnp.moveaxis(mixed_GUXK, 2, 0).reshape(query_XHK.shape)
+
+
+def lane_tokens(lanes: Lanes, length: int) -> tuple[Array, Array, Array]:
+    """Return slot, position and use of the X tokens of lanes of C = `length`."""
+    column_C = jnp.arange(length, dtype=jnp.int32)
+    shape_RC = (lanes.slot.shape[0], length)
+    slot_RC = jnp.broadcast_to(lanes.slot[:, None], shape_RC)
+    position_RC = lanes.start[:, None] + column_C[None]
+    valid_RC = column_C[None] < lanes.count[:, None]
+    return slot_RC.reshape(-1), position_RC.reshape(-1), valid_RC.reshape(-1)
+
+
+def _by_group(query_THK: Array, groups: int) -> Float[Array, "T G U K"]:
+    num_tokens, heads, head_dim = query_THK.shape
+    shape = (num_tokens, groups, heads // groups, head_dim)
+    return query_THK.astype(jnp.float32).reshape(shape)
+
+
+def _products(left_MGUA: Array, held_MGAB: Array) -> Float[Array, "M G U B"]:
+    """Multiply the few rows of each page with the page's keys or values.
+
+    Float32 pages are multiplied as they are, others in bfloat16 (int8 fits into it).
+    """
+    dtype = jnp.float32 if held_MGAB.dtype == jnp.float32 else jnp.bfloat16
+    return jnp.einsum(
+        "mgua,mgab->mgub",
+        left_MGUA.astype(dtype),
+        held_MGAB.astype(dtype),
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _scaled(products: Array, options: ScoreOptions, head_dim: int) -> Array:
+    scores = products * options.scale(head_dim)
+    if options.softcap:
+        scores = options.softcap * jnp.tanh(scores / options.softcap)
+    return scores
+
+
+def _weights(scores: Array, mask: Array) -> tuple[Array, Array]:
+    """Return the greatest score within a mask, and exp(score - it), 0 outside."""
+    scores = jnp.where(mask, scores, _LOWEST)
+    highest = scores.max(-1)
+    return highest, jnp.where(mask, jnp.exp(scores - highest[..., None]), 0.0)
+
+
+def _merged(first: _Part, second: _Part) -> Float[Array, "... K"]:
+    """Return the mixed values of two parts of a softmax together."""
+    highest = jnp.maximum(first.max, second.max)
+    shares = [jnp.exp(part.max - highest) for part in (first, second)]
+    total = shares[0] * first.sum + shares[1] * second.sum
+    mixed = shares[0][..., None] * first.mixed + shares[1][..., None] * second.mixed
+    return mixed / jnp.where(total > 0, total, 1.0)[..., None]
