@@ -23,6 +23,7 @@ from kdjax.runtime.files import write_json
 INDEX = "model.safetensors.index.json"
 _CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 FLOATS = tuple(_CODES.values())
+_MAX_NAME = 255  # bytes; file systems take no longer ones
 
 
 class Tensor:
@@ -90,6 +91,11 @@ def _read_index(folder: pathlib.Path) -> dict[str, pathlib.Path]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{folder / INDEX} lacks weight_map: download it again")
     for file in weight_map.values():
+        if isinstance(file, str) and len(file.encode(errors="replace")) > _MAX_NAME:
+            raise ValueError(
+                f"{folder / INDEX} names {file[:60]!r}... as a file, of "
+                f"{len(file):,} characters: download it again"
+            )
         # Links may lead elsewhere, as those of the hub's cache do; names may not.
         if not isinstance(file, str) or not file or "\0" in file:
             raise ValueError(

@@ -300,7 +300,8 @@ def test_the_fingerprint_sees_what_the_index_names(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["../other/model.safetensors", "/etc/passwd", "a/../../b", "", 7, None]
+    "name",
+    ["../other/model.safetensors", "/etc/passwd", "a/../../b", "", 7, None, "[" * 5000],
 )
 def test_an_index_that_leads_out_of_its_folder_is_refused(tmp_path, name):
     params = decoder.init_params(CONFIG, jax.random.key(0))
