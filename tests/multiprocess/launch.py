@@ -74,7 +74,8 @@ class Gang:
         for process in self.processes.values():
             if process.poll() is None:
                 process.kill()
-                process.communicate()
+                process.wait()
+            process.stderr.close()
 
 
 _ONE_DEVICE = "--xla_force_host_platform_device_count=1"
