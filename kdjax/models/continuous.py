@@ -164,7 +164,8 @@ class Engine:
         state, run, orders = self._start(loop, params, host)
         while True:
             state, report = run(params, state, *orders)
-            host.take(*report, on_finish)
+            rows, counters = report
+            host.take(rows, counters, on_finish)
             if not host.is_busy:
                 break
             orders = host.orders()
@@ -294,7 +295,7 @@ class Engine:
 class _Row(NamedTuple):
     """A request in the queue, and how much of its text has been searched."""
 
-    index: int
+    request: int  # its index
     searched: int = 0
 
 
@@ -311,17 +312,20 @@ class _Host:
         self._ranks = {index: rank for rank, index in enumerate(order)}
         self._pending = [deque(order[f :: shape[0]]) for f in range(shape[0])]
         self._rows: dict[tuple[int, int], _Row] = {}  # (shard, row of its queue)
-        self._stopped = np.zeros(shape, bool)
+        self._stopped: Any = np.zeros(shape, bool)
         self._counters: Any = None
-        zeros = np.zeros(shape, np.int32)
+
+        def zeros(dtype: type, *inside: int) -> Any:
+            return np.zeros((*shape, *inside), dtype)
+
         self._queue = Queue(
-            prompts=np.zeros((*shape, loop.prompt_length), np.int32),
-            lengths=zeros.copy(),
-            limits=zeros.copy() + 1,
-            ranks=zeros.copy(),
-            seeds=np.zeros(shape, np.uint32),
+            prompts=zeros(np.int32, loop.prompt_length),
+            lengths=zeros(np.int32),
+            limits=zeros(np.int32) + 1,
+            ranks=zeros(np.int32),
+            seeds=zeros(np.uint32),
             settings=Settings(
-                np.zeros(shape, np.float32), zeros.copy(), np.ones(shape, np.float32)
+                zeros(np.float32), zeros(np.int32), zeros(np.float32) + 1
             ),
         )
 
@@ -332,19 +336,16 @@ class _Host:
 
     def orders(self) -> tuple[Queue, Commands]:
         """Put requests into empty rows of the queue, and return it with commands."""
-        new = np.zeros(self._stopped.shape, bool)
+        new: Any = np.zeros(self._stopped.shape, bool)
         for shard, pending in enumerate(self._pending):
             for row in range(self._loop.num_rows):
                 if pending and (shard, row) not in self._rows:
                     self._fill(shard, row, pending.popleft())
                     new[shard, row] = True
-        looks = any(self._requests[row.index].stop for row in self._rows.values())
-        commands = Commands(
-            new=new,
-            stopped=self._stopped,
-            has_more=np.array([bool(pending) for pending in self._pending]),
-            max_steps=np.int32(_STEPS_TO_STOP if looks else _STEPS),
-        )
+        looks = any(self._requests[row.request].stop for row in self._rows.values())
+        has_more: Any = np.array([bool(pending) for pending in self._pending])
+        max_steps: Any = np.int32(_STEPS_TO_STOP if looks else _STEPS)
+        commands = Commands(new, self._stopped, has_more, max_steps)
         self._stopped = np.zeros_like(new)
         return jax.tree.map(self._engine.place, (self._queue, commands))
 
@@ -358,7 +359,7 @@ class _Host:
         rows, self._counters = jax.device_get((rows, counters))
         for (shard, number), row in list(self._rows.items()):
             is_done = rows.status[shard, number] == slots.DONE
-            stop = self._requests[row.index].stop
+            stop = self._requests[row.request].stop
             if not is_done and not stop:
                 continue
             count = int(rows.counts[shard, number])
@@ -371,7 +372,7 @@ class _Host:
                 if end:
                     tokens, reason = tokens[:end], "stop"
             if not is_done and reason != "stop":
-                self._rows[shard, number] = _Row(row.index, count)
+                self._rows[shard, number] = _Row(row.request, count)
                 continue
             self._stopped[shard, number] = not is_done
             del self._rows[shard, number]
@@ -381,9 +382,9 @@ class _Host:
                 log_probs=rows.log_probs[shard, number, : len(tokens)].tolist(),
                 finish_reason=reason,
             )
-            self.continuations[row.index] = done
+            self.continuations[row.request] = done
             if on_finish is not None:
-                on_finish(row.index, done)
+                on_finish(row.request, done)
 
     def statistics(self) -> Statistics:
         """Return what all steps did, on all shards."""

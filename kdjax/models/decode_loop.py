@@ -128,12 +128,13 @@ class Loop:
         """
         state = self._schedule(_obey(state, commands), queue)
 
-        def goes_on(carry: tuple) -> Array:
-            number, _, state = carry
+        def goes_on(carry: tuple, *, reads: bool | None = None) -> Array:
+            number, reads_next, state = carry
             waiting_FN = state.rows.status == slots.WAITING
             is_alive = (state.slots.row >= 0).any() | waiting_FN.any()
             is_hungry_F = commands.has_more & ~waiting_FN.any(axis=1)
-            return is_alive & ~is_hungry_F.any() & (number < commands.max_steps)
+            going = is_alive & ~is_hungry_F.any() & (number < commands.max_steps)
+            return going if reads is None else going & (reads_next == reads)
 
         def step(carry: tuple, *, reads: bool) -> tuple:
             number, _, state = carry
@@ -144,7 +145,7 @@ class Loop:
             # Two loops: a conditional would copy the cache.
             for reads in (False, True):
                 carry = jax.lax.while_loop(
-                    lambda carry, reads=reads: goes_on(carry) & (carry[1] == reads),
+                    functools.partial(goes_on, reads=reads),
                     functools.partial(step, reads=reads),
                     carry,
                 )
@@ -385,14 +386,14 @@ def _last_tokens(slots_B: Slots, lanes: paged_cache.Lanes | None, length: int) -
     if lanes is None:
         return _Last(token_B, decodes_B, decodes_B.astype(jnp.int32))
     num_lanes = lanes.slot.shape[0]
-    ends_R = lanes.start + lanes.count
+    ends_R = lanes.start + lanes.length
     known_R = jnp.minimum(lanes.slot, num_slots - 1)
     is_last_R = (lanes.slot < num_slots) & (ends_R == slots_B.target[known_R])
     slot_R = jnp.where(is_last_R, lanes.slot, num_slots)
     first_R = num_slots + jnp.arange(num_lanes, dtype=jnp.int32) * length
-    read_B = jnp.zeros_like(token_B).at[lanes.slot].add(lanes.count, mode="drop")
+    read_B = jnp.zeros_like(token_B).at[lanes.slot].add(lanes.length, mode="drop")
     return _Last(
-        token=token_B.at[slot_R].set(first_R + lanes.count - 1, mode="drop"),
+        token=token_B.at[slot_R].set(first_R + lanes.length - 1, mode="drop"),
         emits=decodes_B.at[slot_R].set(True, mode="drop"),
         written=read_B + decodes_B.astype(jnp.int32),
     )

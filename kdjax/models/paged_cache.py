@@ -42,7 +42,7 @@ class Places(NamedTuple):
 
     table: Int[Array, "B J"]  # pages of each slot, in order; M beyond the last
     owner: Int[Array, "M"]  # slot of each page; -1 = free
-    index: Int[Array, "M"]  # number of the page among its slot's
+    number: Int[Array, "M"]  # of the page among its slot's
     cached: Int[Array, "B"]  # tokens of each slot that are in the cache
 
 
@@ -51,7 +51,7 @@ class Lanes(NamedTuple):
 
     slot: Int[Array, "R"]  # B = an unused lane
     start: Int[Array, "R"]  # position of its first token
-    count: Int[Array, "R"]  # tokens in use, of C
+    length: Int[Array, "R"]  # tokens in use, of C
 
 
 class _Part(NamedTuple):
@@ -219,7 +219,7 @@ def _page_part(query_BGUK, layer, places: Places, options, window) -> _Part:
     """Attend to the cached tokens of each slot, page by page."""
     page_size, head_dim = layer["value"].shape[-2:]
     owner_M = jnp.maximum(places.owner, 0)
-    first_M = places.index * page_size
+    first_M = places.number * page_size
     position_MS = first_M[:, None] + jnp.arange(page_size, dtype=jnp.int32)[None]
     cached_M1 = places.cached[owner_M][:, None]
     mask_MS = (places.owner >= 0)[:, None] & (position_MS < cached_M1)
@@ -337,7 +337,7 @@ def lane_tokens(lanes: Lanes, length: int) -> tuple[Array, Array, Array]:
     shape_RC = (lanes.slot.shape[0], length)
     slot_RC = jnp.broadcast_to(lanes.slot[:, None], shape_RC)
     position_RC = lanes.start[:, None] + column_C[None]
-    valid_RC = column_C[None] < lanes.count[:, None]
+    valid_RC = column_C[None] < lanes.length[:, None]
     return slot_RC.reshape(-1), position_RC.reshape(-1), valid_RC.reshape(-1)
 
 

@@ -83,7 +83,7 @@ def empty_slots(num_slots: int, num_pages: int, pages_per_slot: int) -> Slots:
     places = Places(
         table=jnp.full((num_slots, pages_per_slot), num_pages, jnp.int32),
         owner=jnp.full((num_pages,), -1, jnp.int32),
-        index=jnp.zeros((num_pages,), jnp.int32),
+        number=jnp.zeros((num_pages,), jnp.int32),
         cached=zeros_B,
     )
     return Slots(free_B, zeros_B, zeros_B, places, jnp.int32(0))
@@ -150,7 +150,7 @@ def lanes_of(slots: Slots, queue: Queue, num_lanes: int, length: int) -> Lanes:
     return Lanes(
         slot=jnp.where(used_R, slot_R, num_slots),
         start=jnp.where(used_R, start_R, 0),
-        count=jnp.where(used_R, count_R, 0),
+        length=jnp.where(used_R, count_R, 0),
     )
 
 
@@ -392,5 +392,5 @@ def _allocate(places: Places, wanted_B: Int[Array, "B"]) -> Places:
     return places._replace(
         table=table_BJ.set(page_M, mode="drop"),
         owner=jnp.where(taken_M, slot_M, places.owner),
-        index=jnp.where(taken_M, index_M, places.index),
+        number=jnp.where(taken_M, index_M, places.number),
     )
