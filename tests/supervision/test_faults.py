@@ -265,6 +265,8 @@ def disturb(
                 told[kind].append(happen(run, kind, rng))
                 print(kind, told[kind][-1], flush=True)
                 number += 1
+            if endless:
+                run.wait_for_steps(1)  # the last fault is over
             pids = run.pids()
             if endless:
                 run.supervisor.terminate()
