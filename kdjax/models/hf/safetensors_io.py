@@ -59,7 +59,9 @@ def find(folder: pathlib.Path) -> tuple[dict[str, Tensor], dict[str, pathlib.Pat
     tensors: dict[str, Tensor] = {}
     for file in sorted(set(origins.values())) or [folder / "model.safetensors"]:
         of_file = sorted(name for name, found in origins.items() if found == file)
-        holds = f", with {len(of_file)} tensors, {of_file[0]} ..." if of_file else ""
+        holds = (
+            f", with {len(of_file)} tensors, {of_file[0][:60]} ..." if of_file else ""
+        )
         if not file.is_file():
             raise ValueError(f"{file} is missing{holds}: download the folder again")
         try:
