@@ -442,3 +442,17 @@ def write_config_file(config: Config, file: pathlib.Path) -> pathlib.Path:
         f"    return config.from_json({config_lib.to_json(config)!r})\n"
     )
     return file
+
+
+def check_same_run(one, other, **tolerance):
+    """Two runs had the same batches and, to rounding, the same losses."""
+    for key in ("step", "tokens"):
+        if key in step_rows(one)[0]:
+            assert [r[key] for r in step_rows(one)] == [
+                r[key] for r in step_rows(other)
+            ]
+    np.testing.assert_allclose(losses(one), losses(other), **tolerance)
+    for name, value in summary(one)["student"].items():
+        if name in ("nll", "kl"):
+            found = summary(other)["student"][name]
+            np.testing.assert_allclose(found, value, rtol=1e-3, atol=1e-5)

@@ -1,26 +1,10 @@
 """A run goes on over other axes of the mesh: same batches, same losses to rounding."""
 
-import numpy as np
 import pytest
 
 from kdjax import label, train
 from kdjax.parallel import distributed
 from tests import helpers
-from tests.helpers import losses, step_rows, summary
-
-
-def check_same_run(one, other, **tolerance):
-    """Two runs had the same batches and, to rounding, the same losses."""
-    for key in ("step", "tokens"):
-        if key in step_rows(one)[0]:
-            assert [r[key] for r in step_rows(one)] == [
-                r[key] for r in step_rows(other)
-            ]
-    np.testing.assert_allclose(losses(one), losses(other), **tolerance)
-    for name, value in summary(one)["student"].items():
-        if name in ("nll", "kl"):
-            found = summary(other)["student"][name]
-            np.testing.assert_allclose(found, value, rtol=1e-3, atol=1e-5)
 
 
 @pytest.fixture
@@ -57,4 +41,4 @@ def test_meshes_of_any_axes_are_one_run(config, tmp_path, monkeypatch):
         else:
             monkeypatch.undo()
             train.run(helpers.changed(config, mesh=mesh), several)
-    check_same_run(one, several, rtol=1e-4)
+    helpers.check_same_run(one, several, rtol=1e-4)
