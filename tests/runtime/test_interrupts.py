@@ -10,6 +10,12 @@ import pytest
 
 from kdjax.runtime import interrupts
 
+# A shell starts what runs in its background with Ctrl-C ignored.
+HEAR_CTRL_C = """
+import signal
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+"""
 LOOP = """
 import sys, time
 from kdjax.runtime import interrupts
@@ -52,12 +58,10 @@ time.sleep(60)
 def run(script: str, *signals: int, argument: int = 0) -> tuple[int, str]:
     """Starts a script, sends signals, returns its exit code and stderr."""
     process = subprocess.Popen(
-        [sys.executable, "-c", script, str(argument)],
+        [sys.executable, "-c", HEAR_CTRL_C + script, str(argument)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # Where the tests run in a shell's background, Ctrl-C is ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     with process:
         assert process.stdout is not None and process.stderr is not None
