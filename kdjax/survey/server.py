@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 KEYS = "server.json"  # the server's secrets
 ADMIN_COOKIE = "admin"
 COOKIE_SECONDS = 30 * 24 * 3600
+KEEP_ALIVE_SECONDS = 75  # an idle connection stays: people read before they answer
 FORM_SECONDS = 24 * 3600  # a form is valid for so long
 _MAX_PAGE_SECONDS = 3600.0  # a longer visit counts as this
 _PANEL_VALUE = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -75,6 +76,7 @@ def run(workdir: pathlib.Path, *, host: str, port: int, is_https: bool) -> None:
             server_header=False,
             proxy_headers=is_https,
             lifespan="off",
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
         )
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         with socket.create_server((host, port), family=family, backlog=1024) as server:
