@@ -1,6 +1,7 @@
 """Error rates and coverage of a study's statistics, on constructed studies.
 
     python benchmarks/study_statistics.py [--studies=500] [--seconds=3600] [--seed=0]
+        [--ordinal_only]
 
 People rate explanations of four conditions on five constructs, one to five points. A
 rating is logistic noise around condition + person + question (+ explanation), cut at
@@ -193,14 +194,35 @@ def significant(p):
     return None if math.isnan(p) else p < ALPHA
 
 
+def ordinal_error(arguments):
+    """Print the type I error of the cumulative-logit mixed model where people differ."""
+    hits, start = [], time.monotonic()
+    while (
+        len(hits) < arguments.studies and time.monotonic() - start < arguments.seconds
+    ):
+        rng = np.random.default_rng([arguments.seed, len(hits)])
+        y, what, who, seen = study(rng, effects=np.zeros(4))
+        factors = {"person": who, "question": seen}
+        hits.append(significant(_ordinal(y[:, 0], columns(what), factors)))
+    print(line("cumulative-logit mixed model, one construct", hits, ALPHA))
+
+
 def main():
     """Simulate studies and print the table."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--studies", type=int, default=500)
     parser.add_argument("--seconds", type=float, default=3600.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--ordinal_only",
+        action="store_true",
+        help="the likelihood ratio of the cumulative-logit mixed model alone",
+    )
     arguments = parser.parse_args()
     warnings.simplefilter("error")
+    if arguments.ordinal_only:
+        ordinal_error(arguments)
+        return
     difference, superiority = truth()
     start, num = time.monotonic(), 0
     alike, differing, covered = (collections.defaultdict(list) for _ in range(3))
