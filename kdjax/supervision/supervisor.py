@@ -132,7 +132,7 @@ class Supervisor:
             attempts.started(port=port, pids=gang.pids)
             pids = " ".join(map(str, gang.pids))
             _say(f"attempt {attempts.number}: pids {pids}, coordinator port {port}")
-            outcome = self._watch(gang, request)
+            outcome = self._watch(gang, request, attempts)
             self._end(gang)
         step, saved = self._progress.step, self._progress.saved_step
         lost = max(0, step - saved) if outcome.kind in ("failed", "hung") else 0
@@ -157,7 +157,9 @@ class Supervisor:
             )
         return outcome
 
-    def _watch(self, gang: Gang, request: interrupts.StopRequest) -> Outcome:
+    def _watch(
+        self, gang: Gang, request: interrupts.StopRequest, attempts: Attempts
+    ) -> Outcome:
         """Wait for the gang's end, or for what makes one necessary."""
         options, progress = self._options, self._progress
         deadline, echo_deadline, next_look = math.inf, math.inf, 0.0
@@ -184,6 +186,7 @@ class Supervisor:
                 break
             if now >= next_look:
                 next_look = now + _WATCH_SECONDS
+                attempts.flush()  # of rows for which a full disk had no room
                 progress.poll(now, gang.output_time)
                 if not sent and (hung := self._hung(gang, now)):
                     return hung

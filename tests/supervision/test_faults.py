@@ -218,6 +218,7 @@ def test_random_faults_of_a_training_change_nothing(tmp_path):
             "steps": 200 + 100 * min(PER_RUN, number),
             "save_every": 10,
             "num_microbatches": 1,
+            "batch_size": 12,  # divides over 2, 3 and 4 ranks
         }
     )
     file = helpers.write_config_file(config, tmp_path / "config_file.py")

@@ -1,5 +1,6 @@
 """Attempts of a pretended run with faults: what is tried again, what is said of it."""
 
+import errno
 import json
 import os
 import pathlib
@@ -14,7 +15,8 @@ import pytest
 
 from kdjax import supervise
 from kdjax.runtime import files
-from kdjax.supervision import causes, supervisor
+from kdjax.supervision import attempts, causes, supervisor
+from kdjax.supervision.attempts import Attempts
 from kdjax.supervision.causes import End
 from tests import helpers
 
@@ -214,6 +216,27 @@ def test_a_taken_port_is_passed_by():
         taken = listener.getsockname()[1]
         assert supervisor.free_port(taken) > taken
     assert supervisor.free_port(0)
+
+
+def test_a_row_is_written_while_the_gang_runs_if_there_is_room_again(
+    tmp_path, monkeypatch
+):
+    file, append, ended = tmp_path / "attempts.jsonl", attempts._append, Attempts.ended
+    failures, before_the_end = [OSError(errno.ENOSPC, "full")], []
+
+    def full_once(*arguments):
+        if failures:
+            raise failures.pop()
+        append(*arguments)
+
+    def look(self, **fields):
+        before_the_end.extend(files.read_jsonl(file))
+        ended(self, **fields)
+
+    monkeypatch.setattr(attempts, "_append", full_once)
+    monkeypatch.setattr(Attempts, "ended", look)
+    assert run(tmp_path) == 0
+    assert [row["event"] for row in before_the_end] == ["started"]
 
 
 def test_what_a_full_disk_refused_is_written_later(tmp_path, monkeypatch):
