@@ -17,7 +17,13 @@ import jax
 from kdjax.annotation import backends, prompts, store
 from kdjax.annotation.prompts import PromptFiles
 from kdjax.annotation.quality import QualityFilters
-from kdjax.annotation.requests import COUNTERFACTUAL_METHODS, Item, Work, make_items
+from kdjax.annotation.requests import (
+    COUNTERFACTUAL_METHODS,
+    Completion,
+    Item,
+    Work,
+    make_items,
+)
 from kdjax.annotation.store import Key, Row
 from kdjax.config import AnnotateConfig, Config, DataConfig
 from kdjax.data import selection, sources
@@ -27,6 +33,9 @@ from kdjax.experiment.teacher import teacher_folder
 from kdjax.models import hf
 from kdjax.parallel import distributed
 from kdjax.runtime.console import progress
+
+# Rows of slots that requests fill together, where finished ones make room.
+_BATCHES_TOGETHER = 16
 
 NO_THINK = "no_think"  # a row without the reasoning that data.think="require" needs
 
@@ -115,8 +124,9 @@ def _annotate_locally(
 ) -> None:
     """Complete items of like length together with a local model, the longest first.
 
-    Items of an example stay together: their prompts share a prefix. Batches are those
-    of an uninterrupted run, so that a killed one goes on with the same.
+    Items of an example stay together: their prompts share a prefix. Where a batch ends
+    with its slowest row, batches are those of an uninterrupted run, so that a killed
+    one goes on with the same.
     """
     model = backends.Local(config, path)
 
@@ -124,20 +134,38 @@ def _annotate_locally(
         return len(item.example.question) + sum(map(len, item.example.choices))
 
     ordered = sorted(own_items, key=length, reverse=True)
-    for start in range(0, len(ordered), model.batch_size):
-        batch = ordered[start : start + model.batch_size]
+    def write_new(work: Work) -> None:
+        if work.item.key not in done:
+            write(work)
+
+    size = model.batch_size
+    if model.is_continuous:
+        ordered = [item for item in ordered if item.key not in done]
+        size *= _BATCHES_TOGETHER
+    for start in range(0, len(ordered), size):
+        batch = ordered[start : start + size]
         if all(item.key in done for item in batch):
             continue
         policy = config.data.think
         works = [
             Work(item, files, config.annotate, think_policy=policy) for item in batch
         ]
-        while requests := [work.request for work in works if work.request]:
-            for work, completion in zip(works, model(requests), strict=True):
-                work.take(completion)
-        for work in works:
-            if work.item.key not in done:
-                write(work)
+        while pending := [work for work in works if work.request]:
+            _complete_step(model, pending, write_new)
+
+
+def _complete_step(
+    model: backends.Local, works: Sequence[Work], write: Callable[[Work], None]
+) -> None:
+    """Complete the next request of each item, and write those that end with it."""
+
+    def finish(index: int, completion: Completion) -> None:
+        work = works[index]
+        work.take(completion)
+        if work.request is None:
+            write(work)
+
+    model([work.request for work in works if work.request], finish)
 
 
 def _annotate_by_server(
@@ -332,6 +360,8 @@ def _settings(config: Config, files: PromptFiles, path: str) -> Row:
         settings["think"] = config.data.think
     if options.backend == "server":
         return settings | {"model": options.model}
+    if options.cache_dtype:
+        settings["cache_dtype"] = options.cache_dtype
     return settings | {
         "model": options.model or config.teacher.path or "teacher",
         "fingerprint": hf.fingerprint(path),

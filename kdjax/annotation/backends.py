@@ -12,9 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
-
 from kdjax.annotation import prompts
 from kdjax.annotation.prompts import Messages
 from kdjax.annotation.requests import CONTRASTIVE_METHODS, Completion, Request
@@ -57,12 +54,10 @@ class Local:
             self._chat = ChatEncoder(self._tokenizer, config.data)
         self._eos_ids = stop_ids(config, self._tokenizer, (path,))
         mesh = sharding.make_mesh(config.mesh, devices=jax.local_devices())
-        num_slices = mesh.shape["data"] * mesh.shape["fsdp"]
-        self.batch_size = -(-self._annotate.batch_size // num_slices) * num_slices
+        self.batch_size = sharding.divisible_rows(self._annotate.batch_size, mesh)
+        self._mesh = mesh
         self._model, self._params = load_model(path, mesh, dtype=config.train.dtype)
         _check_finite(self._params, path)
-        rows = NamedSharding(mesh, P(("data", "fsdp")))
-        self._place = lambda array: jax.device_put(array, rows)
         self._generators: dict[int, Generator] = {}  # by the limit of new tokens
 
     def _generator(self, max_new_tokens: int) -> Generator:
@@ -73,7 +68,10 @@ class Local:
                 self._model.graphdef,
                 self._decoding(max_new_tokens),
                 batch_size=self.batch_size,
-                place=self._place,
+                mesh=self._mesh,
+                cache_dtype=self._annotate.cache_dtype,
+                stop=self._annotate.stop,
+                decode_text=self._text,
             )
         return self._generators[max_new_tokens]
 
@@ -93,10 +91,20 @@ class Local:
             contrast_stop=annotate.contrast_stop,
         )
 
-    def __call__(self, requests: Sequence[Request]) -> list[Completion]:
-        """Answer requests of one step together, at most `batch_size`.
+    @property
+    def is_continuous(self) -> bool:
+        """Whether many requests at once are decoded faster than by `batch_size`."""
+        has_contrasts = self._annotate.method in CONTRASTIVE_METHODS
+        return not (has_contrasts or isinstance(self._model.shape, T5Config))
 
-        All or none have a contrast.
+    def __call__(
+        self, requests: Sequence[Request], on_finish: Callable[[int, Completion], None]
+    ) -> None:
+        """Answer requests of one step together; all or none have a contrast.
+
+        Args:
+          requests: what is to be completed.
+          on_finish: called with the number of each and its completion.
 
         Raises:
           ValueError: a prompt too long for the model.
@@ -108,16 +116,15 @@ class Local:
             if request.contrast is not None
         ]
         max_new_tokens = requests[0].max_new_tokens
-        continuations = self._generator(max_new_tokens)(
+        self._generator(max_new_tokens)(
             self._params,
             prompt_ids,
             contrasts=contrasts or None,
             seeds=[request.seed for request in requests],
+            on_finish=lambda index, new: on_finish(
+                index, self._completion(prompt_ids[index], new, max_new_tokens)
+            ),
         )
-        return [
-            self._completion(prompt, new, max_new_tokens)
-            for prompt, new in zip(prompt_ids, continuations, strict=True)
-        ]
 
     def _tokens(self, request: Request, messages: Messages) -> list[int]:
         """Tokenise a prompt as the model reads it."""
@@ -143,18 +150,21 @@ class Local:
             )
         return ids
 
+    def _text(self, tokens: list[int]) -> str:
+        return str(
+            self._tokenizer.decode(
+                tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        )
+
     def _completion(
         self, prompt: list[int], new: list[int], max_new_tokens: int
     ) -> Completion:
-        text = str(
-            self._tokenizer.decode(
-                new, skip_special_tokens=True, clean_up_tokenization_spaces=False
-            )
-        )
+        text = self._text(new)
         if self._chat is not None and self._chat.asks_for_reasoning:
             text = f"{think.OPEN}\n{text}"  # which the prompt has
-        ended = len(new) < max_new_tokens
         cut = _before(text, self._annotate.stop)
+        ended = len(new) < max_new_tokens and cut == text
         return Completion(
             text=cut,
             finish_reason="stop" if ended or cut != text else "length",

@@ -37,6 +37,8 @@ from kdjax.runtime import files
 from kdjax.training import step
 from kdjax.training.program import chunk_size
 
+_BATCH_SIZE = 16  # texts decoded together
+
 
 class Scorer:
     """Scorer of the parameters of one model, compiled once for all calls.
@@ -77,7 +79,7 @@ class Scorer:
             eos_ids=data.eos_ids or (data.tokenizer.eos_token_id,),
             pad_id=tokenizers.pad_id(data.tokenizer),
         )
-        self._generator = Generator(model.shape, model.graphdef, self._decoding)
+        self._generator = self._make_generator(self._decoding)
         self.bins: calibration.Bins | None = None  # of the last call's accuracy
         self._choice_rows: list[dict[str, Any]] = []
         # Every view's records are read, whatever the training terms are.
@@ -340,13 +342,24 @@ class Scorer:
         decoding = dataclasses.replace(
             self._decoding, max_new_tokens=longest + self._decoding.max_new_tokens
         )
-        generator = Generator(self._model.shape, self._model.graphdef, decoding)
-        tokens = generator(
+        tokens = self._make_generator(decoding)(
             params,
             self._with_end([segment.prompt_ids.tolist() for segment in segments]),
             forced=[segment.prefix_ids.tolist() for segment in segments],
         )
         return self._data.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+
+    def _make_generator(self, decoding: Decoding) -> Generator:
+        """Make a generator of the model's texts."""
+        model = self._model
+        return Generator(
+            model.shape,
+            model.graphdef,
+            decoding,
+            batch_size=sharding.divisible_rows(_BATCH_SIZE, self._mesh),
+            mesh=self._mesh,
+            cache_dtype=self._config.evaluation.cache_dtype,
+        )
 
     def _with_end(self, prompt_ids: Sequence[list[int]]) -> Sequence[list[int]]:
         """End prompts as an encoder reads them."""

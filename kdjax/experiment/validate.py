@@ -34,6 +34,7 @@ def validate(config: Config) -> None:
     templates.check_variables(config.data)
     _check_texts(config)
     _check_student(config.student)
+    _check_evaluation(config)
     _check_annotate(config.annotate)
     _check_shapes(config)
 
@@ -207,15 +208,32 @@ def _check_student(student: StudentConfig) -> None:
         )
 
 
+def _check_evaluation(config: Config) -> None:
+    student, cache_dtype = config.student, config.evaluation.cache_dtype
+    if cache_dtype and student.init == "random" and student.architecture == "t5":
+        raise ValueError(
+            f"evaluation.cache_dtype={cache_dtype!r} with student.architecture='t5': "
+            "encoder-decoder models have a cache of the compute dtype: use "
+            "evaluation.cache_dtype=''"
+        )
+
+
 def _check_annotate(annotate: AnnotateConfig) -> None:
     if "" in annotate.stop:
         raise ValueError(
             f"annotate.stop={annotate.stop}: every text ends before '': leave it out"
         )
     _check_url(annotate.url)
+    is_contrastive = annotate.method.startswith("contrastive")
+    if annotate.cache_dtype and (is_contrastive or annotate.backend != "local"):
+        raise ValueError(
+            f"annotate.cache_dtype={annotate.cache_dtype!r} with annotate.method="
+            f"{annotate.method!r} and annotate.backend={annotate.backend!r}: it is for "
+            "local decoding without contrasts: use annotate.cache_dtype=''"
+        )
     if annotate.backend == "local":
         return
-    if annotate.method.startswith("contrastive"):
+    if is_contrastive:
         raise ValueError(
             f"annotate.method={annotate.method!r} with annotate.backend='server': it "
             "needs the probabilities of every token: use annotate.backend='local'"

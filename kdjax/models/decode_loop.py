@@ -9,6 +9,7 @@ D width, V vocabulary.
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -126,33 +127,25 @@ class Loop:
         Returns:
           The state, and the rows and counters for the host.
         """
-        state = self._schedule(_obey(state, commands), queue)
 
-        def goes_on(carry: tuple, *, reads: bool | None = None) -> Array:
-            number, reads_next, state = carry
+        def goes_on(carry: tuple) -> Array:
+            number, state = carry
             waiting_FN = state.rows.status == slots.WAITING
             is_alive = (state.slots.row >= 0).any() | waiting_FN.any()
             is_hungry_F = commands.has_more & ~waiting_FN.any(axis=1)
-            going = is_alive & ~is_hungry_F.any() & (number < commands.max_steps)
-            return going if reads is None else going & (reads_next == reads)
+            return is_alive & ~is_hungry_F.any() & (number < commands.max_steps)
 
-        def step(carry: tuple, *, reads: bool) -> tuple:
-            number, _, state = carry
-            state = self._schedule(self._step(params, state, queue, reads), queue)
-            return number + 1, self._reads_next(state), state
-
-        def steps(carry: tuple) -> tuple:
-            # Two loops: a conditional would copy the cache.
+        def turn(carry: tuple) -> tuple:
+            number, state = carry
+            state = self._schedule(state, queue)
+            reads_next = self._reads_next(state)
             for reads in (False, True):
-                carry = jax.lax.while_loop(
-                    functools.partial(goes_on, reads=reads),
-                    functools.partial(step, reads=reads),
-                    carry,
-                )
-            return carry
+                step = functools.partial(self._step, params, queue, reads=reads)
+                state = _do_if(reads_next == reads, step, state)
+            return number + 1, state
 
-        carry = (jnp.int32(0), self._reads_next(state), state)
-        *_, state = jax.lax.while_loop(goes_on, steps, carry)
+        start = (jnp.int32(0), _obey(state, commands))
+        _, state = jax.lax.while_loop(goes_on, turn, start)
         return state, (state.rows, state.counters)
 
     def _schedule(self, state: State, queue: Queue) -> State:
@@ -166,17 +159,12 @@ class Loop:
     def _copied(self, cache: paged_cache.Cache, copies: slots.Copies) -> Any:
         """Copy the pages of shared beginnings, if there are some."""
 
-        def is_wanted(carry: tuple) -> Array:
-            return (carry[1] < self.num_pages).any()
-
-        def copy(carry: tuple) -> tuple:
-            cache, target_FZ = carry
-            cache = paged_cache.copy_pages(cache, source_FZ, target_FZ)
-            return cache, jnp.full_like(target_FZ, self.num_pages)
-
         source_FZ, target_FZ = (x.reshape(self.num_shards, -1) for x in copies)
-        # A loop of at most one turn: a conditional would copy the cache.
-        return jax.lax.while_loop(is_wanted, copy, (cache, target_FZ))[0]
+        return _do_if(
+            (target_FZ < self.num_pages).any(),
+            lambda cache: paged_cache.copy_pages(cache, source_FZ, target_FZ),
+            cache,
+        )
 
     def _reads_next(self, state: State) -> Bool[Array, ""]:
         own = functools.partial(
@@ -185,7 +173,7 @@ class Loop:
         return jax.vmap(own)(state.slots).any()
 
     def _step(
-        self, params: decoder.Params, state: State, queue: Queue, reads: bool
+        self, params: decoder.Params, queue: Queue, state: State, *, reads: bool
     ) -> State:
         """Decode one token per slot and, if it `reads`, pieces of the prompts."""
         cache, slots_F, rows_F, counters_F = state
@@ -301,6 +289,18 @@ class Loop:
             filters=self.filters,
         )
         return self.place((token.reshape(row_FB.shape), log_prob.reshape(row_FB.shape)))
+
+
+def _do_if(condition: Array, function: Callable[[Any], Any], x: Any) -> Any:
+    """Apply a function where a condition holds, in place.
+
+    It is a loop of at most one turn: a conditional would copy the cache.
+    """
+    return jax.lax.while_loop(
+        lambda carry: carry[0],
+        lambda carry: (jnp.zeros_like(condition), function(carry[1])),
+        (condition, x),
+    )[1]
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "unstack"))

@@ -14,8 +14,10 @@ once.
 Shapes: B prompts decoded together, R rows (B, or 2 B with contrasts), P prompt time
 (right padded), N new tokens, F of them forced, V vocabulary.
 
-Batches end with their slowest row; `continuous` refills slots instead, and is not yet
-what commands use.
+Batches end with their slowest row. So where there are more prompts than a batch has
+rows, models that only decode go through `continuous` instead, which refills the slots of
+finished rows. Both draw the same tokens, up to rounding; its program takes longer to
+compile.
 
 Source: Wang et al., 2023, SCOTT, arXiv 2305.01879, section 3.1 (contrasts).
 """
@@ -28,10 +30,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from kdjax.config import CONTRAST_STOPS
+from kdjax.config import CONTRAST_STOPS, DecoderConfig
 from kdjax.models import lm
+from kdjax.models.continuous import Batching, Continuation, Engine, Request
+from kdjax.models.decode_loop import ROW_AXES
 from kdjax.models.sampling import filter_logits, row_keys
 
 # Prompts are padded to a power of two from the first to the second, then to multiples
@@ -79,17 +85,25 @@ class Decoding:
 
 
 class Generator:
-    """Continues tokenised prompts, in batches of like length and few shapes.
+    """Continues tokenised prompts.
 
     Args:
       shape: of the model.
       graphdef: from `lm.create`; its compute dtype is also the cache's.
       decoding: the method.
       batch_size: B, prompts decoded together.
-      place: puts the arrays of a batch, [R, ...], on devices.
+      mesh: rows are split over its (data, fsdp), which divide B; None = one device.
+      cache_dtype: as `continuous.Batching.cache_dtype`.
+      stop: a text ends where it has one of these, or a batch's later.
+      decode_text: text of tokens, for `stop`.
 
     Attributes:
-      compiled: one program per padded prompt length, forced length and shared prefix.
+      compiled: of batches, one program per padded prompt length, forced length and
+        shared prefix.
+      engine: continuous batching; None in an encoder-decoder model, or with contrasts.
+
+    Raises:
+      ValueError: `cache_dtype` without an engine.
     """
 
     def __init__(
@@ -99,11 +113,30 @@ class Generator:
         decoding: Decoding,
         *,
         batch_size: int = 16,
-        place: Callable[[np.ndarray], Any] = lambda x: x,
+        mesh: Mesh | None = None,
+        cache_dtype: str = "",
+        stop: tuple[str, ...] = (),
+        decode_text: Callable[[list[int]], str] | None = None,
     ) -> None:
         self.shape, self.graphdef, self.decoding = shape, graphdef, decoding
-        self.batch_size, self._place = batch_size, place
+        self.batch_size, self._mesh, self._stop = batch_size, mesh, stop
         self.compiled: dict[tuple[int, ...], Callable[..., Any]] = {}
+        self.engine: Engine | None = None
+        if isinstance(shape, DecoderConfig) and decoding.contrast_weight is None:
+            self.engine = Engine(
+                shape,
+                graphdef,
+                eos_ids=decoding.eos_ids,
+                batching=Batching(num_slots=batch_size, cache_dtype=cache_dtype),
+                seed=decoding.seed,
+                mesh=mesh,
+                decode_text=decode_text,
+            )
+        elif cache_dtype:
+            raise ValueError(
+                f"cache_dtype={cache_dtype!r}: encoder-decoder models and contrasts "
+                "have a cache of the compute dtype: use cache_dtype=''"
+            )
 
     def __call__(
         self,
@@ -113,6 +146,7 @@ class Generator:
         contrasts: Sequence[Sequence[int]] | None = None,
         forced: Sequence[Sequence[int]] | None = None,
         seeds: Sequence[int] | None = None,
+        on_finish: Callable[[int, list[int]], None] | None = None,
     ) -> list[list[int]]:
         """Continue prompts.
 
@@ -124,6 +158,8 @@ class Generator:
             encoder-decoder model the decoder reads them. None = none.
           seeds: one per prompt, below 2^32: its draws do not depend on other prompts;
             None = their numbers.
+          on_finish: called with the number of each prompt and its continuation, as soon
+            as that is known.
 
         Returns:
           The continuation of each prompt, in order, without what was forced and
@@ -156,10 +192,15 @@ class Generator:
                 f"max_new_tokens={decoding.max_new_tokens}: {longest_forced} tokens "
                 "are forced, which leaves no room: use more"
             )
+        seeds = range(len(prompts)) if seeds is None else seeds
+        if self.engine is not None and (
+            self.engine.batching.cache_dtype or len(prompts) > self.batch_size
+        ):
+            return self._refill(params, prompts, forced, seeds, on_finish)
         lengths = [max(map(len, ids)) for ids in zip(*sides.values(), strict=True)]
         order = sorted(range(len(prompts)), key=lambda index: lengths[index])
         limit = lm.max_prompt_length(self.shape, decoding.max_new_tokens)
-        seeds_N = np.asarray(range(len(prompts)) if seeds is None else seeds, np.uint32)
+        seeds_N = np.asarray(seeds, np.uint32)
         results: list[list[int]] = [[] for _ in prompts]
         for start in range(0, len(order), size):
             batch = order[start : start + size]
@@ -179,7 +220,48 @@ class Generator:
                 new_N = tokens_N[len(forced[index]) :]
                 (ends,) = np.nonzero(np.isin(new_N, decoding.eos_ids))
                 results[index] = new_N[: ends[0] if len(ends) else None].tolist()
+                if on_finish is not None:
+                    on_finish(index, results[index])
         return results
+
+    def _refill(
+        self,
+        params: lm.Params,
+        prompts: Sequence[Sequence[int]],
+        forced: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        on_finish: Callable[[int, list[int]], None] | None,
+    ) -> list[list[int]]:
+        """Decode all prompts in slots that are refilled; forced tokens are read."""
+        assert self.engine is not None
+        decoding = self.decoding
+        requests = [
+            Request(
+                prompt=[*prompt, *start],
+                max_new_tokens=decoding.max_new_tokens - len(start),
+                seed=int(seed),
+                temperature=decoding.temperature,
+                top_k=decoding.top_k,
+                top_p=decoding.top_p,
+                stop=self._stop,
+            )
+            for prompt, start, seed in zip(prompts, forced, seeds, strict=True)
+        ]
+
+        def finish(index: int, done: Continuation) -> None:
+            if on_finish is not None:
+                on_finish(index, done.text_tokens)
+
+        return [
+            done.text_tokens
+            for done in self.engine(params, requests, on_finish=finish)
+        ]
+
+    def _place(self, array: np.ndarray) -> Any:
+        """Split the rows of a batch over the devices of this process."""
+        if self._mesh is None or self._mesh.is_multi_process:
+            return array
+        return jax.device_put(array, NamedSharding(self._mesh, P(ROW_AXES)))
 
     def _decode(
         self,

@@ -195,6 +195,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
+def divisible_rows(num_rows: int, mesh: Mesh) -> int:
+    """Return the next number of rows that divides over data * fsdp."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    return -(-num_rows // shards) * shards
+
+
 def local_rows(mesh: Mesh, num_rows: int) -> slice:
     """Return the slice of a microbatch's `num_rows` rows that this process loads.
 

@@ -168,11 +168,42 @@ def test_a_generator_keeps_order_drops_the_end_token_and_compiles_once(model, un
     eos = uncached[0][3]
     # Padding that looks like the end must not confuse it.
     method = decoding(eos_ids=(eos,), pad_id=eos)
-    run = Generator(CONFIG, model[0], method, batch_size=3)
+    expected = [row[: row.index(eos)] if eos in row else row for row in uncached]
+    run = Generator(CONFIG, model[0], method, batch_size=5)
     for _ in range(2):
-        expected = [row[: row.index(eos)] if eos in row else row for row in uncached]
         assert run(model[1], PROMPTS) == expected
     assert [call._cache_size() for call in run.compiled.values()] == [1]
+    assert not run.engine.compiled
+
+
+def test_more_prompts_than_rows_refill_slots(model, uncached):
+    """Greedy, forced and sampled, as batches do it."""
+    eos = uncached[0][3]
+    together = Generator(CONFIG, model[0], decoding(eos_ids=(eos,)), batch_size=5)
+    refilled = Generator(CONFIG, model[0], decoding(eos_ids=(eos,)), batch_size=2)
+    finished = {}
+    for forced in (None, [[], [4, 5], [6], []]):
+        expected = together(model[1], PROMPTS, forced=forced)
+        found = refilled(
+            model[1], PROMPTS, forced=forced, on_finish=finished.__setitem__
+        )
+        assert found == expected == [finished[n] for n in range(len(PROMPTS))]
+    assert len(refilled.engine.compiled) == 1 and not refilled.compiled
+    drawn = decoding(temperature=0.9, top_k=11, top_p=0.9, seed=3)
+    pair = [Generator(CONFIG, model[0], drawn, batch_size=size) for size in (5, 2)]
+    seeds = [5, 1, 2**31, 7]
+    expected, found = (run(model[1], PROMPTS, seeds=seeds) for run in pair)
+    assert found == expected
+
+
+def test_a_small_cache_is_for_engines_alone(model):
+    small = Generator(CONFIG, model[0], decoding(), cache_dtype="int8")
+    small(model[1], PROMPTS)
+    assert small.engine.compiled
+    with pytest.raises(ValueError, match="cache_dtype='int8': .* use cache_dtype=''"):
+        Generator(
+            CONFIG, model[0], decoding(contrast_weight=0.5), cache_dtype="int8"
+        )
 
 
 def test_every_end_token_ends_a_row(model, uncached):

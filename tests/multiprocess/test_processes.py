@@ -13,6 +13,7 @@ def test_two_processes_of_four_devices_are_one_of_eight(tmp_path):
     config = helpers.small_config(
         mesh={"data": 2, "fsdp": 4},
         train={"steps": 3, "save_every": 2, "num_microbatches": 1},
+        evaluation={"cache_dtype": "float32"},  # continuous batching
     )
     one, two = tmp_path / "one", tmp_path / "two"
     train.run(config, one)
@@ -26,6 +27,10 @@ def test_two_processes_of_four_devices_are_one_of_eight(tmp_path):
             rtol=1e-4,
             atol=1e-6,
         )
+    first, second = (
+        (workdir / "generations.jsonl").read_text() for workdir in (one, two)
+    )
+    assert first == second
 
 
 @pytest.mark.slow
