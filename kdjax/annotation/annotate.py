@@ -134,6 +134,7 @@ def _annotate_locally(
         return len(item.example.question) + sum(map(len, item.example.choices))
 
     ordered = sorted(own_items, key=length, reverse=True)
+
     def write_new(work: Work) -> None:
         if work.item.key not in done:
             write(work)

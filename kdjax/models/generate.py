@@ -14,10 +14,9 @@ once.
 Shapes: B prompts decoded together, R rows (B, or 2 B with contrasts), P prompt time
 (right padded), N new tokens, F of them forced, V vocabulary.
 
-Batches end with their slowest row. So where there are more prompts than a batch has
-rows, models that only decode go through `continuous` instead, which refills the slots of
-finished rows. Both draw the same tokens, up to rounding; its program takes longer to
-compile.
+Batches end with their slowest row. So many prompts of models that only decode go through
+`continuous` instead, which refills the slots of finished rows. Both draw the same tokens,
+up to rounding; its program takes longer to compile.
 
 Source: Wang et al., 2023, SCOTT, arXiv 2305.01879, section 3.1 (contrasts).
 """
@@ -43,6 +42,7 @@ from kdjax.models.sampling import filter_logits, row_keys
 # Prompts are padded to a power of two from the first to the second, then to multiples
 # of the second or, where that is more, of a sixteenth of the next power of two.
 MIN_PROMPT_SHAPE, PROMPT_STEP = 16, 128
+_FEW_BATCHES = 2  # for more than so many, slots are refilled
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -194,7 +194,8 @@ class Generator:
             )
         seeds = range(len(prompts)) if seeds is None else seeds
         if self.engine is not None and (
-            self.engine.batching.cache_dtype or len(prompts) > self.batch_size
+            self.engine.batching.cache_dtype
+            or len(prompts) > _FEW_BATCHES * self.batch_size
         ):
             return self._refill(params, prompts, forced, seeds, on_finish)
         lengths = [max(map(len, ids)) for ids in zip(*sides.values(), strict=True)]
@@ -253,8 +254,7 @@ class Generator:
                 on_finish(index, done.text_tokens)
 
         return [
-            done.text_tokens
-            for done in self.engine(params, requests, on_finish=finish)
+            done.text_tokens for done in self.engine(params, requests, on_finish=finish)
         ]
 
     def _place(self, array: np.ndarray) -> Any:

@@ -302,6 +302,7 @@ def test_a_text_ends_before_a_stop_string(places, tmp_path):
         (stop, "\nQuestion:"),
         str(tmp_path / "cut"),
     )
+    made.annotate.batch_size = 4  # in slots that are refilled
     annotate.annotate(made, tmp_path)
     cut = {row["id"]: row for row in store.read(tmp_path / "cut")}
     assert any(row["calls"][0]["text"].count(stop) for row in rows)
