@@ -195,7 +195,7 @@ def significant(p):
 
 
 def ordinal_error(arguments):
-    """Print the type I error of the cumulative-logit mixed model where people differ."""
+    """Print the type I error of the cumulative-logit model where people differ."""
     hits, start = [], time.monotonic()
     while (
         len(hits) < arguments.studies and time.monotonic() - start < arguments.seconds

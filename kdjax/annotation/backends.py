@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
 from kdjax.annotation import prompts
 from kdjax.annotation.prompts import Messages
 from kdjax.annotation.requests import CONTRASTIVE_METHODS, Completion, Request

@@ -158,7 +158,6 @@ class Loop:
 
     def _copied(self, cache: paged_cache.Cache, copies: slots.Copies) -> Any:
         """Copy the pages of shared beginnings, if there are some."""
-
         source_FZ, target_FZ = (x.reshape(self.num_shards, -1) for x in copies)
         return _do_if(
             (target_FZ < self.num_pages).any(),

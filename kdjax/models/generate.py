@@ -14,9 +14,9 @@ once.
 Shapes: B prompts decoded together, R rows (B, or 2 B with contrasts), P prompt time
 (right padded), N new tokens, F of them forced, V vocabulary.
 
-Batches end with their slowest row. So many prompts of models that only decode go through
-`continuous` instead, which refills the slots of finished rows. Both draw the same tokens,
-up to rounding; its program takes longer to compile.
+Batches end with their slowest row. So many prompts of models that only decode go
+through `continuous` instead, which refills the slots of finished rows. Both draw the
+same tokens, up to rounding; its program takes longer to compile.
 
 Source: Wang et al., 2023, SCOTT, arXiv 2305.01879, section 3.1 (contrasts).
 """
