@@ -172,7 +172,7 @@ def test_a_disturbed_job_ends_with_the_undisturbed_result(
         cluster.wait(
             lambda: cluster.hurry(job) or num_rows(workdir),
             lambda num, attempts=attempts: num > attempts + 1,
-            120,
+            300,
             lambda: log_of(workdir)[-3000:],
         )
     wait_for_the_end(cluster, job, workdir)
