@@ -35,7 +35,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--new_tokens", type=int, default=256)
     parser.add_argument("--slots", type=int, default=32)
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--cache_dtype", default="")
+    parser.add_argument("--cache_dtype", default="compute")
     parser.add_argument("--cache_tokens", type=int, default=0)
     parser.add_argument("--warm", type=int, default=1)
     parser.add_argument("--out", type=pathlib.Path, required=True)

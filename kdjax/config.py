@@ -48,7 +48,7 @@ TAILS = ("bucket", "renormalize_teacher", "renormalize_both", "drop")
 OPTIMIZERS = ("adamw", "adafactor")
 SCHEDULES = ("constant", "linear", "cosine")
 DTYPES = ("float32", "bfloat16")
-CACHE_DTYPES = ("", *DTYPES, "int8")
+CACHE_DTYPES = ("compute", *DTYPES, "int8")
 REMATS = ("none", "dots", "full")
 STUDENT_INITS = ("random", "folder", "teacher_layers")
 ARCHITECTURES = ("decoder", "t5")
@@ -610,8 +610,8 @@ class EvalConfig:
     encoder_row_length: int = non_negative(0)  # of an encoder; 0 = that of training
     num_generations: int = non_negative(64)  # greedily answered examples; 0 = none
     max_new_tokens: int = positive(32)  # per generated answer
-    # keys and values while answers are generated, in decoders; "" = train.dtype
-    cache_dtype: str = choice("", CACHE_DTYPES)
+    # keys and values while answers are generated, in decoders; "compute" = train.dtype
+    cache_dtype: str = choice("compute", CACHE_DTYPES)
     num_bins: int = positive(10)  # bins of the expected calibration error
 
 
@@ -645,8 +645,8 @@ class AnnotateConfig:
     stop: tuple[str, ...] = ("\nQuestion:",)  # a text ends before the first of these
     seed: int = random_seed(0)  # of adjectives, requests, wrong choices and sampling
     batch_size: int = positive(16)  # prompts decoded together (local)
-    # keys and values (local), in decoders without contrasts; "" = train.dtype
-    cache_dtype: str = choice("", CACHE_DTYPES)
+    # keys and values (local), in decoders without contrasts; "compute" = train.dtype
+    cache_dtype: str = choice("compute", CACHE_DTYPES)
     drop: tuple[str, ...] = choice((), GATES)  # rationales left out of the result
     url: str = ""  # of an OpenAI-compatible server, as "http://localhost:8000/v1"
     key_variable: str = "OPENAI_API_KEY"  # environment variable with its key; "" = none

@@ -361,7 +361,7 @@ def _settings(config: Config, files: PromptFiles, path: str) -> Row:
         settings["think"] = config.data.think
     if options.backend == "server":
         return settings | {"model": options.model}
-    if options.cache_dtype:
+    if options.cache_dtype != "compute":
         settings["cache_dtype"] = options.cache_dtype
     return settings | {
         "model": options.model or config.teacher.path or "teacher",

@@ -210,11 +210,12 @@ def _check_student(student: StudentConfig) -> None:
 
 def _check_evaluation(config: Config) -> None:
     student, cache_dtype = config.student, config.evaluation.cache_dtype
-    if cache_dtype and student.init == "random" and student.architecture == "t5":
+    is_t5 = student.init == "random" and student.architecture == "t5"
+    if cache_dtype != "compute" and is_t5:
         raise ValueError(
             f"evaluation.cache_dtype={cache_dtype!r} with student.architecture='t5': "
             "encoder-decoder models have a cache of the compute dtype: use "
-            "evaluation.cache_dtype=''"
+            "evaluation.cache_dtype='compute'"
         )
 
 
@@ -225,11 +226,13 @@ def _check_annotate(annotate: AnnotateConfig) -> None:
         )
     _check_url(annotate.url)
     is_contrastive = annotate.method.startswith("contrastive")
-    if annotate.cache_dtype and (is_contrastive or annotate.backend != "local"):
+    if annotate.cache_dtype != "compute" and (
+        is_contrastive or annotate.backend != "local"
+    ):
         raise ValueError(
             f"annotate.cache_dtype={annotate.cache_dtype!r} with annotate.method="
             f"{annotate.method!r} and annotate.backend={annotate.backend!r}: it is for "
-            "local decoding without contrasts: use annotate.cache_dtype=''"
+            "local decoding without contrasts: use annotate.cache_dtype='compute'"
         )
     if annotate.backend == "local":
         return

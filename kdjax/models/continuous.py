@@ -69,7 +69,7 @@ class Batching:
     """Sizes of the slots, the cache and the pieces of prompts."""
 
     num_slots: int = 16  # of all shards together
-    cache_dtype: str = ""  # "float32", "bfloat16", "int8"; "" = the compute dtype
+    cache_dtype: str = "compute"  # that of the model, or "float32", "bfloat16", "int8"
     cache_tokens: int = 0  # of all shards together; 0 = as many as the slots may need
     page_size: int = 64  # tokens
     num_lanes: int = 8  # pieces of prompts that a shard reads in a step
@@ -207,7 +207,9 @@ class Engine:
             pages_per_slot=min(few_sizes(pages[0]), num_pages),
             page_size=size,
             dtype=model.dtype,
-            cache_dtype=batching.cache_dtype or model.dtype,
+            cache_dtype=model.dtype
+            if batching.cache_dtype == "compute"
+            else batching.cache_dtype,
             unroll=model.unroll and self._unrolls(requests),
             num_lanes=batching.num_lanes,
             lane_length=batching.lane_length,

@@ -114,7 +114,7 @@ class Generator:
         *,
         batch_size: int = 16,
         mesh: Mesh | None = None,
-        cache_dtype: str = "",
+        cache_dtype: str = "compute",
         stop: tuple[str, ...] = (),
         decode_text: Callable[[list[int]], str] | None = None,
     ) -> None:
@@ -132,10 +132,10 @@ class Generator:
                 mesh=mesh,
                 decode_text=decode_text,
             )
-        elif cache_dtype:
+        elif cache_dtype != "compute":
             raise ValueError(
                 f"cache_dtype={cache_dtype!r}: encoder-decoder models and contrasts "
-                "have a cache of the compute dtype: use cache_dtype=''"
+                "have a cache of the compute dtype: use cache_dtype='compute'"
             )
 
     def __call__(
@@ -194,7 +194,7 @@ class Generator:
             )
         seeds = range(len(prompts)) if seeds is None else seeds
         if self.engine is not None and (
-            self.engine.batching.cache_dtype
+            self.engine.batching.cache_dtype != "compute"
             or len(prompts) > _FEW_BATCHES * self.batch_size
         ):
             return self._refill(params, prompts, forced, seeds, on_finish)

@@ -361,6 +361,7 @@ def test_the_command_prints_counts(places, tmp_path, capsys, monkeypatch, echo):
         ({"backend": "server"}, r"annotate.url=''"),
         ({"backend": "server", "url": "http://x"}, r"annotate.model=''"),
         ({"backend": "server", "method": "contrastive"}, r"backend='local'"),
+        ({"cache_dtype": "int8", "method": "contrastive"}, r"cache_dtype='compute'"),
     ],
 )
 def test_a_wrong_setting_is_named(places, fields, message):
