@@ -9,7 +9,8 @@
     import PATH --format=NAME --config=FILE.py --split=train --out=FOLDER
                                            another tool's teacher outputs as a cache
 
-FOLDER holds a manifest.json: DIR/cache/train and DIR/cache/eval of a run.
+FOLDER holds a manifest.json: DIR/cache/train and DIR/cache/eval of a run, also of one
+in a store: gs://BUCKET/DIR/cache/train.
 """
 
 import sys
@@ -178,6 +179,11 @@ def _check_count(names: list[str], count: int, *, more: bool = False) -> list[st
 def _out() -> str:
     if not _OUT.value:
         raise ValueError("--out is missing: say where to write")
+    if "://" in _OUT.value:
+        raise ValueError(
+            "--out is an address in a store: give a folder or file; caches in a store "
+            "are written by kdjax.label --workdir=gs://BUCKET/FOLDER"
+        )
     return _OUT.value
 
 

@@ -5,6 +5,7 @@ commands import theirs where they run: help and flag errors come at once, and a 
 is replaced by one with huge pages before anything is loaded.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import errno
@@ -36,7 +37,10 @@ _CONFIG = config_flags.DEFINE_config_file(
     "overrides a field.",
 )
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Where the run writes; runs/<name of the config> by default."
+    "workdir",
+    None,
+    "Where the run writes; runs/<name of the config> by default. train, label, "
+    "evaluate and export take gs://BUCKET/FOLDER and s3://BUCKET/FOLDER, too.",
 )
 _COMPILED_BYTES = 2 * 2**30  # beyond it what was not used for longest goes
 _FLAG_ERRORS = (flags.Error, KeyError, TypeError, ValueError, OSError, AttributeError)
@@ -55,6 +59,7 @@ def run(
     validate: Callable[[Any], None] | None = None,
     keep_compiled: bool = True,
     resumes: bool = False,
+    store: str = "",
 ) -> None:
     """Parse the flags, validate the config and call `main(config, workdir)`.
 
@@ -68,6 +73,7 @@ def run(
       keep_compiled: what is compiled is kept on disk and read by later runs; False
         where the compilation itself is measured.
       resumes: started again, the command goes on from what is complete.
+      store: what is done with a --workdir in a store: "write", "read", "" = refused.
     """
 
     def start(arguments: list[str]) -> None:
@@ -85,12 +91,34 @@ def run(
             _keep_compiled()
         else:
             jax.config.update("jax_enable_compilation_cache", False)
-        main(config, workdir(config))
+        with _open_workdir(config, store) as folder:
+            main(config, folder)
 
     # --helpshort shows the flags of the main module: these are everybody's.
     for name in ("config", "workdir", "helpconfig"):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
     run_actions(start, resumes=resumes)
+
+
+@contextlib.contextmanager
+def _open_workdir(config: Any, store: str) -> Iterator[pathlib.Path]:
+    """Yield the working directory, on a local disk."""
+    if not (store and is_in_store()):
+        yield workdir(config)
+        return
+
+    from kdjax.storage import mirror
+
+    if store == "read":
+        yield mirror.fetch(_WORKDIR.value)
+        return
+    with mirror.mirrored(_WORKDIR.value, config.storage) as folder:
+        yield folder
+
+
+def is_in_store() -> bool:
+    """Return True if --workdir is an address in a store."""
+    return "://" in (_WORKDIR.value or "")
 
 
 def _waiting(config: Any) -> config_lib.DistributedConfig:
@@ -125,7 +153,8 @@ def _join(config: Any) -> None:
         if module.startswith("kdjax.") or module == sys.argv[0]
         if flag.name.partition(".")[0] not in ("config", "workdir")
     }
-    settings["workdir"] = os.path.abspath(workdir(config))
+    named = _WORKDIR.value if is_in_store() else workdir(config)
+    settings["workdir"] = os.path.abspath(named)
     distributed.agree("start", fingerprint.of_command(_program(), settings, config))
 
 
@@ -415,19 +444,30 @@ def given_config(
                 "--config is missing: give --config=NAME, --config=FILE.py, or the "
                 "--workdir of a run"
             )
-        config = _config_of_run(pathlib.Path(_WORKDIR.value))
+        config = _config_of_run(_WORKDIR.value)
     if join:
         _join(config)
     (validate or _validate)(config)
     return config
 
 
-def _config_of_run(folder: pathlib.Path) -> Any:
-    """Read the config of a run's directory.
+def _config_of_run(name: str) -> Any:
+    """Read the config of a run's directory, or of its address in a store.
 
     Raises:
       ValueError: it is none; what is there instead is said.
     """
+    if is_in_store():
+        from kdjax.storage import mirror
+
+        content = mirror.read_file(name, "config.json")
+        if content is None:
+            raise ValueError(
+                f"--workdir={name!r} has no config.json, so it is no run, and --config "
+                "is missing: give the address of a run, or --config=NAME for a new one"
+            )
+        return config_lib.from_json(content.decode())
+    folder = pathlib.Path(name)
     file = folder / "config.json"
     if not file.is_file():
         problem = "has no config.json, so it is no run"
@@ -468,7 +508,16 @@ def check_type(config: Any, expected: type) -> None:
 
 
 def workdir(config: Any) -> pathlib.Path:
-    """Return --workdir, or runs/<name>."""
+    """Return --workdir, or runs/<name>.
+
+    Raises:
+      ValueError: it is an address in a store.
+    """
+    if is_in_store():
+        raise ValueError(
+            f"--workdir is an address in a store: {_program()} takes a folder; train, "
+            "label, evaluate and export take addresses"
+        )
     return pathlib.Path(_WORKDIR.value or pathlib.Path("runs") / config.name)
 
 

@@ -602,6 +602,16 @@ class DistributedConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class StorageConfig:
+    """How a folder of gs:// or s3:// is kept up to date; no number depends on it."""
+
+    # between copies of what has changed on the local disk, seconds
+    sync_seconds: float = number(30.0, at_least=0.01, at_most=86400)
+    # that a request is tried again for while the store fails, seconds
+    retry_seconds: float = number(300.0, at_least=0, at_most=86400)
+
+
+@dataclass(kw_only=True, slots=True)
 class EvalConfig:
     """What is measured on held-out examples."""
 
@@ -675,6 +685,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    storage: StorageConfig = field(default_factory=StorageConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
     annotate: AnnotateConfig = field(default_factory=AnnotateConfig)
 

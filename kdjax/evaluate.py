@@ -80,6 +80,11 @@ def run(config: Config, workdir: pathlib.Path) -> None:
     from kdjax.evaluation.summary import evaluation_row
     from kdjax.parallel import distributed
 
+    if cli.is_in_store() and (_FAITHFULNESS.value or _SIMULATOR.value):
+        raise ValueError(
+            "--faithfulness and --simulator write beside what they read, and --workdir "
+            "is an address in a store: give a folder"
+        )
     if _SIMULATOR.value:
         simulator.train_simulator(config, pathlib.Path(_SIMULATOR.value))
     if _FAITHFULNESS.value:
@@ -111,4 +116,4 @@ def _measure_faithfulness(config: Config, workdir: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(run)
+    cli.run(run, store="read")

@@ -41,4 +41,4 @@ def run(config: Config, workdir: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(run, resumes=True)
+    cli.run(run, resumes=True, store="write")

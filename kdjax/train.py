@@ -29,5 +29,7 @@ def run(config: Config, workdir: pathlib.Path, *, until: str = "end") -> None:
 
 if __name__ == "__main__":
     cli.run(
-        lambda config, workdir: run(config, workdir, until=_UNTIL.value), resumes=True
+        lambda config, workdir: run(config, workdir, until=_UNTIL.value),
+        resumes=True,
+        store="write",
     )

@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     {"config", "losses", "runtime"},
     {"analysis", "data", "parallel"},
-    {"models"},
+    {"models", "storage"},
     {"experiment"},
     {"training"},
     {"teacher", "evaluation", "annotation"},

@@ -8,6 +8,7 @@ _FREE = (
     "data.num_workers",
     "mesh.",
     "distributed.",
+    "storage.",
     "evaluation.",
     "annotate.",
     "cache.path",

@@ -12,6 +12,7 @@ from kdjax.experiment import methods, mixture
 from kdjax.models import t5
 from kdjax.models.decoder_shape import check_shape
 from kdjax.models.hf import families
+from kdjax.storage import urls
 
 
 def validate(config: Config) -> None:
@@ -36,6 +37,7 @@ def validate(config: Config) -> None:
     _check_student(config.student)
     _check_evaluation(config)
     _check_annotate(config.annotate)
+    _check_stores(config)
     _check_shapes(config)
 
 
@@ -251,6 +253,15 @@ def _check_annotate(annotate: AnnotateConfig) -> None:
             "annotate.model='' with annotate.backend='server': give the name that the "
             "server knows the model by"
         )
+
+
+def _check_stores(config: Config) -> None:
+    """Check the addresses of caches in stores."""
+    named = [("cache.path", config.cache.path)]
+    named += [("mixture.caches", path) for path in config.mixture.caches]
+    for name, path in named:
+        if urls.is_url(path):
+            urls.check(path, name)
 
 
 def _check_url(url: str) -> None:

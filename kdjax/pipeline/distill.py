@@ -30,6 +30,7 @@ from kdjax.models import hf
 from kdjax.parallel import distributed, sharding
 from kdjax.runtime import files
 from kdjax.runtime.console import print_table
+from kdjax.storage import mirror, urls
 from kdjax.teacher import build
 from kdjax.training import trainable
 from kdjax.training.loop import train_loop
@@ -55,14 +56,17 @@ def distill(config: Config, workdir: str | pathlib.Path = "") -> Distilled:
 
     Args:
       config: the experiment; it is validated first.
-      workdir: of the run; "" = runs/<config.name>.
+      workdir: of the run, or its address in a store; "" = runs/<config.name>.
 
     Raises:
       ValueError: what is wrong with the config, the data or the directory, before the
         first compilation; or a non-finite loss.
     """
-    folder = pathlib.Path(workdir or f"runs/{config.name}")
     validate.validate(config)
+    if urls.is_url(workdir):
+        with mirror.mirrored(str(workdir), config.storage) as folder:
+            return distill(config, folder)
+    folder = pathlib.Path(workdir or f"runs/{config.name}")
     with workdir_lib.hold(folder):
         run = open_experiment(config, folder)
         ensure_teacher(run)

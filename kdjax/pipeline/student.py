@@ -12,6 +12,7 @@ from kdjax.experiment.teacher import teacher_folder
 from kdjax.models import hf, lora
 from kdjax.parallel import distributed
 from kdjax.runtime import files
+from kdjax.storage import mirror, urls
 from kdjax.training import checkpoint
 
 _SUMMARY_REMEDY = "remove it, and start the run's command again, which writes it anew"
@@ -29,12 +30,14 @@ def load_student(folder: str | pathlib.Path, *, step: int | None = None) -> Stud
     """Load the student of a run from a checkpoint.
 
     Args:
-      folder: the run's directory.
+      folder: the run's directory, or its address in a store.
       step: of the checkpoint; None = the newest.
 
     Raises:
       ValueError: no run, or no checkpoint.
     """
+    if urls.is_url(folder):
+        folder = mirror.fetch(str(folder))
     folder = pathlib.Path(folder)
     run = open_run(workdir.read_config(folder), folder, splits=())
     return Student(run=run, params=checkpoint.load_student(run, step=step))

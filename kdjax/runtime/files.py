@@ -144,6 +144,12 @@ def temporary(path: pathlib.Path) -> pathlib.Path:
     return path.with_name(f".{path.name[:128]}.tmp-{host}-{digest}-{os.getpid()}")
 
 
+def is_temporary(name: str) -> bool:
+    """Return True if a name is one of `temporary`, or of earlier versions' ones."""
+    patterns = (_TEMPORARY, _FORMER_TEMPORARY)
+    return any(pattern.fullmatch(name) for pattern in patterns)
+
+
 def clear_leftovers(folder: pathlib.Path, name: str = "") -> None:
     """Remove temporary files and folders whose processes are dead.
 

@@ -18,6 +18,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
+from typing import Protocol
 
 from kdjax.runtime import files
 
@@ -27,7 +28,14 @@ STALE_SECONDS = 120.0  # an owner on another machine that was silent so long is 
 _GUARD_ATTEMPTS, _GUARD_SECONDS = 250, 0.02
 # Of file systems without hard links.
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
-_held: dict[pathlib.Path, "Lock"] = {}  # by this process
+_held: "dict[object, Checked]" = {}  # by this process
+
+
+class Checked(Protocol):
+    """A lock of any kind."""
+
+    def check(self) -> None:
+        """Raise ValueError if it was taken over."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -182,6 +190,7 @@ def hold(
     name: str = "workdir",
     remedy: str = "another --workdir",
     file: str = LOCK,
+    shown: str = "",
 ) -> Iterator[Lock]:
     """Hold the lock of a folder; leftovers of dead processes in it are cleared.
 
@@ -190,13 +199,15 @@ def hold(
       name: of the folder's flag or field, for errors.
       remedy: what else to use, for errors.
       file: name of the lock in the folder.
+      shown: in errors, in place of name=folder.
 
     Raises:
       ValueError: another process holds it: host, pid and time are named.
     """
     path = pathlib.Path(folder)
     existed = path.is_dir()
-    lock = Lock(path / file, name=f"{name}={str(folder)!r}", remedy=remedy)
+    shown = shown or f"{name}={str(folder)!r}"
+    lock = Lock(path / file, name=shown, remedy=remedy)
     lock.acquire()
     try:
         if file == LOCK:
@@ -219,11 +230,21 @@ def check() -> None:
         lock.check()
 
 
-def holder(folder: str | os.PathLike) -> Owner | None:
+@contextlib.contextmanager
+def checked(lock: Checked) -> Iterator[None]:
+    """Have `check` look at a lock of another kind, too, while the block runs."""
+    _held[lock] = lock
+    try:
+        yield
+    finally:
+        del _held[lock]
+
+
+def holder(folder: str | os.PathLike, file: str = LOCK) -> Owner | None:
     """Return the living owner of a folder's lock; None if there is none."""
-    file = pathlib.Path(folder) / LOCK
-    owner, modified = _read(file)
-    if owner is None or modified is None or _is_dead(file, owner, modified):
+    path = pathlib.Path(folder) / file
+    owner, modified = _read(path)
+    if owner is None or modified is None or _is_dead(path, owner, modified):
         return None
     return owner
 

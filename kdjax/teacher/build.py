@@ -34,6 +34,7 @@ from kdjax.models.lm import Shape
 from kdjax.parallel import distributed, sharding
 from kdjax.runtime import chips, untrusted
 from kdjax.runtime.console import progress
+from kdjax.storage import mirror, urls
 from kdjax.teacher import cache as cache_lib
 from kdjax.teacher import label
 from kdjax.teacher.union import CacheUnion
@@ -42,9 +43,15 @@ from kdjax.training import step
 Cache = cache_lib.TeacherCache | CacheUnion
 
 
+_fetch = functools.cache(functools.partial(mirror.fetch, name="cache.path"))
+
+
 def folder(config: Config, workdir: pathlib.Path, split: str) -> pathlib.Path:
-    """Return the folder of the cache of a split."""
-    return pathlib.Path(config.cache.path or workdir / "cache") / split
+    """Return the folder of the cache of a split, fetched first if a store has it."""
+    path = config.cache.path
+    if urls.is_url(path):
+        return _fetch(path) / split
+    return pathlib.Path(path or workdir / "cache") / split
 
 
 def segments_to_label(run: Run) -> dict[str, Sequence[Segment]]:
@@ -135,12 +142,12 @@ def part_runs(run: Run) -> list[Run]:
     if not run.data.parts:
         return [run]
     runs = []
-    root = pathlib.Path(run.config.cache.path or run.workdir / "cache")
+    root = run.config.cache.path or str(run.workdir / "cache")
     caches = run.config.mixture.caches or ("",) * len(run.data.parts)
     for source, (name, data), path in zip(
         mixture.sources(run.config), run.data.parts, caches, strict=True
     ):
-        cache = dataclasses.replace(run.config.cache, path=path or str(root / name))
+        cache = dataclasses.replace(run.config.cache, path=path or f"{root}/{name}")
         config = dataclasses.replace(source.config, cache=cache)
         runs.append(dataclasses.replace(run, config=config, data=data))
     return runs
@@ -201,6 +208,12 @@ def ensure(run: Run) -> dict[str, Cache]:
         )
         splits = {name: of for name, of in splits.items() if name not in todo}
         todo = {}
+    if todo and urls.is_url(config.cache.path):
+        raise ValueError(
+            f"cache.path={config.cache.path!r} is not labelled for {sorted(todo)}: "
+            "caches in a store are read alone there; fill one in a --workdir "
+            "(kdjax.label --workdir=gs://BUCKET/FOLDER), and name FOLDER/cache"
+        )
     if todo:
         with contextlib.ExitStack() as stack:
             for split in todo:

@@ -26,6 +26,7 @@ import numpy as np
 from jaxtyping import Bool, UInt8
 
 from kdjax.runtime import untrusted
+from kdjax.storage import mirror, urls
 from kdjax.teacher import codec, key_index, record_checks
 from kdjax.teacher import manifest as manifest_lib
 from kdjax.teacher.array_record import ArrayRecordReader, Chunks
@@ -150,7 +151,7 @@ def load_cache(
     """Open a finished cache, checking the properties that are given.
 
     Args:
-      folder: of the cache.
+      folder: of the cache, or its address in a store.
       tokenizer_fingerprint: expected one; None is not checked, here and below.
       vocab_size: of the teacher.
       kind: "top_k", "sampled" or "dense".
@@ -162,6 +163,8 @@ def load_cache(
     Raises:
       ValueError: the cache is unfinished, or differs; names field, values, remedy.
     """
+    if urls.is_url(folder):
+        folder = mirror.fetch(str(folder), name="folder")
     manifest = read_manifest(folder)
     expected = {
         "tokenizer_fingerprint": tokenizer_fingerprint,

@@ -1,0 +1,1 @@
+"""Folders in object stores: gs:// and s3://, mirrored from a local disk."""
