@@ -27,6 +27,7 @@ JAX_FREE = (
     "config",
     "runtime",
     "analysis",
+    "storage",
     "supervision",
 )  # at import, but for runtime.chips
 

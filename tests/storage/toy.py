@@ -1,7 +1,7 @@
 """A run in miniature: a cache, checkpoints that follow from each other, results.
 
-It writes as the real one does, each thing in one step, and started again it goes on from
-what is complete.
+It writes as the real one does, each thing in one step, and started again it goes on
+from what is complete.
 """
 
 import hashlib
@@ -21,7 +21,9 @@ def run(folder: pathlib.Path, happened: Callable[[], None] = lambda: None) -> No
     start, state = _resume(folder)
     metrics = folder / "metrics.jsonl"
     lines = metrics.read_text().splitlines(True) if metrics.exists() else []
-    _write(metrics, "".join(line for line in lines if json.loads(line)["step"] <= start))
+    _write(
+        metrics, "".join(line for line in lines if json.loads(line)["step"] <= start)
+    )
     for step in range(start + 1, NUM_STEPS + 1):
         state = hashlib.sha256(state).digest()
         with metrics.open("a") as stream:
@@ -64,7 +66,9 @@ def _resume(folder: pathlib.Path) -> tuple[int, bytes]:
     newest = folder / "checkpoints" / str(steps[-1])
     state = (newest / "d" / "state").read_bytes()
     checksums = json.loads((newest / "checksums.json").read_text())
-    assert checksums == {"d/state": hashlib.sha256(state).hexdigest()}, "half a checkpoint"
+    assert checksums == {"d/state": hashlib.sha256(state).hexdigest()}, (
+        "half a checkpoint"
+    )
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines][: steps[-1]] == [
         *range(1, steps[-1] + 1)
