@@ -53,7 +53,7 @@ class Mirror:
         guard: Callable[[], None] = lambda: None,
     ) -> None:
         self._store, self._folder, self._guard = store, folder, guard
-        self._index = Index()
+        self._index: Index | None = None  # of the store; None = not known
         self._copied: dict[str, snapshot.File] = {}  # the listing that was copied last
         self._checksums: dict[tuple[str, snapshot.File], str] = {}
         self._lock = threading.Lock()
@@ -64,16 +64,16 @@ class Mirror:
         Raises:
           ValueError: the store has lost what this folder was a copy of.
         """
-        self._index = index_lib.read(self._store)
+        index = index_lib.read(self._store)
         known = _known_generations(self._folder)
-        if self._index.generation in known or not (self._index.generation or known):
-            return
-        if not self._index.generation:
+        if index.generation and index.generation not in known:
+            index = download(self._store, index, self._folder)
+        elif known and index.generation not in known:
             raise ValueError(
                 f"{self._store.url} has nothing any more, and {self._folder} is a copy "
                 "of what was there: remove that folder to start afresh"
             )
-        self._index = download(self._store, self._index, self._folder)
+        self._index = index
 
     def copy(self) -> None:
         """Copy a moment of the folder to the store; nothing where none has changed.
@@ -84,20 +84,33 @@ class Mirror:
           OSError: of the local disk.
         """
         with self._lock:
-            self._settle()  # what a kill has left
+            index = self._settle(self._current())  # what a kill has left
             if snapshot.listing(self._folder) == self._copied:
                 return
             with snapshot.take(self._folder) as (scratch, listing):
-                self._copy(scratch, listing)
-            self._settle()
+                index = self._copy(index, scratch, listing)
+            self._settle(index)
             self._copied = listing
 
-    def _copy(self, scratch: pathlib.Path, listing: dict[str, snapshot.File]) -> None:
-        old, new = self._index, self._entries(scratch, listing)
+    def _current(self) -> Index:
+        """Return the index in the store, which is read again after an error.
+
+        A write that failed may have been done all the same.
+        """
+        if self._index is None:
+            self._index = index_lib.read(self._store)
+            if self._index.generation not in ("", *_known_generations(self._folder)):
+                raise ValueError(f"{self._store.url} was written by another process")
+        return self._index
+
+    def _copy(
+        self, old: Index, scratch: pathlib.Path, listing: dict[str, snapshot.File]
+    ) -> Index:
+        new = self._entries(scratch, listing)
         added = [path for path in new if path not in old.files]
         changed = [p for p in new if p in old.files and new[p] != old.files[p]]
         if not (added or changed or old.files.keys() - new.keys()):
-            return
+            return old
         next_names = {path: index_lib.next_name(path) for path in changed}
         coming = {*added, *next_names.values()}
         self._write(dataclasses.replace(old, garbage=old.garbage | coming))
@@ -106,25 +119,22 @@ class Mirror:
         generation = uuid.uuid4().hex
         # Either of them may be in the store when this process is killed.
         _remember(self._folder, self._store, [old.generation, generation])
-        self._write(
-            Index(
-                generation=generation,
-                files={
-                    path: dataclasses.replace(entry, is_next=path in next_names)
-                    for path, entry in new.items()
-                },
-                garbage=frozenset(old.files.keys() - new.keys()),
-            )
-        )
+        entries = {
+            path: dataclasses.replace(entry, is_next=path in next_names)
+            for path, entry in new.items()
+        }
+        gone = frozenset(old.files.keys() - new.keys())
+        index = Index(generation=generation, files=entries, garbage=gone)
+        self._write(index)
         _remember(self._folder, self._store, [generation])
+        return index
 
-    def _settle(self) -> None:
+    def _settle(self, index: Index) -> Index:
         """Give changed files their own names, and remove what is nobody's."""
-        current = self._index
-        pending = [path for path, entry in current.files.items() if entry.is_next]
-        garbage = current.garbage | {index_lib.next_name(path) for path in pending}
+        pending = [path for path, entry in index.files.items() if entry.is_next]
+        garbage = index.garbage | {index_lib.next_name(path) for path in pending}
         if not garbage:
-            return
+            return index
         self._guard()
         if pending:
             _in_threads(
@@ -132,15 +142,18 @@ class Mirror:
             )
             entries = {
                 path: dataclasses.replace(entry, is_next=False)
-                for path, entry in current.files.items()
+                for path, entry in index.files.items()
             }
-            self._write(dataclasses.replace(current, files=entries, garbage=garbage))
+            index = dataclasses.replace(index, files=entries, garbage=garbage)
+            self._write(index)
         _in_threads(self._store.remove, sorted(garbage))
         # The next index that is written says so.
-        self._index = dataclasses.replace(self._index, garbage=frozenset())
+        self._index = dataclasses.replace(index, garbage=frozenset())
+        return self._index
 
     def _write(self, index: Index) -> None:
         self._guard()
+        self._index = None
         index_lib.write(self._store, index)
         self._index = index
 
@@ -250,6 +263,11 @@ def _in_threads(function: Callable[[Any], Any], items: Iterable[Any]) -> list[An
                 future.cancel()
 
 
+def _lock_name(folder: pathlib.Path) -> str:
+    """Return the lock beside a folder; an export locks the folder itself, too."""
+    return f".{folder.name}.mirror.lock"
+
+
 def _record(folder: pathlib.Path) -> pathlib.Path:
     return folder.with_name(f".{folder.name}.json")
 
@@ -322,7 +340,7 @@ def _hold(folder: pathlib.Path, url: str, name: str) -> Iterator[None]:
         folder.parent,
         shown=f"{name}={url!r}",
         remedy="another address",
-        file=f".{folder.name}.lock",
+        file=_lock_name(folder),
     ):
         files.clear_leftovers(folder.parent, folder.name)
         yield
@@ -398,7 +416,7 @@ def fetch(url: str, *, name: str = "workdir") -> pathlib.Path:
             if index.generation not in _known_generations(folder):
                 download(store, index, folder)
     except ValueError:
-        is_held = locks.holder(folder.parent, f".{folder.name}.lock") is not None
+        is_held = locks.holder(folder.parent, _lock_name(folder)) is not None
         if not (is_held and _known_generations(folder)):
             raise
     return folder / inner

@@ -33,6 +33,7 @@ class Files:
       memory: what all processes share.
       kill_at: number of the request, from 0, with which the process ends; None = never.
       after: it ends when the request is done, not before.
+      lost: number of the request whose answer is lost; None = all come.
       fault: called with number and name of each request; it may raise.
     """
 
@@ -42,10 +43,11 @@ class Files:
         *,
         kill_at: int | None = None,
         after: bool = False,
+        lost: int | None = None,
         fault: Callable[[int, str], None] = lambda number, name: None,
     ) -> None:
         self._memory, self._kill_at, self._after = memory, kill_at, after
-        self._fault, self._lock = fault, threading.Lock()
+        self._lost, self._fault, self._lock = lost, fault, threading.Lock()
         self.requests: list[str] = []
         self.killed = False
 
@@ -67,6 +69,8 @@ class Files:
                 result = function(*args, **kwargs)
                 if self.killed:
                     raise KilledError
+                if number == self._lost:
+                    raise TimeoutError("no answer")
                 return result
 
         return request

@@ -1,5 +1,6 @@
 """Mirrored folders: whatever is killed when, nothing is lost or half."""
 
+import contextlib
 import json
 import pathlib
 import random
@@ -11,6 +12,7 @@ import time
 import pytest
 
 from kdjax.config import StorageConfig
+from kdjax.experiment.workdir import hold_output
 from kdjax.runtime import files as files_lib
 from kdjax.storage import index as index_lib
 from kdjax.storage import mirror, snapshot, urls
@@ -151,6 +153,39 @@ def test_readers_never_see_half(monkeypatch, disk, memory):
             toy.run(reader)
 
     train(machine(monkeypatch, disk / "a", Files(memory, fault=read)))
+
+
+@pytest.mark.parametrize("stride", [3, pytest.param(1, marks=pytest.mark.slow)])
+def test_an_answer_that_is_lost_loses_nothing(monkeypatch, disk, stride):
+    """What has failed, as far as one knows, may have been done all the same."""
+    expected = undisturbed(disk / "undisturbed")
+    number, done = 0, False
+    while not done:
+        memory = Memory()
+        shutil.rmtree(disk / "a", ignore_errors=True)
+        folder = machine(monkeypatch, disk / "a", files := Files(memory, lost=number))
+        store = Store(URL, retry_seconds=0)
+        copies = mirror.Mirror(store, folder)
+
+        def copy(copies=copies, memory=memory) -> None:
+            with contextlib.suppress(StoreError):
+                copies.copy()
+            reader = Store(URL)
+            reader._files = memory
+            index = index_lib.read(reader)
+            mirror.download(reader, index, disk / "reader")
+            assert set(toy.content(disk / "reader")) == set(index.files)
+
+        with contextlib.suppress(StoreError):
+            copies.fetch()
+        toy.run(folder, copy)
+        copy()
+        copies.copy()
+        shutil.rmtree(disk / "a")
+        mirror.fetch(URL)
+        assert toy.content(folder) == expected, number
+        done = len(files.requests) < number
+        number += stride
 
 
 def test_a_machine_that_comes_back_takes_what_another_has_done(
@@ -343,7 +378,6 @@ def test_a_store_that_is_away_stops_nothing_but_the_end(
     assert "503 Slow Down" in text and "\n" not in text
     assert "not copied yet" in capsys.readouterr().err
     away.clear()
-    (tmp_path / "a" / f".{folder.name}.lock").unlink(missing_ok=True)
     with mirror.mirrored(URL, config):
         pass
     assert memory.cat_file("/bucket/runs/x/result") == b"1"
@@ -352,7 +386,7 @@ def test_a_store_that_is_away_stops_nothing_but_the_end(
 def test_a_new_output_is_whole_or_goes_on(monkeypatch, tmp_path, memory):
     def export(files: Files) -> None:
         machine(monkeypatch, tmp_path / "a", files)
-        with mirror.new_output(URL) as folder:
+        with mirror.new_output(URL) as folder, hold_output(folder):
             folder.mkdir()
             (folder / "model.safetensors").write_bytes(b"weights")
             (folder / "config.json").write_text("{}")
@@ -369,8 +403,8 @@ def test_a_new_output_is_whole_or_goes_on(monkeypatch, tmp_path, memory):
                 export(Files(memory))
         else:
             export(Files(memory))
+            assert not list((tmp_path / "a").glob("*"))
         assert memory.cat_file("/bucket/runs/x/model.safetensors") == b"weights"
-        assert not list((tmp_path / "a").glob("*"))
         if not files.killed:
             break
     assert 10 < number < 99

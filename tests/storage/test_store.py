@@ -7,6 +7,7 @@ import socket
 import pytest
 
 from kdjax import cache as cache_command
+from kdjax import cli
 from kdjax import config as config_lib
 from kdjax.config import StorageConfig
 from kdjax.experiment import validate
@@ -279,3 +280,20 @@ def test_config_limits():
     config = config_lib.replace(config_lib.Config(), "storage.sync_seconds", 0.0)
     with pytest.raises(ValueError, match=r"storage.sync_seconds=0\.0"):
         config_lib.check(config)
+
+
+def test_commands_and_addresses(monkeypatch, memory):
+    monkeypatch.setattr(type(cli._WORKDIR), "value", URL)
+    config = helpers.small_config()
+    with pytest.raises(ValueError, match=r"takes a folder; train, label, evaluate and"):
+        cli.workdir(config)
+    with pytest.raises(ValueError, match=r"has no config\.json, so it is no run"):
+        cli._config_of_run(URL)
+    with cli._open_workdir(config, "write") as folder:
+        folder.mkdir()
+        (folder / "config.json").write_text(config_lib.to_json(config))
+    assert cli._config_of_run(URL) == config
+    with cli._open_workdir(config, "read") as again:
+        assert again == folder
+    with pytest.raises(ValueError, match="takes a folder"):
+        cli._open_workdir(config, "").__enter__()
