@@ -109,10 +109,11 @@ def _open_workdir(config: Any, store: str) -> Iterator[pathlib.Path]:
 
     from kdjax.storage import mirror
 
+    url = str(_WORKDIR.value)
     if store == "read":
-        yield mirror.fetch(_WORKDIR.value)
+        yield mirror.fetch(url)
         return
-    with mirror.mirrored(_WORKDIR.value, config.storage) as folder:
+    with mirror.mirrored(url, config.storage) as folder:
         yield folder
 
 
@@ -153,7 +154,7 @@ def _join(config: Any) -> None:
         if module.startswith("kdjax.") or module == sys.argv[0]
         if flag.name.partition(".")[0] not in ("config", "workdir")
     }
-    named = _WORKDIR.value if is_in_store() else workdir(config)
+    named = _WORKDIR.value or workdir(config)
     settings["workdir"] = os.path.abspath(named)
     distributed.agree("start", fingerprint.of_command(_program(), settings, config))
 

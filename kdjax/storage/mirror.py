@@ -197,7 +197,8 @@ def download(store: Store, index: Index, folder: pathlib.Path) -> Index:
     while True:
         _remove_others(folder, index)
         damaged = _in_threads(
-            lambda item: _download(store, *item, folder), [*index.files.items()]
+            lambda item: _download(store, item[0], item[1], folder),
+            [*index.files.items()],
         )
         damaged = [path for path in damaged if path]
         latest = index_lib.read(store) if damaged else index
