@@ -495,10 +495,15 @@ def check_type(config: Any, expected: type) -> None:
     """Check what get_config returned.
 
     Raises:
+      OSError: the file, or one that it reads, cannot be read.
       ValueError: there is no such file, or it returns another type.
     """
     if isinstance(config, expected):
         return
+    # Of a file that cannot be read the flag's value is an object with the error.
+    error = getattr(config, "_error", None)
+    if isinstance(error, OSError) and error.errno:
+        raise error
     file = config_flags.get_config_filename(flags.FLAGS["config"])
     if not pathlib.Path(file.split(":")[0]).is_file():
         raise ValueError(f"--config={file}: no such file; give the path of a config")

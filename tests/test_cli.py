@@ -11,6 +11,7 @@ import sys
 import threading
 
 import pytest
+from ml_collections import config_flags
 
 import kdjax
 from kdjax import __main__ as script
@@ -226,6 +227,15 @@ def test_a_workdir_that_is_no_run_says_why(tmp_path, name):
     (tmp_path / "folder" / "config.json").write_text("")
     with pytest.raises(ValueError, match=r"config.json is empty: give --config="):
         cli._config_of_run(tmp_path / "folder")
+
+
+@pytest.mark.filterwarnings("ignore:the load_module")  # of ml_collections
+def test_a_config_that_cannot_be_read_says_why(tmp_path):
+    """A folder in place of a file; the system's reason is the same for a lost right."""
+    parser = config_flags.config_flags.ConfigFileFlagParser("config")
+    with pytest.raises(OSError) as raised:
+        cli.check_type(parser.parse(str(tmp_path)), config_lib.Config)
+    assert cli._explain(raised.value).startswith(f"{tmp_path}: Is a directory: ")
 
 
 def test_output_that_nobody_reads_on_ends_quietly():
