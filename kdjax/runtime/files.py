@@ -128,6 +128,19 @@ def finite(value: Any) -> Any:
     return value
 
 
+def exists(path: str | os.PathLike) -> bool:
+    """Return True if there is something of that name, also a link to nothing.
+
+    Raises:
+      OSError: that may not be known; `os.path` and `pathlib` say that there is nothing.
+    """
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
 def sync(path: str | os.PathLike) -> None:
     """Make the content of a file, or the names in a folder, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -210,8 +210,8 @@ def hold(
     lock = Lock(path / file, name=shown, remedy=remedy)
     lock.acquire()
     try:
-        if file == LOCK:
-            files.clear_leftovers(path)
+        # Of a lock beside a folder its own alone: other temporary names are not its.
+        files.clear_leftovers(path, "" if file == LOCK else file)
         yield lock
     finally:
         lock.release()

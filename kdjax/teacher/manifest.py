@@ -84,7 +84,7 @@ def read_manifest(folder: str | os.PathLike) -> Manifest:
         cache can be.
     """
     path = pathlib.Path(folder) / MANIFEST
-    if not os.path.lexists(path):
+    if not files.exists(path):
         if not pathlib.Path(folder).exists():
             raise ValueError(
                 f"cache={folder!s} does not exist: give a folder with a {MANIFEST}, "

@@ -115,3 +115,13 @@ def test_a_full_disk_leaves_the_old_content_and_no_temporary_file(
         files.write_json(file, {"a": 2})
     assert file.read_bytes() == before
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_what_may_not_be_looked_at_is_no_nothing(tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to("nothing")
+    assert files.exists(tmp_path / "file") and files.exists(tmp_path / "link")
+    assert not files.exists(tmp_path / "none")
+    assert not files.exists(tmp_path / "file" / "below")
+    with pytest.raises(OSError, match="too long"):
+        files.exists(tmp_path / ("x" * 300))

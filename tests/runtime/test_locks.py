@@ -204,3 +204,14 @@ def test_leftovers_of_dead_processes_are_cleared(tmp_path):
     with locks.hold(tmp_path):
         pass
     assert {path.name for path in tmp_path.iterdir()} == {live.name, "config.json"}
+
+
+def test_leftovers_of_a_lock_beside_a_folder_are_cleared(tmp_path):
+    """A process may be killed between the two steps in which it makes its lock."""
+    names = [files.temporary(tmp_path / name).name for name in (".out.lock", "other")]
+    for name in names:
+        (tmp_path / name.replace(f"-{os.getpid()}", "-4194305")).write_text("x")
+    with locks.hold(tmp_path, file=".out.lock"):
+        pass
+    [kept] = tmp_path.iterdir()
+    assert kept.name.startswith(".other.tmp-")

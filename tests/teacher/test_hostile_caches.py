@@ -515,3 +515,14 @@ def test_labelling_does_not_wait_for_a_pipe(tmp_path):
     assert cache_lib.complete_shards(tmp_path, MANIFEST) == set()
     cache_lib.write_shard(tmp_path, 0, 2, _pairs(0), MANIFEST)
     assert cache_lib.complete_shards(tmp_path, MANIFEST) == {0}
+
+
+def test_a_folder_that_may_not_be_read_is_not_an_unfinished_cache(
+    tmp_path, monkeypatch
+):
+    def refuse(path, **options):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "lstat", refuse)
+    with pytest.raises(PermissionError, match=r"denied: .*manifest\.json"):
+        manifest_lib.read_manifest(tmp_path)

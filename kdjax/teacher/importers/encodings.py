@@ -22,7 +22,7 @@ import numpy as np
 import yaml
 from jaxtyping import Float32, Int64, Shaped, UInt8
 
-from kdjax.runtime import limits, untrusted
+from kdjax.runtime import files, limits, untrusted
 from kdjax.teacher import varints
 
 _DTYPES: dict[str, np.dtype] = {
@@ -91,7 +91,7 @@ def read_compression(path: str | os.PathLike) -> Compression:
       ValueError: naming the file, the value found and the one needed.
     """
     path = pathlib.Path(path)
-    if not os.path.lexists(path):
+    if not files.exists(path):
         raise ValueError(f"{path} is missing: compressed rows cannot be read without")
     text = untrusted.read_bytes(path, max_bytes=limits.MAX_SETTINGS_BYTES)
     if b"&" in text or b"*" in text:  # of such, a short text makes endless values
