@@ -307,9 +307,16 @@ def _system_error(error: BaseException) -> str:
         paths = re.findall(r"[\"'` (](/[^\"'`;,]*[^\"'`;,\s:)\]])", text)
         path = max(paths, key=len, default="")
     path = str(path) if len(str(path)) < _LONGEST_PATH else f"{str(path)[:60]}..."
-    workdir = flags.FLAGS["workdir"].value or "runs/..."
-    where = path or f"a file of --workdir={workdir}"
+    where = path or f"a file of {_written()}"
     return f"{where}: {os.strerror(number)}: {_REMEDIES[number]}"
+
+
+def _written() -> str:
+    """Return the flag that names the folder which the command writes."""
+    for name in ("out", "workdir"):
+        if name in flags.FLAGS and flags.FLAGS[name].value:
+            return f"--{name}={flags.FLAGS[name].value}"
+    return "--workdir=runs/..."
 
 
 def _lost_process(error: BaseException) -> str:

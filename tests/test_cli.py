@@ -11,6 +11,7 @@ import sys
 import threading
 
 import pytest
+from absl import flags
 from ml_collections import config_flags
 
 import kdjax
@@ -169,6 +170,17 @@ def test_an_error_of_the_system_is_a_line_with_path_and_remedy(error, expected):
         wrapped = cli._explain(outer)
         if not isinstance(error, FileNotFoundError):
             assert wrapped == text
+
+
+@pytest.mark.parametrize("name", ["out", "workdir"])
+def test_an_error_without_a_path_names_the_folder_that_is_written(monkeypatch, name):
+    given = flags.FlagValues()
+    for other in ("out", "workdir"):
+        flags.DEFINE_string(other, None, "A folder.", flag_values=given)
+    given(["kdjax.cache", f"--{name}=/d/w"])
+    monkeypatch.setattr(flags, "FLAGS", given)
+    text = cli._explain(OSError(errno.ENOSPC, "No space left on device"))
+    assert text.startswith(f"a file of --{name}=/d/w: No space left on device: free")
 
 
 def test_a_bug_keeps_its_traceback():
