@@ -20,6 +20,21 @@ _BY_NAME_ALONE = re.compile(
     r"events\.out\.|curves\.(png|svg)$|(^|/)log\.txt$|finished\.json$"
 )
 _TEXT = (".json", ".jsonl")
+LIBRARY = (
+    "kdjax.cli",
+    "kdjax.pipeline.distill",
+    "kdjax.pipeline.student",
+    "kdjax.evaluation.summary",
+    "kdjax.annotation.annotate",
+    "kdjax.comparison.results",
+    "kdjax.survey.plan",
+    "kdjax.aot.report",
+    "kdjax.teacher.merge_export",
+    "kdjax.teacher.importers.convert",
+    "matplotlib.figure",
+    "matplotlib.font_manager",
+    "matplotlib.backends.backend_agg",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +47,7 @@ class Case:
       after: what is there is that command's undisturbed result, in place of `make`.
       share: of all kills.
       inputs: what it reads, in the folder of the case.
+      imports: modules that it needs, which are imported once for all.
       goes_on: False if it refuses to write what is there, so it may be whole already.
     """
 
@@ -40,6 +56,7 @@ class Case:
     after: str = ""
     share: int = 10
     inputs: tuple[str, ...] = ()
+    imports: tuple[str, ...] = LIBRARY
     goes_on: bool = True
 
 
@@ -224,6 +241,7 @@ CASES = {
         _study,
         share=8,
         inputs=("config_file.py", "explanations.jsonl"),
+        imports=("kdjax.cli", "kdjax.survey.plan"),
     ),
     "plan": Case(
         f"plan {_CONFIG} --topology=cpu:1 --nosearch --json={{case}}/out/plan.json",

@@ -6,16 +6,18 @@
 Each command runs undisturbed first. Then it is killed -9 after a random part of the CPU
 time that this took, or at a random event: before a file is opened to be written, renamed,
 linked, removed or synced, or in the middle of a write. Or its disk is full at a random
-size, or a file or folder may not be read or written. Started again it must end with the
-undisturbed result. A table of all of that is printed; what went wrong is kept in
-`faults/`. Needs root on Linux, for file systems of a given size and another user's rights.
+size, or a file or folder may not be read or written (by a process without root's rights).
+Started again it must end with the undisturbed result. A table of all of that is printed;
+what went wrong is kept in `faults/`. Needs root on Linux, for file systems of a given size.
 
 A start is a fork of this process, which has imported everything and computed nothing.
 """
 
 import argparse
+import ctypes
 import dataclasses
 import fcntl
+import importlib
 import json
 import mmap
 import multiprocessing
@@ -37,27 +39,13 @@ from tests import kill_cases, xla_flags
 from tests.kill_cases import CASES
 
 KINDS = ("time", "event", "disk", "permission")
-NOBODY = 65534
 _FORK = multiprocessing.get_context("fork")
-_PRELOAD = (
-    "kdjax.cli",
-    "kdjax.pipeline.distill",
-    "kdjax.pipeline.student",
-    "kdjax.evaluation.summary",
-    "kdjax.annotation.annotate",
-    "kdjax.comparison.results",
-    "kdjax.survey.plan",
-    "kdjax.aot.report",
-    "kdjax.teacher.merge_export",
-    "kdjax.teacher.importers.convert",
-    "matplotlib.figure",
-    "matplotlib.font_manager",
-    "matplotlib.backends.backend_agg",
-)
 _CHANGES = ("rename", "mkdir", "rmdir", "remove", "link", "symlink", "truncate")
 _EVENTS = {f"os.{name}" for name in _CHANGES}
 _PIPE_BYTES = 1 << 20  # of output that is kept while a command runs
 _POLL_SECONDS = 0.01
+# Of Linux: <linux/capability.h>, <linux/prctl.h>, <linux/securebits.h>
+_CAPABILITIES_VERSION, _SET_SECUREBITS, _NO_ROOT = 0x20080522, 28, 1
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -323,9 +311,8 @@ class Bench:
                 ended = run(self.argv(name))
                 disk.option("rw")
                 return self._forbidden(name, "a read-only disk", ended)
-        _give(self.place)
         if number % 4 == 1:
-            target, mode, what = self.place, 0o555, "a folder that is not written"
+            target, mode, what = self.place, 0o555, "a folder without the right to write"
         else:
             target = self.place / self.draws.choice(case.inputs)
             inside = sorted(p for p in target.rglob("*") if p.is_file())
@@ -333,14 +320,12 @@ class Bench:
                 target = self.draws.choice(inside)
             mode = 0
             kind = "folder" if target.is_dir() else "file"
-            what = f"a {kind} that is not read, {target.relative_to(self.place)}"
+            what = f"a {kind} without the right to read, {target.relative_to(self.place)}"
         before = target.stat().st_mode
         target.chmod(mode)
-        os.chown(target, 0, 0)
-        ended = run(self.argv(name), before=_become_nobody)
+        ended = run(self.argv(name), before=_drop_rights)
         target.chmod(before)
-        os.chown(target, NOBODY, NOBODY)
-        return self._forbidden(name, what, ended, before=_become_nobody)
+        return self._forbidden(name, what, ended, before=_drop_rights)
 
     def _forbidden(self, name: str, what: str, ended: End, **options):
         problems = []
@@ -410,15 +395,13 @@ def _tear(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
-def _give(folder: pathlib.Path) -> None:
-    for path in (folder, *folder.rglob("*")):
-        os.chown(path, NOBODY, NOBODY)
-
-
-def _become_nobody() -> None:
-    os.setgroups([])
-    os.setgid(NOBODY)
-    os.setuid(NOBODY)
+def _drop_rights() -> None:
+    """Give up what root may do more than other users, also for programs it starts."""
+    library = ctypes.CDLL(None, use_errno=True)
+    header = (ctypes.c_uint32 * 2)(_CAPABILITIES_VERSION, 0)
+    library.prctl(_SET_SECUREBITS, _NO_ROOT)
+    if library.capset(header, (ctypes.c_uint32 * 6)()):
+        raise OSError(ctypes.get_errno(), "capset")
 
 
 def _sizes(folder: pathlib.Path) -> dict[str, int]:
@@ -439,12 +422,9 @@ def _wait_for_quiet() -> None:
 
 
 def shares(num: int, names: list[str]) -> dict[str, int]:
-    """Divide a number of cases among commands by their shares."""
+    """Divide a number of cases among commands by their shares, one at least."""
     total = sum(CASES[name].share for name in names)
-    given = {name: num * CASES[name].share // total for name in names}
-    for name in names[: num - sum(given.values())]:
-        given[name] += 1
-    return given
+    return {name: max(1, round(num * CASES[name].share / total)) for name in names}
 
 
 def table(rows: dict[tuple[str, str], list[int]]) -> str:
@@ -504,8 +484,7 @@ def main() -> None:
     names, kinds = given.commands.split(","), given.kinds.split(",")
     base = given.folder or pathlib.Path(tempfile.mkdtemp(prefix="kills-"))
     base.mkdir(parents=True, exist_ok=True)
-    base.chmod(0o755)
-    preload(base)
+    preload(base, names)
     numbers = {
         "time": shares((given.num + 1) // 2, names),
         "event": shares(given.num // 2, names),
@@ -522,8 +501,8 @@ def main() -> None:
     sys.exit(bool(bench.faults))
 
 
-def preload(base: pathlib.Path) -> None:
-    """Import what commands need, once, with folders that any user may write."""
+def preload(base: pathlib.Path, names: list[str]) -> None:
+    """Import what commands need, once; what libraries keep goes to a folder."""
     for variable, name in (
         ("JAX_COMPILATION_CACHE_DIR", "compiled"),
         ("MPLCONFIGDIR", "matplotlib"),
@@ -532,7 +511,6 @@ def preload(base: pathlib.Path) -> None:
     ):
         folder = base / name
         folder.mkdir(exist_ok=True)
-        folder.chmod(0o777)
         os.environ[variable] = str(folder)
     os.environ |= {
         "JAX_PLATFORMS": "cpu",
@@ -541,8 +519,13 @@ def preload(base: pathlib.Path) -> None:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "XLA_FLAGS": xla_flags.FAST_COMPILE,
     }
-    for name in _PRELOAD:
-        __import__(name)
+    for name in names:
+        for module in CASES[name].imports:
+            importlib.import_module(module)
+    if "jax" in sys.modules:
+        from kdjax.runtime import chips
+
+        chips.measure_cpu_flops = lambda: 1e11  # seconds of each start
 
 
 if __name__ == "__main__":
