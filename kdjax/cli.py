@@ -538,6 +538,9 @@ def write_json(result: Any) -> None:
     """Write a result to the file of --json, if that is given."""
     if _JSON.value:
         files.write_json(_JSON.value, result)
+        # It may be outside of all folders that are locked, and cleared then.
+        file = pathlib.Path(_JSON.value)
+        files.clear_leftovers(file.parent, file.name)
 
 
 def _flag_error(error: Exception, argv: list[str]) -> str:

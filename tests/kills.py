@@ -234,9 +234,7 @@ class Bench:
             self.fault(name, what, problems, [*ends, last])
         return not problems
 
-    def fault(
-        self, name: str, what: str, problems: list[str], ends: list[End]
-    ) -> None:
+    def fault(self, name: str, what: str, problems: list[str], ends: list[End]) -> None:
         line = f"{name}, {what}: {'; '.join(problems)}"
         self.faults.append(line)
         keep = self.base / "faults" / f"{len(self.faults)}"
@@ -257,7 +255,9 @@ class Bench:
                 options["limit"] = self.draws.uniform(0.02, 1) * self.cpu[name]
                 point = f"{options['limit']:.2f} s"
             elif self.draws.random() < 0.25 and self.sizes[name]:
-                size = self.draws.randint(1, max(1, self.draws.choice(self.sizes[name])))
+                size = self.draws.randint(
+                    1, max(1, self.draws.choice(self.sizes[name]))
+                )
                 options["before"] = lambda size=size: _tear(size)
                 point = f"byte {size} of a file"
             else:
@@ -312,7 +312,11 @@ class Bench:
                 disk.option("rw")
                 return self._forbidden(name, "a read-only disk", ended)
         if number % 4 == 1:
-            target, mode, what = self.place, 0o555, "a folder without the right to write"
+            target, mode, what = (
+                self.place,
+                0o555,
+                "a folder without the right to write",
+            )
         else:
             target = self.place / self.draws.choice(case.inputs)
             inside = sorted(p for p in target.rglob("*") if p.is_file())
@@ -320,7 +324,9 @@ class Bench:
                 target = self.draws.choice(inside)
             mode = 0
             kind = "folder" if target.is_dir() else "file"
-            what = f"a {kind} without the right to read, {target.relative_to(self.place)}"
+            what = (
+                f"a {kind} without the right to read, {target.relative_to(self.place)}"
+            )
         before = target.stat().st_mode
         target.chmod(mode)
         ended = run(self.argv(name), before=_drop_rights)
@@ -338,9 +344,7 @@ class Bench:
         return 1, good and not problems
 
 
-def complaints(
-    ended: End, reason: str, place: pathlib.Path, remedy: str
-) -> list[str]:
+def complaints(ended: End, reason: str, place: pathlib.Path, remedy: str) -> list[str]:
     """Return what is wrong with the error of a command: one line, path and remedy."""
     found = []
     lines = [
@@ -439,7 +443,9 @@ def table(rows: dict[tuple[str, str], list[int]]) -> str:
 
     names = list(dict.fromkeys(name for name, _ in rows))
     for name in names:
-        lines.append(" | ".join((f"| {name}", *(cell([name], k) for k in kinds))) + " |")
+        lines.append(
+            " | ".join((f"| {name}", *(cell([name], k) for k in kinds))) + " |"
+        )
     lines.append(" | ".join(("| all", *(cell(names, k) for k in kinds))) + " |")
     return "\n".join(lines)
 
@@ -467,7 +473,9 @@ def measure(bench: Bench, kinds: list[str], wanted: dict[str, dict[str, int]]):
                 row[1] += good and tried > 0
                 row[2] += tried > 0
             if row[2]:
-                print(f"{name}, {kind}: {row[0]} in {row[2]}, {row[1]} well", flush=True)
+                print(
+                    f"{name}, {kind}: {row[0]} in {row[2]}, {row[1]} well", flush=True
+                )
     return rows
 
 

@@ -9,6 +9,7 @@ import runpy
 import subprocess
 import sys
 import threading
+import types
 
 import pytest
 from absl import flags
@@ -18,7 +19,7 @@ import kdjax
 from kdjax import __main__ as script
 from kdjax import cli
 from kdjax import config as config_lib
-from kdjax.runtime import locks
+from kdjax.runtime import files, locks
 
 ROOT = pathlib.Path(__file__).parent.parent
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
@@ -226,6 +227,15 @@ def test_noise_of_libraries_is_kept_from_the_terminal(monkeypatch):
     assert not shown("`save_pytree` is deprecated, use `save`")
     failure = (OSError, OSError(28, "full"), None)
     assert not shown("raised", "/site-packages/orbax/future.py", failure)
+
+
+def test_a_result_clears_what_a_killed_process_left_of_it(tmp_path, monkeypatch):
+    file = tmp_path / "result.json"
+    name = files.temporary(file).name.replace(f"-{os.getpid()}", "-4194305")
+    (tmp_path / name).write_text("{")
+    monkeypatch.setattr(cli, "_JSON", types.SimpleNamespace(value=str(file)))
+    cli.write_json({"nll": 1.0})
+    assert list(tmp_path.iterdir()) == [file]
 
 
 @pytest.mark.parametrize("name", ["nothing", "file", "folder"])

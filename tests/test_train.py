@@ -1,5 +1,6 @@
 """Whole runs: files, resume, kills, errors before any step."""
 
+import os
 import pathlib
 import shutil
 import signal
@@ -17,6 +18,7 @@ from kdjax.evaluation.scorer import Scorer, score_teacher
 from kdjax.experiment.run import open_run
 from kdjax.models import hf, lm
 from kdjax.parallel import distributed
+from kdjax.runtime import locks
 from kdjax.teacher import build
 from kdjax.teacher import cache as cache_lib
 from kdjax.training.checkpoint import Checkpoints
@@ -99,6 +101,19 @@ def test_starting_a_finished_run_again_changes_nothing(decoder_run, tmp_path):
     train.run(config, again)
     assert summary(again) == summary(workdir)
     assert step_rows(again) == step_rows(workdir)
+
+
+def test_the_lock_of_a_process_killed_when_its_cache_was_whole_is_cleared(
+    decoder_run, tmp_path
+):
+    config, workdir = decoder_run
+    copy = helpers.copy_run(workdir, tmp_path / "copy")
+    with locks.hold(copy / "cache" / "eval"):
+        own = (copy / "cache" / "eval" / locks.LOCK).read_text()
+    left = copy / "cache" / "eval" / locks.LOCK
+    left.write_text(own.replace(f'"pid": {os.getpid()}', '"pid": 4194305'))
+    build.ensure(open_run(config, copy))
+    assert not left.exists()
 
 
 def test_another_batch_mesh_and_seed_share_the_cache(decoder_run, taught, tmp_path):

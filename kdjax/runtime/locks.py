@@ -220,6 +220,16 @@ def hold(
                 path.rmdir()
 
 
+def clear(folder: str | os.PathLike) -> None:
+    """Remove the lock of a folder, and leftovers, if its owner is dead.
+
+    For a folder that is complete, which nobody will lock again.
+    """
+    if (pathlib.Path(folder) / LOCK).exists():
+        with contextlib.suppress(OSError, ValueError), hold(folder):
+            pass
+
+
 def check() -> None:
     """Check that no lock of this process was taken over.
 

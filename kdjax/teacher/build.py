@@ -32,7 +32,7 @@ from kdjax.experiment.teacher import (
 from kdjax.models import flops, hf
 from kdjax.models.lm import Shape
 from kdjax.parallel import distributed, sharding
-from kdjax.runtime import chips, untrusted
+from kdjax.runtime import chips, locks, untrusted
 from kdjax.runtime.console import progress
 from kdjax.storage import mirror, urls
 from kdjax.teacher import cache as cache_lib
@@ -222,8 +222,10 @@ def ensure(run: Run) -> dict[str, Cache]:
                     workdir_lib.hold(path, name="cache", remedy="another cache.path")
                 )
             _build(run, teacher_path, todo)
-    if set(splits) - set(todo):
-        _check_teacher(config, workdir, teacher_path, set(splits) - set(todo))
+    if finished := set(splits) - set(todo):
+        _check_teacher(config, workdir, teacher_path, finished)
+    for split in finished if distributed.is_main() else ():
+        locks.clear(folder(config, workdir, split))
     return {split: _open(run, split, segments) for split, segments in splits.items()}
 
 

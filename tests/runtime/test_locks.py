@@ -177,6 +177,16 @@ def test_of_many_who_start_at_once_one_gets_a_dead_owner_s_lock(tmp_path):
         losers.clear()
 
 
+def test_the_lock_of_a_dead_owner_is_cleared_and_no_other(tmp_path):
+    locks.clear(tmp_path / "none")
+    file = write_owner(tmp_path, pid=4194305, machine=files.machine())
+    locks.clear(tmp_path)
+    assert not file.exists()
+    with locks.hold(tmp_path):
+        locks.clear(tmp_path)
+        assert file.exists()
+
+
 def test_a_failure_leaves_no_folder_where_there_was_none(tmp_path):
     with pytest.raises(RuntimeError), locks.hold(tmp_path / "run"):
         raise RuntimeError
