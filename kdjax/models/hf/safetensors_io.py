@@ -236,4 +236,5 @@ def read_json(file: pathlib.Path) -> dict[str, Any]:
 
 
 def _opened(file: str | os.PathLike) -> Any:
-    return safe_open(file, framework="np")
+    with open(file, "rb"):  # safetensors says of any reason that there is no file
+        return safe_open(file, framework="np")

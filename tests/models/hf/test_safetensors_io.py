@@ -146,3 +146,14 @@ def test_loading_and_saving_hold_the_parameters_once(tmp_path, stored, dtype):
     # The largest tensor, the embedding, is put together from all devices.
     embedding = 32000 * 1024 * (2 if dtype == "bfloat16" else 4) / 2**20
     assert found["save"]["peak_mib"] < 3 * embedding + 32
+
+
+def test_a_file_that_may_not_be_read_is_not_missing(tmp_path, monkeypatch):
+    save_file({"x": np.zeros(2, np.float32)}, tmp_path / "model.safetensors")
+
+    def refuse(file, mode):
+        raise PermissionError(13, "Permission denied", str(file))
+
+    monkeypatch.setattr(safetensors_io, "open", refuse, raising=False)
+    with pytest.raises(PermissionError, match=r"denied: .*model\.safetensors"):
+        safetensors_io.find(tmp_path)
