@@ -4,11 +4,12 @@
         [--commands=train,label] [--kinds=time,event,disk,permission] [--folder=DIR]
 
 Each command runs undisturbed first. Then it is killed -9 after a random part of the CPU
-time that this took, or at a random event: before a file is opened to be written, renamed,
-linked, removed or synced, or in the middle of a write. Or its disk is full at a random
-size, or a file or folder may not be read or written (by a process without root's rights).
-Started again it must end with the undisturbed result. A table of all of that is printed;
-what went wrong is kept in `faults/`. Needs root on Linux, for file systems of a given size.
+time that this took, or at a random event: before a file is opened to be written,
+renamed, linked, removed or synced, or in the middle of a write. Or its disk is full at
+a random size, or a file or folder may not be read or written, by a process without
+root's rights. Started again it must end with the undisturbed result. A table of all of
+that is printed; what went wrong is kept in `faults/`. It needs root on Linux, for disks
+of a given size.
 
 A start is a fork of this process, which has imported everything and computed nothing.
 """
@@ -100,6 +101,7 @@ def run(argv: list[str], *, before: Callable = lambda: None, limit: float = 0) -
     """Run a command in a fork; `limit` seconds of CPU time kill it."""
     reader, writer = os.pipe()
     fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+    _wait_for_quiet()
     process = _FORK.Process(target=_command, args=(argv, writer, before))
     process.start()
     assert process.pid
@@ -123,7 +125,7 @@ def _command(argv: list[str], writer: int, before: Callable) -> None:
     for stream in (1, 2):
         os.dup2(writer, stream)
     os.close(writer)
-    sys.stdin = open(os.devnull)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     before()
     module, *sys.argv[1:] = argv
@@ -244,12 +246,11 @@ class Bench:
         print(f"FAULT {line} (see {keep})\n{output[-3000:]}", flush=True)
 
     def kill(self, name: str, kind: str, most: int) -> tuple[int, bool]:
-        """Kill a command up to three times in a row; return how often, and how it ended."""
+        """Kill a command up to three times in a row; return how often, and if well."""
         self.reset(self.start_of(name))
         ends: list[End] = []
         points = []
         for _ in range(min(most, self.draws.randint(1, 3))):
-            _wait_for_quiet()
             options: dict = {}
             if kind == "time":
                 options["limit"] = self.draws.uniform(0.02, 1) * self.cpu[name]
@@ -286,11 +287,12 @@ class Bench:
         self.reset()
         with _Disk(self.place) as disk:
             shutil.copytree(self.start_of(name), self.place, dirs_exist_ok=True)
-            size = disk.used() + self.draws.randint(0, max(4096, need))
+            size = disk.used() + self.draws.randrange(0, need)
             disk.resize(size)
             what = f"a disk with {size - disk.used():,} bytes left"
             ended = run(self.argv(name))
-            if ended.code == 0:
+            fits = ended.code == 0
+            if fits and call(kill_cases.content, self.place) == self.wanted[name]:
                 return 0, True
             problems = complaints(ended, "No space left on device", self.place, "free")
             if problems:
@@ -312,11 +314,8 @@ class Bench:
                 disk.option("rw")
                 return self._forbidden(name, "a read-only disk", ended)
         if number % 4 == 1:
-            target, mode, what = (
-                self.place,
-                0o555,
-                "a folder without the right to write",
-            )
+            target, mode = self.place, 0o555
+            what = "a folder without the right to write"
         else:
             target = self.place / self.draws.choice(case.inputs)
             inside = sorted(p for p in target.rglob("*") if p.is_file())
@@ -324,9 +323,8 @@ class Bench:
                 target = self.draws.choice(inside)
             mode = 0
             kind = "folder" if target.is_dir() else "file"
-            what = (
-                f"a {kind} without the right to read, {target.relative_to(self.place)}"
-            )
+            name_of = target.relative_to(self.place)
+            what = f"a {kind} without the right to read, {name_of}"
         before = target.stat().st_mode
         target.chmod(mode)
         ended = run(self.argv(name), before=_drop_rights)
@@ -382,7 +380,7 @@ class _Disk:
         _call("mount", "-o", f"remount,{text}", self._place)
 
     def resize(self, size: int) -> None:
-        self.option(f"size={-(-size // 4096) * 4096}")
+        self.option(f"size={size // 4096 * 4096}")
 
     def used(self) -> int:
         return shutil.disk_usage(self._place).used
@@ -454,14 +452,12 @@ def measure(bench: Bench, kinds: list[str], wanted: dict[str, dict[str, int]]):
     """Disturb every command in every way; return tried, well and cases of each."""
     rows: dict[tuple[str, str], list[int]] = {}
     for name in wanted:
-        _wait_for_quiet()
         bench.prepare(name)
         for kind in kinds:
             bench.draws = random.Random(f"{bench.seed} {name} {kind}")
             row = rows[name, kind] = [0, 0, 0]
             attempts = 0
             while row[0] < wanted[name][kind] and attempts < 4 * wanted[name][kind]:
-                _wait_for_quiet()
                 if kind == "disk":
                     tried, good = bench.fill_disk(name)
                 elif kind == "permission":
