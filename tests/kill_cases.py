@@ -245,7 +245,7 @@ CASES = {
     ),
     "plan": Case(
         f"plan {_CONFIG} --topology=cpu:1 --nosearch "
-        "--config.student.decoder.vocab_size=128 --json={case}/out/plan.json",
+        "--config.student.decoder.vocab_size=200 --json={case}/out/plan.json",
         _teach,
         share=2,
         inputs=("config_file.py",),

@@ -45,6 +45,10 @@ def write_atomically(file: str | os.PathLike, content: str | bytes) -> None:
         scratch.write_bytes(data)
         sync(scratch)
         scratch.replace(file)
+    except OSError as error:
+        if error.errno and not error.filename:  # as of a full disk
+            error.filename = str(file)
+        raise
     finally:
         with contextlib.suppress(OSError):  # not in place of what went wrong before
             scratch.unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """Atomic writes: the old content or the new one, and on disk when they return."""
 
+import errno
 import json
 import os
 import pathlib
@@ -125,3 +126,13 @@ def test_what_may_not_be_looked_at_is_no_nothing(tmp_path):
     assert not files.exists(tmp_path / "file" / "below")
     with pytest.raises(OSError, match="too long"):
         files.exists(tmp_path / ("x" * 300))
+
+
+def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
+    def refuse(self, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pathlib.Path, "write_bytes", refuse)
+    with pytest.raises(OSError) as raised:
+        files.write_json(tmp_path / "result.json", {})
+    assert raised.value.filename == str(tmp_path / "result.json")
