@@ -349,6 +349,7 @@ def complaints(ended: End, reason: str, place: pathlib.Path, remedy: str) -> lis
         line
         for line in ended.output.splitlines()
         if re.search(r"error|exception|warning|errno|denied|no space", line, re.I)
+        if not re.match(r"compare \d+/\d+ ", line)  # progress names what failed
     ]
     if ended.code != 1:
         found.append(f"exit code {ended.code}")
