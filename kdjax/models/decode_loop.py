@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Int
 
 from kdjax.config import DecoderConfig
-from kdjax.models import decoder, paged_cache, sampling, slots
+from kdjax.models import decoder, paged_cache, rotary, sampling, slots
 from kdjax.models.paged_cache import Places
 from kdjax.models.slots import Counters, Queue, Rows, Slots
 
@@ -127,6 +127,10 @@ class Loop:
         Returns:
           The state, and the rows and counters for the host.
         """
+        # XLA would compute them in the loop, again for every layer and head.
+        positions_1P = jnp.arange(self.pages_per_slot * self.page_size)[None]
+        table = rotary.angles(_merged(self.graphdef, params).ropes, positions_1P)
+        inputs = _Inputs(params, queue, table)
 
         def goes_on(carry: tuple) -> Array:
             number, state = carry
@@ -140,7 +144,7 @@ class Loop:
             state = self._schedule(state, queue)
             reads_next = self._reads_next(state)
             for reads in (False, True):
-                step = functools.partial(self._step, params, queue, reads=reads)
+                step = functools.partial(self._step, inputs, reads=reads)
                 state = _do_if(reads_next == reads, step, state)
             return number + 1, state
 
@@ -171,10 +175,9 @@ class Loop:
         )
         return jax.vmap(own)(state.slots).any()
 
-    def _step(
-        self, params: decoder.Params, queue: Queue, state: State, *, reads: bool
-    ) -> State:
+    def _step(self, inputs: "_Inputs", state: State, *, reads: bool) -> State:
         """Decode one token per slot and, if it `reads`, pieces of the prompts."""
+        params, queue, angle_table = inputs
         cache, slots_F, rows_F, counters_F = state
         lanes = None
         if reads:
@@ -182,15 +185,15 @@ class Loop:
                 slots.lanes_of, num_lanes=self.num_lanes, length=self.lane_length
             )
             lanes = jax.vmap(own)(slots_F, queue)
-        inputs = functools.partial(_inputs, length=self.lane_length)
-        new = jax.vmap(inputs)(slots_F, rows_F, queue, lanes)
+        new_tokens = functools.partial(_new_tokens, length=self.lane_length)
+        new = jax.vmap(new_tokens)(slots_F, rows_F, queue, lanes)
         model = _merged(self.graphdef, params)
         token_FT, position_FT, places_F, lanes_F = self.place(
             (new.token, new.position, slots_F.places, lanes), ROW_AXES
         )
         hidden_FTD, stored = model.extend(
             token_FT,
-            position_FT,
+            rotary.look_up(angle_table, position_FT),
             self._attend(places_F, lanes_F, model),
             params["layers"],
             cache,
@@ -326,6 +329,14 @@ def prepare(params: decoder.Params, *, dtype: str, unstack: bool) -> decoder.Par
     return params
 
 
+class _Inputs(NamedTuple):
+    """What all steps read."""
+
+    params: decoder.Params
+    queue: Queue
+    angle_table: rotary.Angles  # of all positions that a slot may have
+
+
 class _New(NamedTuple):
     """The new tokens of a step, of one shard: one per slot, then those of the lanes."""
 
@@ -343,7 +354,7 @@ class _Last(NamedTuple):
     written: Int[Array, "B"]  # tokens that come into the cache
 
 
-def _inputs(
+def _new_tokens(
     slots_B: Slots,
     rows: Rows,
     queue: Queue,

@@ -160,12 +160,12 @@ class Decoder(nnx.Module):
         )
         return self.norm(x_BTD), cache, captured
 
-    def extend(self, tokens_BT, positions_BT, attend, layers, cache):
+    def extend(self, tokens_BT, all_angles, attend, layers, cache):
         """Compute hidden states of new tokens beside a cache that is only read.
 
         Args:
           tokens_BT: new tokens.
-          positions_BT: theirs.
+          all_angles: of their positions, from `rotary.angles` with `self.ropes`.
           attend: (query, key, value, layer of the cache, window=) -> mixed values, and
             what is to be stored of the new tokens.
           layers: parameters of the layers, stacked, or one tree each as a tuple, which
@@ -177,7 +177,6 @@ class Decoder(nnx.Module):
           stacked or a tuple like them.
         """
         block_graphdef, _ = nnx.split(self.layers)
-        all_angles = rotary.angles(self.ropes, positions_BT)
         x_BTD = self._embedded(tokens_BT)
 
         def body(x_BTD, layer):

@@ -6,6 +6,7 @@ Shapes: B rows, T time, H heads, K per head, R kinds of layers.
 import math
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -113,6 +114,15 @@ def angles(all_ropes: tuple[Rope, ...], positions_BT: Int[Array, "B T"]) -> Angl
         return pairs[0]
     cosines, sines = zip(*pairs, strict=True)
     return jnp.stack(cosines), jnp.stack(sines)
+
+
+def look_up(table: Angles, positions_BT: Int[Array, "B T"]) -> Angles:
+    """Return the rows of `angles` of the positions 0, 1, ..., [1, P]."""
+
+    def rows(x: Float[Array, "... 1 P 1 K/2"]) -> Float[Array, "... B T 1 K/2"]:
+        return jnp.take(x[..., 0, :, :, :], positions_BT, axis=-3, mode="clip")
+
+    return jax.tree.map(rows, table)
 
 
 def rotate(
