@@ -465,7 +465,7 @@ def _config_of_run(name: str) -> Any:
     Raises:
       ValueError: it is none; what is there instead is said.
     """
-    if is_in_store():
+    if "://" in str(name):
         from kdjax.storage import mirror
 
         content = mirror.read_file(name, "config.json")

@@ -3,6 +3,7 @@
     python -m pytest -p tests.budget --budget=check     # fail if a file has doubled
     python -m pytest -p tests.budget --budget=write     # keep the measured seconds
 
+On a slower machine, as the median of the files tells, the limits grow with it.
 CPU seconds are those of the process that runs a test and of the processes it started
 and waited for: unlike wall-clock time they hardly depend on what else the machine does.
 Fixtures of a file count as the file's; those of the session, which any file may be the
@@ -12,6 +13,7 @@ first to ask for, are an entry of their own.
 import json
 import os
 import pathlib
+import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
@@ -20,16 +22,23 @@ import pytest
 BUDGET = pathlib.Path(__file__).with_name("budget.json")
 SESSION = "session fixtures"
 FACTOR = 2.0  # a file may take so many times its budget
+MANY = 8  # files that tell how fast the machine is
 SMALLEST = 10.0  # seconds; a smaller budget, or a file without, counts as this one
 
 
 def overruns(
     seconds: Mapping[str, float], budget: Mapping[str, float]
 ) -> dict[str, float]:
-    """Return the limits of the files that are above theirs; {} without a budget."""
+    """Return the limits of the files that are above theirs; {} without a budget.
+
+    Where most files take longer than their budget the machine is slower, by the median.
+    """
     if not budget:
         return {}
-    limits = {name: FACTOR * max(budget.get(name, 0.0), SMALLEST) for name in seconds}
+    ratios = [s / budget[n] for n, s in seconds.items() if budget.get(n, 0) >= SMALLEST]
+    slower = statistics.median(ratios) if len(ratios) >= MANY else 1.0
+    factor = FACTOR * max(1.0, slower)
+    limits = {name: factor * max(budget.get(name, 0.0), SMALLEST) for name in seconds}
     return {name: limit for name, limit in limits.items() if seconds[name] > limit}
 
 

@@ -41,6 +41,16 @@ def test_a_file_may_take_twice_its_budget():
     assert budget.overruns(seconds, {}) == {}
 
 
+def test_on_a_slow_machine_limits_grow_with_all_files():
+    names = "abcdefgh"
+    seconds = {**dict.fromkeys(names, 30.0), "own": 59.0}
+    entries = {**dict.fromkeys(names, 20.0), "own": 20.0}
+    assert budget.overruns(seconds, entries) == {}
+    assert budget.overruns(seconds | {"own": 61.0}, entries) == {"own": 60.0}
+    quick = dict.fromkeys(names, 10.0) | {"own": 41.0}
+    assert budget.overruns(quick, entries) == {"own": 40.0}
+
+
 def test_the_budget_names_files():
     for name in budget._read():
         assert name == budget.SESSION or (budget.BUDGET.parents[1] / name).is_file()
