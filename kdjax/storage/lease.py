@@ -16,7 +16,7 @@ import threading
 import time
 import uuid
 
-from kdjax.runtime import files
+from kdjax.runtime import files, locks
 from kdjax.storage import index
 from kdjax.storage.store import Store, StoreError
 
@@ -27,20 +27,10 @@ _LOOK_SECONDS = 5.0  # at the lease of an owner that may be dead
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Owner:
+class Owner(locks.Owner):
     """The process that holds a lease."""
 
-    host: str
-    pid: int
-    start: int  # of the process, clock ticks after boot; 0 = unknown
-    machine: str  # kernel and process namespace: pids of equal ones can be compared
-    command: str
-    since: str  # local time
-    token: str  # of this one lease
     beat: int  # how often it was renewed
-
-    def __str__(self) -> str:
-        return f"{self.command} (host {self.host}, pid {self.pid}, since {self.since})"
 
 
 class Lease:

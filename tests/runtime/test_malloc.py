@@ -78,7 +78,8 @@ def test_a_step_has_fewer_page_faults():
 @pytest.mark.skipif(sys.platform != "linux", reason="malloc is not glibc's")
 def test_memory_freed_by_the_compiler_is_trimmed():
     kept, trimmed = (float(run("-c", FREED, how)) for how in ("keep", "trim"))
-    assert kept < 20 < 60 < trimmed, (kept, trimmed)
+    # What compiling itself takes, 10 to 25 MiB, is in both.
+    assert kept < 20 and trimmed - kept > 80, (kept, trimmed)
 
 
 COMMAND = """
