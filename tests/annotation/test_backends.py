@@ -232,7 +232,8 @@ def test_nothing_is_lost_or_doubled(tmp_path, method):
             assert row["new_tokens"] == 3 * steps
         assert len(server.numbers) == steps * NUM  # prompts
         reasons = [row["calls"][-1]["finish_reason"] for row in parts]
-        assert set(reasons) <= {"length", "stop"}
+        calls = [call["finish_reason"] for row in parts for call in row["calls"]]
+        assert set(calls) == {"length", "stop"}
         assert report["rows"] == NUM
         assert report["gates"]["cut_off"] == reasons.count("length")
         assert report["finish_reasons"] == collections.Counter(reasons)
