@@ -1,7 +1,7 @@
 """Error rates and coverage of a study's statistics, on constructed studies.
 
     python benchmarks/study_statistics.py [--studies=500] [--seconds=3600] [--seed=0]
-        [--ordinal_only]
+        [--ordinal_only] [--coverage_only]
 
 People rate explanations of four conditions on five constructs, one to five points. A
 rating is logistic noise around condition + person + question (+ explanation), cut at
@@ -73,6 +73,7 @@ def errors(rng, *, sd_explanation, heavy):
     joint = permutation.within_participants(y, what, who, num=199, seed=seed)
     factors = {"person": who, "question": seen}
     with_explanation = {**factors, "explanation": explanation}
+    maximal = {**with_explanation, "person x condition": who * CONDITIONS + what}
     test = np.eye(4)[1:]
     result = {
         "permutation within participants, Quality": alone.p_values[0],
@@ -82,6 +83,7 @@ def errors(rng, *, sd_explanation, heavy):
         "linear mixed model with explanations, Quality": _linear(
             quality, x, with_explanation, test
         ),
+        "linear mixed model, maximal, Quality": _linear(quality, x, maximal, test),
     }
     if not heavy:
         return result
@@ -148,8 +150,12 @@ def coverage(rng, difference, superiority):
     quality, x = y.mean(1), columns(what)
     contrast = np.array([0.0, 0.0, 0.0, 1.0])
     factors = {"person": who, "question": seen}
-    fit = mixed_models.LinearFit(quality, x, factors)
-    effect = fit.effect("", contrast)
+    explanation = {**factors, "explanation": seen * CONDITIONS + what}
+    maximal = {**explanation, "person x condition": who * CONDITIONS + what}
+    effects = [
+        mixed_models.LinearFit(quality, x, each).effect("", contrast)
+        for each in (factors, explanation, maximal)
+    ]
     ordinal = ordinal_models.OrdinalFit(y[:, 0], x[:, 1:], factors)
     odds = ordinal.effect("", contrast[1:])
     means = np.array(
@@ -166,7 +172,9 @@ def coverage(rng, difference, superiority):
         quality[what == 3].tolist(), quality[what == 0].tolist()
     )
     return {
-        "linear mixed model, difference of Quality": _covers(effect, difference),
+        "linear mixed model, difference of Quality": _covers(effects[0], difference),
+        "linear mixed model with explanations": _covers(effects[1], difference),
+        "linear mixed model, maximal": _covers(effects[2], difference),
         "within participants, difference of Quality": _covers(paired, difference),
         "cumulative-logit mixed model, log odds": _covers(odds, EFFECTS[3]),
         "Vargha-Delaney A, ratings as independent": _covers(a, superiority),
@@ -218,6 +226,9 @@ def main():
         action="store_true",
         help="the likelihood ratio of the cumulative-logit mixed model alone",
     )
+    parser.add_argument(
+        "--coverage_only", action="store_true", help="intervals alone, a few minutes"
+    )
     arguments = parser.parse_args()
     warnings.simplefilter("error")
     if arguments.ordinal_only:
@@ -228,10 +239,12 @@ def main():
     alike, differing, covered = (collections.defaultdict(list) for _ in range(3))
     while num < arguments.studies and time.monotonic() - start < arguments.seconds:
         rng = np.random.default_rng([arguments.seed, num])
-        for name, p in errors(rng, sd_explanation=0.0, heavy=True).items():
-            alike[name].append(significant(p))
-        for name, p in errors(rng, sd_explanation=SD_EXPLANATION, heavy=False).items():
-            differing[name].append(significant(p))
+        for table, spread in ((alike, 0.0), (differing, SD_EXPLANATION)):
+            if arguments.coverage_only:
+                break
+            ps = errors(rng, sd_explanation=spread, heavy=table is alike)
+            for name, p in ps.items():
+                table[name].append(significant(p))
         for name, hit in coverage(rng, difference, superiority).items():
             covered[name].append(hit)
         num += 1
@@ -241,6 +254,8 @@ def main():
         ("no effect, explanations differ too", differing, ALPHA),
         ("effects: share of intervals that cover", covered, 0.95),
     ):
+        if not table:
+            continue
         print(f"\n| {title} | share | its 95% interval | verdict |\n|---|---|---|---|")
         for name, hits in table.items():
             print(line(name, hits, wanted))

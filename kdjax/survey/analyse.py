@@ -114,7 +114,8 @@ def analyse(
     options = Options(
         reference=reference or levels[0], points=points or max(highest, 5), **settings
     )
-    num = 3 * len(remaining.outcomes) + 3
+    models = 3 + model_tables.repeats_conditions(remaining)
+    num = models * len(remaining.outcomes) + 3
     with progress(num, "analyse") as advance:
         results = [
             tables_lib.overview(remaining),

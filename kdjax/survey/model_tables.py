@@ -16,7 +16,9 @@ from kdjax.survey import tables
 from kdjax.survey.ratings import Ratings
 from kdjax.survey.tables import Options, Row, Table
 
-_SEVERAL = 1.5  # mean ratings per explanation from which it is a random effect
+_MAXIMAL = ", maximal"  # ending of a model's name
+_SEVERAL = 1.5  # mean ratings per level from which a factor is a random effect
+_MOST_LEVELS = 2_000  # of participant x condition: the model's time grows with the cube
 
 
 def linear_models(
@@ -28,13 +30,17 @@ def linear_models(
     means: list[Row] = []
     variances: list[Row] = []
     for outcome, values_N in ratings.outcomes.items():
-        for model, x_NP, names, rows in tables.designs(ratings, values_N, options):
+        designs = tables.designs(ratings, values_N, options)
+        models = [(*design, _factors(ratings, design[-1])) for design in designs]
+        if repeats_conditions(ratings):
+            model, x_NP, names, rows = designs[0]
+            factors = _factors(ratings, rows) | _interaction(ratings, rows)
+            models.append((model + _MAXIMAL, x_NP, names, rows, factors))
+        for model, x_NP, names, rows, factors in models:
             advance()
             head = {"outcome": outcome, "model": model, "n": int(rows.sum())}
             try:
-                fit = mixed_models.LinearFit(
-                    values_N[rows], x_NP[rows], _factors(ratings, rows)
-                )
+                fit = mixed_models.LinearFit(values_N[rows], x_NP[rows], factors)
             except ValueError as error:
                 tests.append({**head, "remark": f"not estimable: {error}"})
                 continue
@@ -120,10 +126,13 @@ def linear_models(
                 "participant + an effect of the item (+ one of the explanation, where "
                 "explanations have several raters), random and crossed; REML, F with "
                 "Satterthwaite's degrees of freedom. With length, conditions are "
-                "compared at equal length; without, as they are."
+                "compared at equal length; without, as they are. The maximal model has "
+                "an effect of participant x condition besides: conditions differ more "
+                "for some people than for others, by taste or because some already "
+                "give the highest points. Its intervals are wider, and cover."
             ),
             rows=tests,
-            notes=_explanation_note(ratings),
+            notes=[*_explanation_note(ratings), *_interaction_note(ratings)],
         ),
         Table(
             name=MEANS,
@@ -272,6 +281,33 @@ def _factors(ratings: Ratings, rows_N: np.ndarray) -> dict[str, list[str]]:
         pairs = ratings.explanations
         factors["explanation"] = ["\0".join(pairs[place]) for place in places]
     return factors
+
+
+def _interaction(ratings: Ratings, rows_N: np.ndarray) -> dict[str, list[str]]:
+    """Return the random effect of participant x condition of some rows."""
+    pairs = ["\0".join(pair) for pair in _cells(ratings)]
+    return {"participant x condition": [pairs[n] for n in np.flatnonzero(rows_N)]}
+
+
+def _cells(ratings: Ratings) -> list[tuple[str, str]]:
+    return list(zip(ratings.participants, ratings.conditions, strict=True))
+
+
+def repeats_conditions(ratings: Ratings) -> bool:
+    """Return whether participants rate a condition several times."""
+    levels = len(set(_cells(ratings)))
+    return levels <= _MOST_LEVELS and len(ratings) >= _SEVERAL * levels
+
+
+def _interaction_note(ratings: Ratings) -> list[str]:
+    levels = len(set(_cells(ratings)))
+    if repeats_conditions(ratings):
+        return []
+    if levels > _MOST_LEVELS:
+        why = f"participants x conditions are {levels:,}, the limit is {_MOST_LEVELS:,}"
+    else:
+        why = "most participants rate a condition once"
+    return [f"the maximal model is not fitted: {why}"]
 
 
 def _is_replicated(ratings: Ratings) -> bool:

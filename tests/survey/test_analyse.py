@@ -71,7 +71,20 @@ def test_the_planted_order_is_recovered(results):
 def test_models_converge_and_say_so(results):
     assert {row["converged"] for row in results["variances"].rows} == {"yes"}
     effects = [row for row in results["linear_mixed"].rows if row["effect"] != "x"]
-    assert {row["model"] for row in effects} == {"condition", "condition + length"}
+    assert {row["model"] for row in effects} == {
+        "condition",
+        "condition + length",
+        "condition, maximal",
+    }
+
+
+def test_the_maximal_model_has_wider_intervals(results):
+    widths: dict[str, list[float]] = {}
+    for row in results["linear_mixed_pairs"].rows:
+        widths.setdefault(row["model"], []).append(row["high"] - row["low"])
+    plain, maximal = widths["condition"], widths["condition, maximal"]
+    pairs = zip(maximal, plain, strict=True)
+    assert all(wide > 0.999 * narrow for wide, narrow in pairs)
 
 
 def test_missing_ratings_are_counted(results):
