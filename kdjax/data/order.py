@@ -7,6 +7,7 @@ each. The windows' packing uses lengths alone, so a window has the same number o
 in every epoch, and no epoch has to be known to find a row of a later one.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -221,8 +222,10 @@ class WindowedRows:
             row_of = self._row_of[window]
             by_row = np.argsort(row_of, kind="stable")
             ends = np.cumsum(np.bincount(row_of))
-            rows = np.split(items[by_row].astype(np.int64), ends[:-1])
-            shuffled = [rows[i] for i in rng.permutation(len(rows))]
+            sorted_items = items[by_row].astype(np.int64)
+            bounds = [0, *ends.tolist()]
+            rows = [sorted_items[a:b] for a, b in itertools.pairwise(bounds)]
+            shuffled = [rows[i] for i in rng.permutation(len(rows)).tolist()]
             if len(self._packed) >= 3:
                 del self._packed[next(iter(self._packed))]
             self._packed[epoch, window] = shuffled
