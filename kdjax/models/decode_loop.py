@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Int
 
 from kdjax.config import DecoderConfig
 from kdjax.models import decoder, paged_cache, rotary, sampling, slots
+from kdjax.models.layers import transpose_kernels
 from kdjax.models.paged_cache import Places
 from kdjax.models.slots import Counters, Queue, Rows, Slots
 
@@ -277,7 +278,10 @@ class Loop:
 
     def _choose(self, params, model, hidden_FBD, slots_F, rows_F, queue) -> tuple:
         """Choose a token per slot."""
-        logits_FBV = decoder.logits(params, hidden_FBD, transform=model.logit_transform)
+        hidden_BD = hidden_FBD.reshape(-1, hidden_FBD.shape[-1])
+        logits_VB = decoder.transposed_logits(
+            params, hidden_BD, transform=model.logit_transform
+        )
         row_FB = jnp.maximum(slots_F.row, 0)
 
         def of_rows(x_FN):
@@ -287,7 +291,7 @@ class Loop:
             jax.random.key(self.seed), of_rows(queue.seeds)
         )
         token, log_prob = sampling.choose(
-            logits_FBV.reshape(-1, logits_FBV.shape[-1]),
+            logits_VB,
             keys,
             of_rows(rows_F.counts),
             jax.tree.map(of_rows, queue.settings),
@@ -313,6 +317,8 @@ def _do_if(condition: Array, function: Callable[[Any], Any], x: Any) -> Any:
 def prepare(params: decoder.Params, *, dtype: str, unstack: bool) -> decoder.Params:
     """Cast the weights to the compute dtype once, and take the layers apart.
 
+    Kernels are transposed (`layers.transpose_kernels`).
+
     Args:
       params: of the model.
       dtype: compute dtype.
@@ -320,7 +326,8 @@ def prepare(params: decoder.Params, *, dtype: str, unstack: bool) -> decoder.Par
     """
 
     def cast(path: Any, x: Array) -> Array:
-        return x.astype(dtype) if path[-1].key in _CAST else x
+        x = x.astype(dtype) if path[-1].key in _CAST else x
+        return x.mT if path[-1].key == "kernel" else x
 
     params = jax.tree_util.tree_map_with_path(cast, params)
     if unstack:
@@ -414,13 +421,15 @@ def _last_tokens(slots_B: Slots, lanes: paged_cache.Lanes | None, length: int) -
 
 
 def _merged(graphdef: nnx.GraphDef, params: decoder.Params) -> Any:
-    """Return the model whose own layers are not used."""
+    """Return the model, as `prepare` changes it, whose own layers are not used."""
     layers = params["layers"]
     if isinstance(layers, tuple):
         layers = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct((len(layers), *x.shape), x.dtype), layers[0]
         )
-    return nnx.merge(graphdef, params | {"layers": layers})
+    model = nnx.merge(graphdef, params | {"layers": layers})
+    transpose_kernels(model)
+    return model
 
 
 def _obey(state: State, commands: Commands) -> State:

@@ -369,6 +369,24 @@ def logits(
     return transform(products)
 
 
+def transposed_logits(
+    params: Params,
+    hidden_BD: Float[Array, "B D"],
+    *,
+    transform: LogitTransform = IDENTITY,
+) -> Float[Array, "V B"]:
+    """Compute all logits in float32, a column per row of hidden states.
+
+    The weight, [V, D], then lies as a CPU multiplies best; `logits` transposes it.
+    """
+    products = jnp.matmul(
+        head_weight(params).astype(hidden_BD.dtype),
+        hidden_BD.T,
+        preferred_element_type=jnp.float32,
+    )
+    return transform(products)
+
+
 def init_cache(
     config: DecoderConfig, batch_size: int, max_length: int, dtype: str
 ) -> Cache:

@@ -144,23 +144,33 @@ def write(
     """
 
     def of_shard(layer: Layer, new: Any, page_T: Array, offset_T: Array) -> Layer:
-        layer = dict(layer)
-        at = {name: x.at for name, x in layer.items()}
+        # A CPU would convert a whole array of bfloat16 to float32 and back.
+        views = {name: _as_integers(x) for name, x in layer.items()}
+        at = {name: x.at for name, x in views.items()}
         places = {
             "key": at["key"][page_T, :, :, offset_T],
             "value": at["value"][page_T, :, offset_T],
         }
         for name, place in places.items():
-            layer[name] = place.set(new[name]["data"], mode="drop")
+            data = _as_integers(new[name]["data"])
+            views[name] = place.set(data, mode="drop")
             if "scale" in new[name]:
                 place = at[f"{name}_scale"][page_T, :, offset_T]
-                layer[f"{name}_scale"] = place.set(new[name]["scale"], mode="drop")
-        return layer
+                views[f"{name}_scale"] = place.set(new[name]["scale"], mode="drop")
+        return {
+            name: jax.lax.bitcast_convert_type(x, layer[name].dtype)
+            for name, x in views.items()
+        }
 
     def of_layer(layer: Layer, new: Any) -> Layer:
         return jax.vmap(of_shard)(layer, new, page_FT, offset_FT)
 
     return map_layers(of_layer, cache, new)
+
+
+def _as_integers(x: Array) -> Array:
+    """Return the bits of bfloat16 numbers as integers; others as they are."""
+    return x.view(jnp.uint16) if x.dtype == jnp.bfloat16 else x
 
 
 def copy_pages(
