@@ -144,7 +144,7 @@ def test_a_training_with_company_ends_undisturbed(commands, undisturbed):
     assert succeeded + held > 0
 
 
-def in_a_terminal(command: list[str], text: str, timeout: float = 120):
+def in_a_terminal(command: list[str], text: str, timeout: float = 400):
     """Runs a command in a pseudo-terminal, presses Ctrl-C when a text is shown."""
     # Not pty.fork: this process has threads.
     terminal, ends = pty.openpty()

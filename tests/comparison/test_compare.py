@@ -74,7 +74,9 @@ def test_killed_and_started_again_gives_the_same_results(tmp_path):
     config = f"{CONFIG}:sound"
     arguments = {"capture_output": True, "timeout": 500}
     whole = tmp_path / "whole"
+    start = time.monotonic()
     subprocess.run(command(whole, "--jobs=2", config=config), check=True, **arguments)
+    seconds = time.monotonic() - start
     killed = tmp_path / "killed"
     moments = random.Random(0)
     for _ in range(3):
@@ -83,7 +85,7 @@ def test_killed_and_started_again_gives_the_same_results(tmp_path):
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        time.sleep(moments.uniform(10, 40))
+        time.sleep(moments.uniform(0.3, 0.8) * seconds)
         process.send_signal(signal.SIGKILL)
         process.wait()
     subprocess.run(command(killed, "--jobs=2", config=config), check=True, **arguments)

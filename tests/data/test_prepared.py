@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import multiprocessing
 import os
 import pathlib
 import re
@@ -18,6 +17,7 @@ from kdjax.data.tokenizer import make_word_tokenizer
 from kdjax.experiment import data as data_lib
 from kdjax.experiment.data import load_data
 from kdjax.runtime import files as files_lib
+from tests import forks
 
 NUM_EXAMPLES, SHARD_SIZE = 40, 9
 VIEWS = ("label", "rationale")
@@ -189,8 +189,7 @@ def build_until(folder: pathlib.Path, last: int, report) -> None:
 
 @pytest.mark.parametrize("num_kills", [6, pytest.param(30, marks=pytest.mark.slow)])
 def test_killed_anywhere_it_ends_with_the_same_bytes(store, tmp_path, num_kills):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.data.test_prepared"])
+    context = forks.server("tests.data.test_prepared")
     report = context.SimpleQueue()
 
     def start(folder, last):

@@ -1,7 +1,6 @@
 """Killed or damaged: labelling continues to the same bytes, reading refuses."""
 
 import json
-import multiprocessing
 import os
 import pathlib
 import signal
@@ -15,6 +14,7 @@ from kdjax.runtime import files as files_lib
 from kdjax.teacher import cache as cache_lib
 from kdjax.teacher import codec, label, shards
 from kdjax.teacher.manifest import Manifest
+from tests import forks
 
 VOCAB_SIZE, K = 50, 4
 CONFIG = CacheConfig(shard_size=4, batch_size=2, row_length=24, temperatures=(1.0, 2.0))
@@ -108,8 +108,7 @@ def fill_until(folder: pathlib.Path, last: int, report) -> None:
 
 @pytest.mark.parametrize("num_kills", [8, pytest.param(30, marks=pytest.mark.slow)])
 def test_killed_anywhere_it_ends_with_the_same_bytes(tmp_path, monkeypatch, num_kills):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.teacher.test_interrupted"])
+    context = forks.server("tests.teacher.test_interrupted")
     report = context.SimpleQueue()
 
     def start(folder, last):
