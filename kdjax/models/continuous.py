@@ -289,7 +289,7 @@ class Engine:
         parts = mesh.shape["tensor"]
         heads = None if self._shape.num_kv_heads % parts else "tensor"
         layers = () if isinstance(state.cache, tuple) else (None,)
-        pages = NamedSharding(mesh, P(*layers, ROW_AXES, None, heads))
+        pages = NamedSharding(mesh, P(ROW_AXES, *layers, None, heads))
         others = jax.tree.map(lambda x: NamedSharding(mesh, P()), state[1:])
         return State(jax.tree.map(lambda x: pages, state.cache), *others)
 

@@ -189,24 +189,23 @@ class Loop:
         new_tokens = functools.partial(_new_tokens, length=self.lane_length)
         new = jax.vmap(new_tokens)(slots_F, rows_F, queue, lanes)
         model = _merged(self.graphdef, params)
+        # Where the tokens lie once the new ones are written.
+        decodes_FB = jax.vmap(slots.decodes)(slots_F).astype(jnp.int32)
+        places_F = slots_F.places._replace(cached=slots_F.places.cached + decodes_FB)
         token_FT, position_FT, places_F, lanes_F = self.place(
-            (new.token, new.position, slots_F.places, lanes), ROW_AXES
+            (new.token, new.position, places_F, lanes), ROW_AXES
         )
-        hidden_FTD, stored = model.extend(
+        cells = functools.partial(
+            _cells, page_size=self.page_size, num_pages=self.num_pages
+        )
+        cells_FT = self.place(jax.vmap(cells)(slots_F, new), ROW_AXES)
+        hidden_FTD, cache = model.extend(
             token_FT,
             rotary.look_up(angle_table, position_FT),
-            self._attend(places_F, lanes_F, model),
+            self._attend(places_F, lanes_F, cells_FT, model),
             params["layers"],
             cache,
         )
-        place = functools.partial(
-            _cells, page_size=self.page_size, num_pages=self.num_pages
-        )
-        page_FT, offset_FT = self.place(jax.vmap(place)(slots_F, new), ROW_AXES)
-        # The cells follow, as if, from the last layer's output: so the compiler knows
-        # that all reads come before the writes, and does not copy the cache.
-        nothing = (hidden_FTD[:, :, 0] * 0).astype(jnp.int32)
-        cache = paged_cache.write(cache, stored, page_FT + nothing, offset_FT)
         last_FB = jax.vmap(_last_tokens, (0, 0, None))(slots_F, lanes, self.lane_length)
         hidden_FBD = jnp.take_along_axis(hidden_FTD, last_FB.token[..., None], axis=1)
         token_FB, log_prob_FB = self._choose(
@@ -227,52 +226,36 @@ class Loop:
         return State(cache, waits(slots_F), rows_F, counters_F)
 
     def _attend(
-        self, places_F: Places, lanes: paged_cache.Lanes | None, model: Any
+        self,
+        places_F: Places,
+        lanes: paged_cache.Lanes | None,
+        cells_FT: tuple[Array, Array],
+        model: Any,
     ) -> Any:
-        """Make the attention of one layer's new tokens."""
+        """Make the attention of one layer's new tokens, which are written first."""
         num_slots, options = self.num_slots, model.score_options
 
-        def attend(query_FTHK, key_FTGK, value_FTGK, layer, window):
-            stored = {
-                "key": paged_cache.held(key_FTGK, self.cache_dtype),
-                "value": paged_cache.held(value_FTGK, self.cache_dtype),
-            }
+        def attend(query_FTHK, key_FTGK, value_FTGK, cache, number, window):
+            new = paged_cache.held(key_FTGK, value_FTGK, self.cache_dtype)
+            cache = paged_cache.write(cache, number, new, *cells_FT)
 
-            def of_shard(query, stored, layer, places, lanes):
-                first = jax.tree.map(lambda x: x[:num_slots], stored)
-                mixed = [
-                    paged_cache.attend_tokens(
-                        query[:num_slots],
-                        first["key"],
-                        first["value"],
-                        layer,
-                        places,
-                        options,
-                        window,
-                    )
-                ]
-                if lanes is not None:
-                    rest = jax.tree.map(lambda x: x[num_slots:], stored)
-                    mixed.append(
-                        paged_cache.attend_lanes(
-                            query[num_slots:],
-                            rest["key"],
-                            rest["value"],
-                            layer,
-                            places,
-                            lanes,
-                            options,
-                            window,
-                        )
-                    )
-                return jnp.concatenate(mixed)
+            def of_shard(query, layer, places, lanes):
+                mixed = paged_cache.attend_tokens(
+                    query[:num_slots], layer, places, options, window
+                )
+                if lanes is None:
+                    return mixed
+                of_lanes = paged_cache.attend_lanes(
+                    query[num_slots:], layer, places, lanes, options, window
+                )
+                return jnp.concatenate([mixed, of_lanes])
 
-            arrays = (query_FTHK, stored, layer, places_F, lanes)
+            arrays = (query_FTHK, paged_cache.read(cache, number), places_F, lanes)
             if self.num_shards == 1:  # products on a CPU take twice as long with it
                 mixed = of_shard(*jax.tree.map(lambda x: x[0], arrays))[None]
             else:
                 mixed = jax.vmap(of_shard)(*arrays)
-            return mixed.astype(query_FTHK.dtype), stored
+            return mixed.astype(query_FTHK.dtype), cache
 
         return attend
 

@@ -161,50 +161,47 @@ class Decoder(nnx.Module):
         return self.norm(x_BTD), cache, captured
 
     def extend(self, tokens_BT, all_angles, attend, layers, cache):
-        """Compute hidden states of new tokens beside a cache that is only read.
+        """Compute hidden states of new tokens, which come into a cache.
 
         Args:
           tokens_BT: new tokens.
           all_angles: of their positions, from `rotary.angles` with `self.ropes`.
-          attend: (query, key, value, layer of the cache, window=) -> mixed values, and
-            what is to be stored of the new tokens.
+          attend: (query, key, value, cache, number of the layer, window) -> mixed
+            values, and the cache with the new tokens of the layer.
           layers: parameters of the layers, stacked, or one tree each as a tuple, which
             is unrolled: a CPU would copy each layer's weights out of the stack.
-          cache: of the layers, stacked or a tuple like them.
+          cache: of all layers.
 
         Returns:
-          Hidden states after the final norm, and what is to be stored of each layer,
-          stacked or a tuple like them.
+          Hidden states after the final norm, and the cache.
         """
         block_graphdef, _ = nnx.split(self.layers)
-        x_BTD = self._embedded(tokens_BT)
 
-        def body(x_BTD, layer):
-            block_params, own, layer_cache = layer
-            block, stored = nnx.merge(block_graphdef, block_params), []
-            angles = all_angles
+        def body(carry, layer):
+            x_BTD, cache = carry
+            block_params, number, own = layer
+            block, angles = nnx.merge(block_graphdef, block_params), all_angles
             if "rotary" in own:
                 angles = jax.tree.map(lambda x: x[own["rotary"]], all_angles)
-            size = jnp.int32(self.score_options.windows[0])
-            window = own.get("window", size)
+            window = own.get("window", jnp.int32(self.score_options.windows[0]))
 
             def mix(query, key, value):
-                mixed, new = attend(query, key, value, layer_cache, window)
-                stored.append(new)
+                nonlocal cache
+                mixed, cache = attend(query, key, value, cache, number, window)
                 return mixed
 
-            return block(x_BTD, angles, mix), stored[0]
+            x_BTD = block(x_BTD, angles, mix)
+            return (x_BTD, cache), None
 
-        own = self._per_layer()
-        if not isinstance(layers, tuple):
-            x_BTD, stored = jax.lax.scan(body, x_BTD, (layers, own, cache))
-            return self.norm(x_BTD), stored
-        outputs = []
-        for number, layer in enumerate(zip(layers, cache, strict=True)):
-            own_layer = {name: x[number] for name, x in own.items()}
-            x_BTD, new = body(x_BTD, (layer[0], own_layer, layer[1]))
-            outputs.append(new)
-        return self.norm(x_BTD), tuple(outputs)
+        carry, own = (self._embedded(tokens_BT), cache), self._per_layer()
+        if isinstance(layers, tuple):
+            for number, layer in enumerate(layers):
+                of_layer = {name: x[number] for name, x in own.items()}
+                carry, _ = body(carry, (layer, number, of_layer))
+        else:
+            numbers_L = jnp.arange(self.num_layers, dtype=jnp.int32)
+            carry, _ = jax.lax.scan(body, carry, (layers, numbers_L, own))
+        return self.norm(carry[0]), carry[1]
 
     def _embedded(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         x_BTD = self.embed(tokens_BT, jnp.dtype(self.dtype))

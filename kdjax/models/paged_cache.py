@@ -10,8 +10,8 @@ from those of the pages,
     mixed = sum over pages of exp(m_page - m) * mixed_page / sum.
 
 Keys and values are held in the compute dtype, in bfloat16, or as int8 with a float32
-scale max |x| / 127 per token and head. New tokens are read as they will be held: what
-comes out does not depend, up to rounding, on how prompts are cut.
+scale max |x| / 127 per token and head. Those of new tokens are written first, and read
+as all others: what comes out does not depend, up to rounding, on how prompts are cut.
 
 Shapes: F shards, B slots, M pages, S tokens per page, J pages of a slot at most, T new
 tokens, R lanes, C tokens per lane, X = R C, L layers, H query heads, G key/value heads,
@@ -21,7 +21,6 @@ Source: Kwon et al., 2023, arXiv 2309.06180, section 4 (pages); Dao et al., 2022
 2205.14135, section 3.1 (the softmax in parts).
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -32,8 +31,7 @@ from kdjax.config import DecoderConfig
 from kdjax.models.attention import ScoreOptions
 
 Layer = dict[str, Array]
-Cache = Layer | tuple[Layer, ...]  # layers on axis 0, or apart
-Heads = dict[str, Array]  # keys or values as they are held: "data", and "scale" of int8
+Cache = Layer | tuple[Layer, ...]  # layers on axis 1, after the shards, or apart
 _LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
@@ -43,7 +41,7 @@ class Places(NamedTuple):
     table: Int[Array, "B J"]  # pages of each slot, in order; M beyond the last
     owner: Int[Array, "M"]  # slot of each page; -1 = free
     number: Int[Array, "M"]  # of the page among its slot's
-    cached: Int[Array, "B"]  # tokens of each slot that are in the cache
+    cached: Int[Array, "B"]  # tokens of each slot that are in the cache, from 0 on
 
 
 class Lanes(NamedTuple):
@@ -52,14 +50,6 @@ class Lanes(NamedTuple):
     slot: Int[Array, "R"]  # B = an unused lane
     start: Int[Array, "R"]  # position of its first token
     length: Int[Array, "R"]  # tokens in use, of C
-
-
-class _Part(NamedTuple):
-    """A part of a softmax: over some of the keys."""
-
-    max: Float[Array, "..."]
-    sum: Float[Array, "..."]  # of exp(z - max)
-    mixed: Float[Array, "... K"]  # sum of exp(z - max) * value
 
 
 def init(
@@ -79,7 +69,7 @@ def init(
       num_pages: M.
       page_size: S.
       dtype: "float32", "bfloat16" or "int8", which adds scales [F, M, G, S].
-      unstack: a tuple of layers instead of arrays with the layers on axis 0.
+      unstack: a tuple of layers instead of arrays with the layers on axis 1.
     """
     pages = (num_shards, num_pages, shape.num_kv_heads)
 
@@ -95,14 +85,7 @@ def init(
 
     if unstack:
         return tuple(layer() for _ in range(shape.num_layers))
-    return jax.tree.map(lambda x: jnp.stack([x] * shape.num_layers), layer())
-
-
-def map_layers(function: Callable[..., Layer], cache: Cache, *more: Any) -> Cache:
-    """Apply a function to every layer of a cache, and of other trees like it."""
-    if isinstance(cache, tuple):
-        return tuple(map(function, cache, *more))
-    return jax.vmap(function)(cache, *more)
+    return jax.tree.map(lambda x: jnp.stack([x] * shape.num_layers, 1), layer())
 
 
 def num_bytes(shape: DecoderConfig, dtype: str) -> int:
@@ -112,60 +95,61 @@ def num_bytes(shape: DecoderConfig, dtype: str) -> int:
     return heads * (shape.head_dim * jnp.dtype(dtype).itemsize + scale)
 
 
-def held(x: Float[Array, "... K"], dtype: str) -> Heads:
-    """Return keys or values of new tokens as the cache holds them."""
+def held(key: Float[Array, "... K"], value: Float[Array, "... K"], dtype: str) -> Layer:
+    """Return keys and values of new tokens as a layer of the cache holds them."""
+    layer = {"key": key, "value": value}
     if dtype != "int8":
-        return {"data": x.astype(dtype)}
-    x = x.astype(jnp.float32)
-    scale = jnp.max(jnp.abs(x), axis=-1) / 127
-    data = x / jnp.where(scale > 0, scale, 1.0)[..., None]
-    return {"data": jnp.round(data).astype(jnp.int8), "scale": scale}
-
-
-def read(heads: Heads) -> Float[Array, "... K"]:
-    """Return keys or values as float32."""
-    x = heads["data"].astype(jnp.float32)
-    return x * heads["scale"][..., None] if "scale" in heads else x
+        return {name: x.astype(dtype) for name, x in layer.items()}
+    for name, x in list(layer.items()):
+        x = x.astype(jnp.float32)
+        scale = jnp.max(jnp.abs(x), axis=-1) / 127
+        data = x / jnp.where(scale > 0, scale, 1.0)[..., None]
+        layer[name] = jnp.round(data).astype(jnp.int8)
+        layer[f"{name}_scale"] = scale
+    return layer
 
 
 def write(
     cache: Cache,
-    new: Any,
+    number: Any,
+    new: Layer,
     page_FT: Int[Array, "F T"],
     offset_FT: Int[Array, "F T"],
 ) -> Cache:
-    """Write new tokens of all layers into their cells.
+    """Write new tokens of a layer into their cells.
 
     Args:
-      cache: of all shards.
-      new: for every layer "key" and "value", [F, T, G, K], as they are `held`.
+      cache: of all shards and layers.
+      number: of the layer; an int where the layers are apart.
+      new: as they are `held`, [F, T, G, ...].
       page_FT: page of each token; M = nowhere.
       offset_FT: its cell in the page.
     """
 
-    def of_shard(layer: Layer, new: Any, page_T: Array, offset_T: Array) -> Layer:
-        # A CPU would convert a whole array of bfloat16 to float32 and back.
-        views = {name: _as_integers(x) for name, x in layer.items()}
-        at = {name: x.at for name, x in views.items()}
-        places = {
-            "key": at["key"][page_T, :, :, offset_T],
-            "value": at["value"][page_T, :, offset_T],
-        }
-        for name, place in places.items():
-            data = _as_integers(new[name]["data"])
-            views[name] = place.set(data, mode="drop")
-            if "scale" in new[name]:
-                place = at[f"{name}_scale"][page_T, :, offset_T]
-                views[f"{name}_scale"] = place.set(new[name]["scale"], mode="drop")
-        return {
-            name: jax.lax.bitcast_convert_type(x, layer[name].dtype)
-            for name, x in views.items()
-        }
+    def of_shard(
+        layer: Layer, new: Layer, page_T: Array, offset_T: Array, *first: Any
+    ) -> Layer:
+        written = {}
+        for name, x in layer.items():
+            inside = (slice(None),) * (2 if name == "key" else 1)
+            # A CPU would convert a whole array of bfloat16 to float32 and back.
+            cells = _as_integers(x).at[(*first, page_T, *inside, offset_T)]
+            bits = cells.set(_as_integers(new[name]), mode="drop")
+            written[name] = jax.lax.bitcast_convert_type(bits, x.dtype)
+        return written
 
-    def of_layer(layer: Layer, new: Any) -> Layer:
-        return jax.vmap(of_shard)(layer, new, page_FT, offset_FT)
+    if isinstance(cache, tuple):
+        layer = jax.vmap(of_shard)(cache[number], new, page_FT, offset_FT)
+        return (*cache[:number], layer, *cache[number + 1 :])
+    of_shards = jax.vmap(of_shard, (0, 0, 0, 0, None))
+    return of_shards(cache, new, page_FT, offset_FT, number)
 
-    return map_layers(of_layer, cache, new)
+
+def read(cache: Cache, number: Any) -> Layer:
+    """Return a layer of a cache, of all shards."""
+    if isinstance(cache, tuple):
+        return cache[number]
+    return {name: x[:, number] for name, x in cache.items()}
 
 
 def _as_integers(x: Array) -> Array:
@@ -177,33 +161,25 @@ def copy_pages(
     cache: Cache, source_FZ: Int[Array, "F Z"], target_FZ: Int[Array, "F Z"]
 ) -> Cache:
     """Copy pages of each shard; a target of M copies nothing."""
+    layers = () if isinstance(cache, tuple) else (slice(None),)
 
-    def of_shard(layer: Layer, source_Z: Array, target_Z: Array) -> Layer:
-        return jax.tree.map(
-            lambda x: x.at[target_Z].set(x[source_Z], mode="drop"), layer
-        )
+    def of_shard(x: Array, source_Z: Array, target_Z: Array) -> Array:
+        return x.at[(*layers, target_Z)].set(x[(*layers, source_Z)], mode="drop")
 
-    def of_layer(layer: Layer) -> Layer:
-        return jax.vmap(of_shard)(layer, source_FZ, target_FZ)
-
-    return map_layers(of_layer, cache)
+    return jax.tree.map(lambda x: jax.vmap(of_shard)(x, source_FZ, target_FZ), cache)
 
 
 def attend_tokens(
     query_BHK: Float[Array, "B H K"],
-    key: Heads,
-    value: Heads,
     layer: Layer,
     places: Places,
     options: ScoreOptions,
     window: Int[Array, ""],
 ) -> Float[Array, "B H K"]:
-    """Mix values for one new token per slot, at the position after its cached ones.
+    """Mix values for the last cached token of each slot, page by page.
 
     Args:
-      query_BHK: of the new tokens.
-      key: of the new tokens, [B, G, K].
-      value: as the keys.
+      query_BHK: of these tokens; without meaning where a slot has none.
       layer: of the cache, one layer of one shard.
       places: of the slots' tokens.
       options: of the scores.
@@ -212,28 +188,14 @@ def attend_tokens(
     Returns:
       Mixed values, float32.
     """
-    groups = layer["key"].shape[1]
+    groups, page_size, head_dim = layer["value"].shape[1:]
     query_BGUK = _by_group(query_BHK, groups)
-    own = jnp.einsum("bguk,bgk->bgu", query_BGUK, read(key))
-    own_part = _Part(
-        _scaled(own, options, query_BHK.shape[-1]),
-        jnp.ones_like(own),
-        jnp.broadcast_to(read(value)[:, :, None], query_BGUK.shape),
-    )
-    pages = _page_part(query_BGUK, layer, places, options, window)
-    mixed_BGUK = _merged(pages, own_part)
-    return mixed_BGUK.reshape(query_BHK.shape)
-
-
-def _page_part(query_BGUK, layer, places: Places, options, window) -> _Part:
-    """Attend to the cached tokens of each slot, page by page."""
-    page_size, head_dim = layer["value"].shape[-2:]
     owner_M = jnp.maximum(places.owner, 0)
     first_M = places.number * page_size
     position_MS = first_M[:, None] + jnp.arange(page_size, dtype=jnp.int32)[None]
     cached_M1 = places.cached[owner_M][:, None]
     mask_MS = (places.owner >= 0)[:, None] & (position_MS < cached_M1)
-    mask_MS &= (cached_M1 - position_MS < window) | (window == 0)
+    mask_MS &= (cached_M1 - 1 - position_MS < window) | (window == 0)
     scores_MGUS = _products(query_BGUK[owner_M], layer["key"])
     if "key_scale" in layer:
         scores_MGUS *= layer["key_scale"][:, :, None]
@@ -250,34 +212,25 @@ def _page_part(query_BGUK, layer, places: Places, options, window) -> _Part:
     used_BJ = first_J[None] < places.cached[:, None]
     table_BJ = jnp.where(used_BJ, places.table, 0)
     max_BJGU = jnp.where(used_BJ[..., None, None], max_MGU[table_BJ], _LOWEST)
-    max_BGU = max_BJGU.max(1)
-    share_BJGU = jnp.exp(max_BJGU - max_BGU[:, None])
+    share_BJGU = jnp.exp(max_BJGU - max_BJGU.max(1, keepdims=True))
     share_BJGU = jnp.where(used_BJ[..., None, None], share_BJGU, 0.0)
-    return _Part(
-        max_BGU,
-        (share_BJGU * sum_MGU[table_BJ]).sum(1),
-        (share_BJGU[..., None] * mixed_MGUK[table_BJ]).sum(1),
-    )
+    total_BGU = (share_BJGU * sum_MGU[table_BJ]).sum(1)
+    mixed_BGUK = (share_BJGU[..., None] * mixed_MGUK[table_BJ]).sum(1)
+    return _normalised(mixed_BGUK, total_BGU).reshape(query_BHK.shape)
 
 
 def attend_lanes(
     query_XHK: Float[Array, "X H K"],
-    key: Heads,
-    value: Heads,
     layer: Layer,
     places: Places,
     lanes: Lanes,
     options: ScoreOptions,
     window: Int[Array, ""],
 ) -> Float[Array, "X H K"]:
-    """Mix values for the tokens of prompts that a step reads.
-
-    They see their slot's cached tokens, and those before them in all lanes of the slot.
+    """Mix values for the tokens of prompts that a step reads: of those up to each.
 
     Args:
       query_XHK: of the lanes' tokens.
-      key: of the same, [X, G, K].
-      value: as the keys.
       layer: of the cache, one layer of one shard.
       places: of the slots' tokens.
       lanes: of the step.
@@ -293,52 +246,32 @@ def attend_lanes(
     head_dim = query_XHK.shape[-1]
     query_XGUK = _by_group(query_XHK, groups)
     length = query_XHK.shape[0] // num_lanes
-    slot_X, position_X, valid_X = lane_tokens(lanes, length)
-    # Those of the same step.
-    distance_XX = position_X[:, None] - position_X[None]
-    mask_XX = (slot_X[:, None] == slot_X[None]) & valid_X[None] & (distance_XX >= 0)
-    mask_XX &= (distance_XX < window) | (window == 0)
-    scores_GUXX = jnp.einsum("xguk,ygk->guxy", query_XGUK, read(key))
-    scores_GUXX = _scaled(scores_GUXX, options, head_dim)
-    max_GUX, weights_GUXX = _weights(scores_GUXX, mask_XX[None, None])
-    new_part = _Part(
-        max_GUX,
-        weights_GUXX.sum(-1),
-        jnp.einsum("guxy,ygk->guxk", weights_GUXX, read(value)),
-    )
-    # Those before.
+    _, position_X, _ = lane_tokens(lanes, length)
     slot_R = jnp.minimum(lanes.slot, num_slots - 1)
     table_RJ = jnp.minimum(places.table[slot_R], layer["key"].shape[0] - 1)
-    before = {name: x[table_RJ] for name, x in layer.items()}
+    own = {name: x[table_RJ] for name, x in layer.items()}
     query_RCGUK = query_XGUK.reshape(num_lanes, length, *query_XGUK.shape[1:])
     scores_RGUCJS = jnp.einsum(
-        "rcguk,rjgks->rgucjs", query_RCGUK, before["key"].astype(jnp.float32)
+        "rcguk,rjgks->rgucjs", query_RCGUK, own["key"].astype(jnp.float32)
     )
-    if "key_scale" in before:
-        scale_RGJS = before["key_scale"].transpose(0, 2, 1, 3)
+    if "key_scale" in own:
+        scale_RGJS = own["key_scale"].transpose(0, 2, 1, 3)
         scores_RGUCJS *= scale_RGJS[:, :, None, None]
     scores = _scaled(scores_RGUCJS, options, head_dim)
     scores = scores.reshape(*scores.shape[:4], -1)
     position_P = jnp.arange(num_pages * page_size, dtype=jnp.int32)
-    mask_RP = position_P[None] < places.cached[slot_R][:, None]
     distance_RCP = position_X.reshape(num_lanes, length, 1) - position_P[None, None]
-    mask_RCP = mask_RP[:, None] & ((distance_RCP < window) | (window == 0))
-    max_RGUC, weights = _weights(scores, mask_RCP[:, None, None])
-    sum_RGUC = weights.sum(-1)
+    mask_RCP = (distance_RCP >= 0) & ((distance_RCP < window) | (window == 0))
+    _, weights = _weights(scores, mask_RCP[:, None, None])
+    total_RGUC = weights.sum(-1)
     weights = weights.reshape(scores_RGUCJS.shape)
-    if "value_scale" in before:
-        weights *= before["value_scale"].transpose(0, 2, 1, 3)[:, :, None, None]
+    if "value_scale" in own:
+        weights *= own["value_scale"].transpose(0, 2, 1, 3)[:, :, None, None]
     mixed_RGUCK = jnp.einsum(
-        "rgucjs,rjgsk->rguck", weights, before["value"].astype(jnp.float32)
+        "rgucjs,rjgsk->rguck", weights, own["value"].astype(jnp.float32)
     )
-
-    def flat(x):  # [R, G, U, C, ...] -> [G, U, X, ...]
-        x = jnp.moveaxis(x, 0, 2)
-        return x.reshape(*x.shape[:2], -1, *x.shape[4:])
-
-    old_part = _Part(*map(flat, (max_RGUC, sum_RGUC, mixed_RGUCK)))
-    mixed_GUXK = _merged(new_part, old_part)
-    return jnp.moveaxis(mixed_GUXK, 2, 0).reshape(query_XHK.shape)
+    mixed_RGUCK = _normalised(mixed_RGUCK, total_RGUC)
+    return mixed_RGUCK.transpose(0, 3, 1, 2, 4).reshape(query_XHK.shape)
 
 
 def lane_tokens(lanes: Lanes, length: int) -> tuple[Array, Array, Array]:
@@ -385,10 +318,8 @@ def _weights(scores: Array, mask: Array) -> tuple[Array, Array]:
     return highest, jnp.where(mask, jnp.exp(scores - highest[..., None]), 0.0)
 
 
-def _merged(first: _Part, second: _Part) -> Float[Array, "... K"]:
-    """Return the mixed values of two parts of a softmax together."""
-    highest = jnp.maximum(first.max, second.max)
-    shares = [jnp.exp(part.max - highest) for part in (first, second)]
-    total = shares[0] * first.sum + shares[1] * second.sum
-    mixed = shares[0][..., None] * first.mixed + shares[1][..., None] * second.mixed
+def _normalised(
+    mixed: Float[Array, "... K"], total: Float[Array, "..."]
+) -> Float[Array, "... K"]:
+    """Divide by the sum of the weights, where there are some."""
     return mixed / jnp.where(total > 0, total, 1.0)[..., None]

@@ -146,7 +146,7 @@ def test_rows_are_the_same_in_a_cache_that_is_short(model, expected):
 def copies_of_pages(engine):
     """Operations of the program that copy all pages of a layer, or of all layers."""
     [(signature, compiled)] = engine.compiled.items()
-    pages, text = rf"\[(2,)?1,{signature[2]},2,", compiled.as_text()
+    pages, text = rf"\[1,(2,)?{signature[2]},2,", compiled.as_text()
     assert re.search(pages, text)
     return re.findall(pages + r"[0-9,]+\]\S* copy\(", text)
 
