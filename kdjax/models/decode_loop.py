@@ -180,12 +180,14 @@ class Loop:
         """Decode one token per slot and, if it `reads`, pieces of the prompts."""
         params, queue, angle_table = inputs
         cache, slots_F, rows_F, counters_F = state
-        lanes = None
+        lanes, lane_pages = None, jnp.int32(0)
         if reads:
             own = functools.partial(
                 slots.lanes_of, num_lanes=self.num_lanes, length=self.lane_length
             )
             lanes = jax.vmap(own)(slots_F, queue)
+            # Of all shards: else each turn of the loop would ask the others.
+            lane_pages = -(-(lanes.start + lanes.length).max() // self.page_size)
         new_tokens = functools.partial(_new_tokens, length=self.lane_length)
         new = jax.vmap(new_tokens)(slots_F, rows_F, queue, lanes)
         model = _merged(self.graphdef, params)
@@ -202,7 +204,7 @@ class Loop:
         hidden_FTD, cache = model.extend(
             token_FT,
             rotary.look_up(angle_table, position_FT),
-            self._attend(places_F, lanes_F, cells_FT, model),
+            self._attend(places_F, lanes_F, lane_pages, cells_FT, model),
             params["layers"],
             cache,
         )
@@ -229,6 +231,7 @@ class Loop:
         self,
         places_F: Places,
         lanes: paged_cache.Lanes | None,
+        lane_pages: Int[Array, ""],
         cells_FT: tuple[Array, Array],
         model: Any,
     ) -> Any:
@@ -246,7 +249,13 @@ class Loop:
                 if lanes is None:
                     return mixed
                 of_lanes = paged_cache.attend_lanes(
-                    query[num_slots:], layer, places, lanes, options, window
+                    query[num_slots:],
+                    layer,
+                    places,
+                    lanes,
+                    lane_pages,
+                    options,
+                    window,
                 )
                 return jnp.concatenate([mixed, of_lanes])
 

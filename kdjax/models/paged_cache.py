@@ -224,53 +224,71 @@ def attend_lanes(
     layer: Layer,
     places: Places,
     lanes: Lanes,
+    num_pages: Int[Array, ""],
     options: ScoreOptions,
     window: Int[Array, ""],
 ) -> Float[Array, "X H K"]:
-    """Mix values for the tokens of prompts that a step reads: of those up to each.
+    """Mix values for the tokens of prompts that a step reads, page after page.
 
     Args:
       query_XHK: of the lanes' tokens.
       layer: of the cache, one layer of one shard.
       places: of the slots' tokens.
       lanes: of the step.
+      num_pages: of a slot's, that hold the tokens up to those of the lanes.
       options: of the scores.
       window: tokens that the layer sees, 0 = all.
 
     Returns:
       Mixed values, float32.
     """
-    groups, page_size = layer["value"].shape[1], layer["value"].shape[2]
-    num_slots, num_pages = places.table.shape
-    num_lanes = lanes.slot.shape[0]
-    head_dim = query_XHK.shape[-1]
-    query_XGUK = _by_group(query_XHK, groups)
+    groups, page_size, head_dim = layer["value"].shape[1:]
+    num_slots, num_lanes = places.table.shape[0], lanes.slot.shape[0]
     length = query_XHK.shape[0] // num_lanes
+    query_RCGUK = _by_group(query_XHK, groups).reshape(
+        num_lanes, length, groups, -1, head_dim
+    )
+    query_RGAK = query_RCGUK.transpose(0, 2, 3, 1, 4).reshape(
+        num_lanes, groups, -1, head_dim
+    )
     _, position_X, _ = lane_tokens(lanes, length)
-    slot_R = jnp.minimum(lanes.slot, num_slots - 1)
-    table_RJ = jnp.minimum(places.table[slot_R], layer["key"].shape[0] - 1)
-    own = {name: x[table_RJ] for name, x in layer.items()}
-    query_RCGUK = query_XGUK.reshape(num_lanes, length, *query_XGUK.shape[1:])
-    scores_RGUCJS = jnp.einsum(
-        "rcguk,rjgks->rgucjs", query_RCGUK, own["key"].astype(jnp.float32)
+    # Positions of the A = U C queries of a group.
+    position_RA = jnp.tile(
+        position_X.reshape(num_lanes, length), (1, query_RCGUK.shape[3])
     )
-    if "key_scale" in own:
-        scale_RGJS = own["key_scale"].transpose(0, 2, 1, 3)
-        scores_RGUCJS *= scale_RGJS[:, :, None, None]
-    scores = _scaled(scores_RGUCJS, options, head_dim)
-    scores = scores.reshape(*scores.shape[:4], -1)
-    position_P = jnp.arange(num_pages * page_size, dtype=jnp.int32)
-    distance_RCP = position_X.reshape(num_lanes, length, 1) - position_P[None, None]
-    mask_RCP = (distance_RCP >= 0) & ((distance_RCP < window) | (window == 0))
-    _, weights = _weights(scores, mask_RCP[:, None, None])
-    total_RGUC = weights.sum(-1)
-    weights = weights.reshape(scores_RGUCJS.shape)
-    if "value_scale" in own:
-        weights *= own["value_scale"].transpose(0, 2, 1, 3)[:, :, None, None]
-    mixed_RGUCK = jnp.einsum(
-        "rgucjs,rjgsk->rguck", weights, own["value"].astype(jnp.float32)
-    )
-    mixed_RGUCK = _normalised(mixed_RGUCK, total_RGUC)
+    table_RJ = places.table[jnp.minimum(lanes.slot, num_slots - 1)]
+
+    def add(number: Array, part: tuple[Array, Array, Array]) -> tuple[Array, ...]:
+        """Add a page of each lane's slot to the parts of the softmax."""
+        max_RGA, total_RGA, mixed_RGAK = part
+        page_R = jnp.minimum(table_RJ[:, number], layer["key"].shape[0] - 1)
+        page = {name: x[page_R] for name, x in layer.items()}
+        scores_RGAS = _products(query_RGAK, page["key"])
+        if "key_scale" in page:
+            scores_RGAS *= page["key_scale"][:, :, None]
+        scores_RGAS = _scaled(scores_RGAS, options, head_dim)
+        position_S = number * page_size + jnp.arange(page_size, dtype=jnp.int32)
+        distance_RAS = position_RA[..., None] - position_S[None, None]
+        mask_RAS = (distance_RAS >= 0) & ((distance_RAS < window) | (window == 0))
+        own_max_RGA, weights_RGAS = _weights(scores_RGAS, mask_RAS[:, None])
+        new_max_RGA = jnp.maximum(max_RGA, own_max_RGA)
+        share_RGA, own_share_RGA = (
+            jnp.exp(x - new_max_RGA) for x in (max_RGA, own_max_RGA)
+        )
+        total_RGA = share_RGA * total_RGA + own_share_RGA * weights_RGAS.sum(-1)
+        if "value_scale" in page:
+            weights_RGAS *= page["value_scale"][:, :, None]
+        own_RGAK = _products(weights_RGAS, page["value"])
+        mixed_RGAK = (
+            share_RGA[..., None] * mixed_RGAK + own_share_RGA[..., None] * own_RGAK
+        )
+        return new_max_RGA, total_RGA, mixed_RGAK
+
+    nothing_RGA = jnp.zeros(query_RGAK.shape[:-1], jnp.float32)
+    part = (nothing_RGA + _LOWEST, nothing_RGA, jnp.zeros_like(query_RGAK))
+    _, total_RGA, mixed_RGAK = jax.lax.fori_loop(0, num_pages, add, part)
+    mixed_RGAK = _normalised(mixed_RGAK, total_RGA)
+    mixed_RGUCK = mixed_RGAK.reshape(num_lanes, groups, -1, length, head_dim)
     return mixed_RGUCK.transpose(0, 3, 1, 2, 4).reshape(query_XHK.shape)
 
 
