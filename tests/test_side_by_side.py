@@ -149,7 +149,7 @@ def in_a_terminal(command: list[str], text: str, timeout: float = 400):
     # Not pty.fork: this process has threads.
     terminal, ends = pty.openpty()
     process = subprocess.Popen(
-        ["setsid", "--ctty", "--wait", *command],
+        ["setsid", "--ctty", "--wait", "env", "--default-signal=INT", *command],
         stdin=ends,
         stdout=ends,
         stderr=ends,
