@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import os
 import pathlib
 import tempfile
@@ -52,10 +53,13 @@ def smollm2() -> pathlib.Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that take longest are run first, so that workers end together."""
+    """Files that take longest are run first, so that workers end together.
+
+    Those without seconds are new, or run on real data or as slow ones, and come before.
+    """
     file = pathlib.Path(__file__).with_name("budget.json")
     seconds = json.loads(file.read_text()) if file.exists() else {}
-    items.sort(key=lambda item: -seconds.get(item.nodeid.split("::")[0], 0.0))
+    items.sort(key=lambda item: -(seconds.get(item.nodeid.split("::")[0]) or math.inf))
 
 
 def pytest_collection_finish() -> None:
