@@ -129,7 +129,7 @@ def linear_models(
                 "compared at equal length; without, as they are. The maximal model has "
                 "an effect of participant x condition besides: conditions differ more "
                 "for some people than for others, by taste or because some already "
-                "give the highest points. Its intervals are wider, and cover."
+                "give the highest points. Its intervals are the widest."
             ),
             rows=tests,
             notes=[*_explanation_note(ratings), *_interaction_note(ratings)],

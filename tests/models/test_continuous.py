@@ -107,6 +107,26 @@ def test_rows_are_those_of_whole_forward_passes(model, engine, expected, forward
         np.testing.assert_allclose(done.log_probs, wanted, atol=2e-5)
 
 
+@pytest.mark.parametrize("unroll", [False, True])
+def test_layers_see_their_windows(unroll):
+    config = dataclasses.replace(CONFIG, windows=(5, 0))
+    graphdef = decoder.create(config, unroll=unroll)[0]
+    params = decoder.init_params(config, jax.random.key(3))
+    engine = Engine(config, graphdef, eos_ids=(), batching=SMALL)
+    for prompt, done in zip(PROMPTS, engine(params, requests()), strict=True):
+        tokens_1T = np.asarray([[*prompt, *done.tokens]], np.int32)
+        tokens_1T = np.pad(tokens_1T, [(0, 0), (0, WIDTH - tokens_1T.shape[1])])
+        positions_1T = np.arange(WIDTH, dtype=np.int32)[None]
+        hidden = decoder.hidden_states(
+            graphdef, params, tokens_1T, positions_1T, np.ones_like(tokens_1T)
+        )
+        all_TV = jax.nn.log_softmax(decoder.logits(params, hidden)[0], axis=-1)
+        all_TV = np.asarray(all_TV)[len(prompt) - 1 :]
+        assert done.tokens == all_TV[: len(done.tokens)].argmax(1).tolist()
+        wanted = [all_TV[n, token] for n, token in enumerate(done.tokens)]
+        np.testing.assert_allclose(done.log_probs, wanted, atol=2e-5)
+
+
 def test_slots_are_refilled_and_beginnings_copied(model, engine):
     finished = {}
     found = engine(model[1], requests(), on_finish=finished.__setitem__)

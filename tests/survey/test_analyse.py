@@ -85,6 +85,11 @@ def test_the_maximal_model_has_wider_intervals(results):
     plain, maximal = widths["condition"], widths["condition, maximal"]
     pairs = zip(maximal, plain, strict=True)
     assert all(wide > 0.999 * narrow for wide, narrow in pairs)
+    known = {
+        row["model"]: row.get("sd of participant x condition")
+        for row in results["variances"].rows
+    }
+    assert known["condition"] is None and known["condition, maximal"] is not None
 
 
 def test_missing_ratings_are_counted(results):
