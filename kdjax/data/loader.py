@@ -64,7 +64,7 @@ class BatchPlan:
           row_length: input positions per row; with an encoder, of the decoder.
           num_microbatches: divides `batch_size`.
           seed: of the order.
-          shuffle: False keeps the given order (evaluation, labelling).
+          shuffle: False packs once, the longest first (evaluation, labelling).
           window: segments that are shuffled and packed together; 0 = all, or
             `order.WINDOW` where there are more than `order.WHOLE_LIMIT`.
           encoder_length: positions per row of the encoder; 0 = there is none.
@@ -191,8 +191,10 @@ def _make_order(
     shuffle: bool,
     window: int,
 ) -> order.Order:
-    """Choose between one order of all segments, windows, and those of each source."""
-    if shuffle and isinstance(segments, MixtureSegments):
+    """Choose between one packing, epochs of all, windows, and those of each source."""
+    if not shuffle:
+        return order.FixedRows(lengths, limits)
+    if isinstance(segments, MixtureSegments):
         orders = []
         for number, part in enumerate(segments.parts):
             own = slice(segments.bounds[number], segments.bounds[number + 1])
@@ -208,7 +210,7 @@ def _make_order(
         return order.MixedRows(
             orders, segments.pattern, segments.bounds, batch_size=batch_size
         )
-    if shuffle and (window or len(segments) > order.WHOLE_LIMIT):
+    if window or len(segments) > order.WHOLE_LIMIT:
         return order.WindowedRows(
             lengths,
             limits,
@@ -216,8 +218,7 @@ def _make_order(
             seed=(seed,),
             window=window or order.WINDOW,
         )
-    alternatives = segments.alternatives if shuffle else np.arange(len(segments))
-    return order.ShuffledRows(lengths, limits, alternatives, seed=seed, shuffle=shuffle)
+    return order.ShuffledRows(lengths, limits, segments.alternatives, seed=seed)
 
 
 def with_end(prompt_ids: Sequence[int], end_id: int) -> list[int]:

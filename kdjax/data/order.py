@@ -4,9 +4,11 @@ Small data sets are shuffled and packed whole, once per epoch (`ShuffledRows`). 
 ones are dealt into windows by a permutation that is computed, not stored
 (`WindowedRows`): an epoch visits the windows in a random order and shuffles within
 each. The windows' packing uses lengths alone, so a window has the same number of rows
-in every epoch, and no epoch has to be known to find a row of a later one.
+in every epoch, and no epoch has to be known to find a row of a later one. Without
+shuffling there is one packing, by lengths alone (`FixedRows`).
 """
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Protocol
@@ -40,11 +42,49 @@ class Order(Protocol):
         """Return the items of some rows of an epoch."""
 
 
+class FixedRows:
+    """Rows of all items, the same in all epochs, as few as can be."""
+
+    def __init__(
+        self, lengths: Sequence[Int[np.ndarray, " N"]], limits: Sequence[int]
+    ) -> None:
+        """See the class.
+
+        Args:
+          lengths: of the items, an array for each kind of row that is packed together.
+          limits: positions of a row of each kind.
+        """
+        self.same_rows = True
+        self._lengths, self._limits = lengths, limits
+
+    def epochs(self, epoch: int, start: int, stop: int) -> list[int]:
+        """Return the epoch of each of some rows."""
+        return [epoch] * (stop - start)
+
+    def num_rows(self, epoch: int) -> int:
+        """Return the number of rows: the same for all epochs."""
+        del epoch
+        return len(self._rows)
+
+    def rows(self, epoch: int, start: int, stop: int) -> Rows:
+        """Return the items of some rows."""
+        del epoch
+        return self._rows[start:stop]
+
+    @functools.cached_property
+    def _rows(self) -> Rows:
+        items = _longest_first(self._lengths, np.arange(len(self._lengths[0])))
+        if len(self._lengths) == 1:
+            row_of = packing.pack_full(self._lengths[0][items], self._limits[0])
+        else:
+            row_of = _pack_longest_first(self._lengths, self._limits, items)
+        return _by_row(items, row_of)
+
+
 class ShuffledRows:
     """Rows of items that are shuffled and packed whole, epoch by epoch.
 
-    Of alternatives an epoch takes one, each with the same chance. Without shuffling all
-    items are packed in their own order, and all epochs are the same.
+    Of alternatives an epoch takes one, each with the same chance.
     """
 
     def __init__(
@@ -54,7 +94,6 @@ class ShuffledRows:
         alternatives: Int[np.ndarray, " N"],
         *,
         seed: int,
-        shuffle: bool = True,
     ) -> None:
         """See the class.
 
@@ -63,12 +102,10 @@ class ShuffledRows:
           limits: positions of a row of each kind.
           alternatives: number of the group that an item belongs to, from 0.
           seed: of the order.
-          shuffle: False keeps the items' order.
         """
         self._lengths, self._limits = lengths, limits
-        self._alternatives = alternatives
-        self._seed, self._shuffle = seed, shuffle
-        self.same_rows = not shuffle
+        self._alternatives, self._seed = alternatives, seed
+        self.same_rows = False
         self._rows: dict[int, Rows] = {}  # of the last few epochs used
 
     def epochs(self, epoch: int, start: int, stop: int) -> list[int]:
@@ -84,18 +121,14 @@ class ShuffledRows:
         return self._epoch(epoch)[start:stop]
 
     def _epoch(self, epoch: int) -> Rows:
-        if not self._shuffle:
-            epoch = 0
         if epoch not in self._rows:
-            order = np.arange(len(self._alternatives))
-            if self._shuffle:
-                rng = np.random.default_rng([self._seed, epoch])
-                places = rng.permutation(int(self._alternatives.max()) + 1)
-                # Which of the alternatives says nothing of where it stands: the first
-                # of several in a random order would stand early in every epoch.
-                drawn = rng.permutation(order)
-                _, first = np.unique(self._alternatives[drawn], return_index=True)
-                order = drawn[first][places]
+            rng = np.random.default_rng([self._seed, epoch])
+            places = rng.permutation(int(self._alternatives.max()) + 1)
+            # Which of the alternatives says nothing of where it stands: the first
+            # of several in a random order would stand early in every epoch.
+            drawn = rng.permutation(np.arange(len(self._alternatives)))
+            _, first = np.unique(self._alternatives[drawn], return_index=True)
+            order = drawn[first][places]
             if len(self._rows) >= 3:
                 del self._rows[min(self._rows)]
             self._rows[epoch] = packing.pack(self._lengths, order, self._limits)
@@ -158,8 +191,8 @@ class WindowedRows:
         self._bounds = bounds // num_windows
         self._row_of: list[np.ndarray] = []  # of each window's groups, longest first
         for number in range(num_windows):
-            sorted_groups = self._longest_first(self._groups(number))
-            self._row_of.append(self._pack(sorted_groups))
+            groups = _longest_first(self._lengths, self._groups(number))
+            self._row_of.append(_pack_longest_first(self._lengths, limits, groups))
         self._window_rows = np.asarray([int(r.max()) + 1 for r in self._row_of])
         self._packed: dict[tuple[int, int], Rows] = {}  # the last few windows used
 
@@ -191,40 +224,18 @@ class WindowedRows:
         places = np.arange(self._bounds[window], self._bounds[window + 1])
         return permute(places, self._num_groups, (*self._seed, _WINDOW_TAG))
 
-    def _longest_first(self, groups: np.ndarray) -> np.ndarray:
-        """Sort groups by their lengths, descending; equal ones stay in their order."""
-        keys = [-lengths[groups].astype(np.int64) for lengths in self._lengths]
-        return groups[np.lexsort(keys[::-1])]
-
-    def _pack(self, sorted_groups: np.ndarray) -> np.ndarray:
-        """Return the row of each group of a window."""
-        if len(self._lengths) == 1:
-            lengths = self._lengths[0][sorted_groups]
-            return packing.pack_by_length(lengths, self._limits[0])
-        lengths_CN = [lengths[sorted_groups] for lengths in self._lengths]
-        order = np.arange(len(sorted_groups))
-        row_of = np.zeros(len(order), np.int32)
-        for row, items in enumerate(packing.pack(lengths_CN, order, self._limits)):
-            row_of[items] = row
-        return row_of
-
     def _window(self, epoch: int, window: int) -> Rows:
         """Return the rows of a window in an epoch."""
         if (epoch, window) not in self._packed:
             rng = np.random.default_rng([*self._seed, epoch, window, _WINDOW_TAG])
             groups = rng.permutation(self._groups(window))
-            groups = self._longest_first(groups)
+            groups = _longest_first(self._lengths, groups)
             items = groups
             if self._starts is not None:
                 nums = self._num_alternatives[groups]
                 drawn = (rng.random(len(groups)) * nums).astype(np.int64)
                 items = self._starts[groups] + drawn
-            row_of = self._row_of[window]
-            by_row = np.argsort(row_of, kind="stable")
-            ends = np.cumsum(np.bincount(row_of))
-            sorted_items = items[by_row].astype(np.int64)
-            bounds = [0, *ends.tolist()]
-            rows = [sorted_items[a:b] for a, b in itertools.pairwise(bounds)]
+            rows = _by_row(items, self._row_of[window])
             shuffled = [rows[i] for i in rng.permutation(len(rows)).tolist()]
             if len(self._packed) >= 3:
                 del self._packed[next(iter(self._packed))]
@@ -307,3 +318,35 @@ class MixedRows:
                     rows[places[done]] = row + self._bounds[source]
                     done += 1
         return rows
+
+
+def _longest_first(
+    lengths: Sequence[Int[np.ndarray, " N"]], items: Int[np.ndarray, " n"]
+) -> Int[np.ndarray, " n"]:
+    """Sort items by their lengths, descending; equal ones stay in their order."""
+    keys = [-of_kind[items].astype(np.int64) for of_kind in lengths]
+    return items[np.lexsort(keys[::-1])]
+
+
+def _pack_longest_first(
+    lengths: Sequence[Int[np.ndarray, " N"]],
+    limits: Sequence[int],
+    items: Int[np.ndarray, " n"],
+) -> Int[np.ndarray, " n"]:
+    """Return the row of each of some items, which are sorted by their lengths."""
+    if len(lengths) == 1:
+        return packing.pack_by_length(lengths[0][items], limits[0])
+    lengths_Cn = [of_kind[items] for of_kind in lengths]
+    row_of = np.zeros(len(items), np.int32)
+    for row, packed in enumerate(
+        packing.pack(lengths_Cn, np.arange(len(items)), limits)
+    ):
+        row_of[packed] = row
+    return row_of
+
+
+def _by_row(items: Int[np.ndarray, " n"], row_of: Int[np.ndarray, " n"]) -> Rows:
+    """Group items by their row; those of one row stay in their order."""
+    sorted_items = items[np.argsort(row_of, kind="stable")].astype(np.int64)
+    bounds = [0, *np.cumsum(np.bincount(row_of)).tolist()]
+    return [sorted_items[a:b] for a, b in itertools.pairwise(bounds)]

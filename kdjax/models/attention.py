@@ -1,6 +1,7 @@
 """Attention within the segments of packed rows, by the kernel that suits the devices.
 
-    xla     any device: the scores of whole rows, [B, H, T, T] float32, are held at once
+    xla     any device: the queries of a row in up to four blocks, each of which has
+            scores of the keys up to its end, [B, H, T / 4, S] float32
     splash  TPU: blocks of scores stay in vector memory; blocks above the diagonal are
             skipped; key heads are not repeated. Wants rows of a multiple of 128 tokens,
             a head_dim that is a multiple of 64 and heads that divide the tensor axis
@@ -38,6 +39,7 @@ Attend = Callable[..., Array]
 
 _ROW_MULTIPLE = {"xla": 1, "splash": 128, "cudnn": 2}
 _BLOCKS = (512, 256, 128)  # tokens of a block of the splash kernel, the best first
+_MAX_XLA_BLOCKS, _MIN_XLA_BLOCK = 4, 128  # blocks of queries, and tokens of one
 _HEADS_SPEC = PartitionSpec(("data", "fsdp"), None, "tensor", None)
 _ROWS_SPEC = PartitionSpec(("data", "fsdp"), None)
 
@@ -163,7 +165,7 @@ def within_segments(
     """
     name = kernel_name(kernel, segments_BT.shape[1])
     if name == "xla":
-        return masked(*_causal(segments_BT), options)
+        return _in_blocks(segments_BT, options)
     local = functools.partial(_splash, interpret=kernel.interpret)
     # The partitioner cannot look into a kernel: rows and heads are split by hand.
     mapped = jax.shard_map(
@@ -178,6 +180,33 @@ def within_segments(
         return mapped(query, key, value, segments_BT, window)
 
     return attend_by_kernel
+
+
+def _in_blocks(segments_BT: Int[Array, "B T"], options: ScoreOptions) -> Attend:
+    """Make causal attention, by xla, without most of the scores above the diagonal.
+
+    Every query has the same keys in the same product as in one block: four blocks of
+    512 tokens halve its time on a CPU, forward and backward.
+    """
+    mask_BTT, distance_1TT = _causal(segments_BT)
+
+    def attend_in_blocks(query, key, value, window=None):
+        mixed = []
+        for start, stop in xla_blocks(segments_BT.shape[1]):
+            block = (slice(None), slice(start, stop), slice(stop))
+            attend_block = masked(mask_BTT[block], distance_1TT[block], options)
+            of_block = (query[:, start:stop], key[:, :stop], value[:, :stop])
+            mixed.append(attend_block(*of_block, window))
+        return jnp.concatenate(mixed, axis=1)
+
+    return attend_in_blocks
+
+
+def xla_blocks(row_length: int) -> list[tuple[int, int]]:
+    """Return where the queries of each block of `xla` begin, and where its keys end."""
+    size = max(-(-row_length // _MAX_XLA_BLOCKS), _MIN_XLA_BLOCK)
+    starts = range(0, row_length, size)
+    return [(start, min(start + size, row_length)) for start in starts]
 
 
 def masked(

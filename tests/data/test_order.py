@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from kdjax.data import loader, order
-from kdjax.data.packing import pack_by_length
+from kdjax.data.packing import pack_by_length, pack_full
 from tests.data.test_loader import (
     FORMS,
     flatten,
@@ -38,6 +38,32 @@ def test_packing_by_length_is_best_fit_decreasing():
         rooms[min(fits, key=lambda row: rooms[row])] -= int(length)
     filled = np.bincount(pack_by_length(lengths, 40), weights=lengths)
     np.testing.assert_array_equal(np.sort(filled), np.sort(40 - np.asarray(rooms)))
+
+
+def best_sum(lengths, room):
+    """Return the largest sum of some of the lengths that is at most `room`."""
+    sums = {0}
+    for length in lengths:
+        sums |= {total + length for total in sums if total + length <= room}
+    return max(sums)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_packing_full_fills_each_row_as_well_as_those_left_allow(seed):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, 51, size=300)
+    if seed == 3:  # many of few lengths
+        lengths = rng.choice([7, 11, 20, 50], size=300)
+    rows = pack_full(lengths, 50)
+    left = sorted(lengths.tolist())
+    for row in range(rows.max() + 1):
+        taken = sorted(lengths[rows == row].tolist())
+        assert taken[-1] == left[-1] and sum(taken) <= 50
+        left.pop()
+        assert sum(taken[:-1]) == best_sum(left, 50 - taken[-1])
+        for length in taken[:-1]:
+            left.remove(length)
+    assert not left
 
 
 def epoch(plan, number):
@@ -120,12 +146,19 @@ def test_many_segments_are_ordered_in_windows(monkeypatch):
     for step in range(20):
         assert flatten(plan.batch(step)) == flatten(windows.batch(step))
     assert isinstance(make_plan(segments[:59])._order, order.ShuffledRows)
-    # Evaluation and labelling keep the data's order.
-    ordered = make_plan(segments, shuffle=False)
-    assert flatten(epoch(ordered, 0)) == flatten(
-        epoch(make_plan(segments, shuffle=False), 0)
-    )
-    assert isinstance(ordered._order, order.ShuffledRows)
+    assert isinstance(make_plan(segments, shuffle=False)._order, order.FixedRows)
+
+
+@FORMS
+def test_without_shuffling_rows_are_packed_longest_first(form):
+    segments = make_segments()
+    plan = make_plan(segments, shuffle=False, **form)
+    rows = epoch(plan, 0)
+    assert sorted(flatten(rows)) == list(range(60))
+    assert [list(row) for row in epoch(plan, 1)] == [list(row) for row in rows]
+    if not form:  # of pairs the prompts come first
+        assert all((np.diff(plan.lengths[row]) <= 0).all() for row in rows)
+    assert len(rows) <= len(epoch(make_plan(segments, **form), 0))
 
 
 def test_batches_are_those_of_any_number_of_hosts():

@@ -66,6 +66,30 @@ def values_and_grads(attend, query, key, value):
     return mixed, *grads
 
 
+@pytest.mark.parametrize(
+    ("length", "num_blocks"), [(100, 1), (256, 2), (300, 3), (520, 4)]
+)
+@pytest.mark.parametrize("window", [None, 150])
+def test_blocks_of_queries_are_whole_rows(length, num_blocks, window):
+    options = ScoreOptions(windows=(0,) if window is None else (0, 150))
+    arrays = [
+        jax.random.normal(key, (2, length, heads, 8))
+        for key, heads in zip(
+            jax.random.split(jax.random.key(0), 3), (4, 2, 2), strict=True
+        )
+    ]
+    segments_BT = packed(2, length)
+    assert len(attention.xla_blocks(length)) == num_blocks
+    whole = attention.masked(*attention._causal(segments_BT), options)
+    blocks = attention.within_segments(attention.XLA, segments_BT, options)
+    size = None if window is None else jnp.int32(window)
+    expected, actual = (
+        values_and_grads(lambda *x, f=f: f(*x, size), *arrays) for f in (whole, blocks)
+    )
+    for a, e in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(a, e, rtol=2e-5, atol=2e-5)
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
 @pytest.mark.parametrize("length", [256, 384])
 def test_splash_is_attend_on_packed_rows(shape, length):
