@@ -1,4 +1,4 @@
-"""glibc malloc: huge pages, trimming after compilation."""
+"""glibc malloc: huge pages, and returning freed memory to the kernel."""
 
 import ctypes
 import os
@@ -42,14 +42,22 @@ def huge_page_environment() -> dict[str, str]:
     return {"GLIBC_TUNABLES": ":".join(filter(None, (tunables, f"{_TUNABLE}=1")))}
 
 
+def trim() -> None:
+    """Return to the kernel what has been freed; nothing where malloc is not glibc's.
+
+    malloc keeps what threads free: after a checkpoint is written as much as it holds.
+    """
+    if _malloc_trim is not None:
+        _malloc_trim(0)
+
+
 def trim_after_compile() -> None:
     """Return to the kernel, from now on, what XLA's compiler has freed.
 
     malloc keeps it otherwise, 100 MiB and more for a small step, beside the memory of
     the steps. Milliseconds per compilation; nothing where malloc is not glibc's.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if _is_linux() else None
-    if trim is None:
+    if _malloc_trim is None:
         return
 
     import jax  # a command may be replaced before it is imported
@@ -57,7 +65,7 @@ def trim_after_compile() -> None:
     def listener(event: str, duration_secs: float, **kwargs: str | int) -> None:
         del duration_secs, kwargs
         if event == _COMPILE_EVENT:
-            trim(0)
+            trim()
 
     jax.monitoring.register_event_duration_secs_listener(listener)
 
@@ -89,3 +97,6 @@ def _available() -> bool:
 
 def _is_linux() -> bool:
     return sys.platform == "linux"
+
+
+_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if _is_linux() else None

@@ -19,7 +19,7 @@ from orbax.checkpoint import v1 as ocp
 from kdjax.experiment.run import Run
 from kdjax.parallel import distributed
 from kdjax.parallel.sharding import path_name
-from kdjax.runtime import files, locks
+from kdjax.runtime import files, locks, malloc
 from kdjax.training import trainable
 from kdjax.training.state import PROJECTION, TrainState
 
@@ -365,6 +365,7 @@ class CheckpointWriter(Checkpoints):
     def _seal(self, step: int, response: Any) -> None:
         """Write the checksums of a checkpoint as soon as it is complete."""
         response.result()
+        malloc.trim()
         if not distributed.is_main():
             return
         folder = self._folder / str(step)
