@@ -230,8 +230,8 @@ BREAKS = [
         number=15,
         what="the wrong choice is the first one in every epoch",
         file="data/order.py",
-        old="drawn = rng.permutation(order)",
-        new="drawn = order",
+        old="drawn = rng.permutation(np.arange(len(self._alternatives)))",
+        new="drawn = np.arange(len(self._alternatives))",
         test="data/test_loader.py::test_an_epoch_takes_one_of_the_alternatives",
     ),
     Break(

@@ -132,12 +132,13 @@ def pack_full(lengths: Int[np.ndarray, " N"], row_length: int) -> Int[np.ndarray
       row_length: positions of a row.
 
     Returns:
-      The row of each item, int32; rows count from 0 in the order in which they open.
+      The row of each item, int32; rows count from 0 in the order in which they open,
+      and items of one length are taken in their order.
     """
     row_of_N = np.zeros(len(lengths), np.int32)
-    items: dict[int, list[int]] = {}  # by length, those left
-    for item, length in enumerate(lengths.tolist()):
-        items.setdefault(length, []).append(item)
+    items: dict[int, list[int]] = {}  # by length, those left, the first one last
+    for item in range(len(lengths) - 1, -1, -1):
+        items.setdefault(int(lengths[item]), []).append(item)
     row = 0
     while items:
         longest = max(items)

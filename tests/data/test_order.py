@@ -64,6 +64,8 @@ def test_packing_full_fills_each_row_as_well_as_those_left_allow(seed):
         for length in taken[:-1]:
             left.remove(length)
     assert not left
+    for length in set(lengths.tolist()):
+        assert (np.diff(rows[lengths == length]) >= 0).all()
 
 
 def epoch(plan, number):
