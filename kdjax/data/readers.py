@@ -356,6 +356,11 @@ def _read_csv(file: DataFile, delimiter: str = ",") -> Iterator[tuple[int, Value
                         f"{where} has {len(cells)} cells for {len(header)} columns "
                         f"{header}: quote cells that hold a {delimiter!r}"
                     )
+                if [cells[0].lstrip("\ufeff"), *cells[1:]] == header:
+                    raise ValueError(
+                        f"{where} has the header again: remove it where files were "
+                        "joined"
+                    )
                 pairs = zip(header, cells, strict=True)
                 empty = ("", "NaN", "nan")
                 yield (

@@ -46,7 +46,7 @@ class Schema:
             raise ValueError(f"schema={self._name!r}: use one of {SCHEMAS}")
         self._answers = AnswerReader(config.answer_kind)
         self._with_choices = ""  # the first row that has some
-        self._without_choices = ""  # the first row that has an empty column of them
+        self._without_choices = ""  # the first row that has none of them
 
     def describe(self, row: Row) -> str:
         """Return the schema of a row, the columns that it reads, and the others."""
@@ -111,17 +111,16 @@ class Schema:
 
         Its answer would be read as a free one, and may be a letter.
         """
-        is_empty = "choices" in fields.values and not texts
         if texts and self._without_choices:
             raise fields.error(
-                f"it has choices, but {self._without_choices} has an empty column of "
-                "them: give them to all rows, or make two files"
+                f"it has choices, but {self._without_choices} has none: give them to "
+                "all rows, or make two files"
             )
-        if self._with_choices and (is_empty or not (texts or self._answers.by_text)):
+        if self._with_choices and not texts:
             fields.require("choices", None, f"{self._with_choices} has some: give them")
             return False
         self._with_choices = self._with_choices or (fields.where if texts else "")
-        if is_empty:
+        if not texts:
             self._without_choices = self._without_choices or fields.where
         return True
 
@@ -133,6 +132,11 @@ class Schema:
         if value is None:
             return {"answer": ""}
         if not choices.texts:
+            if self._config.answer_kind in ("label", "index", "number"):
+                raise fields.error(
+                    f"{name}={show(value)} names no choice, as data.answer_kind="
+                    f"{self._config.answer_kind!r} says: the row has none"
+                )
             return {
                 "answer": fields.as_text(value, name, number=True),
                 "other_answers": tuple(
@@ -158,6 +162,10 @@ class Schema:
                 f"{name}={show(value)} has several answers: say by data.answer_list "
                 "that the 'first' counts, or 'any' of them when generations are "
                 "compared (the first is trained on)"
+            )
+        if any(isinstance(item, list | tuple | Mapping) for item in values[1:]):
+            raise fields.error(
+                f"{name}={show(value)} has lists or objects in it: give texts"
             )
         others = values[1:] if policy == "any" else []
         return values[0], list(dict.fromkeys(others))
@@ -249,6 +257,11 @@ class Schema:
             )
         if text and not answer.strip():
             fields.require("answer", None, "give the result after '####'")
+        if "\n" in answer.strip():
+            raise fields.error(
+                f"text follows the line of the result, {show(answer.strip())}: end the "
+                "answer with it"
+            )
         return self._example(
             fields,
             question=fields.text("question"),

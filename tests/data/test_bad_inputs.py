@@ -361,6 +361,48 @@ REFUSED = {
         {"schema": "gsm8k"},
         ":[12].*",
     ),
+    "text after GSM8K's result": (
+        "a.jsonl",
+        second({**QA, "answer": "So.\n#### 2"}, answer="So.\n#### 2\nThanks!"),
+        {},
+        ":2.*text follows the line of the result",
+    ),
+    "a row without choices before others": (
+        "a.jsonl",
+        lines({**QA, "answer": "B"}, {**MC, "answer": "C"}),
+        {},
+        ":2.*has choices, but .*:1.* has none",
+    ),
+    "a row without choices after others": (
+        "a.jsonl",
+        lines(MC, {**QA, "answer": "C"}),
+        {},
+        ":2.*:1.* has some",
+    ),
+    "a letter without choices": (
+        "a.jsonl",
+        lines({**QA, "answer": "B"}),
+        {"answer_kind": "label"},
+        ":1.*answer_kind='label'.*the row has none",
+    ),
+    "objects among answers": (
+        "a.jsonl",
+        lines({**QA, "answer": ["a", {"b": 1}]}),
+        {"answer_list": "any"},
+        ":1.*has lists or objects",
+    ),
+    "SQuAD answers in lists": (
+        "a.jsonl",
+        lines({"context": "c", "question": "q", "answers": {"text": ["x", ["y"]]}}),
+        {},
+        ":1.*has lists or objects",
+    ),
+    "a header in the middle": (
+        "a.csv",
+        b"question,answer\nq,a\n\xef\xbb\xbfquestion,answer\nq2,b\n",
+        {},
+        ":3 has the header again",
+    ),
     "SQuAD without an answer": (
         "a.jsonl",
         lines({"context": "c", "question": "q", "answers": {"text": []}}),
