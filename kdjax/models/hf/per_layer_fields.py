@@ -82,6 +82,8 @@ def _read_smollm3(json: Json) -> Values:
     interval = json.take("no_rope_layer_interval", 4)
     turned = json.take("no_rope_layers", None)  # 1 where there *are* positions
     if turned is None:
+        if type(interval) is not int or interval < 1:
+            json.refuse("no_rope_layer_interval", interval, "only a number of layers")
         turned = [int((n + 1) % interval != 0) for n in range(num_layers)]
     if len(turned) != num_layers:
         json.refuse("no_rope_layers", turned, f"only one of 0 or 1 for {num_layers}")
@@ -117,6 +119,8 @@ def gemma_layers(*, pattern: int, local_rope: bool) -> Part:
         period, types = pattern, _types(json)
         if local_rope:
             period = json.take("sliding_window_pattern", pattern)
+            if type(period) is not int or period < 1:
+                json.refuse("sliding_window_pattern", period, "only a number of layers")
         if types is None:
             types = [SLIDING if (n + 1) % period else FULL for n in range(num_layers)]
         rotary = tuple("local" if kind == SLIDING else "global" for kind in types)

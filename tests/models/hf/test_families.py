@@ -176,6 +176,16 @@ def test_published_configs_are_read(name):
     ("name", "fields", "message"),
     [
         (
+            "gemma3",
+            {"layer_types": None, "sliding_window_pattern": None},
+            "sliding_window_pattern=None",
+        ),
+        (
+            "gemma3",
+            {"layer_types": None, "sliding_window_pattern": 0},
+            "sliding_window_pattern=0",
+        ),
+        (
             "llama3",
             {"model_type": "mamba"},
             "model_type='mamba' is not supported, only",
