@@ -128,3 +128,22 @@ def test_bad_shapes():
         fused_loss(hidden, weight[1:], *rest, dense, options)
     with pytest.raises(ValueError, match="k=38"):
         label(hidden, weight, rest[0], LabelOptions(k=38, temperatures=(1.0,)))
+
+
+@pytest.mark.parametrize("vocab_size", [1024, 1025, 3000])
+def test_sums_over_slabs_are_those_over_rows(vocab_size):
+    """The last slab of ids overlaps the one before and counts what is new alone."""
+    logits_CV = 4 * jax.random.normal(jax.random.key(0), (3, vocab_size))
+    logits_CV = logits_CV.at[:, -2].set(-jnp.inf)
+    found = chunk_label.chunk_label(
+        logits_CV, jnp.zeros(3, jnp.int32), k=4, temperatures=(1.0, 2.0, 0.7)
+    )
+    logits = np.asarray(logits_CV, np.float64)
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    for column, t in enumerate((1.0, 2.0, 0.7)):
+        p = np.exp(log_p / t)
+        log_z = np.log(p.sum(-1))
+        p /= p.sum(-1, keepdims=True)
+        entropy = -(p * np.log(np.where(p > 0, p, 1.0))).sum(-1)
+        np.testing.assert_allclose(found["log_z_NS"][:, column], log_z, atol=2e-5)
+        np.testing.assert_allclose(found["entropy_NS"][:, column], entropy, atol=2e-5)
