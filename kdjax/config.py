@@ -615,7 +615,8 @@ class StorageConfig:
 class EvalConfig:
     """What is measured on held-out examples."""
 
-    batch_size: int = positive(16)  # packed rows per forward
+    # packed rows per forward, rounded up to what divides over data * fsdp
+    batch_size: int = positive(16)
     row_length: int = non_negative(0)  # tokens per packed row; 0 = train.row_length
     encoder_row_length: int = non_negative(0)  # of an encoder; 0 = that of training
     num_generations: int = non_negative(64)  # greedily answered examples; 0 = none
@@ -654,7 +655,8 @@ class AnnotateConfig:
     top_p: float = number(1.0, above=0, at_most=1)
     stop: tuple[str, ...] = ("\nQuestion:",)  # a text ends before the first of these
     seed: int = random_seed(0)  # of adjectives, requests, wrong choices and sampling
-    batch_size: int = positive(16)  # prompts decoded together (local)
+    # prompts decoded together (local), rounded up to what divides over data * fsdp
+    batch_size: int = positive(16)
     # keys and values (local), in decoders without contrasts; "compute" = train.dtype
     cache_dtype: str = choice("compute", CACHE_DTYPES)
     drop: tuple[str, ...] = choice((), GATES)  # rationales left out of the result

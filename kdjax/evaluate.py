@@ -45,7 +45,11 @@ def score(
       Held-out metrics, and the shape of the model; None of a teacher without weights,
       whose metrics are those of its records.
     """
-    from kdjax.evaluation.scorer import make_scorer, score_records
+    from kdjax.evaluation.scorer import (
+        check_evaluation,
+        make_scorer,
+        score_records,
+    )
     from kdjax.evaluation.text_match import match_rates
     from kdjax.experiment.models import load_model
     from kdjax.experiment.run import for_model, open_run
@@ -69,6 +73,7 @@ def score(
         path = teacher_folder(config, workdir) if name == "teacher" else name
         student_run = for_model(student_run, path)
         model, params = load_model(path, student_run.mesh, dtype=config.train.dtype)
+    check_evaluation(student_run, model.shape)
     scorer = make_scorer(student_run, model, cache=cache)
     metrics = scorer(params) | match_rates(scorer.generations(params))
     return metrics, model.shape

@@ -137,6 +137,7 @@ def show(config: Config, num: int) -> None:
                 "segments": total.segments,
                 "segments truncated": total.truncated,
                 "segments dropped": total.dropped,
+                "chats without a turn": total.without_turn,
                 "tokens read": sum(s.length + 1 for s in segments) - num_trained,
                 "tokens trained": num_trained,
                 "tokens unknown": preview.count_unknown(segments, tokenizer),
@@ -146,7 +147,8 @@ def show(config: Config, num: int) -> None:
             }
         for example in selected.examples[:num]:
             if example.id not in segments_by_id:
-                print(f"\n{split} {example.name}: left out, too long")
+                reason = "too long, or without a turn to learn"
+                print(f"\n{split} {example.name}: left out, {reason}")
             for name, segment in segments_by_id.get(example.id, []):
                 print(f"\n{split} {example.name}, view {name}:")
                 _print_spans(preview.spans(segment, tokenizer))

@@ -9,6 +9,7 @@ from kdjax.data.letters import letter, letter_index
 from kdjax.data.readers import ClassName, kind_of
 
 MAX_CHOICES = 100
+_OWN_LETTER = re.compile(r"\s*\(?([A-Za-z])[.):]")
 
 
 class Choices(NamedTuple):
@@ -125,6 +126,8 @@ class AnswerReader:
         Raises:
           ValueError: the answer names no choice, or may name several.
         """
+        if self._kind in ("index", "number"):
+            choices = choices._replace(labels=())
         texts = choices.texts
         kinds = _readings(fields, name, value, choices)
         if self._kind != "auto":
@@ -204,6 +207,8 @@ def _readings(
         "text": _index(texts, text, stripped),
         "label": _index(labels, text, stripped) if labels else label,
     }
+    if not labels and readings["text"] is None and readings["label"] is not None:
+        _check_own_letters(fields, name, value, texts, readings["label"])
     if readings["text"] is None and readings["label"] is not None:
         # "A" may also be a choice "a".
         folded = [item.strip().casefold() for item in texts]
@@ -222,6 +227,18 @@ def _readings(
         for kind, index in readings.items()
         if index is not None and 0 <= index < len(texts)
     }
+
+
+def _check_own_letters(
+    fields: Fields, name: str, value: Any, texts: Sequence[str], index: int
+) -> None:
+    """Raise ValueError if choices such as "B) milk" have the letters of others."""
+    own = [match and letter_index(match[1]) for match in map(_OWN_LETTER.match, texts)]
+    if None not in own and index < len(texts) and own[index] != index:
+        raise fields.error(
+            f"{name}={show(value)} is ambiguous: the choices {show(list(texts))} have "
+            "letters of their own, in another order: give them as {label: text}"
+        )
 
 
 def _index(items: Sequence[str], text: str, stripped: str) -> int | None:

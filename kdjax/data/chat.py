@@ -8,6 +8,7 @@ another way than it wrote them when they were the last ones is refused.
 """
 
 import dataclasses
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -121,7 +122,7 @@ class ChatEncoder:
                 ]
                 for indices in turns
             ],
-            ids=[example.id for example in examples],
+            names=[example.name for example in examples],
         )
         return [
             self._last_turn(example)
@@ -146,7 +147,7 @@ class ChatEncoder:
             ],
             tools=[self._encoder.escape(example.tools) for example in examples],
             generation_prompt=True,
-            ids=[example.id for example in examples],
+            names=[example.name for example in examples],
         )
         return self._encoder.encode([chat.text for chat in rendered])
 
@@ -169,6 +170,31 @@ class ChatEncoder:
         messages = [apply_think(m, self._config.think) for m in example.messages]
         return [self._encoder.escape(message) for message in messages]
 
+    def _check_written(self, example: Example, text: str, num_messages: int) -> None:
+        """Check that the text of a chat leaves out no message, call or tool.
+
+        What a template makes of the assistant's own texts is not checked.
+
+        Raises:
+          ValueError: it does.
+        """
+        lost = next((t for t in example.tools if not _is_written(t, text)), None)
+        what = "" if lost is None else f"the tool {_function_name(lost)!r}"
+        for index, message in enumerate(self._messages(example)[:num_messages]):
+            calls = message.get("tool_calls") or ()
+            if not all(_is_written(call, text) for call in calls):
+                what = f"the tool calls of message {index}"
+            content = message.get("content")
+            if message["role"] != "assistant" and isinstance(content, str):
+                content = content.strip()
+                if content not in text and not _is_quoted(content, text):
+                    what = f"message {index}, of the role {message['role']!r}"
+        if what:
+            raise ValueError(
+                f"example {example.name}: {self._file()} does not write {what}: use a "
+                "template that does, or data without it"
+            )
+
     def _is_composed(self, turns: Sequence[int], rendered: Rendered) -> bool:
         """Return True if the one turn is not written after what asks for it.
 
@@ -186,8 +212,9 @@ class ChatEncoder:
             [messages[:index]],
             tools=[self._encoder.escape(example.tools)],
             generation_prompt=True,
-            ids=[example.id],
+            names=[example.name],
         )
+        self._check_written(example, before.text, index)
         content = messages[index].get("content")
         if not isinstance(content, str) or messages[index].get("tool_calls"):
             raise ValueError(
@@ -228,6 +255,7 @@ class ChatEncoder:
     ) -> ChatTokens:
         """Find the tokens of the learnt turns of a rendered chat."""
         spans = self._spans(example, turns, rendered)
+        self._check_written(example, rendered.text, len(example.messages))
         borders = [border for span in spans for border in span]
         ids, ends = self._encode(example, rendered.text, borders)
         mask = np.zeros(len(ids) + 1, bool)
@@ -261,6 +289,7 @@ class ChatEncoder:
                 f"{len(assistant)} of the assistant: repair its generation blocks"
             )
         spans = []
+        messages = example.messages
         pairs = zip(rendered.beginnings[::2], rendered.beginnings[1::2], strict=True)
         for index, ((common, start), (stop, length)) in zip(turns, pairs, strict=True):
             if stop < length:  # what ends a chat, not a turn, differs
@@ -276,6 +305,13 @@ class ChatEncoder:
                 mark_start, mark_stop = marks[assistant.index(index)]
                 start = max(start, mark_start)
                 stop = min(stop, self._with_end(text, mark_stop))
+            calls = messages[index].get("tool_calls") or ()
+            if not all(_is_written(call, text[start:stop]) for call in calls):
+                raise ValueError(
+                    f"example {example.name}: {self._file()} does not write the tool "
+                    f"calls of message {index} in its turn: use a template that does, "
+                    "or data without them"
+                )
             spans.append((start, stop))
         return spans
 
@@ -317,6 +353,26 @@ class ChatEncoder:
         return chat_template.template_file(self._tokenizer)
 
 
+def _function_name(value: Any) -> str:
+    """Return the name of a tool, or of a tool that is called; "" for other forms."""
+    function = value.get("function", value) if isinstance(value, Mapping) else None
+    name = function.get("name") if isinstance(function, Mapping) else None
+    return name if isinstance(name, str) else ""
+
+
+def _is_written(value: Any, text: str) -> bool:
+    """Return True if a text has the name of a tool, or of a tool that is called."""
+    return _function_name(value) in text
+
+
+def _is_quoted(content: str, text: str) -> bool:
+    """Return True if a text has a content as JSON has it between quotes."""
+    return any(
+        json.dumps(content, ensure_ascii=is_ascii)[1:-1] in text
+        for is_ascii in (True, False)
+    )
+
+
 class MissingTurnError(ValueError):
     """A chat without a turn to learn; `data.on_missing` says what becomes of it."""
 
@@ -334,20 +390,20 @@ def assistant_turns(example: Example) -> list[int]:
     for index, message in enumerate(example.messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise ValueError(
-                f"example {example.id!r}: message {index} is {str(message)[:80]!r}: "
+                f"example {example.name}: message {index} is {str(message)[:80]!r}: "
                 "give it a role and a content"
             )
         weight = message.get("weight", 1)
         if weight not in (0, 1, None):
             raise ValueError(
-                f"example {example.id!r}: message {index} has weight={weight!r}: use "
+                f"example {example.name}: message {index} has weight={weight!r}: use "
                 "1, or 0 for a turn that is not learnt"
             )
         if message["role"] == "assistant" and weight != 0:
             turns.append(index)
     if not turns:
         raise MissingTurnError(
-            f"example {example.id!r} has no message of the assistant to learn: give it "
+            f"example {example.name} has no message of the assistant to learn: give it "
             "one, or leave it out (data.on_missing='drop')"
         )
     return turns

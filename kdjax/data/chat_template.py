@@ -75,7 +75,7 @@ class ChatTemplate:
         tools: Sequence[Sequence[Mapping[str, Any]]] | None = None,
         generation_prompt: bool = False,
         beginnings: Sequence[Sequence[Beginning]] | None = None,
-        ids: Sequence[str] | None = None,
+        names: Sequence[str] | None = None,
     ) -> list[Rendered]:
         """Render chats.
 
@@ -84,11 +84,11 @@ class ChatTemplate:
           tools: of each chat; None = none.
           generation_prompt: what asks for the assistant's turn ends the texts.
           beginnings: of each chat; None = none.
-          ids: of the chats, for errors.
+          names: of the chats, for errors.
 
         Raises:
           ValueError: the template fails, or needs more than it may; with its file, and
-            the chat's id.
+            the chat's name.
         """
         requests = [
             {
@@ -105,7 +105,7 @@ class ChatTemplate:
             group = requests[start : start + _NUM_CHATS]
             for number, answer in enumerate(self._answers(group), start):
                 if error := answer.get("error"):
-                    where = f"example {ids[number]!r}: " if ids else ""
+                    where = f"example {names[number]}: " if names else ""
                     raise ValueError(
                         f"{where}{template_file(self._tokenizer)} fails: "
                         f"{' '.join(error.split())[:300]}: repair the template or the "
@@ -197,13 +197,10 @@ class _Process:
 
     def __call__(self, chats: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Render chats; one object for each, of `template_process.answer`."""
+        line = json.dumps(chats, default=str)  # dates and such, as templates print them
         with self._lock:
             if self._popen is None:
                 self._start()
-            try:
-                line = json.dumps(chats)
-            except TypeError as error:
-                return [{"error": f"its messages are no JSON ({error})"}] * len(chats)
             try:
                 self._write(line)
                 answers = self._read()

@@ -1,12 +1,11 @@
 """Columns of a row under the names of the schemas, and their typed values."""
 
-import json
 import math
 import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from kdjax.data.readers import Row, Values, kind_of
+from kdjax.data.readers import Row, Values, kind_of, parse_json
 
 # Names that `data.columns` may map others to; a schema reads some of them.
 NAMES = (
@@ -34,6 +33,7 @@ NAMES = (
     "rejected",
 )
 _ABSENT = object()
+_MAX_WHOLE = 2.0**53  # floats from here on are no exact integers
 
 
 def parse_mapping(text: str) -> dict[str, tuple[str, ...]]:
@@ -226,11 +226,13 @@ class Fields:
         return "" if is_missing(value) else self.as_text(value, name)
 
     def as_text(self, value: Any, name: str, *, number: bool = False) -> str:
-        """Return a value that is a text, or with `number` an integer, as text.
+        """Return a value that is a text, or with `number` a whole number, as text.
 
         Raises:
           ValueError: it is something else.
         """
+        if number and isinstance(value, float) and value.is_integer():
+            value = int(value) if abs(value) < _MAX_WHOLE else value
         if number and isinstance(value, int) and not isinstance(value, bool):
             return str(value)
         if not isinstance(value, str):
@@ -250,12 +252,8 @@ class Fields:
           ValueError: it is something else.
         """
         if isinstance(value, str) and value.lstrip().startswith("["):
-            try:
-                value = json.loads(value)
-            except (ValueError, RecursionError) as error:
-                raise self.error(
-                    f"{name}={show(value)} is no JSON list ({error}): write it as one"
-                ) from None
+            where = f"{self.where}: row {self._name!r}: {name}={show(value)}"
+            value = parse_json(value, where)
         if not isinstance(value, list | tuple):
             raise self.error(
                 f"{name}={show(value)} is {kind_of(value)}, not a list: give a list, "

@@ -2,6 +2,7 @@
 
 import bisect
 import dataclasses
+import math
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -85,8 +86,12 @@ def pattern(weights: Sequence[float]) -> Int[np.ndarray, " P"]:
     ten rows, 0 1 2 0 0 1 0 2 1 0.
 
     Raises:
-      ValueError: the period would be too long.
+      ValueError: the period would be too long, or weights are too large.
     """
+    if not math.isfinite(sum(weights)):
+        raise ValueError(
+            f"mixture.weights={tuple(weights)} are too large to add: use smaller ones"
+        )
     fractions = [Fraction(str(weight)) for weight in weights]
     shares = [fraction / sum(fractions) for fraction in fractions]
     period = int(np.lcm.reduce([share.denominator for share in shares]))

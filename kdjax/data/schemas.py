@@ -16,7 +16,7 @@ from kdjax.data.columns import (
     show,
 )
 from kdjax.data.example import Example
-from kdjax.data.readers import ClassName, Row, Values, kind_of
+from kdjax.data.readers import ClassName, Row, Values, kind_of, parse_json
 
 Message = Mapping[str, Any]
 
@@ -27,10 +27,24 @@ _SPEAKERS = {  # of ShareGPT -> roles
     "system": "system",
     **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
 }
+# Beside role and content, what a turn of ShareGPT may have.
+_MEMBERS = ("weight", "name", "tool_calls", "tool_call_id", "reasoning_content")
+_PREAMBLES: tuple[list[str], ...] = ([], ["system"], ["developer"])
+# Columns that may name the right one of the choices in a column `answers`.
+_KEYS = ("label", "answer", "correct", "correct_answer", "gold", "target", "answer_idx")
 _GSM8K = re.compile(r"(^|\n)####[^\n]*\S[^\n]*\s*$")
 # Columns that may be choices, where there is no column `choices`.
-_CHOICES = {"options", "candidates", "endings", "answer_choices", "opts"}
-_CHOICE = re.compile(r"(option|choice|ending|op|sol)?[ _-]?([a-e]|\d)", re.IGNORECASE)
+_CHOICES = re.compile(
+    r"(answer|possible|multiple)?_?"
+    r"(options?|opts|candidates|endings|choices?|alternatives|answers)(_list)?",
+    re.IGNORECASE,
+)
+_CHOICE = re.compile(
+    r"((options?|opt?|choices?|candidate|ending|answers?|ans|alternative|alt|sol)"
+    r"[ _-]?)?([a-j]|\d\d?)",
+    re.IGNORECASE,
+)
+_LETTER = re.compile(r"\(?[A-J]\)?")  # an answer that names a choice
 
 
 class Schema:
@@ -52,8 +66,9 @@ class Schema:
         """Return the schema of a row, the columns that it reads, and the others."""
         row = self._rename(row)
         name = detect(row) if self._name == "auto" else self._name
-        columns = [c for c in row.values if c in COLUMNS[name]]
-        others = [c for c in row.values if c not in COLUMNS[name]]
+        names = [c.encode(errors="backslashreplace").decode() for c in row.values]
+        columns = [c for c in names if c in COLUMNS[name]]
+        others = [c for c in names if c not in COLUMNS[name]]
         rest = f"; not read: {', '.join(others)}" if others else ""
         return f"schema {name} of the columns {', '.join(columns)}{rest}"
 
@@ -72,6 +87,12 @@ class Schema:
             self._name = detect(row)
         drop = self._config.on_missing == "drop"
         fields = Fields(row, default_id, drop=drop)
+        is_read = "choices" in COLUMNS[self._name] or not fields.has("choices")
+        if not is_read and parse_choices(fields, row.values["choices"]).texts:
+            raise fields.error(
+                f"it has choices, which data.schema={self._name!r} does not read: take "
+                "them out, or use data.schema='plain'"
+            )
         return _CONVERTERS[self._name](self, fields)
 
     def _example(self, fields: Fields, **values: Any) -> Example:
@@ -86,11 +107,11 @@ class Schema:
             return self._text(fields)
         choices = parse_choices(fields, values.get("choices"))
         if not self._check_choices(fields, choices.texts):
-            return self._example(fields, question=fields.text("question"))
+            return self._example(fields, question=_question(fields))
         if not choices.texts and self._detected:
             _check_no_choices(fields)
         answer = self._answer(fields, choices=choices)
-        question = fields.text("question")
+        question = _question(fields)
         if self._detected and not choices.texts and _GSM8K.search(answer["answer"]):
             raise fields.error(
                 f"answer={show(answer['answer'])} ends as those of GSM8K, the first "
@@ -143,6 +164,11 @@ class Schema:
                     fields.as_text(o, name, number=True) for o in others
                 ),
             }
+        if others:
+            raise fields.error(
+                f"{name}={show(fields.values[name])} has several answers to choices: "
+                "use data.answer_list='first', or give the right one alone"
+            )
         answer = self._answers.choose(fields, name, value, choices)
         check_count(fields, choices.texts)
         return {"answer": answer}
@@ -192,7 +218,6 @@ class Schema:
         if not options.texts:
             fields.require("choices", None)
         elif self._config.answer_kind in ("text", "index", "number"):
-            options = options._replace(labels=())
             if key is not None:
                 answer = self._answers.choose(fields, "answerKey", key, options)
         elif not options.labels:
@@ -257,6 +282,15 @@ class Schema:
             )
         if text and not answer.strip():
             fields.require("answer", None, "give the result after '####'")
+        if (
+            mark
+            and rationale.rpartition("\n")[2].strip()
+            and not re.search(r"\d", answer)
+        ):
+            raise fields.error(
+                f"answer={show(text)} has '####' within a line: give the result on a "
+                "line of its own, or use data.schema='plain'"
+            )
         if "\n" in answer.strip():
             raise fields.error(
                 f"text follows the line of the result, {show(answer.strip())}: end the "
@@ -272,6 +306,13 @@ class Schema:
     def _squad(self, fields: Fields) -> Example:
         """Convert a row of a context, a question and answers {text, answer_start}."""
         value = fields.get("answers")
+        key = next((name for name in _KEYS if fields.has(name)), "")
+        if self._detected and key and not isinstance(value, Mapping):
+            raise fields.error(
+                f"answers={show(value)} may be choices, of which {key}="
+                f"{show(fields.values[key])} names one: say data.columns="
+                f"choices=answers,answer={key}, or data.schema='squad'"
+            )
         if isinstance(value, Mapping):
             if "text" not in value:
                 raise fields.error(f"answers={show(value)} has no 'text': give it")
@@ -285,8 +326,12 @@ class Schema:
         return self._example(
             fields,
             question=f"{context}\n{question}" if context and question else "",
-            answer="" if first is None else fields.as_text(first, "answers.text"),
-            other_answers=tuple(fields.as_text(o, "answers.text") for o in others),
+            answer=""
+            if first is None
+            else fields.as_text(first, "answers.text", number=True),
+            other_answers=tuple(
+                fields.as_text(other, "answers.text", number=True) for other in others
+            ),
         )
 
     def _alpaca(self, fields: Fields) -> Example:
@@ -298,7 +343,7 @@ class Schema:
         question = fields.text("instruction")
         if question and (more := fields.optional_text("input")):
             question = f"{question}\n{more}"
-        answer = fields.text("output")
+        answer = fields.text("output", number=True)
         return self._chat_of(fields, question, answer)
 
     def _chat_of(self, fields: Fields, question: str, answer: str) -> Example:
@@ -308,9 +353,7 @@ class Schema:
             if system := fields.optional_text("system"):
                 messages.append({"role": "system", "content": system})
             messages += _turns(question, answer)
-        return self._example(
-            fields, question=question, answer=answer, messages=tuple(messages)
-        )
+        return self._example(fields, messages=tuple(messages), **_question_of(messages))
 
     def _sharegpt(self, fields: Fields) -> Example:
         """Convert a row of conversations {from, value}."""
@@ -328,7 +371,9 @@ class Schema:
                 raise fields.error(
                     f"{where} is from {show(speaker)}: known are {list(_SPEAKERS)}"
                 )
-            messages.append({"role": _SPEAKERS[speaker], "content": turn.get("value")})
+            rest = {name: v for name, v in turn.items() if name in _MEMBERS}
+            role = _SPEAKERS[speaker]
+            messages.append({"role": role, "content": turn.get("value"), **rest})
         return self._chat(fields, messages, "conversations")
 
     def _messages(self, fields: Fields) -> Example:
@@ -355,31 +400,32 @@ class Schema:
         """Convert the chosen side of a pair: a text or messages, after a prompt."""
         preferred, prompt = fields.get("chosen"), fields.values.get("prompt")
         if isinstance(preferred, str) and not isinstance(prompt, list | tuple):
-            if is_missing(prompt):
-                raise fields.error(
-                    "chosen is text, without a prompt: give the prompt, or messages"
-                )
-            question = fields.as_text(prompt, "prompt")
+            remedy = "chosen is text without a prompt: give one, or messages"
+            prompt = fields.require("prompt", prompt, remedy)
+            question = "" if prompt is None else fields.as_text(prompt, "prompt")
             answer = fields.as_text(preferred, "chosen")
             return self._chat_of(fields, question, answer)
         if isinstance(preferred, str):
             preferred = [{"role": "assistant", "content": preferred}]
-        turns = _list(fields, preferred, "chosen")
-        before: list[Any] = []
         if isinstance(prompt, str) and not is_missing(prompt):
-            before = [{"role": "user", "content": prompt}]
-        elif not is_missing(prompt):
-            before = _list(fields, prompt, "prompt")
-        before = _check_turns(fields, before, "prompt")
-        turns = _check_turns(fields, turns, "chosen")
-        if _begins_with(turns, before):
-            before = []
-        elif any(message["role"] == "user" for message in turns):
+            prompt = [{"role": "user", "content": prompt}]
+        given = [] if is_missing(prompt) else _list(fields, prompt, "prompt")
+        before = _check_turns(fields, given, "prompt")
+        turns = _check_turns(fields, _list(fields, preferred, "chosen"), "chosen")
+        if not turns or (given and not before):  # left out
+            return self._chat(fields, [], "chosen")
+        own = _without_prompt(turns, before)
+        if own is None and any(message["role"] == "user" for message in turns):
             raise fields.error(
                 "chosen does not begin with the column prompt, but has turns of a "
                 "user: leave one of them out"
             )
-        return self._chat(fields, [*before, *turns], "chosen")
+        if not any(map(_is_reply, turns if own is None else own)):
+            fields.require("chosen", None, "give it a reply of the assistant")
+            return self._chat(fields, [], "chosen")
+        return self._chat(
+            fields, turns if own is not None else [*before, *turns], "chosen"
+        )
 
 
 # Private methods, so that this table is the only list of schemas.
@@ -400,7 +446,10 @@ _CONVERTERS: dict[str, Callable[[Schema, Fields], Example]] = {
 
 
 # Columns that a schema reads, where there are some.
-_PLAIN = ("id", "question", "choices", "answer", "rationale", "counterfactuals", "text")
+_PLAIN = (
+    *("id", "context", "question", "choices", "answer"),
+    *("rationale", "counterfactuals", "text"),
+)
 _KEYED = ("id", "question", "question_stem", "choices", "answerKey", "rationale")
 COLUMNS = {
     "plain": _PLAIN,
@@ -467,18 +516,38 @@ def candidates(values: Values) -> list[str]:
 
 def _check_no_choices(fields: Fields) -> None:
     """Raise ValueError for columns that look like choices nobody would see."""
-    letters = [name for name in fields.values if _CHOICE.fullmatch(name)]
+    values = {n: v for n, v in fields.values.items() if n not in COLUMNS["plain"]}
+    answer = fields.values.get("answer")
+    is_letter = isinstance(answer, str) and _LETTER.fullmatch(answer.strip())
+    single = [name for name in values if _CHOICE.fullmatch(name)]
+    if not single and is_letter:
+        single = [name for name in values if re.search(r"[ _-][a-jA-J1-9]$", name)]
     lists = [
         name
-        for name, value in fields.values.items()
-        if name.lower() in _CHOICES and value is not None
+        for name, value in values.items()
+        if (_CHOICES.fullmatch(name) and not is_missing(value))
+        or (is_letter and _is_list(value))
     ]
-    if len(letters) > 1 or lists:
-        columns = lists[0] if lists else "|".join(letters)
+    if len(single) > 1 or lists:
+        columns = lists[0] if lists else "|".join(single)
         raise fields.error(
-            f"it has no choices, but columns {lists or letters}: say "
+            f"it has no choices, but columns {lists[:1] or single}: say "
             f"data.columns=choices={columns}, or data.schema='plain' for free answers"
         )
+
+
+def _is_list(value: Any) -> bool:
+    """Return True for a list of texts, or a text that looks like one."""
+    if isinstance(value, str):
+        return value.lstrip().startswith("[")
+    is_list = isinstance(value, list | tuple) and len(value) > 1
+    return is_list and all(isinstance(item, str | Mapping) for item in value)
+
+
+def _question(fields: Fields) -> str:
+    """Return a question after its context, where there is one."""
+    question, context = fields.text("question"), fields.optional_text("context")
+    return f"{context}\n{question}" if context and question else question
 
 
 def _counterfactuals(fields: Fields, choices: tuple[str, ...]) -> tuple[str, ...]:
@@ -508,12 +577,18 @@ def _list(fields: Fields, value: Any, name: str) -> list[Any]:
     return [] if value is None else fields.as_list(value, name)
 
 
-def _begins_with(turns: list[Message], prompt: list[Message]) -> bool:
-    """Return True if turns repeat a prompt, perhaps after an own system turn."""
+def _without_prompt(
+    turns: list[Message], prompt: list[Message]
+) -> list[Message] | None:
+    """Return the turns after a prompt that they repeat; None if they do not.
+
+    An own system turn may come before it.
+    """
     start = turns
     if turns and turns[0]["role"] == "system" and prompt[:1] != turns[:1]:
         start = turns[1:]
-    return start[: len(prompt)] == prompt
+    is_repeated = start[: len(prompt)] == prompt
+    return start[len(prompt) :] if is_repeated else None
 
 
 def _is_reply(message: Message) -> bool:
@@ -598,7 +673,8 @@ def _tool_call(fields: Fields, call: Any, where: str) -> dict[str, Any]:
         except (ValueError, RecursionError):
             members = None
         if isinstance(members, dict):
-            function["arguments"] = members
+            name = f"{fields.where}: the arguments of {where}.tool_calls"
+            function["arguments"] = parse_json(arguments, name)
     return {n: v for n, v in call.items() if v is not None} | {"function": function}
 
 
@@ -619,10 +695,14 @@ def _check_json(fields: Fields, value: Any, name: str) -> None:
 
 
 def _question_of(messages: list[Message]) -> dict[str, str]:
-    """Return question and answer of a chat of one question and one answer."""
-    if [message["role"] for message in messages] != ["user", "assistant"]:
+    """Return question and answer of a chat of one question and one answer.
+
+    What the system says stands before the question.
+    """
+    roles = [message["role"] for message in messages]
+    if roles[-2:] != ["user", "assistant"] or roles[:-2] not in _PREAMBLES:
         return {}
-    if any("tool_calls" in message for message in messages):
+    if any("tool_calls" in m or m.get("weight") == 0 for m in messages):
         return {}
-    question, answer = (message["content"] for message in messages)
-    return {"question": question, "answer": answer}
+    *texts, answer = (message["content"] for message in messages)
+    return {"question": "\n".join(texts), "answer": answer}

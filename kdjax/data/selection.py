@@ -307,8 +307,15 @@ def _missing_message(name: str, view: str, ids: list[str], num: int, split: str)
 
 
 def content_digest(example: Example) -> int:
-    """Compute 64 bits of a hash of what an example asks, without its answer."""
-    content = [example.question, example.choices, example.text, example.messages]
+    """Compute 64 bits of a hash of what an example asks, without its answer.
+
+    Of a chat these are its messages up to the last one of the assistant.
+    """
+    messages = example.messages
+    roles = [message["role"] for message in messages]
+    if "assistant" in roles:
+        messages = messages[: len(roles) - 1 - roles[::-1].index("assistant")]
+    content = [example.question, example.choices, example.text, messages]
     text = json.dumps(content, default=str)
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest)
@@ -324,7 +331,8 @@ def describe_overlap(
 ) -> str:
     """Return a warning about held-out examples that are training examples too.
 
-    They are compared by content: question and choices, text, or messages.
+    They are compared by content: question and choices, text, or the messages before the
+    last one of the assistant.
 
     Args:
       digests: `content_digests` of the training examples.

@@ -80,6 +80,7 @@ class SegmentCounts:
     loss_tokens: int = 0  # those of the target tokens that are in the loss
     truncated: int = 0  # segments
     dropped: int = 0  # segments
+    without_turn: int = 0  # chats without a turn to learn
     max_id: int = -1  # largest id of a token
     unknown: int = 0  # tokens that stand for what the tokenizer lacks
     # what they stand for, of the first texts with some
@@ -374,7 +375,7 @@ def _tokenize_chats(
     base = fingerprint(tokenizer).encode()
     chats = list(encoder.examples(examples))
     if config.chat_loss != "each":  # which has more of them
-        counts.dropped += len(examples) - len(chats)
+        counts.without_turn += len(examples) - len(chats)
     segments: list[Segment | None] = []
     for example, tokens in zip(chats, encoder(chats), strict=True):
         fitting = _fit_chat(encoder, example, tokens, config)

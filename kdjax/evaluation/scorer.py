@@ -9,17 +9,17 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float64
 
 from kdjax.config import Config, DecoderConfig, T5Config
-from kdjax.data import chat, loader, templates, views
+from kdjax.data import loader, views
 from kdjax.data import tokenizer as tokenizers
-from kdjax.data.example import Example
 from kdjax.data.segments import as_segments
-from kdjax.data.templates import Text
 from kdjax.evaluation import calibration, text_match
+from kdjax.evaluation import prompts as prompts_lib
 from kdjax.experiment import methods, mixture
-from kdjax.experiment.data import Data, uses_chat_template
+from kdjax.experiment.data import Data
 from kdjax.experiment.models import (
     Model,
     load_model,
@@ -31,7 +31,7 @@ from kdjax.experiment.run import Run
 from kdjax.experiment.teacher import teacher_folder
 from kdjax.models import hf
 from kdjax.models.generate import Decoding, Generator
-from kdjax.models.lm import Shape
+from kdjax.models.lm import Shape, max_prompt_length
 from kdjax.parallel import distributed, sharding
 from kdjax.runtime import files
 from kdjax.training import step
@@ -130,17 +130,8 @@ class Scorer:
         return -self._per_segment(params, self._plan(segments), None)["nll"]
 
     def _plan(self, segments: Sequence[views.Segment]) -> loader.BatchPlan:
-        evaluation, train = self._config.evaluation, self._config.train
-        lengths = (
-            evaluation.row_length or train.row_length,
-            evaluation.encoder_row_length or train.encoder_row_length,
-        )
-        shape, student = self._model.shape, self._student
-        if isinstance(shape, DecoderConfig):
-            lengths = joint_row_length(student, *lengths), 0
-        rows = row_kwargs(shape, *lengths)
-        return loader.BatchPlan(
-            segments, batch_size=evaluation.batch_size, shuffle=False, **rows
+        return _make_plan(
+            self._config, segments, (self._model.shape, self._student), self._mesh
         )
 
     def _per_segment(
@@ -253,55 +244,22 @@ class Scorer:
         Returns:
           One object per example and view: id, view, and `text_match.compare`'s.
         """
-        config, data = self._config, self._data
-        examples = data.eval_examples[: config.evaluation.num_generations]
-        if "chat" in data.eval_views:
-            return self._chat_generations(params, examples)
-        examples = views.escape(examples, data.tokenizer, config.data)
-        prompts = [
-            (example, view, text)
-            for example in examples
-            for view in data.eval_views
-            for text in templates.render(example, view, config.data)
-            if text.prompt
-        ]
+        data = self._data
+        prompts = prompts_lib.held_out_prompts(self._config, data)
         if not prompts:
             return []
-        texts = self._generate(params, [text.prompt for _, _, text in prompts])
-        return [
-            {"id": example.id, "view": view}
-            | text_match.compare(
-                generated,
-                example,
-                view,
-                Text(*(part.replace(tokenizers.BREAK, "") for part in text)),
-            )
-            for (example, view, text), generated in zip(prompts, texts, strict=True)
-        ]
-
-    def _chat_generations(
-        self, params: Any, examples: Sequence[Example]
-    ) -> list[dict[str, Any]]:
-        """Answer the last learnt turn of each chat."""
-        config, data = self._config.data, self._data
-        if not examples:
-            return []
-        encoder = chat.ChatEncoder(data.tokenizer, config)
-        prompt_ids = encoder.example_prompt_ids(examples)
-        texts = self._continue(params, prompt_ids)
+        texts = self._continue(params, [prompt.ids for prompt in prompts])
         rows = []
-        for example, ids, generated in zip(examples, prompt_ids, texts, strict=True):
-            turn = chat.learnt_turns(example, config)[-1]
-            message = chat.apply_think(example.messages[turn], config.think)
-            rows.append(
-                {
-                    "id": example.id,
-                    "view": "chat",
-                    "prompt": data.tokenizer.decode(ids),
-                    "target": message.get("content") or "",
-                    "generated": generated.strip(),
-                }
-            )
+        for prompt, generated in zip(prompts, texts, strict=True):
+            example, view = prompt.example, prompt.view
+            row = {"id": example.id, "view": view}
+            if view == "chat":
+                row["prompt"] = data.tokenizer.decode(prompt.ids)
+                row["target"] = prompts_lib.last_turn_text(example, self._config.data)
+                row["generated"] = generated.strip()
+            else:
+                row |= text_match.compare(generated, example, view, prompt.text)
+            rows.append(row)
         return rows
 
     def generate(self, params: Any, prompts: Sequence[str]) -> list[str]:
@@ -318,23 +276,15 @@ class Scorer:
 
     def _generate(self, params: Any, prompts: Sequence[str]) -> list[str]:
         """Continue prompts, whose special tokens are tokens but for marked ones."""
-        config, data = self._config, self._data
-        prompt_ids = views.prompt_ids(
-            prompts,
-            data.tokenizer,
-            dataclasses.replace(config.data, chat_template=uses_chat_template(config)),
-        )
+        prompt_ids = prompts_lib.encode_prompts(self._config, self._data, prompts)
         return self._continue(params, prompt_ids)
 
     def _continue(self, params: Any, prompt_ids: Sequence[Sequence[int]]) -> list[str]:
         """Continue prompts of ids, whose beginnings are cut to `data.max_prompt`."""
-        config, data = self._config.data, self._data
-        limit = config.max_prompt
-        if "chat" in data.eval_views:
-            limit += config.max_target
+        limit = prompts_lib.max_prompt_length(self._config, self._data)
         cut = [list(ids[-limit:]) for ids in prompt_ids]
         tokens = self._generator(params, self._with_end(cut))
-        return data.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return self._data.tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
     def complete(self, params: Any, segments: Sequence[views.Segment]) -> list[str]:
         """Continue the prompt and prefix of each segment by greedy decoding."""
@@ -367,6 +317,72 @@ class Scorer:
             return prompt_ids
         end = self._model.shape.eos_id
         return [loader.with_end(ids, end) for ids in prompt_ids]
+
+
+def _make_plan(
+    config: Config,
+    segments: Sequence[views.Segment],
+    shapes: tuple[Shape, Shape],
+    mesh: Mesh,
+) -> loader.BatchPlan:
+    """Make the batches of segments that are scored.
+
+    Args:
+      config: of the run.
+      segments: to score.
+      shapes: of the model, and of the run's student.
+      mesh: over which rows are divided.
+    """
+    evaluation, train = config.evaluation, config.train
+    shape, student = shapes
+    lengths = (
+        evaluation.row_length or train.row_length,
+        evaluation.encoder_row_length or train.encoder_row_length,
+    )
+    if isinstance(shape, DecoderConfig):
+        lengths = joint_row_length(student, *lengths), 0
+    return loader.BatchPlan(
+        segments,
+        batch_size=sharding.divisible_rows(evaluation.batch_size, mesh),
+        shuffle=False,
+        **row_kwargs(shape, *lengths),
+    )
+
+
+def check_evaluation(run: Run, shape: Shape) -> None:
+    """Check that held-out examples fit, and that their prompts leave room for answers.
+
+    Args:
+      run: evaluation settings, held-out examples and segments, devices.
+      shape: of the model that answers.
+
+    Raises:
+      ValueError: they do not.
+    """
+    parts = [
+        (source.config, data)
+        for source, (_, data) in zip(
+            mixture.sources(run.config), run.data.parts, strict=True
+        )
+    ] or [(run.config, run.data)]
+    for config, data in parts:
+        if data.evaluation:
+            shapes = shape, run.student.shape
+            _make_plan(config, data.evaluation, shapes, run.mesh)
+        num_new = config.evaluation.max_new_tokens
+        limit = max_prompt_length(shape, num_new)
+        most = prompts_lib.max_prompt_length(config, data)
+        lengths = [
+            min(len(p.ids), most) for p in prompts_lib.held_out_prompts(config, data)
+        ]
+        if lengths and max(lengths) > limit:
+            raise ValueError(
+                f"evaluation.max_new_tokens={num_new}: a held-out prompt of "
+                f"{max(lengths)} tokens leaves room for "
+                f"{max(0, limit + num_new - max(lengths))} in the model's "
+                f"{limit + num_new}: use fewer, a smaller data.max_prompt, or "
+                "evaluation.num_generations=0"
+            )
 
 
 class MixtureScorer:

@@ -162,6 +162,12 @@ def _load_source(
         counts = report.counts
         views.check_unknown(counts, tokenizer, config.data)
         max_id = max(max_id, counts.max_id)
+        if counts.without_turn:
+            print(
+                f"{split}: {counts.without_turn} chats left out, without a turn to "
+                f"learn (data.on_missing={config.data.on_missing})",
+                file=sys.stderr,
+            )
         if counts.truncated or counts.dropped:
             print(
                 f"{split}: {counts.truncated} segments truncated, {counts.dropped} "

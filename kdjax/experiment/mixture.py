@@ -1,6 +1,7 @@
 """The sources of a config: one, or those of a mixture, each with its method."""
 
 import dataclasses
+import re
 from typing import NamedTuple
 
 from kdjax.config import Config
@@ -19,6 +20,9 @@ _DATA = {  # field of the mixture -> field of the data
     "num_train": "num_train",
     "num_eval": "num_eval",
 }
+
+
+_NAME = re.compile(r"\w([\w.-]*\w)?")
 
 
 class Source(NamedTuple):
@@ -63,6 +67,11 @@ def sources(config: Config) -> tuple[Source, ...]:
                 f"mixture.{f.name}={items} has {len(items)} items for {num} names: "
                 f"give {num}{'' if required else ', or () for what data says'}"
             )
+    if wrong := [name for name in mixture.names if not _NAME.fullmatch(name)]:
+        raise ValueError(
+            f"mixture.names={mixture.names}: {wrong[0]!r} stands in names of metrics "
+            "and files: use letters, digits, and within it any of ._-"
+        )
     mixtures.pattern(mixture.weights)
     total = sum(mixture.weights)
     return tuple(

@@ -6,6 +6,7 @@ from typing import Any
 
 from kdjax.config import Config
 from kdjax.evaluation.scorer import (
+    check_evaluation,
     make_scorer,
     not_measured,
     score_records,
@@ -152,6 +153,7 @@ def open_experiment(config: Config, folder: pathlib.Path) -> Run:
     make_plan(config, shape, run.data.train)
     num_rows = config.train.batch_size // config.train.num_microbatches
     sharding.local_rows(run.mesh, num_rows)
+    check_evaluation(run, shape)
     if has_teacher(config) and not elsewhere:
         check_teacher(config, shape, teacher_shape(config, run.tokenizer))
     trainable.frozen_paths(run.student.abstract, config.optim.freeze)

@@ -403,6 +403,92 @@ REFUSED = {
         {},
         ":3 has the header again",
     ),
+    "choices in a column answers": (
+        "a.jsonl",
+        lines({"context": "c", "question": "q", "answers": ["w", "x"], "label": 1}),
+        {},
+        ":1.*label=1 names one: say data.columns=choices=answers,answer=label",
+    ),
+    "choices in columns of answers": (
+        "a.csv",
+        b"question,answer_a,answer_b,answer\nq,w,x,B\n",
+        {},
+        r":2.*choices=answer_a\|answer_b",
+    ),
+    "choices in numbered columns": (
+        "a.csv",
+        b"question,Antwort 1,Antwort 2,answer\nq,w,x,B\n",
+        {},
+        r":2.*choices=Antwort 1\|Antwort 2",
+    ),
+    "choices up to J": (
+        "a.csv",
+        b"question,F,G,H,I,J,answer\nq,v,w,x,y,z,H\n",
+        {},
+        r":2.*choices=F\|G\|H\|I\|J",
+    ),
+    "possible answers": (
+        "a.jsonl",
+        lines({**QA, "possible_answers": ["fridge", "oven"]}),
+        {},
+        ":1.*data.columns=choices=possible_answers",
+    ),
+    "a list under any name": (
+        "a.jsonl",
+        lines({**QA, "answer": "B", "antworten": ["fridge", "oven"]}),
+        {},
+        ":1.*data.columns=choices=antworten",
+    ),
+    "choices after rows of GSM8K": (
+        "a.jsonl",
+        lines({**QA, "answer": "So.\n#### 2"}, {**MC, "answer": "So.\n#### 2"}),
+        {},
+        ":2.*it has choices, which data.schema='gsm8k' does not read",
+    ),
+    "a mark within a line": (
+        "a.jsonl",
+        lines({**QA, "answer": "Use a #### sign"}),
+        {"schema": "gsm8k"},
+        ":1.*within a line",
+    ),
+    "letters of their own": (
+        "a.jsonl",
+        lines({**QA, "choices": ["B) oven", "A) fridge"], "answer": "A"}),
+        {},
+        ":1.*letters of their own",
+    ),
+    "several answers to choices": (
+        "a.jsonl",
+        lines({**MC, "answer": ["fridge", "sink"]}),
+        {"answer_list": "any"},
+        ":1.*several answers to choices",
+    ),
+    "a key of a cell twice": (
+        "a.csv",
+        b'messages,x\n"[{""role"": ""user"", ""role"": ""system""}]",1\n',
+        {},
+        ":2.*has the key 'role' twice",
+    ),
+    "an argument twice": (
+        "a.jsonl",
+        with_messages(
+            CHAT[0],
+            {
+                "role": "assistant",
+                "tool_calls": [
+                    {"function": {"name": "f", "arguments": '{"a": 1, "a": 2}'}}
+                ],
+            },
+        ),
+        {},
+        ":2.*tool_calls has the key 'a' twice",
+    ),
+    "a pair without a reply": (
+        "a.jsonl",
+        lines({"prompt": CHAT, "chosen": CHAT}),
+        {},
+        ":1.*chosen=None is missing: give it a reply",
+    ),
     "SQuAD without an answer": (
         "a.jsonl",
         lines({"context": "c", "question": "q", "answers": {"text": []}}),
@@ -724,6 +810,89 @@ READ = {
         ["x"],
     ),
     "whole numbers as answers": ("a.jsonl", lines({**QA, "answer": 72}), {}, ["72"]),
+    "whole floats as answers": ("a.jsonl", lines({**QA, "answer": 72.0}), {}, ["72"]),
+    "numbers of SQuAD": (
+        "a.jsonl",
+        lines({"context": "c", "question": "q", "answers": {"text": [7]}}),
+        {},
+        ["7"],
+    ),
+    "numbers of Alpaca": (
+        "a.jsonl",
+        lines({"instruction": "1 + 1?", "output": 2}),
+        {},
+        ["2"],
+    ),
+    "choices of a passage": (
+        "a.jsonl",
+        lines({"context": "c", "question": "q", "answers": ["w", "x"], "label": 1}),
+        {"columns": "choices=answers,answer=label", "answer_kind": "index"},
+        ["x"],
+    ),
+    "free answers beside lists": (
+        "a.jsonl",
+        lines({**QA, "tags": ["fridge", "oven"]}),
+        {},
+        ["fridge"],
+    ),
+    "GSM8K in one line": (
+        "a.jsonl",
+        lines({**QA, "answer": "1 + 1 = 2 #### 2"}),
+        {"schema": "gsm8k"},
+        ["2"],
+    ),
+    "letters of their own, in order": (
+        "a.jsonl",
+        lines({**QA, "choices": ["A) oven", "B) fridge"], "answer": "B"}),
+        {},
+        ["B) fridge"],
+    ),
+    "an index of labelled choices": (
+        "a.jsonl",
+        lines({**MC, "choices": {"A": "oven", "B": "fridge"}, "answer": 1}),
+        {"answer_kind": "index"},
+        ["fridge"],
+    ),
+    "a pair without a prompt, dropped": (
+        "a.jsonl",
+        lines(
+            {"prompt": "q", "chosen": "a", "rejected": "b"},
+            {"prompt": None, "chosen": "c", "rejected": "b"},
+        ),
+        {"on_missing": "drop"},
+        ["a"],
+    ),
+    "an empty chosen turn, dropped": (
+        "a.jsonl",
+        lines(
+            {"prompt": CHAT[:1], "chosen": CHAT[1:]},
+            {
+                "prompt": [*CHAT, CHAT[0]],
+                "chosen": [{"role": "assistant", "content": ""}],
+            },
+        ),
+        {"on_missing": "drop"},
+        ["Yes"],
+    ),
+    "a turn of weight 0": (
+        "a.jsonl",
+        lines(
+            {
+                "conversations": [
+                    {"from": "human", "value": "Hi"},
+                    {"from": "gpt", "value": "No", "weight": 0},
+                ]
+            },
+            {
+                "conversations": [
+                    {"from": "human", "value": "Hi"},
+                    {"from": "gpt", "value": "Yes", "weight": 1},
+                ]
+            },
+        ),
+        {"on_missing": "drop"},
+        ["Yes"],
+    ),
     "one answer in a list": ("a.jsonl", lines({**QA, "answer": ["a"]}), {}, ["a"]),
     "equal answers": ("a.jsonl", lines({**QA, "answer": ["a", "a"]}), {}, ["a"]),
     "the first answer": (

@@ -1,6 +1,7 @@
 """Chats as tokens, against Transformers' own rendering of published templates."""
 
 import dataclasses
+import datetime
 import time
 
 import numpy as np
@@ -209,7 +210,7 @@ def test_reasoning_is_kept_stripped_or_required():
         segments(messages, tokenizer, think="require")
     drop = {"think": "require", "on_missing": "drop"}
     found, counts = segments(messages, tokenizer, **drop)
-    assert (found, counts.dropped) == ([], 1)
+    assert (found, counts.without_turn) == ([], 1)
     found, counts = segments(messages, tokenizer, chat_loss="each", **drop)
     assert [segment.example_id for segment in found] == ["c1/3"]
 
@@ -360,11 +361,44 @@ def test_hostile_templates_end_in_one_line(body, message, monkeypatch):
     assert "the chat template of somewhere fails" in str(error.value)
 
 
+PLAIN = (
+    "{% for m in messages %}{% if m.role != 'tool' %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+    "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("messages", "tools", "message"),
+    [
+        (WITH_TOOLS[:2], (), "does not write the tool calls of message 1 in its turn"),
+        (WITH_TOOLS, (), "does not write the tool calls of message 1"),
+        (USER, TOOLS, "does not write the tool 'add'"),
+        ([USER[0], WITH_TOOLS[2], USER[1]], (), "write message 1, of the role 'tool'"),
+    ],
+)
+def test_what_a_template_leaves_out_is_named(messages, tools, message):
+    tokenizer = make_tokenizer("chatml", template=PLAIN)
+    for loss in ("last", "all"):
+        with pytest.raises(ValueError, match=message):
+            segments(messages, tokenizer, tools=tools, chat_loss=loss)
+
+
+def test_a_date_of_a_message_is_written_as_text():
+    template = "{{ messages[0].date }}"
+    template = chat_template.load(
+        make_tokenizer("chatml", template=template), DataConfig()
+    )
+    message = {"role": "user", "date": datetime.date(2024, 1, 1)}
+    assert template.render([[message]])[0].text == "2024-01-01"
+
+
 def test_rendering_goes_on_after_a_failure():
     tokenizer = make_tokenizer("gemma2")
     template = chat_template.load(tokenizer, DataConfig())
     with pytest.raises(ValueError, match=r"example 'x': .* System role not supported"):
-        template.render([USER, [SYSTEM, *USER]], ids=["w", "x"])
+        template.render([USER, [SYSTEM, *USER]], names=["'w'", "'x'"])
     assert template.render([USER])[0].text.endswith("Bye<end_of_turn>\n")
     many = template.render([USER[: 2 * (n % 3) + 1] for n in range(150)])
     assert [chat.text.count("<start_of_turn>") for chat in many] == [

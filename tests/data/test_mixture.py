@@ -158,6 +158,10 @@ def test_views_and_terms_of_a_mixture():
     [
         ({"names": ()}, "give each source a name"),
         ({"names": ("a", "a", "c")}, "a name of its own"),
+        ({"names": ("a/b", "c", "d")}, "'a/b' stands in names of metrics"),
+        ({"names": ("..", "c", "d")}, "'..' stands in names of metrics"),
+        ({"names": ("a\n", "c", "d")}, "stands in names of metrics"),
+        ({"weights": (1e308, 1e308, 1.0)}, "too large to add"),
         ({"weights": (1.0, 2.0)}, r"weights=\(1.0, 2.0\) has 2 items for 3 names"),
         ({"weights": (1.0, 0.0, 2.0)}, "must be positive"),
         ({"paths": ()}, "paths=.* has 0 items for 3 names: give 3$"),

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from kdjax.config import SCHEMAS, DataConfig
-from kdjax.data import columns, letters, schemas, selection, templates
+from kdjax.data import columns, letters, readers, schemas, selection, templates
 from kdjax.data.example import Example, contradicts
 from kdjax.data.sources import load_examples
 
@@ -76,6 +76,40 @@ FORMS = [
         {"instruction": "Add.", "input": "1 1", "output": "2"},
         "alpaca",
         asked("Add.\n1 1", "2"),
+    ),
+    (
+        {"context": "A passage.", "question": "Why?", "answer": "So."},
+        "plain",
+        {"question": "A passage.\nWhy?", "answer": "So."},
+    ),
+    (
+        {"context": None, "question": "Why?", "answer": "So."},
+        "plain",
+        {"question": "Why?", "answer": "So."},
+    ),
+    (
+        {"instruction": "Hi", "output": "Yes", "system": "Be brief."},
+        "alpaca",
+        {
+            "question": "Be brief.\nHi",
+            "answer": "Yes",
+            "messages": (LONG[0], *CHAT),
+        },
+    ),
+    (
+        {"messages": [LONG[0], CHAT[0], {**CHAT[1], "weight": 0}, *CHAT]},
+        "messages",
+        {"messages": (LONG[0], CHAT[0], {**CHAT[1], "weight": 0}, *CHAT)},
+    ),
+    (
+        {"conversations": [SPOKEN[0], {**SPOKEN[1], "weight": 0, "id": 3}, *SPOKEN]},
+        "sharegpt",
+        {"messages": (CHAT[0], {**CHAT[1], "weight": 0}, *CHAT)},
+    ),
+    (
+        {"messages": [CHAT[0], {**CHAT[1], "weight": 0}]},
+        "messages",
+        {"messages": (CHAT[0], {**CHAT[1], "weight": 0})},
     ),
     ({"instruction": "Hi", "input": None, "output": "2"}, "alpaca", asked("Hi", "2")),
     ({"conversations": SPOKEN}, "sharegpt", asked("Hi", "Yes")),
@@ -157,6 +191,12 @@ def test_forms_of_rows(row, schema, fields, tmp_path):
     if schema in ("squad", "messages", "gsm8k"):
         fields = {"schema": schema, "answer_list": "any"}
         assert load(tmp_path, row, **fields) == [example]
+
+
+def test_columns_are_described_whatever_their_names(tmp_path):
+    schema = schemas.Schema(DataConfig())
+    row = readers.Row("a", 1, {"question": "q", "answer": "a", "x\ud83d": 1})
+    schema.describe(row).encode()
 
 
 def test_every_schema_has_a_converter():
@@ -281,6 +321,14 @@ def test_held_out_rows_that_are_training_rows_are_named(tmp_path):
     assert warning.startswith("warning: 2 of 3 held-out examples are training examples")
     assert "'train-0' (" in warning and "rows.jsonl:1)" in warning
     assert selection.describe_overlap(digests, [*held_out[2:], empty]) == ""
+
+
+def test_held_out_chats_are_compared_without_their_last_reply(tmp_path):
+    train = load(tmp_path, {"messages": LONG})
+    other = [*LONG[:-1], {**LONG[-1], "content": "No"}]
+    held_out = load(tmp_path, {"messages": other}, {"messages": CHAT})
+    warning = selection.describe_overlap(selection.content_digests(train), held_out)
+    assert warning.startswith("warning: 1 of 2 held-out examples")
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from kdjax.evaluation.scorer import Scorer
 from kdjax.evaluation.text_match import compare, match_rates
 from kdjax.experiment.models import student_params
 from kdjax.experiment.run import open_run
+from kdjax.pipeline import distill
 from tests import helpers
 from tests.helpers import FakeCache
 
@@ -86,3 +87,33 @@ def test_rates_are_shares_of_each_view():
         }
     )
     assert match_rates([]) == {}
+
+
+def test_rows_are_rounded_up_to_what_divides_over_the_mesh(tmp_path):
+    found = []
+    for number in (1, 3):
+        config = helpers.small_config(
+            train={"batch_size": 12}, evaluation={"batch_size": 8}
+        )
+        folder = tmp_path / str(number)
+        run = open_run(config, folder, devices=jax.devices()[:number])
+        params = student_params(config, run.student, "")()
+        found.append(Scorer(run, cache=None)(params)["nll"])
+    np.testing.assert_allclose(*found, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"row_length": 8}, "row_length=8: use row_length >= "),
+        (
+            {"max_new_tokens": 100_000, "num_generations": 2},
+            r"max_new_tokens=100000: .* room for \d+ in ",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_training(fields, message, tmp_path):
+    config = helpers.small_config(evaluation=fields)
+    with pytest.raises(ValueError, match=message):
+        distill.open_experiment(config, tmp_path)
+    assert not list(tmp_path.glob("config*"))
