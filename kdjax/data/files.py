@@ -43,12 +43,15 @@ _OTHER_MAGIC = {
     b"Obj\x01": "an Avro file",
     b"\x89HDF": "an HDF5 file",
     b"%PDF": "a PDF document",
+    b"version https://git-lfs": "a pointer of Git LFS (git lfs pull gets the file)",
 }
 _BOM = b"\xef\xbb\xbf"
 _BUFFER = 2**18  # bytes that are decompressed at once
+_DATA = "|".join(re.escape(end) for end, name in FORMATS.items() if name != "text")
 # Files of a folder that hold no rows.
 _DOCUMENTS = re.compile(
-    r"(readme|license|licence|notice|citation|sources|changelog)\b.*"
+    r"(readme|license|licence|notice|citation|sources|changelog)\b"
+    rf"(?!.*({_DATA})({'|'.join(_COMPRESSED)})?$).*"
     r"|.*\.(md|py|ya?ml|lock|crc|sha256|rst|bak|orig|swp)|.*~"
     r"|thumbs\.db|desktop\.ini"
     r"|dataset_infos?\.json|dataset_dict\.json|state\.json|features\.json",
@@ -82,7 +85,7 @@ def inspect(path: str, fallback: str = "") -> DataFile:
     """
     suffixes = [suffix.lower() for suffix in Path(path).suffixes[-2:]]
     compression_by_name = _COMPRESSED.get(suffixes[-1], "") if suffixes else ""
-    with _readable(path):
+    with readable(path):
         with open(path, "rb") as file:
             head = file.read(16)
         compression = _match(_COMPRESSION_MAGIC, head)
@@ -97,6 +100,11 @@ def inspect(path: str, fallback: str = "") -> DataFile:
         else:
             with open(path, "rb") as file:
                 head = file.read(4096)
+    if other := _match(_OTHER_MAGIC, head):
+        raise ValueError(
+            f"{path} is {other}, which is not read: give one of {list(FORMATS)}, also "
+            "compressed (.gz, .zst)"
+        )
     suffix = next((s for s in reversed(suffixes) if s not in _COMPRESSED), "")
     format_ = _match(_FORMAT_MAGIC, head) or FORMATS.get(suffix, "")
     if format_ in ("parquet", "arrow") and not _match(_FORMAT_MAGIC, head):
@@ -104,11 +112,6 @@ def inspect(path: str, fallback: str = "") -> DataFile:
         raise ValueError(
             f"{path} {what}: it is no file of the kind its name ends in ({suffix}): "
             "write it again, or rename it"
-        )
-    if other := _match(_OTHER_MAGIC, head):
-        raise ValueError(
-            f"{path} is {other}, which is not read: give one of {list(FORMATS)}, also "
-            "compressed (.gz, .zst)"
         )
     start = head.removeprefix(_BOM).lstrip()[:1]
     if fallback == "json" and format_ in ("", "text"):
@@ -171,7 +174,7 @@ def find_files(path: str) -> list[str]:
 def _files_below(folder: str) -> list[str]:
     files: list[str] = []
     visited = set()  # links may lead back
-    for parent, folders, names in os.walk(folder, followlinks=True):
+    for parent, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
         place = os.path.realpath(parent)
         folders[:] = (
             [] if place in visited else [n for n in folders if not _is_hidden(n)]
@@ -192,6 +195,13 @@ def _files_below(folder: str) -> list[str]:
                 f"folder, or give a glob such as {folder}/*.jsonl"
             )
     return sorted(files)
+
+
+def _refuse(error: OSError) -> None:
+    raise ValueError(
+        f"path={error.filename!r} cannot be read ({error.strerror}): allow it, or give "
+        "a glob of other files"
+    ) from error
 
 
 def _is_hidden(name: str) -> bool:
@@ -240,7 +250,7 @@ def _split_named(path: str) -> str:
 
 
 @contextlib.contextmanager
-def _readable(path: str) -> Iterator[None]:
+def readable(path: str) -> Iterator[None]:
     """Turn what the system or a decompressor says into one line with the path."""
     try:
         yield

@@ -6,6 +6,7 @@ import csv
 import itertools
 import json
 import re
+import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
@@ -19,8 +20,12 @@ _BATCH = 512  # rows of a column format that are converted at once
 _CHUNK = 2**20  # characters of a JSON array that are read at once
 _MAX_FIELD = 2**31 - 1  # characters of a CSV cell
 _SLACK = 64  # characters before a chunk's end in which JSON may just be incomplete
+_END = b"\xff\xff\xff\xff\0\0\0\0"  # of an Arrow stream
+_MARK = "\ufeff"  # of byte order
 
 Values = Mapping[str, Any]
+# Takes a value and its place, for errors.
+Decoder = Callable[[Any, str], Any]
 
 
 class Row(NamedTuple):
@@ -48,6 +53,18 @@ class ClassName(str):
         self = super().__new__(cls, names[index])
         self.class_index, self.names = index, names
         return self
+
+
+class Unreadable:
+    """A value of a column that Python cannot hold: an error for who reads it."""
+
+    def __init__(self, kind: pa.DataType, error: Exception) -> None:
+        """Keep what is known of the value."""
+        self._kind = kind
+        self.reason = _first_line(error)
+
+    def __repr__(self) -> str:
+        return f"<{self._kind}>"
 
 
 def iter_rows(paths: Sequence[str], fallback: str = "") -> Iterator[Row]:
@@ -81,24 +98,35 @@ def describe_damage(where: str, error: Exception) -> ValueError:
             f"{where} holds bytes that are not UTF-8 ({error.reason}): write the file "
             "again as UTF-8"
         )
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
     return ValueError(
-        f"{where} cannot be read ({reason}): the file is damaged or cut off; write it "
-        "again"
+        f"{where} cannot be read ({_first_line(error)}): the file is damaged or cut "
+        "off; write it again"
     )
 
 
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def _lines(file: DataFile) -> Iterator[tuple[int, str]]:
-    """Yield the lines of a file with their numbers from 1; they keep their ends."""
+    """Yield the lines of a file with their numbers from 1; they keep their ends.
+
+    Byte order marks before them, which stay where files are joined, are left out.
+    """
     with files.open_binary(file) as stream:
         for number, line in enumerate(stream, 1):
             if number == 1:
                 _check_encoding(file.path, line)
-                line = line.removeprefix(codecs.BOM_UTF8)
+            if b"\0" in line:
+                raise ValueError(
+                    f"{file.path}:{number} holds NUL bytes, which are no text: the "
+                    "file is damaged, or joined with UTF-16; write it again as UTF-8"
+                )
             try:
-                yield number, line.decode()
+                text = line.decode()
             except UnicodeDecodeError as error:
                 raise _not_utf8(file.path, number, line, error) from None
+            yield number, text.lstrip(_MARK)
 
 
 def _check_encoding(path: str, start: bytes) -> None:
@@ -155,7 +183,7 @@ def _read_text(file: DataFile) -> Iterator[tuple[int, Values]]:
             block = []
 
 
-_SPACE = re.compile(r"[ \t\n\r]*")
+_SPACE = re.compile(rf"[ \t\n\r{_MARK}]*")
 
 
 class _DuplicateKeyError(ValueError):
@@ -191,6 +219,16 @@ def parse_json(text: str, where: str) -> Any:
         raise _json_error(where, error) from None
 
 
+def read_json(path: str) -> Any:
+    """Read a file of one JSON value.
+
+    Raises:
+      ValueError: as `parse_json`, or it cannot be read, or is not UTF-8.
+    """
+    lines = _lines(files.inspect(path))
+    return parse_json("".join(line for _, line in lines), path)
+
+
 def _json_error(where: str, error: Exception) -> ValueError:
     if isinstance(error, RecursionError):
         return ValueError(f"{where} is nested too deeply: flatten it")
@@ -209,7 +247,6 @@ def _read_json(file: DataFile) -> Iterator[tuple[int, Values]]:
         yield from _read_json_array(file)
         return
     for number, line in _lines(file):
-        line = line.lstrip("\ufeff")  # between files that were joined
         if not line.strip():
             continue
         where = f"{file.path}:{number}"
@@ -236,8 +273,8 @@ def _check_object(row: Any, where: str) -> Values:
 
 def _first_character(file: DataFile) -> str:
     with files.open_binary(file) as stream:
-        start = stream.read(4096).removeprefix(codecs.BOM_UTF8)
-    return start.lstrip()[:1].decode("latin-1")
+        start = stream.read(4096).decode(errors="ignore")
+    return start.lstrip(" \t\n\r" + _MARK)[:1]
 
 
 def _read_json_array(file: DataFile) -> Iterator[tuple[int, Values]]:
@@ -331,7 +368,6 @@ def _chunks(path: str, stream: BinaryIO) -> Iterator[str]:
     while data := stream.read(_CHUNK):
         if first:
             _check_encoding(path, data)
-            data = data.removeprefix(codecs.BOM_UTF8)
             first = False
         yield decoder.decode(data)
     decoder.decode(b"", final=True)
@@ -356,7 +392,7 @@ def _read_csv(file: DataFile, delimiter: str = ",") -> Iterator[tuple[int, Value
                         f"{where} has {len(cells)} cells for {len(header)} columns "
                         f"{header}: quote cells that hold a {delimiter!r}"
                     )
-                if [cells[0].lstrip("\ufeff"), *cells[1:]] == header:
+                if cells == header:
                     raise ValueError(
                         f"{where} has the header again: remove it where files were "
                         "joined"
@@ -370,7 +406,8 @@ def _read_csv(file: DataFile, delimiter: str = ",") -> Iterator[tuple[int, Value
             number = reader.line_num + 1
     except csv.Error as error:
         raise ValueError(
-            f"{file.path}:{number} is not CSV ({error}): check its quotes"
+            f"{file.path}:{number} is not CSV ({error}): check its quotes and "
+            "its line ends"
         ) from None
 
 
@@ -400,7 +437,7 @@ def _read_parquet(file: DataFile) -> Iterator[tuple[int, Values]]:
         pq.ParquetFile(source, page_checksum_verification=True) as table,
     ):
         batches = table.iter_batches(batch_size=_BATCH)
-        yield from enumerate(iter_batches(batches, table.schema_arrow, file.path), 1)
+        yield from _iter_file(batches, table.schema_arrow, file.path)
 
 
 def _read_arrow(file: DataFile) -> Iterator[tuple[int, Values]]:
@@ -413,7 +450,30 @@ def _read_arrow(file: DataFile) -> Iterator[tuple[int, Values]]:
         else:
             reader = pa.ipc.open_stream(source)
             batches = iter(reader)
-        yield from enumerate(iter_batches(batches, reader.schema, file.path), 1)
+        yield from _iter_file(batches, reader.schema, file.path)
+        if not is_file:
+            _check_end(source, file.path)
+
+
+def _check_end(source: Any, path: str) -> None:
+    """Raise ValueError unless a stream, which is read, ends with the file."""
+    end = source.tell()
+    if end < source.size():
+        raise ValueError(
+            f"{path} goes on after the end of its Arrow stream: give files that were "
+            "joined one by one"
+        )
+    if source.read_at(len(_END), end - len(_END)) != _END:
+        raise ValueError(
+            f"{path} has no mark at the end of its Arrow stream, it is cut off: write "
+            "it again, and close the writer"
+        )
+
+
+def _iter_file(
+    batches: Iterable[Any], schema: pa.Schema, path: str
+) -> Iterator[tuple[int, Values]]:
+    return iter_batches(batches, schema, path, _metadata_decoder(schema, path))
 
 
 @contextlib.contextmanager
@@ -428,82 +488,180 @@ def _seekable(file: DataFile) -> Iterator[Any]:
 
 
 def iter_batches(
-    batches: Iterable[Any], schema: pa.Schema, path: str
-) -> Iterator[Values]:
-    """Yield the rows of Arrow batches or tables, with the names of classes."""
+    batches: Iterable[Any], schema: pa.Schema, path: str, decode: Decoder | None
+) -> Iterator[tuple[int, Values]]:
+    """Yield the rows of Arrow batches or tables with their numbers from 1.
+
+    Args:
+      batches: of the rows.
+      schema: of all batches.
+      path: of the file or set, for errors.
+      decode: of `class_decoder`, applied to each row.
+    """
     if len(set(schema.names)) < len(schema.names):
-        raise ValueError(f"{path}: two columns of {schema.names} have the same name")
-    metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    features = metadata.get("info", {}).get("features", {})
-    decode = class_decoder(features)
+        raise ValueError(
+            f"{path}: two columns of {schema.names} have the same name: rename one"
+        )
+    number = 0
     for batch in batches:
         for start in range(0, len(batch), _BATCH):
             part = batch.slice(start, _BATCH)
             # Offsets of a damaged file would be followed out of its memory.
             part.validate(full=True)
-            for row in part.to_pylist():
-                yield decode(row) if decode else row
+            for row in _to_rows(part):
+                number += 1
+                yield number, decode(row, f"{path}:{number}:") if decode else row
 
 
-def class_decoder(feature: Any) -> Callable[[Any], Any] | None:
+# What pyarrow raises for a date after 9999, an unknown time zone, a name twice.
+_NOT_PYTHON = (ValueError, ArithmeticError, LookupError, NotImplementedError)
+
+
+def _to_rows(part: Any) -> list[dict[str, Any]]:
+    """Convert a batch or table, with what Python cannot hold as `Unreadable`."""
+    try:
+        return part.to_pylist()
+    except _NOT_PYTHON:
+        columns = [map(_as_python, column) for column in part.columns]
+        rows = zip(*columns, strict=True)
+        return [dict(zip(part.schema.names, row, strict=True)) for row in rows]
+
+
+def _as_python(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except _NOT_PYTHON as error:
+        return Unreadable(scalar.type, error)
+
+
+def _metadata_decoder(schema: pa.Schema, path: str) -> Decoder | None:
+    """Return the decoder of the classes in a file's metadata of Hugging Face."""
+    text = (schema.metadata or {}).get(b"huggingface")
+    if text is None:
+        return None
+    try:
+        info = _as_object(parse_json(text.decode(), "it")).get("info", {})
+        features = _as_object(info).get("features")
+        return None if features is None else class_decoder(_as_object(features))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path}: its metadata 'huggingface' cannot be read ({error}): write the "
+            "file again, or without it"
+        ) from None
+
+
+def _as_object(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(
+            f"{reprlib.repr(value)} is {kind_of(value)}, and should be an object"
+        )
+    return value
+
+
+def class_decoder(feature: Any) -> Decoder | None:
     """Return what replaces class indices in a value by `ClassName`s.
 
-    An index below 0, which stands for a missing label, becomes None.
+    An index below 0, which stands for a missing label, becomes None. One without a
+    name is a ValueError.
 
     Args:
       feature: of Hugging Face data sets, as JSON.
 
     Returns:
-      A function of the value; None if there are no classes in it.
+      A function of the value and its place; None if there are no classes in it.
+
+    Raises:
+      ValueError: it is no such feature.
     """
-    if isinstance(feature, list):  # a list of its only element
+    if isinstance(feature, list) and len(feature) == 1:
         return _list_decoder(feature[0])
     if not isinstance(feature, dict):
-        return None
+        raise ValueError(f"the feature {reprlib.repr(feature)} is {kind_of(feature)}")
     kind = feature.get("_type")
-    if kind == "ClassLabel" and feature.get("names"):
-        names = tuple(feature["names"])
-        return lambda value: _class_name(value, names)
-    if isinstance(kind, str) and "feature" in feature:
-        return _list_decoder(feature["feature"])
+    if kind == "ClassLabel":
+        names = _parse_names(feature.get("names"))
+        return lambda value, where: _class_name(value, names, where)
     if isinstance(kind, str):
-        return None
-    decoders = {name: d for name, f in feature.items() if (d := class_decoder(f))}
-    if not decoders:
-        return None
-    return lambda value: _decode_members(value, decoders)
+        return _list_decoder(feature["feature"]) if "feature" in feature else None
+    return _object_decoder(feature, class_decoder)
 
 
-def _list_decoder(feature: Any) -> Callable[[Any], Any] | None:
+def _parse_names(names: Any) -> tuple[str, ...]:
+    texts = tuple(map(str, names)) if isinstance(names, list) else ()
+    if (
+        not isinstance(names, list)
+        or not all(isinstance(name, str | int) for name in names)
+        or len(set(texts)) < len(texts)
+    ):
+        raise ValueError(
+            f"the class names {reprlib.repr(names)} are no list of different texts"
+        )
+    return texts
+
+
+def _list_decoder(feature: Any) -> Decoder | None:
     """Return the decoder of a sequence; one of objects may be stored as lists."""
     decode = class_decoder(feature)
     if decode is None:
         return None
+    decode_lists = None
+    if isinstance(feature, dict) and not isinstance(feature.get("_type"), str):
+        decode_lists = _object_decoder(feature, _list_decoder)
 
-    def decode_list(value: Any) -> Any:
-        if isinstance(value, dict):
-            members = {name: class_decoder([f]) for name, f in feature.items()}
-            known = {name: d for name, d in members.items() if d}
-            return _decode_members(value, known)
-        return value if value is None else [decode(item) for item in value]
+    def decode_list(value: Any, where: str) -> Any:
+        if isinstance(value, dict) and decode_lists:
+            return decode_lists(value, where)
+        if value is not None and not isinstance(value, list):
+            raise _other_kind(value, where, "a list")
+        return value and [decode(item, where) for item in value]
 
     return decode_list
 
 
-def _decode_members(value: Any, decoders: Mapping[str, Callable[[Any], Any]]) -> Any:
-    if not isinstance(value, Mapping):
+def _object_decoder(
+    features: Mapping[str, Any], make: Callable[[Any], Decoder | None]
+) -> Decoder | None:
+    """Return the decoder of an object, whose members' decoders `make` makes."""
+    decoders = {name: d for name, f in features.items() if (d := make(f))}
+    if not decoders:
+        return None
+
+    def decode_object(value: Any, where: str) -> Any:
+        if value is None:
+            return None
+        if not isinstance(value, Mapping):
+            raise _other_kind(value, where, "an object")
+        return {
+            name: decoders[name](v, f"{where} {name}") if name in decoders else v
+            for name, v in value.items()
+        }
+
+    return decode_object
+
+
+def _class_name(value: Any, names: tuple[str, ...], where: str) -> Any:
+    if value is None or (isinstance(value, str) and value in names):
         return value
-    return {k: decoders[k](v) if k in decoders else v for k, v in value.items()}
+    is_index = isinstance(value, int) and not isinstance(value, bool)
+    if not is_index or value >= len(names):
+        raise ValueError(
+            f"{where}={reprlib.repr(value)} is no index of the {len(names)} classes "
+            f"{reprlib.repr(list(names))}: correct it, or the names of the classes"
+        )
+    return ClassName(value, names) if value >= 0 else None
 
 
-def _class_name(value: Any, names: tuple[str, ...]) -> Any:
-    if not isinstance(value, int) or value < 0:
-        return None if isinstance(value, int) else value
-    return ClassName(value, names) if value < len(names) else value
+def _other_kind(value: Any, where: str, expected: str) -> ValueError:
+    return ValueError(
+        f"{where}={reprlib.repr(value)} is {kind_of(value)}, not {expected} as its "
+        "features say: write the data again"
+    )
 
 
 def kind_of(value: Any) -> str:
     """Return the kind of a value in words, for errors."""
+    if isinstance(value, Unreadable):
+        return f"a value that cannot be read ({value.reason})"
     kinds = {
         type(None): "nothing",
         bool: "a truth value",

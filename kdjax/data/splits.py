@@ -2,12 +2,13 @@
 
 import contextlib
 import functools
+import json
 import os
 import re
 import socket
 import threading
 import urllib.parse
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ Splits = Mapping[str, Callable[[], Iterator[Row]]]
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+)?")
 _PREPARE = "prepare it with file_format='array_record' and give its folder"
+# What load_from_disk raises for damaged files.
+_UNREADABLE = (*readers.DAMAGES, LookupError, ValueError, TypeError, AttributeError)
 _SECONDS = 3.0  # to wait for the hub's first answer
 
 
@@ -41,6 +44,11 @@ def open_splits(path: str, source: str = "auto") -> Splits:
     if source not in SOURCES:
         raise ValueError(f"source={source!r}: use one of {SOURCES}")
     path = os.path.expanduser(path)
+    with (
+        files.readable(path),
+        contextlib.suppress(FileNotFoundError, NotADirectoryError),
+    ):
+        os.scandir(path).close()
     folder = Path(path)
     if source == "tfds":
         return _open_tfds(folder)
@@ -80,10 +88,17 @@ def is_hub_name(path: str) -> bool:
 
 def _saved_splits(path: str) -> Splits:
     file = f"{path}/dataset_dict.json"
-    values = readers.parse_json(Path(file).read_text(), file)
+    values = readers.read_json(file)
     names = values.get("splits") if isinstance(values, dict) else None
     if not isinstance(names, list) or not names:
         raise ValueError(f"{file} names no splits: save the DatasetDict again")
+    for name in names:
+        is_text = isinstance(name, str) and name.isprintable() and "/" not in name
+        if not is_text or name in ("", ".", ".."):
+            raise ValueError(
+                f"{file} names the split {name!r}, which is no name of a folder: save "
+                "the DatasetDict again"
+            )
     return {
         name: functools.partial(_saved_rows, f"{path}/{name}", f"{path}/{name}")
         for name in names
@@ -95,8 +110,12 @@ def _saved_rows(folder: str, where: str) -> Iterator[Row]:
     import datasets
 
     try:
+        # An empty split may have no files, which load_from_disk does not read.
+        state = json.loads(Path(folder, "state.json").read_bytes())
+        if state["_data_files"] == []:
+            return
         split = datasets.load_from_disk(folder, keep_in_memory=False)
-    except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
+    except _UNREADABLE as error:
         raise ValueError(
             f"path={folder!r} cannot be read as a saved data set "
             f"({_first_line(error)}): save it again"
@@ -105,14 +124,19 @@ def _saved_rows(folder: str, where: str) -> Iterator[Row]:
 
 
 def _dataset_rows(split: Any, where: str) -> Iterator[Row]:
-    decode = readers.class_decoder(split.features.to_dict())
+    try:
+        decode = readers.class_decoder(split.features.to_dict())
+    except ValueError as error:
+        raise ValueError(
+            f"path={where!r} has features that cannot be read ({error}): save it again"
+        ) from None
     arrow = split.with_format("arrow")
     tables = (arrow[i : i + 512] for i in range(0, len(arrow), 512))
-    rows = readers.iter_batches(tables, arrow.data.schema.remove_metadata(), where)
+    rows = readers.iter_batches(tables, arrow.data.schema, where, decode)
     number = 0
     try:
-        for number, values in enumerate(rows, 1):
-            yield Row(where, number, decode(values) if decode else values)
+        for number, values in rows:
+            yield Row(where, number, values)
     except readers.DAMAGES as error:
         raise readers.describe_damage(f"{where}:{number + 1}", error) from error
 
@@ -263,28 +287,31 @@ def _tfds_rows(builder: Any, split: str) -> Iterator[Row]:
             values: Values = _to_python(source[number])
         except (*readers.DAMAGES, RuntimeError) as error:
             raise readers.describe_damage(f"{where}:{number + 1}", error) from error
-        yield Row(where, number + 1, decode(values) if decode else values)
+        row = Row(where, number + 1, values)
+        yield row._replace(values=decode(values, f"{row.where}:")) if decode else row
 
 
 def _tfds_feature(feature: Any) -> Any:
     """Describe a feature of tfds as `readers.class_decoder` takes it."""
-    if names := getattr(feature, "names", None):
-        return {"_type": "ClassLabel", "names": list(names)}
+    # A sequence also has the attributes of what it is of.
     if inner := getattr(feature, "feature", None):
         return {"_type": "Sequence", "feature": _tfds_feature(inner)}
+    if names := getattr(feature, "names", None):
+        return {"_type": "ClassLabel", "names": list(names)}
     if hasattr(feature, "items"):
         return {name: _tfds_feature(f) for name, f in feature.items()}
-    return None
+    return {"_type": "Value"}
 
 
 def _to_python(value: Any) -> Any:
-    """Convert NumPy scalars and arrays to Python values, bytes to text."""
+    """Convert NumPy scalars and arrays to Python values, bytes of UTF-8 to text."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, bytes):
-        return value.decode()
+        with contextlib.suppress(UnicodeDecodeError):
+            return value.decode()
     if isinstance(value, Mapping):
         return {key: _to_python(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         return [_to_python(inner) for inner in value]
     return value

@@ -4,11 +4,14 @@ import csv
 import gzip
 import io
 import json
+import os
 import pathlib
 import random
 import tracemalloc
+import types
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -290,6 +293,288 @@ def test_columns_of_other_kinds(tmp_path):
         writer.write_table(names)
     with pytest.raises(ValueError, match=r"rows.arrow: two columns of"):
         load(tmp_path / "rows.arrow")
+
+
+def as_type(value, kind):
+    return pa.array([None, value], pa.int64()).view(kind)
+
+
+TWICE = pa.StructArray.from_arrays([pa.array([1]), pa.array([2])], ["x", "x"])
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        (as_type(10**18, pa.timestamp("s")), r"<timestamp\[s\]> .*too large"),
+        (as_type(10**18, pa.timestamp("us", "UTC")), "UTC.*out of range"),
+        (as_type(-(10**18), pa.duration("s")), r"<duration\[s\]> .*too large"),
+        (as_type(1, pa.timestamp("s", "Mars/Base")), "Mars/Base"),
+        (pa.array([None, 2**31 - 1], pa.int32()).view(pa.date32()), "<date32"),
+        (TWICE.take([None, 0]), "duplicate field names"),
+        (pa.ListArray.from_arrays([None, 0, 1], TWICE), "duplicate field names"),
+    ],
+)
+def test_values_that_python_cannot_hold(column, message, tmp_path):
+    texts = pa.array(["a", "b"])
+    table = pa.table({"question": texts, "answer": texts, "when": column})
+    path = tmp_path / "rows.arrow"
+    with pa.ipc.new_file(path, table.schema) as writer:
+        writer.write_table(table)
+    # A column that nobody reads does no harm.
+    assert [(e.question, e.answer) for e in load(path)] == [("a", "a"), ("b", "b")]
+    message = f"rows.arrow:2: .*answer=.*{message}.*, not text: write it as text"
+    with pytest.raises(ValueError, match=message) as error:
+        load(path, columns="answer=when", on_missing="drop")
+    assert "\n" not in str(error.value)
+
+
+def test_a_saved_set_with_a_value_that_python_cannot_hold(tmp_path):
+    texts = pa.array(["a", "b"])
+    when = as_type(10**18, pa.timestamp("s"))
+    table = datasets.Dataset(pa.table({"text": texts, "when": when}))
+    table.save_to_disk(tmp_path / "one")
+    assert [e.text for e in load(tmp_path / "one", num_eval=1)] == ["a"]
+    with pytest.raises(ValueError, match=r"one:2: .*text=<timestamp\[s\]> is a value"):
+        load(tmp_path / "one", "eval", columns="text=when", num_eval=1)
+
+
+def with_metadata(path, answers, metadata):
+    table = pa.table({"question": ["q"] * len(answers), "answer": answers})
+    metadata = metadata if isinstance(metadata, bytes) else json.dumps(metadata)
+    pq.write_table(table.replace_schema_metadata({"huggingface": metadata}), path)
+    return path
+
+
+def features_of(answer):
+    return {"info": {"features": {"answer": answer}}}
+
+
+CLASSES = {"_type": "ClassLabel", "names": ["a", "b", "c"]}
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        (b"", "is not JSON"),
+        (b"{oops", "is not JSON"),
+        (b'{"info": "\xe9"}', "utf-8"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"info": {}, "info": {}}', "'info' twice"),
+        ([], "is a list"),
+        (None, "is nothing"),
+        ({"info": []}, "is a list"),
+        ({"info": None}, "is nothing"),
+        ({"info": {"features": []}}, r"\[\] is a list"),
+        ({"info": {"features": "x"}}, "'x' is text"),
+        (features_of(None), "the feature None is nothing"),
+        (features_of([]), r"the feature \[\]"),
+        (features_of([CLASSES, CLASSES]), r"the feature \[\{"),
+        (features_of({"_type": 3}), "the feature 3 is a number"),
+        (features_of({"_type": "List", "feature": None}), "the feature None"),
+        (features_of({"_type": "ClassLabel"}), "class names None"),
+        (features_of({**CLASSES, "names": None}), "class names None"),
+        (features_of({**CLASSES, "names": "abc"}), "class names 'abc'"),
+        (features_of({**CLASSES, "names": {"a": 0}}), "class names {'a': 0}"),
+        (features_of({**CLASSES, "names": ["a", None]}), "class names .*None"),
+        (features_of({**CLASSES, "names": ["a", ["b"]]}), "class names"),
+        (features_of({**CLASSES, "names": ["a", "a"]}), "class names"),
+    ],
+)
+def test_broken_metadata(metadata, message, tmp_path):
+    path = with_metadata(tmp_path / "rows.parquet", [0, 1], metadata)
+    message = f"rows.parquet: its metadata 'huggingface' .*{message}.*or without it"
+    with pytest.raises(ValueError, match=message) as error:
+        load(path)
+    assert "\n" not in str(error.value)
+
+
+def test_metadata_without_classes(tmp_path):
+    for metadata in (
+        {},
+        {"info": {}},
+        {"info": {"features": None}},
+        features_of({"dtype": "int64", "_type": "Value"}),
+    ):
+        path = with_metadata(tmp_path / "rows.parquet", [0, 1], metadata)
+        assert [e.answer for e in load(path)] == ["0", "1"]
+    path = with_metadata(path, [0, 1], features_of({**CLASSES, "names": [5, 6]}))
+    assert [e.answer for e in load(path)] == ["5", "6"]
+    path = with_metadata(path, ["a", None], features_of(CLASSES))
+    assert [e.answer for e in load(path, on_missing="drop")] == ["a", ""]
+
+
+def sequence_of(feature):
+    return {"_type": "Sequence", "feature": feature}
+
+
+@pytest.mark.parametrize(
+    ("answers", "feature", "message"),
+    [
+        ([0, 7], CLASSES, r"answer=7 is no index of the 3 classes \['a', 'b', 'c'\]"),
+        ([0, 10**15], CLASSES, "answer=10{15} is no index"),
+        ([0.0, 1.0], CLASSES, "answer=0.0 is no index"),
+        ([True, False], CLASSES, "answer=True is no index"),
+        (["a", "0"], CLASSES, "answer='0' is no index"),
+        ([[0], [3]], [CLASSES], "answer=3 is no index"),
+        ([[0], [3]], sequence_of(CLASSES), "answer=3 is no index"),
+        ([0, 1], [CLASSES], "answer=0 is a number"),
+        (["ab", "c"], [CLASSES], "answer='ab' is text"),
+        ([{"x": 0}, {"x": 3}], {"x": CLASSES}, "answer x=3 is no index"),
+        ([[{"x": 0}], [{"x": 3}]], [{"x": CLASSES}], "answer x=3 is no index"),
+        ([{"x": [0]}, {"x": [3]}], sequence_of({"x": CLASSES}), "answer x=3 is no"),
+        ([[0], [1]], {"x": CLASSES}, r"answer=\[0\] is a list"),
+        ([{"x": 0}, {"x": 1}], sequence_of(CLASSES), "answer={'x': 0} is an object"),
+    ],
+)
+def test_values_that_are_of_no_class(answers, feature, message, tmp_path):
+    path = with_metadata(tmp_path / "rows.parquet", answers, features_of(feature))
+    with pytest.raises(ValueError, match=rf"rows.parquet:[12]: {message}") as error:
+        list(readers.iter_rows([str(path)]))
+    assert "\n" not in str(error.value)
+
+
+def test_a_saved_set_with_values_of_no_class(tmp_path):
+    table = datasets.Dataset.from_list([{"question": "q", "answer": i} for i in (0, 7)])
+    datasets.DatasetDict(train=table, test=table).save_to_disk(tmp_path / "saved")
+    file = tmp_path / "saved" / "train" / "dataset_info.json"
+    info = json.loads(file.read_text())
+    info["features"]["answer"] = CLASSES
+    file.write_text(json.dumps(info))
+    with pytest.raises(ValueError, match=r"saved/train:2: answer=7 is no index"):
+        load(tmp_path / "saved")
+    info["features"]["answer"] = {**CLASSES, "names": ["a", None]}
+    file.write_text(json.dumps(info))
+    with pytest.raises(ValueError, match=r"saved/train' .*class names .*save it again"):
+        load(tmp_path / "saved")
+
+
+def test_a_tfds_set_with_values_of_no_class():
+    rows = [{"label": np.int64(1), "raw": b"\xff", "l": [{"text": b"a"}]}]
+    rows.append({**rows[0], "label": np.int64(2)})
+    rows[0]["labels"] = np.array([0, 1])
+    names = types.SimpleNamespace(names=["a", "b"])
+    features = {"label": names, "raw": object()}
+    features["labels"] = types.SimpleNamespace(feature=names, names=names.names)
+    builder = types.SimpleNamespace(
+        info=types.SimpleNamespace(features=features),
+        data_dir="set",
+        as_data_source=lambda split: rows,
+    )
+    found = splits._tfds_rows(builder, "train")
+    assert next(found) == (
+        "set/train",
+        1,
+        {"label": "b", "raw": b"\xff", "l": [{"text": "a"}], "labels": ["a", "b"]},
+    )
+    with pytest.raises(ValueError, match=r"set/train:2: label=2 is no index of the 2"):
+        next(found)
+
+
+@pytest.mark.parametrize("columns", [{}, {"question": ["q"], "answer": ["a"]}])
+def test_an_empty_split_has_no_rows(columns, tmp_path):
+    table = datasets.Dataset.from_list(ROWS)
+    empty = datasets.Dataset.from_dict(columns).select([])
+    datasets.DatasetDict(train=table, test=empty).save_to_disk(tmp_path / "saved")
+    assert len(load(tmp_path / "saved")) == 3
+    with pytest.raises(ValueError, match=r"split 'test' of path=.*saved' has no rows"):
+        load(tmp_path / "saved", "eval")
+    empty.save_to_disk(tmp_path / "one")
+    with pytest.raises(ValueError, match=r"one' has no rows"):
+        load(tmp_path / "one")
+
+
+def test_names_of_saved_splits(tmp_path):
+    table = datasets.Dataset.from_list(ROWS)
+    datasets.DatasetDict(train=table, test=table).save_to_disk(tmp_path / "saved")
+    file = tmp_path / "saved" / "dataset_dict.json"
+    content = file.read_bytes()
+    file.write_bytes(b"\xef\xbb\xbf" + content)
+    assert len(load(tmp_path / "saved")) == 3
+    for text in (
+        content.decode().encode("utf-16"),
+        content.decode().encode("utf-16-le"),
+        content.replace(b"test", b"t\xe9st"),
+    ):
+        file.write_bytes(text)
+        with pytest.raises(ValueError, match=r"dataset_dict.json:1 is not UTF-8"):
+            load(tmp_path / "saved")
+    for name in (3, None, "", ".", "..", "../x", "/etc", "a/b", ["a"], "a\0", "\ud83d"):
+        file.write_text(json.dumps({"splits": ["train", name]}))
+        with pytest.raises(ValueError, match=r"dataset_dict.json names the split") as e:
+            load(tmp_path / "saved")
+        assert str(e.value).isprintable()
+
+
+def test_marks_of_order_where_files_were_joined(tmp_path):
+    mark = b"\xef\xbb\xbf"
+    path = write(tmp_path / "rows.txt", mark * 2 + b"one\n\n" + mark + b"two\n" + mark)
+    assert [e.text for e in load(path)] == ["one", "two"]
+    path = write(tmp_path / "rows.json", mark * 2 + b'[{"text": "a"},' + mark + b"]")
+    with pytest.raises(ValueError, match=r"rows.json:2 is missing after a comma"):
+        load(path)
+    write(path, mark * 2 + b'[{"text": "a"}]' + mark)
+    assert [e.text for e in load(path)] == ["a"]
+    rows = mark * 2 + b"id,text\n1,one\n" + mark + b"2,two\n"
+    assert [e.id for e in load(write(tmp_path / "rows.csv", rows))] == ["1", "2"]
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".csv", ".jsonl"])
+def test_bytes_that_are_no_text(suffix, tmp_path):
+    rows = b"".join(b'{"text": "%d"}\n' % i for i in range(9))
+    path = write(tmp_path / f"rows{suffix}", rows + b"\0\0\n")
+    with pytest.raises(ValueError, match=rf"rows{suffix}:10 holds NUL bytes"):
+        list(readers.iter_rows([str(path)]))
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".csv", ".jsonl", ".parquet"])
+def test_a_pointer_of_git_lfs(suffix, tmp_path):
+    content = b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 3\n"
+    path = write(tmp_path / f"rows{suffix}", content)
+    with pytest.raises(ValueError, match=rf"rows{suffix} is a pointer .*git lfs pull"):
+        load(path)
+
+
+def test_streams_that_were_joined_or_cut_off(tmp_path):
+    content = CONTENTS[".ipc"]
+    path = write(tmp_path / "rows.ipc", content * 2)
+    with pytest.raises(ValueError, match=r"rows.ipc goes on after the end of its"):
+        load(path)
+    for end in range(16, len(content), 8):  # also where its messages end
+        write(path, content[:end])
+        with pytest.raises(ValueError, match=r"rows.ipc.* cut off"):
+            load(path)
+
+
+def test_places_that_may_not_be_read(tmp_path, monkeypatch):
+    write(tmp_path / "a" / "rows.jsonl", as_lines(ROWS))
+    write(tmp_path / "b" / "rows.jsonl", as_lines(ROWS))
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("b"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    for path in (tmp_path, tmp_path / "b"):
+        with pytest.raises(
+            ValueError, match=r"path='.*/b' cannot be read \(Permission"
+        ):
+            load(path)
+    with pytest.raises(ValueError, match=r"cannot be read \(File name too long\)"):
+        load(tmp_path / ("x" * 300))
+
+
+def test_data_under_the_names_of_documents(tmp_path):
+    data = ["sources.jsonl", "readme.jsonl.gz", "license.csv", "CITATION.parquet"]
+    data += ["notice-1.tsv", "changelog.arrow", "README.json", "sources.txt.jsonl"]
+    documents = ["README.txt", "LICENSE.txt.gz", "LICENSE", "license.gz", "readme.md"]
+    documents += ["dataset_info.json", "state.json", "sources.jsonl.bak", "NOTICE.text"]
+    documents += ["dataset_dict.json", "features.json", "dataset_infos.json"]
+    for name in data + documents:
+        write(tmp_path / name, b"")
+    found = [pathlib.Path(path).name for path in files.find_files(str(tmp_path))]
+    assert found == sorted(data)
 
 
 def test_choices_that_other_rows_do_not_have(tmp_path):
