@@ -9,6 +9,7 @@ from kdjax.data.letters import letter, letter_index
 from kdjax.data.readers import ClassName, kind_of
 
 MAX_CHOICES = 100
+_LABELS = ("label", "id", "key", "letter")  # members that may be a choice's label
 _OWN_LETTER = re.compile(r"\s*\(?([A-Za-z])[.):]")
 
 
@@ -38,8 +39,8 @@ def parse_choices(fields: Fields, value: Any, name: str = "choices") -> Choices:
     labels: list[Any] = []
     if isinstance(value, dict) and not value.keys().isdisjoint(("text", "label")):
         texts = fields.as_list(value.get("text"), f"{name}.text")
-        if not is_missing(value.get("label")):
-            labels = fields.as_list(value["label"], f"{name}.label")
+        if label := _label_name(fields, value, name):
+            labels = fields.as_list(value[label], f"{name}.{label}")
         if labels and len(labels) != len(texts):
             raise fields.error(
                 f"{name} has {len(labels)} labels for {len(texts)} texts: give each one"
@@ -56,8 +57,8 @@ def parse_choices(fields: Fields, value: Any, name: str = "choices") -> Choices:
                     f"{name}={show(value)}: an object of it has no 'text': give each "
                     "choice as {'label': ..., 'text': ...}"
                 )
-            if any("label" in item for item in texts):
-                labels = [item.get("label") for item in texts]
+            if label := _label_name(fields, texts[0], name):
+                labels = [item.get(label) for item in texts]
             texts = [item["text"] for item in texts]
     for number, text in enumerate(texts):
         if is_missing(text):
@@ -71,6 +72,19 @@ def parse_choices(fields: Fields, value: Any, name: str = "choices") -> Choices:
         ),
         _parse_labels(fields, labels, name),
     )
+
+
+def _label_name(fields: Fields, value: dict[str, Any], name: str) -> str:
+    """Return the member that is the label of a choice; "" where there is none."""
+    members = [m for m, v in value.items() if m != "text" and not is_missing(v)]
+    if label := next((m for m in _LABELS if m in members), ""):
+        return label
+    if members:
+        raise fields.error(
+            f"{name} has the members {members}, of which none is a label: name it "
+            f"one of {list(_LABELS)}, or give a list of texts"
+        )
+    return ""
 
 
 def _parse_labels(fields: Fields, labels: list[Any], name: str) -> tuple[str, ...]:
@@ -201,8 +215,8 @@ def _readings(
     # Two small letters are rather a word, such as "at".
     is_word = re.fullmatch("[a-z]{2}", stripped)
     label = None if is_word else letter_index(stripped)
-    is_number = re.fullmatch("[0-9]{1,9}", stripped)
-    number = int(stripped) if is_number else None
+    is_number = re.fullmatch(r"([0-9]{1,9})(\.0+)?", stripped)
+    number = int(is_number[1]) if is_number else None
     readings: dict[str, int | None] = {
         "text": _index(texts, text, stripped),
         "label": _index(labels, text, stripped) if labels else label,

@@ -81,7 +81,9 @@ class ColumnMap:
             values.pop(column if column in row.values else column.split(".")[0], None)
         for name, paths in self._mapping.items():
             cells = [self._look_up(row, path) for path in paths]
-            values[name] = cells if len(cells) > 1 else cells[0]
+            while len(cells) > 1 and is_missing(cells[-1]):
+                cells.pop()  # of a question with fewer choices
+            values[name] = cells if len(paths) > 1 else cells[0]
         self._is_first = False
         return row._replace(values=values)
 

@@ -2,11 +2,11 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from kdjax.config import SCHEMAS, DataConfig
-from kdjax.data.answers import AnswerReader, check_count, parse_choices
+from kdjax.data.answers import AnswerReader, Choices, check_count, parse_choices
 from kdjax.data.columns import (
     ColumnMap,
     Fields,
@@ -27,12 +27,27 @@ _SPEAKERS = {  # of ShareGPT -> roles
     "system": "system",
     **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
 }
+_REASONING = ("reasoning_content", "reasoning", "thinking")  # one of them
 # Beside role and content, what a turn of ShareGPT may have.
-_MEMBERS = ("weight", "name", "tool_calls", "tool_call_id", "reasoning_content")
+_MEMBERS = ("weight", "name", "tool_calls", "tool_call_id", *_REASONING)
+# Members of turns that would be lost -> what to write instead.
+_UNREAD = {
+    "function_call": "write it as tool_calls",
+    **dict.fromkeys(("tools", "functions"), "give them in a column tools"),
+    **dict.fromkeys(("image", "images", "audio", "video"), "texts alone are read"),
+    **dict.fromkeys(
+        ("train", "loss", "mask", "trainable", "training"),
+        "say by weight, 1 or 0, what is learnt",
+    ),
+}
+_BY_PLACE = ("text", "index", "number")  # kinds of answers without labels
+# Columns that may be the reply to messages that end with a user's.
+_REPLIES = ("response", "completion", "output", "answer", "reply", "target", "chosen")
+_SHORT = 20  # characters of a prompt that a reply may begin with by chance
 _PREAMBLES: tuple[list[str], ...] = ([], ["system"], ["developer"])
 # Columns that may name the right one of the choices in a column `answers`.
 _KEYS = ("label", "answer", "correct", "correct_answer", "gold", "target", "answer_idx")
-_GSM8K = re.compile(r"(^|\n)####[^\n]*\S[^\n]*\s*$")
+_GSM8K = re.compile(r"(^|\n)####[^\n]*\d[^\n]*\s*$")
 # Columns that may be choices, where there is no column `choices`.
 _CHOICES = re.compile(
     r"(answer|possible|multiple)?_?"
@@ -44,7 +59,7 @@ _CHOICE = re.compile(
     r"[ _-]?)?([a-j]|\d\d?)",
     re.IGNORECASE,
 )
-_LETTER = re.compile(r"\(?[A-J]\)?")  # an answer that names a choice
+_LETTER = re.compile(r"\(?([A-J])[).]?")  # an answer that names a choice
 
 
 class Schema:
@@ -93,6 +108,8 @@ class Schema:
                 f"it has choices, which data.schema={self._name!r} does not read: take "
                 "them out, or use data.schema='plain'"
             )
+        if self._detected:
+            _check_other_names(fields, COLUMNS[self._name])
         return _CONVERTERS[self._name](self, fields)
 
     def _example(self, fields: Fields, **values: Any) -> Example:
@@ -108,10 +125,10 @@ class Schema:
         choices = parse_choices(fields, values.get("choices"))
         if not self._check_choices(fields, choices.texts):
             return self._example(fields, question=_question(fields))
-        if not choices.texts and self._detected:
-            _check_no_choices(fields)
         answer = self._answer(fields, choices=choices)
         question = _question(fields)
+        if not choices.texts:
+            self._check_free(fields, answer["answer"], question)
         if self._detected and not choices.texts and _GSM8K.search(answer["answer"]):
             raise fields.error(
                 f"answer={show(answer['answer'])} ends as those of GSM8K, the first "
@@ -145,11 +162,19 @@ class Schema:
             self._without_choices = self._without_choices or fields.where
         return True
 
+    def _check_free(self, fields: Fields, answer: str, question: str) -> None:
+        """Raise ValueError for a free answer that rather names a choice."""
+        if self._detected:
+            _check_no_choices(fields, answer, question)
+
     def _answer(
         self, fields: Fields, name: str = "answer", *, choices: Any = ((), ())
     ) -> dict[str, Any]:
         """Return the fields of an example that its answer makes."""
-        value, others = self._first(fields, name, fields.get(name))
+        value = fields.get(name)
+        if choices.texts and isinstance(value, list | tuple):
+            value = self._one_of(fields, name, value, choices)
+        value, others = self._first(fields, name, value)
         if value is None:
             return {"answer": ""}
         if not choices.texts:
@@ -164,14 +189,23 @@ class Schema:
                     fields.as_text(o, name, number=True) for o in others
                 ),
             }
-        if others:
-            raise fields.error(
-                f"{name}={show(fields.values[name])} has several answers to choices: "
-                "use data.answer_list='first', or give the right one alone"
-            )
         answer = self._answers.choose(fields, name, value, choices)
         check_count(fields, choices.texts)
         return {"answer": answer}
+
+    def _one_of(
+        self, fields: Fields, name: str, values: Sequence[Any], choices: Choices
+    ) -> Any:
+        """Return the one answer to choices of a list of them, or of a 1 among 0s."""
+        is_marked = all(isinstance(v, int) and v in (0, 1) for v in values)
+        if is_marked and len(values) == len(choices.texts) > 2 and sum(values) == 1:
+            return choices.texts[[*values].index(1)]
+        if len(set(map(str, values))) > 1 and self._config.answer_list != "first":
+            raise fields.error(
+                f"{name}={show(values)} has several answers to choices: give the right "
+                "one alone, or use data.answer_list='first'"
+            )
+        return values
 
     def _first(
         self, fields: Fields, name: str, value: Any, policy: str = ""
@@ -211,19 +245,15 @@ class Schema:
             stem = fields.require("question.stem", stem)
             text = "" if stem is None else fields.as_text(stem, "question.stem")
         else:
-            choices, text = fields.get("choices"), fields.text(name)
+            choices, text = fields.get("choices"), _question(fields, name)
         options = parse_choices(fields, choices)
         key = fields.get("answerKey", "use a split with answers")
         answer = ""
         if not options.texts:
             fields.require("choices", None)
-        elif self._config.answer_kind in ("text", "index", "number"):
+        elif self._config.answer_kind in _BY_PLACE or not options.labels:
             if key is not None:
                 answer = self._answers.choose(fields, "answerKey", key, options)
-        elif not options.labels:
-            raise fields.error(
-                "its choices have no labels for answerKey: give each one"
-            )
         elif key is not None:
             key = int(key) if isinstance(key, float) and key.is_integer() else key
             key = fields.as_text(key, "answerKey", number=True).strip()
@@ -248,7 +278,7 @@ class Schema:
         choices = parse_choices(fields, fields.get("choices"))
         if not choices.texts:
             fields.require("choices", None)
-            return self._example(fields, question=fields.text("question"))
+            return self._example(fields, question=_question(fields))
         value = fields.get("answer")
         answers = self._answers
         is_index = isinstance(value, int | float) and not isinstance(value, bool)
@@ -266,7 +296,7 @@ class Schema:
             check_count(fields, choices.texts)
         return self._example(
             fields,
-            question=fields.text("question"),
+            question=_question(fields),
             choices=choices.texts,
             answer=answer,
             rationale=fields.optional_text("rationale"),
@@ -296,15 +326,20 @@ class Schema:
                 f"text follows the line of the result, {show(answer.strip())}: end the "
                 "answer with it"
             )
+        question = _question(fields)
+        self._check_free(fields, answer, question)
         return self._example(
             fields,
-            question=fields.text("question"),
+            question=question,
             answer=answer.strip(),
             rationale=rationale.rstrip(),
         )
 
     def _squad(self, fields: Fields) -> Example:
-        """Convert a row of a context, a question and answers {text, answer_start}."""
+        """Convert a row of a question and answers {text, answer_start}.
+
+        A context stands before the question, where the rows have one.
+        """
         value = fields.get("answers")
         key = next((name for name in _KEYS if fields.has(name)), "")
         if self._detected and key and not isinstance(value, Mapping):
@@ -322,10 +357,12 @@ class Schema:
         policy = self._config.answer_list
         policy = "any" if policy == "error" else policy
         first, others = self._first(fields, "answers", texts, policy)
-        context, question = fields.text("context"), fields.text("question")
+        question = _question(fields)
+        if "context" in fields.values and fields.get("context") is None:
+            question = ""  # left out
         return self._example(
             fields,
-            question=f"{context}\n{question}" if context and question else "",
+            question=question,
             answer=""
             if first is None
             else fields.as_text(first, "answers.text", number=True),
@@ -336,7 +373,7 @@ class Schema:
 
     def _alpaca(self, fields: Fields) -> Example:
         """Convert a row of an instruction, perhaps an input, and an output."""
-        if fields.has("history"):
+        if fields.values.get("history"):
             raise fields.error(
                 "history is not read: write its turns and this one as messages"
             )
@@ -344,6 +381,7 @@ class Schema:
         if question and (more := fields.optional_text("input")):
             question = f"{question}\n{more}"
         answer = fields.text("output", number=True)
+        self._check_free(fields, answer, question)
         return self._chat_of(fields, question, answer)
 
     def _chat_of(self, fields: Fields, question: str, answer: str) -> Example:
@@ -353,7 +391,9 @@ class Schema:
             if system := fields.optional_text("system"):
                 messages.append({"role": "system", "content": system})
             messages += _turns(question, answer)
-        return self._example(fields, messages=tuple(messages), **_question_of(messages))
+        tools = _tools(fields)
+        asked = _question_of(messages, tools)
+        return self._example(fields, messages=tuple(messages), tools=tools, **asked)
 
     def _sharegpt(self, fields: Fields) -> Example:
         """Convert a row of conversations {from, value}."""
@@ -371,7 +411,7 @@ class Schema:
                 raise fields.error(
                     f"{where} is from {show(speaker)}: known are {list(_SPEAKERS)}"
                 )
-            rest = {name: v for name, v in turn.items() if name in _MEMBERS}
+            rest = {n: v for n, v in turn.items() if n in (*_MEMBERS, *_UNREAD)}
             role = _SPEAKERS[speaker]
             messages.append({"role": role, "content": turn.get("value"), **rest})
         return self._chat(fields, messages, "conversations")
@@ -386,24 +426,36 @@ class Schema:
         system = fields.optional_text("system")
         if messages and system and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": system})
+        elif messages and system and messages[0]["content"] != system:
+            raise fields.error(
+                f"system={show(system)} differs from the chat's own system message: "
+                "leave one of them out"
+            )
+        _check_ends(fields, messages, name)
         if not any(_is_reply(message) for message in messages):
             fields.require(name, None, "give it a reply of the assistant")
             messages = []
-        return self._example(
-            fields,
-            messages=tuple(messages),
-            tools=_tools(fields),
-            **_question_of(messages),
-        )
+        tools = _tools(fields)
+        asked = _question_of(messages, tools)
+        return self._example(fields, messages=tuple(messages), tools=tools, **asked)
 
     def _preference(self, fields: Fields) -> Example:
         """Convert the chosen side of a pair: a text or messages, after a prompt."""
-        preferred, prompt = fields.get("chosen"), fields.values.get("prompt")
+        name = "chosen"
+        if name not in fields.values and "completion" in fields.values:
+            name = "completion"
+        if fields.values.get("label") is False:
+            raise fields.error(
+                "label=False: its completion is not wanted: leave such rows out"
+            )
+        preferred, prompt = fields.get(name), fields.values.get("prompt")
+        preferred, prompt = _transcript(preferred), _transcript(prompt)
         if isinstance(preferred, str) and not isinstance(prompt, list | tuple):
-            remedy = "chosen is text without a prompt: give one, or messages"
+            remedy = f"{name} is text without a prompt: give one, or messages"
             prompt = fields.require("prompt", prompt, remedy)
             question = "" if prompt is None else fields.as_text(prompt, "prompt")
-            answer = fields.as_text(preferred, "chosen")
+            answer = fields.as_text(preferred, name)
+            _check_reply(fields, name, question, answer)
             return self._chat_of(fields, question, answer)
         if isinstance(preferred, str):
             preferred = [{"role": "assistant", "content": preferred}]
@@ -411,21 +463,21 @@ class Schema:
             prompt = [{"role": "user", "content": prompt}]
         given = [] if is_missing(prompt) else _list(fields, prompt, "prompt")
         before = _check_turns(fields, given, "prompt")
-        turns = _check_turns(fields, _list(fields, preferred, "chosen"), "chosen")
+        turns = _check_turns(fields, _list(fields, preferred, name), name)
         if not turns or (given and not before):  # left out
-            return self._chat(fields, [], "chosen")
+            return self._chat(fields, [], name)
         own = _without_prompt(turns, before)
         if own is None and any(message["role"] == "user" for message in turns):
             raise fields.error(
-                "chosen does not begin with the column prompt, but has turns of a "
+                f"{name} does not begin with the column prompt, but has turns of a "
                 "user: leave one of them out"
             )
-        if not any(map(_is_reply, turns if own is None else own)):
-            fields.require("chosen", None, "give it a reply of the assistant")
-            return self._chat(fields, [], "chosen")
-        return self._chat(
-            fields, turns if own is not None else [*before, *turns], "chosen"
-        )
+        start = before if own is None else turns[: len(turns) - len(own)]
+        own = turns if own is None else own
+        if not any(map(_is_reply, own)):
+            fields.require(name, None, "give it a reply of the assistant")
+            return self._chat(fields, [], name)
+        return self._chat(fields, [*map(_as_read, start), *own], name)
 
 
 # Private methods, so that this table is the only list of schemas.
@@ -450,19 +502,22 @@ _PLAIN = (
     *("id", "context", "question", "choices", "answer"),
     *("rationale", "counterfactuals", "text"),
 )
-_KEYED = ("id", "question", "question_stem", "choices", "answerKey", "rationale")
+_KEYED = (
+    *("id", "context", "question", "question_stem"),
+    *("choices", "answerKey", "rationale"),
+)
 COLUMNS = {
     "plain": _PLAIN,
     "commonsense_qa": _KEYED,
     "arc": _KEYED,
     "openbookqa": _KEYED,
-    "mmlu": ("id", "question", "choices", "answer", "rationale"),
-    "gsm8k": ("id", "question", "answer"),
+    "mmlu": ("id", "context", "question", "choices", "answer", "rationale"),
+    "gsm8k": ("id", "context", "question", "answer"),
     "squad": ("id", "context", "question", "answers"),
-    "alpaca": ("id", "system", "instruction", "input", "output"),
+    "alpaca": ("id", "system", "instruction", "input", "output", "tools"),
     "sharegpt": ("id", "system", "conversations", "tools"),
     "messages": ("id", "system", "messages", "tools"),
-    "preference": ("id", "system", "prompt", "chosen", "tools"),
+    "preference": ("id", "system", "prompt", "chosen", "completion", "tools"),
     "text": ("id", "text"),
 }
 
@@ -507,47 +562,73 @@ def candidates(values: Values) -> list[str]:
         names.append("sharegpt")
     if "messages" in values:
         names.append("messages")
-    if "chosen" in values:
+    if "chosen" in values or ("prompt" in values and "completion" in values):
         names.append("preference")
     if not names and ("text" in values or "question" in values or "answer" in values):
         names.append("plain")  # texts, or what names the missing column
     return names
 
 
-def _check_no_choices(fields: Fields) -> None:
-    """Raise ValueError for columns that look like choices nobody would see."""
-    values = {n: v for n, v in fields.values.items() if n not in COLUMNS["plain"]}
-    answer = fields.values.get("answer")
-    is_letter = isinstance(answer, str) and _LETTER.fullmatch(answer.strip())
-    single = [name for name in values if _CHOICE.fullmatch(name)]
-    if not single and is_letter:
-        single = [name for name in values if re.search(r"[ _-][a-jA-J1-9]$", name)]
+def _check_no_choices(fields: Fields, answer: str, question: str) -> None:
+    """Raise ValueError for choices that nobody would see beside a free answer."""
+    names = [n for n in fields.values if n not in COLUMNS["plain"]]
+    single = [name for name in names if _CHOICE.fullmatch(name)]
     lists = [
         name
-        for name, value in values.items()
-        if (_CHOICES.fullmatch(name) and not is_missing(value))
-        or (is_letter and _is_list(value))
+        for name in names
+        if _CHOICES.fullmatch(name) and not is_missing(fields.values[name])
     ]
     if len(single) > 1 or lists:
         columns = lists[0] if lists else "|".join(single)
         raise fields.error(
             f"it has no choices, but columns {lists[:1] or single}: say "
-            f"data.columns=choices={columns}, or data.schema='plain' for free answers"
+            f"data.columns=choices={columns}, or name the data.schema to leave them out"
+        )
+    letter = _LETTER.fullmatch(answer.strip())
+    others = [name for name in names if name not in ("instruction", "output", "input")]
+    if letter and others and not re.search(rf"\b{letter[1]}\b[).:]", question):
+        raise fields.error(
+            f"its answer {answer!r} seems to name a choice, and it has none: say "
+            f"data.columns=choices=COLUMN or A|B|C, of {others}, or name the "
+            "data.schema if it is a free answer"
         )
 
 
-def _is_list(value: Any) -> bool:
-    """Return True for a list of texts, or a text that looks like one."""
-    if isinstance(value, str):
-        return value.lstrip().startswith("[")
-    is_list = isinstance(value, list | tuple) and len(value) > 1
-    return is_list and all(isinstance(item, str | Mapping) for item in value)
+# Names that columns of some data have -> the name that schemas read; "" = none.
+_OTHER_NAMES = {
+    **dict.fromkeys(("passage", "article", "paragraph", "story"), "context"),
+    **dict.fromkeys(("system_prompt", "system_message"), "system"),
+    **dict.fromkeys(("functions", "available_tools", "tool_definitions"), "tools"),
+    **dict.fromkeys(("image", "images", "video", "videos", "audio"), ""),
+}
 
 
-def _question(fields: Fields) -> str:
+def _check_other_names(fields: Fields, columns: Sequence[str]) -> None:
+    """Raise ValueError for a column that is read under another name alone."""
+    for name, value in fields.values.items():
+        other = _OTHER_NAMES.get(name.lower())
+        if other is None or name in columns or is_missing(value) or value in ([], {}):
+            continue
+        if other == "":
+            raise fields.error(
+                f"{name} is not read, texts alone are: name the data.schema to leave "
+                "it out"
+            )
+        if other in columns and not fields.has(other):
+            raise fields.error(
+                f"it has no {other}, but {name}: say data.columns={other}={name}, or "
+                "name the data.schema to leave it out"
+            )
+
+
+def _question(fields: Fields, name: str = "question") -> str:
     """Return a question after its context, where there is one."""
-    question, context = fields.text("question"), fields.optional_text("context")
-    return f"{context}\n{question}" if context and question else question
+    question, context = fields.text(name), fields.values.get("context")
+    if isinstance(context, list | tuple) and all(isinstance(t, str) for t in context):
+        context = "\n".join(context)
+    if is_missing(context) or not question:
+        return question
+    return f"{fields.as_text(context, 'context')}\n{question}"
 
 
 def _counterfactuals(fields: Fields, choices: tuple[str, ...]) -> tuple[str, ...]:
@@ -575,6 +656,55 @@ def _turns(question: str, answer: str) -> list[Message]:
 
 def _list(fields: Fields, value: Any, name: str) -> list[Any]:
     return [] if value is None else fields.as_list(value, name)
+
+
+def _transcript(value: Any) -> Any:
+    """Return the messages of a text such as "Human: ... Assistant: ..."."""
+    if not isinstance(value, str) or not re.match(r"\s*Human:", value):
+        return value
+    parts = re.split(r"(?:^|\n\n)\s*(Human|Assistant):", value)
+    if "Assistant" not in parts[1::2]:
+        return value
+    roles = {"Human": "user", "Assistant": "assistant"}
+    turns = zip(parts[1::2], parts[2::2], strict=True)
+    messages = [{"role": roles[who], "content": text.strip()} for who, text in turns]
+    while messages and not messages[-1]["content"]:  # what asks for the next turn
+        messages.pop()
+    return messages
+
+
+def _check_reply(fields: Fields, name: str, question: str, answer: str) -> None:
+    """Raise ValueError for a reply that repeats its prompt, or names a column."""
+    if len(question) > _SHORT and answer.startswith(question):
+        raise fields.error(f"{name} begins with the prompt: give the reply alone")
+    if answer in fields.values:
+        raise fields.error(
+            f"{name}={answer!r} is the name of a column: say data.columns={name}="
+            "COLUMN, of the reply's text"
+        )
+
+
+def _as_read(message: Message) -> Message:
+    """Return a message of a prompt: the assistant's are not learnt."""
+    is_learnt = message["role"] == "assistant" and "weight" not in message
+    return {**message, "weight": 0} if is_learnt else message
+
+
+def _check_ends(fields: Fields, messages: list[Message], name: str) -> None:
+    """Raise ValueError for a chat whose beginning or end stands in other columns."""
+    roles = [m["role"] for m in messages if m["role"] not in ("system", "developer")]
+    if not roles or name not in ("messages", "conversations"):
+        return
+    lost = ""
+    if roles[-1] != "assistant":
+        lost = next((other for other in _REPLIES if fields.has(other)), "")
+    if roles[0] == "assistant" and fields.has("prompt"):
+        lost = "prompt"
+    if lost:
+        raise fields.error(
+            f"{name} seems to go with the column {lost}: put it into the messages, or "
+            "give both as prompt and completion"
+        )
 
 
 def _without_prompt(
@@ -617,6 +747,14 @@ def _message(fields: Fields, value: Any, where: str) -> dict[str, Any] | None:
     if role not in ROLES:
         raise fields.error(f"{where} has the role {show(role)}: use one of {ROLES}")
     calls = message.get("tool_calls")
+    for name, remedy in _UNREAD.items():
+        if name in message:
+            raise fields.error(
+                f"{where}.{name}={show(message[name])} would be lost: {remedy}"
+            )
+    for name in _REASONING[1:]:
+        if name in message:
+            message.setdefault("reasoning_content", message.pop(name))
     for name in ("name", "tool_call_id", "reasoning_content"):
         if name in message:
             message[name] = fields.as_text(message[name], f"{where}.{name}")
@@ -668,14 +806,28 @@ def _tool_call(fields: Fields, call: Any, where: str) -> dict[str, Any]:
     function = {name: v for name, v in function.items() if v is not None}
     arguments = function.get("arguments")
     if isinstance(arguments, str):
-        try:
-            members = json.loads(arguments)
-        except (ValueError, RecursionError):
-            members = None
-        if isinstance(members, dict):
+        if is_missing(arguments) or arguments.strip() == "null":
+            arguments = {}
+        else:
             name = f"{fields.where}: the arguments of {where}.tool_calls"
-            function["arguments"] = parse_json(arguments, name)
+            arguments = parse_json(arguments, name)
+    if arguments is not None and not isinstance(arguments, Mapping):
+        raise fields.error(
+            f"{where} has the arguments {show(arguments)} of a tool call: give an "
+            "object, or the text of one"
+        )
+    if arguments is not None:
+        function["arguments"] = _without_nulls(arguments)
     return {n: v for n, v in call.items() if v is not None} | {"function": function}
+
+
+def _without_nulls(value: Any) -> Any:
+    """Return a value without members that are null, as columns have for others."""
+    if isinstance(value, Mapping):
+        return {n: _without_nulls(v) for n, v in value.items() if v is not None}
+    if isinstance(value, list | tuple):
+        return [_without_nulls(item) for item in value]
+    return value
 
 
 def _tools(fields: Fields) -> tuple[Message, ...]:
@@ -686,7 +838,7 @@ def _tools(fields: Fields) -> tuple[Message, ...]:
     if not all(isinstance(tool, Mapping) for tool in tools):
         raise fields.error(f"tools={show(value)}: give a list of JSON schemas")
     _check_json(fields, tools, "tools")
-    return tuple(tools)
+    return tuple(_without_nulls(tools))
 
 
 def _check_json(fields: Fields, value: Any, name: str) -> None:
@@ -694,7 +846,7 @@ def _check_json(fields: Fields, value: Any, name: str) -> None:
     check_text(json.dumps(value, ensure_ascii=False, default=str), fields.error, name)
 
 
-def _question_of(messages: list[Message]) -> dict[str, str]:
+def _question_of(messages: list[Message], tools: Sequence[Message]) -> dict[str, str]:
     """Return question and answer of a chat of one question and one answer.
 
     What the system says stands before the question.
@@ -702,7 +854,8 @@ def _question_of(messages: list[Message]) -> dict[str, str]:
     roles = [message["role"] for message in messages]
     if roles[-2:] != ["user", "assistant"] or roles[:-2] not in _PREAMBLES:
         return {}
-    if any("tool_calls" in m or m.get("weight") == 0 for m in messages):
+    is_more = any(m.get("reasoning_content") or m.get("tool_calls") for m in messages)
+    if tools or is_more or any(m.get("weight") == 0 for m in messages):
         return {}
     *texts, answer = (message["content"] for message in messages)
     return {"question": "\n".join(texts), "answer": answer}

@@ -330,7 +330,6 @@ REFUSED = {
         {},
         ":1.*question.stem=0",
     ),
-    "no labels": ("a.jsonl", second(KEYED, choices=["a", "b"]), {}, ":2.*no labels"),
     "choices elsewhere": (
         "a.jsonl",
         lines({**QA, "answer": "B", "options": ["a", "b"]}),
@@ -419,7 +418,7 @@ REFUSED = {
         "a.csv",
         b"question,Antwort 1,Antwort 2,answer\nq,w,x,B\n",
         {},
-        r":2.*choices=Antwort 1\|Antwort 2",
+        r":2.*'B' seems to name a choice.*of \['Antwort 1', 'Antwort 2'\]",
     ),
     "choices up to J": (
         "a.csv",
@@ -437,7 +436,128 @@ REFUSED = {
         "a.jsonl",
         lines({**QA, "answer": "B", "antworten": ["fridge", "oven"]}),
         {},
-        ":1.*data.columns=choices=antworten",
+        r":1.*'B' seems to name a choice.*of \['antworten'\]",
+    ),
+    "choices beside an instruction": (
+        "a.jsonl",
+        lines({"instruction": "Pick", "output": "B", "options": ["a", "b"]}),
+        {},
+        ":1.*data.columns=choices=options",
+    ),
+    "choices beside GSM8K": (
+        "a.jsonl",
+        lines({"question": "q", "answer": "So.\n#### 2", "options": ["1", "2"]}),
+        {},
+        ":1.*data.columns=choices=options",
+    ),
+    "members of choices": (
+        "a.jsonl",
+        lines(
+            {**MC, "choices": [{"tag": "B", "text": "a"}, {"tag": "A", "text": "b"}]}
+        ),
+        {},
+        r":1.*members \['tag'\], of which none is a label",
+    ),
+    "a passage": (
+        "a.jsonl",
+        lines({**QA, "passage": "Milk is cold."}),
+        {},
+        ":1.*data.columns=context=passage",
+    ),
+    "a system prompt": (
+        "a.jsonl",
+        lines({"messages": CHAT, "system_prompt": "Be brief."}),
+        {},
+        ":1.*data.columns=system=system_prompt",
+    ),
+    "another system message": (
+        "a.jsonl",
+        lines({"messages": [{"role": "system", "content": "a"}, *CHAT], "system": "b"}),
+        {},
+        ":1.*system='b' differs",
+    ),
+    "images": (
+        "a.jsonl",
+        lines({"messages": CHAT, "images": ["a.png"]}),
+        {},
+        ":1.*images is not read",
+    ),
+    "functions": (
+        "a.jsonl",
+        lines({"messages": CHAT, "functions": [{"name": "f"}]}),
+        {},
+        ":1.*data.columns=tools=functions",
+    ),
+    "a call of old": (
+        "a.jsonl",
+        with_messages(CHAT[0], {**CHAT[1], "function_call": {"name": "f"}}),
+        {},
+        r":2.*messages\[1\].function_call=.* would be lost: write it as tool_calls",
+    ),
+    "a turn not to train": (
+        "a.jsonl",
+        with_messages(CHAT[0], {**CHAT[1], "train": False}),
+        {},
+        r":2.*messages\[1\].train=False would be lost: say by weight",
+    ),
+    "arguments that are text": (
+        "a.jsonl",
+        with_messages(
+            CHAT[0],
+            {
+                "role": "assistant",
+                "tool_calls": [{"function": {"name": "f", "arguments": "{'a': 1}"}}],
+            },
+        ),
+        {},
+        ":2.*arguments of messages.*not JSON",
+    ),
+    "a reply beside messages": (
+        "a.jsonl",
+        lines({"messages": [*CHAT, CHAT[0]], "response": "Yes"}),
+        {},
+        ":1.*messages seems to go with the column response",
+    ),
+    "a prompt beside messages": (
+        "a.jsonl",
+        lines({"prompt": CHAT[:1], "completion": CHAT[1:]}),
+        {"columns": "messages=completion", "schema": "messages"},
+        ":1.*messages seems to go with the column prompt",
+    ),
+    "a completion that is not wanted": (
+        "a.jsonl",
+        lines({"prompt": "q", "completion": "a", "label": False}),
+        {},
+        ":1.*label=False",
+    ),
+    "a reply that repeats its prompt": (
+        "a.jsonl",
+        lines(
+            {
+                "prompt": "What is 17 plus 4, please?",
+                "chosen": "What is 17 plus 4, please? 21",
+            }
+        ),
+        {},
+        ":1.*chosen begins with the prompt",
+    ),
+    "the name of the reply's column": (
+        "a.jsonl",
+        lines({"prompt": "q", "chosen": "response_b", "response_b": "a"}),
+        {},
+        ":1.*chosen='response_b' is the name of a column",
+    ),
+    "a heading at the end": (
+        "a.jsonl",
+        lines(QA, {**QA, "answer": "So.\n#### 7"}),
+        {},
+        ":2.*ends as those of GSM8K",
+    ),
+    "several right choices": (
+        "a.jsonl",
+        lines({**MC, "answer": [0, 1, 1]}),
+        {"answer_kind": "index"},
+        ":1.*several answers to choices",
     ),
     "choices after rows of GSM8K": (
         "a.jsonl",
@@ -892,6 +1012,77 @@ READ = {
         ),
         {"on_missing": "drop"},
         ["Yes"],
+    ),
+    "labels of choices under other names": (
+        "a.jsonl",
+        lines(
+            {
+                **QA,
+                "choices": [{"id": "B", "text": "oven"}, {"id": "A", "text": "fridge"}],
+                "answer": "A",
+            },
+            {
+                **QA,
+                "choices": {"key": ["B", "A"], "text": ["tea", "milk"]},
+                "answer": "A",
+            },
+        ),
+        {},
+        ["fridge", "milk"],
+    ),
+    "a key of choices without labels": (
+        "a.csv",
+        b"question,A,B,answerKey\nq,w,x,B\n",
+        {"columns": "choices=A|B"},
+        ["x"],
+    ),
+    "an empty last choice": (
+        "a.csv",
+        b"question,A,B,C,answer\nq,w,x,,B\nq2,w,x,y,C\n",
+        {"columns": "choices=A|B|C"},
+        ["x", "y"],
+    ),
+    "a one among zeros": (
+        "a.jsonl",
+        lines({**MC, "answer": [0, 0, 1]}),
+        {},
+        ["sink"],
+    ),
+    "an index that pandas wrote": (
+        "a.csv",
+        b"question,A,B,answer\nq,w,x,1.0\n",
+        {"columns": "choices=A|B", "answer_kind": "index"},
+        ["x"],
+    ),
+    "letters of choices in the question": (
+        "a.jsonl",
+        lines({"question": "q? A) w B) x", "answer": "B", "topic": "t"}),
+        {},
+        ["B"],
+    ),
+    "answers without a context": (
+        "a.jsonl",
+        lines({"question": "q", "answers": ["x", "y"], "url": "u"}),
+        {},
+        ["x"],
+    ),
+    "a heading as an answer": (
+        "a.jsonl",
+        lines({**QA, "answer": "So.\n#### Summary"}),
+        {},
+        ["So.\n#### Summary"],
+    ),
+    "an empty history": (
+        "a.jsonl",
+        lines({"instruction": "i", "output": "o", "history": []}),
+        {},
+        ["o"],
+    ),
+    "a prompt and its completion": (
+        "a.jsonl",
+        lines({"prompt": "q", "completion": "a"}),
+        {},
+        ["a"],
     ),
     "one answer in a list": ("a.jsonl", lines({**QA, "answer": ["a"]}), {}, ["a"]),
     "equal answers": ("a.jsonl", lines({**QA, "answer": ["a", "a"]}), {}, ["a"]),

@@ -111,6 +111,41 @@ FORMS = [
         "messages",
         {"messages": (CHAT[0], {**CHAT[1], "weight": 0})},
     ),
+    (
+        {**FLAT, "context": ["It is wet.", "It is white."]},
+        "commonsense_qa",
+        {**WHERE, "question": "It is wet.\nIt is white.\nWhere?"},
+    ),
+    (
+        {"question": "1+1?", "context": "Count.", "answer": "Two.\n#### 2"},
+        "gsm8k",
+        {"question": "Count.\n1+1?", "answer": "2", "rationale": "Two."},
+    ),
+    (
+        {"chosen": "\n\nHuman: Hi\n\nAssistant: Yes", "rejected": "\n\nHuman: Hi"},
+        "preference",
+        asked("Hi", "Yes"),
+    ),
+    (
+        {"prompt": "Hi", "chosen": "\n\nHuman: Hi\n\nAssistant: Yes"},
+        "preference",
+        asked("Hi", "Yes"),
+    ),
+    (
+        {"prompt": [*CHAT, CHAT[0]], "completion": [CHAT[1]]},
+        "preference",
+        {"messages": (CHAT[0], {**CHAT[1], "weight": 0}, *CHAT)},
+    ),
+    (
+        {"instruction": "Hi", "output": "Yes", "tools": [{"name": "f", "x": None}]},
+        "alpaca",
+        {"messages": tuple(CHAT), "tools": ({"name": "f"},)},
+    ),
+    (
+        {"messages": [CHAT[0], {**CHAT[1], "reasoning": "So."}]},
+        "messages",
+        {"messages": (CHAT[0], {**CHAT[1], "reasoning_content": "So."})},
+    ),
     ({"instruction": "Hi", "input": None, "output": "2"}, "alpaca", asked("Hi", "2")),
     ({"conversations": SPOKEN}, "sharegpt", asked("Hi", "Yes")),
     (
