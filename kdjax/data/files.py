@@ -59,10 +59,19 @@ _DOCUMENTS = re.compile(
 )
 # Words of a file's or folder's name -> the split that they name.
 _SPLITS = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
-    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+    **dict.fromkeys(("train", "training", "trn", "trainset"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "valset", "dev"), "validation"),
+    **dict.fromkeys(("devset", "heldout", "holdout"), "validation"),
+    **dict.fromkeys(("test", "testing", "tst", "testset"), "test"),
+    **dict.fromkeys(("eval", "evaluation", "evalset"), "test"),
 }
+# Older sets of the hub have a hash behind it.
+_SHARD = re.compile(r"-(\d{5})-of-(\d{5})(-[0-9a-f]{16})?(?=[^/]*$)")
+# Stems as "rows (1)", "rows copy 2", "rows - Copy", "Copy of rows".
+_COPY = re.compile(
+    r"(?:copy of )?(?P<original>.+?)(?:(?: -)? copy(?: \d+)?)?(?: ?\(\d+\))?",
+    re.IGNORECASE | re.DOTALL,
+)
 
 
 class DataFile(NamedTuple):
@@ -151,7 +160,8 @@ def find_files(path: str) -> list[str]:
     "_", documents such as README.md, and copies such as rows.jsonl~.
 
     Raises:
-      ValueError: there is none, or one in a folder that may be something else.
+      ValueError: there is none, or one in a folder that may be something else; a shard
+        is missing, or two files seem to hold the same rows.
     """
     path = os.path.expanduser(path)
     if os.path.isdir(path):
@@ -163,11 +173,13 @@ def find_files(path: str) -> list[str]:
         return [path]
     files = [
         file
-        for file in sorted(glob.glob(path, recursive=True))
+        for file in sorted(set(glob.glob(path, recursive=True)))
         if not (os.path.isdir(file) or _is_hidden(os.path.basename(file)))
     ]
     if not files:
         raise ValueError(f"path={path!r} matches no file: check the pattern")
+    _check_copies(files)
+    _check_shards(files)
     return files
 
 
@@ -194,7 +206,68 @@ def _files_below(folder: str) -> list[str]:
                 f"{file}: its format is not seen from its name: take it out of the "
                 f"folder, or give a glob such as {folder}/*.jsonl"
             )
-    return sorted(files)
+    files.sort()
+    _check_copies(files)
+    _check_shards(files)
+    return files
+
+
+def _check_copies(paths: list[str]) -> None:
+    """Raise ValueError for two files that seem to hold the same rows, by their names.
+
+    They are of other formats or compressions, or one is the other's copy.
+    """
+    by_name: dict[str, str] = {}
+    for path in paths:
+        first = by_name.setdefault(_without_format(path), path)
+        if first != path:
+            raise _copy_error(first, path)
+    for name, path in by_name.items():
+        parent, stem = os.path.split(name)
+        match = _COPY.fullmatch(stem)
+        original = os.path.join(parent, match["original"]) if match else name
+        if original != name and original in by_name:
+            raise _copy_error(by_name[original], path)
+
+
+def _without_format(path: str) -> str:
+    stem, suffix = os.path.splitext(path)
+    if suffix.lower() in _COMPRESSED:
+        stem, suffix = os.path.splitext(stem)
+    return stem if suffix.lower() in FORMATS else stem + suffix
+
+
+def _copy_error(first: str, second: str) -> ValueError:
+    return ValueError(
+        f"{first!r} and {second!r} seem to hold the same rows, by their names: take "
+        "one of them out of the folder, rename it, or give a file or a glob without it"
+    )
+
+
+def _check_shards(paths: list[str]) -> None:
+    """Raise ValueError for shards of a whole that is not there."""
+    wholes: dict[tuple[str, str], dict[int, set[int]]] = {}
+    for path in paths:
+        if match := _SHARD.search(path):
+            totals = wholes.setdefault((path[: match.start()], path[match.end() :]), {})
+            totals.setdefault(int(match[2]), set()).add(int(match[1]))
+    for (start, end), totals in wholes.items():
+        for total, numbers in totals.items():
+            first = int(total in numbers)  # some count from 1
+            for number in range(first, first + total):
+                name = f"{start}-{number:05}-of-{total:05}"
+                # One that is there may be left out by a glob.
+                if number not in numbers and not glob.glob(f"{glob.escape(name)}*"):
+                    raise ValueError(
+                        f"{name + end!r} is missing, of {total} shards: get it, or, if "
+                        f"the others are all, rename them without '-of-{total:05}'"
+                    )
+        if len(totals) > 1:
+            names = " and of ".join(map(str, sorted(totals)))
+            raise ValueError(
+                f"the files {start + '-*' + end!r} are shards of {names}: keep "
+                "those of one, or rename the others"
+            )
 
 
 def _refuse(error: OSError) -> None:
@@ -212,26 +285,30 @@ def files_by_split(folder: str) -> dict[str, list[str]]:
     """Return the files of a folder by the split that they are named after.
 
     A file is named after a split if a word of its name, or else of its folder's, is
-    "train", "validation" (valid, val, dev) or "test" (eval).
+    "train" (trn), "validation" (valid, val, dev, held out) or "test" (tst, eval).
 
     Returns:
-      {} for a folder whose files name less than two splits: all its rows are of one.
+      {} for a folder whose files all name the same split, or none but "train": all its
+      rows are of one.
 
     Raises:
-      ValueError: some of the files name splits, and others do not.
+      ValueError: some of the files name a split, and others none, or several.
     """
     files = _files_below(folder)
-    names = {file: _split_named(os.path.relpath(file, folder)) for file in files}
-    if len(set(names.values()) - {""}) < 2:
+    names = {file: _splits_named(os.path.relpath(file, folder)) for file in files}
+    different = set(names.values())
+    if len(different) < 2 or frozenset().union(*different) <= {"train"}:
         return {}
-    if unnamed := [file for file, name in names.items() if not name]:
-        raise ValueError(
-            f"path={folder!r} has files of several splits, and {unnamed[0]!r}, whose "
-            "name tells none: give a file or a glob as data.path and data.eval_path"
-        )
     splits: dict[str, list[str]] = {}
-    for file, name in names.items():
-        splits.setdefault(name, []).append(file)
+    for file, named in names.items():
+        if len(named) != 1:
+            number = "several" if named else "none"
+            raise ValueError(
+                f"path={folder!r} has files that are named after splits, and {file!r}, "
+                f"whose name tells {number}: give a file or a glob as data.path and "
+                "data.eval_path"
+            )
+        splits.setdefault("".join(named), []).append(file)
     return splits
 
 
@@ -240,13 +317,18 @@ def canonical_split(name: str) -> str:
     return _SPLITS.get(name, name)
 
 
-def _split_named(path: str) -> str:
-    for part in reversed(Path(path.lower()).parts):
-        words = re.split(r"[^a-z]+", part)
-        splits = {_SPLITS[word] for word in words if word in _SPLITS}
-        if splits:
-            return splits.pop() if len(splits) == 1 else ""
-    return ""
+def _splits_named(path: str) -> frozenset[str]:
+    for part in reversed(Path(path).parts):
+        if splits := {_SPLITS[word] for word in _words(part) if word in _SPLITS}:
+            return frozenset(splits)
+    return frozenset()
+
+
+def _words(name: str) -> list[str]:
+    """Return the words of a name such as "trainSet_1", also without a look at case."""
+    words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)
+    text = re.sub(r"\b(held|hold) out\b", "heldout", " ".join(words).lower())
+    return text.split() + re.findall("[a-z]+", name.lower())
 
 
 @contextlib.contextmanager

@@ -246,6 +246,57 @@ def _read_json(file: DataFile) -> Iterator[tuple[int, Values]]:
     if _first_character(file) == "[":
         yield from _read_json_array(file)
         return
+    rows = _read_json_lines(file)
+    start = list(itertools.islice(rows, 1))
+    if start and _holds_rows(start[0][1]):
+        start += itertools.islice(rows, 1)
+        if len(start) == 1:
+            raise ValueError(
+                f"{file.path}:{start[0][0]} is one object, not rows: give a list of "
+                "rows, or one per line (pandas: to_json(orient='records', lines=True))"
+            )
+    yield from start
+    yield from rows
+
+
+# Members of an object that may hold all rows, and of a row that asks something.
+_TABLES = {"data", "rows", "examples", "records", "items"}
+_ASKING = {"question", "prompt", "instruction", "text"}
+
+
+def _holds_rows(value: Values) -> bool:
+    """Return True for an object that looks as if it holds rows, or columns."""
+    members = list(value.values())
+    if members and all(isinstance(member, dict) for member in members):
+        keys = {tuple(member) for member in members}  # pandas: by index, by column
+        return _are_indices(value) or (len(keys) == 1 and _are_indices(*keys))
+    lists = {name: m for name, m in value.items() if isinstance(m, list)}
+    objects = {
+        name: rows
+        for name, rows in lists.items()
+        if rows and all(isinstance(row, dict) for row in rows)
+    }
+    if any(_is_turn(row) for rows in objects.values() for row in rows):
+        return False
+    names = {files.canonical_split(name.lower()) for name in objects}
+    if names & {*_TABLES, "train", "validation", "test"} and not _ASKING & set(value):
+        return True
+    lengths = {len(member) for member in lists.values()}
+    return {"columns", "data"} <= set(lists) or (
+        len(lists) == len(value) and len(lengths) == 1 and max(lengths) > 1
+    )
+
+
+def _are_indices(names: Iterable[str]) -> bool:
+    names = list(names)
+    return bool(names) and all(map(str.isdecimal, names))
+
+
+def _is_turn(value: Values) -> bool:
+    return "role" in value or {"from", "value"} <= set(value)
+
+
+def _read_json_lines(file: DataFile) -> Iterator[tuple[int, Values]]:
     for number, line in _lines(file):
         if not line.strip():
             continue
@@ -373,8 +424,13 @@ def _chunks(path: str, stream: BinaryIO) -> Iterator[str]:
     decoder.decode(b"", final=True)
 
 
+# Cells as pandas and spreadsheets write a value that is missing.
+_NOTHING = {"", "NaN", "nan", "null", "NULL", "<NA>", "#N/A"}
+_CELL_ERRORS = {"#REF!", "#DIV/0!", "#VALUE!", "#NAME?", "#NUM!", "#NULL!"}
+
+
 def _read_csv(file: DataFile, delimiter: str = ",") -> Iterator[tuple[int, Values]]:
-    """Yield the rows below a header as texts; an empty cell is None, and so is NaN."""
+    """Yield the rows below a header as texts; a cell of `_NOTHING` is None."""
     csv.field_size_limit(_MAX_FIELD)
     reader = csv.reader(
         (line for _, line in _lines(file)), delimiter=delimiter, strict=True
@@ -397,12 +453,14 @@ def _read_csv(file: DataFile, delimiter: str = ",") -> Iterator[tuple[int, Value
                         f"{where} has the header again: remove it where files were "
                         "joined"
                     )
-                pairs = zip(header, cells, strict=True)
-                empty = ("", "NaN", "nan")
-                yield (
-                    number,
-                    {k: None if v in empty else v for k, v in pairs if k},
-                )
+                pairs = [p for p in zip(header, cells, strict=True) if p[0]]
+                for name, cell in pairs:
+                    if cell in _CELL_ERRORS:
+                        raise ValueError(
+                            f"{where}: {name}={cell!r} is an error of a spreadsheet: "
+                            "correct the cell there, or empty it"
+                        )
+                yield number, {k: None if v in _NOTHING else v for k, v in pairs}
             number = reader.line_num + 1
     except csv.Error as error:
         raise ValueError(
@@ -413,6 +471,11 @@ def _read_csv(file: DataFile, delimiter: str = ",") -> Iterator[tuple[int, Value
 
 def _check_header(header: list[str], where: str, delimiter: str) -> list[str]:
     """Check the names of the columns; the first may be an index without one."""
+    if re.fullmatch(r"sep=.?", line := delimiter.join(header), re.IGNORECASE):
+        raise ValueError(
+            f"{where} is {line!r}, which tells a spreadsheet what separates cells: "
+            "remove the line"
+        )
     for other in (";", "\t", "|", ","):
         if len(header) == 1 and other in header[0]:
             raise ValueError(
@@ -673,7 +736,8 @@ def kind_of(value: Any) -> str:
         dict: "an object",
         bytes: "bytes",
     }
-    return kinds.get(type(value), re.sub(r"(?<!^)(?=[A-Z])", " ", type(value).__name__))
+    name = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", type(value).__name__)
+    return kinds.get(type(value), name)
 
 
 READERS: dict[str, Callable[[DataFile], Iterator[tuple[int, Values]]]] = {

@@ -448,8 +448,8 @@ class Schema:
             raise fields.error(
                 "label=False: its completion is not wanted: leave such rows out"
             )
-        preferred, prompt = fields.get(name), fields.values.get("prompt")
-        preferred, prompt = _transcript(preferred), _transcript(prompt)
+        preferred = _transcript(fields, fields.get(name), name)
+        prompt = _transcript(fields, fields.values.get("prompt"), "prompt")
         if isinstance(preferred, str) and not isinstance(prompt, list | tuple):
             remedy = f"{name} is text without a prompt: give one, or messages"
             prompt = fields.require("prompt", prompt, remedy)
@@ -658,12 +658,17 @@ def _list(fields: Fields, value: Any, name: str) -> list[Any]:
     return [] if value is None else fields.as_list(value, name)
 
 
-def _transcript(value: Any) -> Any:
-    """Return the messages of a text such as "Human: ... Assistant: ..."."""
-    if not isinstance(value, str) or not re.match(r"\s*Human:", value):
+def _transcript(fields: Fields, value: Any, name: str) -> Any:
+    """Return the messages of a text that has some.
+
+    They are JSON, as in a cell of a table, or "Human: ... Assistant: ...".
+    """
+    if not isinstance(value, str):
         return value
+    if re.match(r"\s*\[\s*\{\s*\"(role|content)\"", value):
+        return fields.as_list(value, name)
     parts = re.split(r"(?:^|\n\n)\s*(Human|Assistant):", value)
-    if "Assistant" not in parts[1::2]:
+    if parts[0].strip() or "Assistant" not in parts[1::2]:
         return value
     roles = {"Human": "user", "Assistant": "assistant"}
     turns = zip(parts[1::2], parts[2::2], strict=True)

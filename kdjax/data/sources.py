@@ -22,6 +22,8 @@ from kdjax.data.text import CONCLUSION, states_answer
 
 logger = logging.getLogger(__name__)
 
+_Numbered = tuple[int, Row]
+
 
 def load_examples(config: DataConfig, split: str, *, seed: int) -> list[Example]:
     """Return the examples of `iter_examples` as a list."""
@@ -33,7 +35,8 @@ def iter_examples(config: DataConfig, split: str, *, seed: int) -> Iterator[Exam
 
     Train and held-out rows are never the same ones: they come from `eval_path`, or
     from `eval_split` of `path`; a source without splits, and without `eval_path`, holds
-    out its last `num_eval` rows. Rows without an id get "<split>-<row number>".
+    out its last `num_eval` rows. Rows without an id get "<split>-<row number>", the
+    number, from 0, in the files that they are read from, before any is held out.
 
     With `holdout_seed` the rows that are held out are drawn: `num_eval` of them or,
     where held-out rows come from elsewhere, all but `num_train`; the others follow in
@@ -82,7 +85,7 @@ def describe(config: DataConfig, split: str) -> str:
     """Return what a split is read from, as which schema, in a few words."""
     if config.is_built_in:
         return "the built-in task kinship"
-    row = next(_read_rows(config, train=split == "train"))
+    _, row = next(_read_rows(config, train=split == "train"))
     return f"{row.file}, {Schema(config).describe(row)}"
 
 
@@ -102,11 +105,11 @@ def _convert(config: DataConfig, split: str, num: int) -> Iterator[Example]:
 
 
 def _examples(
-    config: DataConfig, split: str, rows: Iterator[Row], num: int
+    config: DataConfig, split: str, rows: Iterator[_Numbered], num: int
 ) -> Iterator[Example]:
     schema = Schema(config)
-    for index, row in enumerate(itertools.islice(rows, num or None)):
-        yield schema.example(row, f"{split}-{index}")
+    for number, row in itertools.islice(rows, num or None):
+        yield schema.example(row, f"{split}-{number}")
 
 
 def _digest(text: str) -> int:
@@ -125,19 +128,20 @@ def _raise_duplicate(examples: Iterator[Example]) -> None:
         origins[example.id] = example.origin
 
 
-def _read_rows(config: DataConfig, *, train: bool) -> Iterator[Row]:
+def _read_rows(config: DataConfig, *, train: bool) -> Iterator[_Numbered]:
+    """Yield the rows of a split, each with its number in the source."""
     path = config.path if train else config.eval_path or config.path
     if not path:
         raise ValueError(f"path='': source={config.source!r} needs a file or folder")
     rows_by_split = splits.open_splits(path, config.source)
     if "" not in rows_by_split:
-        yield from _split_rows(config, path, rows_by_split, train=train)
+        yield from enumerate(_split_rows(config, path, rows_by_split, train=train))
         return
-    rows = rows_by_split[""]()
+    rows = enumerate(rows_by_split[""]())
     first = next(rows, None)
     if first is None:
         raise ValueError(f"path={path!r} has no rows")
-    rows = itertools.chain([first], rows)
+    numbered: Iterator[_Numbered] = itertools.chain([first], rows)
     if config.eval_path:
         if Path(config.eval_path).resolve() == Path(config.path).resolve():
             raise ValueError(
@@ -145,16 +149,18 @@ def _read_rows(config: DataConfig, *, train: bool) -> Iterator[Row]:
                 "file, or eval_path='' with num_eval > 0 to hold out its last rows"
             )
         if train and config.holdout_seed >= 0:
-            rows = _draw(rows, config, train=True)
-        yield from rows
+            numbered = _draw(numbered, config, train=True)
+        yield from numbered
         return
     if config.holdout_seed >= 0:
-        yield from _draw(rows, config, train=train)
+        yield from _draw(numbered, config, train=train)
     else:
-        yield from _hold_out(rows, config.num_eval, train=train)
+        yield from _hold_out(numbered, config.num_eval, train=train)
 
 
-def _draw(rows: Iterator[Row], config: DataConfig, *, train: bool) -> Iterator[Row]:
+def _draw(
+    rows: Iterator[_Numbered], config: DataConfig, *, train: bool
+) -> Iterator[_Numbered]:
     """Yield the training rows that a seed draws, or the held-out ones; holds all."""
     table = list(rows)
     num_eval = config.num_eval
@@ -199,9 +205,11 @@ def _split_rows(
     yield from rows
 
 
-def _hold_out(rows: Iterator[Row], num_eval: int, *, train: bool) -> Iterator[Row]:
+def _hold_out(
+    rows: Iterator[_Numbered], num_eval: int, *, train: bool
+) -> Iterator[_Numbered]:
     """Yield all but the last `num_eval` rows, or these; they alone are held."""
-    last: collections.deque[Row] = collections.deque()
+    last: collections.deque[_Numbered] = collections.deque()
     num_rows = 0
     for row in rows:
         num_rows += 1

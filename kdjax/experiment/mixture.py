@@ -14,14 +14,13 @@ _DATA = {  # field of the mixture -> field of the data
     "eval_paths": "eval_path",
     "schemas": "schema",
     "columns": "columns",
+    "answer_kinds": "answer_kind",
     "rationales": "rationales",
     "eval_rationales": "eval_rationales",
     "counterfactuals": "counterfactuals",
     "num_train": "num_train",
     "num_eval": "num_eval",
 }
-
-
 _NAME = re.compile(r"\w([\w.-]*\w)?")
 
 

@@ -9,6 +9,7 @@ import pathlib
 import random
 import tracemalloc
 import types
+import uuid
 
 import datasets
 import numpy as np
@@ -195,6 +196,246 @@ def test_a_folder_of_files_named_after_splits(tmp_path):
     (tmp_path / "more.parquet").unlink()
     (tmp_path / "data" / "validation-0.parquet").unlink()
     assert [e.id for e in load(tmp_path, "eval", **config)] == ["r1"]
+
+
+@pytest.mark.parametrize(
+    ("train", "other", "split"),
+    [
+        ("trainSet", "testSet", "test"),
+        ("QATrain", "QATest", "test"),
+        ("trainset", "testset", "test"),
+        ("TRAIN", "TEST", "test"),
+        ("TRAINset", "DEVset", "validation"),
+        ("trn", "tst", "test"),
+        ("train", "heldout", "validation"),
+        ("train", "held_out", "validation"),
+        ("train", "rowsHeldOut", "validation"),
+        ("train", "hold-out", "validation"),
+        ("train", "holdout", "validation"),
+    ],
+)
+def test_words_that_name_splits(train, other, split, tmp_path):
+    write(tmp_path / f"{train}.jsonl", as_lines(ROWS[:2]))
+    write(tmp_path / f"{other}.jsonl", as_lines(ROWS[2:]))
+    assert [e.id for e in load(tmp_path)] == ["r0", "r1"]
+    assert [e.id for e in load(tmp_path, "eval", eval_split=split)] == ["r2"]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["rows", "test"], "rows.jsonl', whose name tells none"),
+        (["heldout", "rows"], "rows.jsonl', whose name tells none"),
+        (["train_test", "test"], "train_test.jsonl', whose name tells several"),
+        (["train_test", "rows"], "rows.jsonl', whose name tells none"),
+        (["train", "trainTest"], "trainTest.jsonl', whose name tells several"),
+        (["train_test", "dev_test"], "whose name tells several"),
+    ],
+)
+def test_files_beside_those_of_a_split(names, message, tmp_path):
+    for name in names:
+        write(tmp_path / f"{name}.jsonl", as_lines(ROWS))
+    with pytest.raises(ValueError, match=rf"{message}: give a file or a glob"):
+        load(tmp_path, num_eval=1)
+
+
+@pytest.mark.parametrize(
+    "names", [["train-1", "train-2"], ["train", "more"], ["test-1", "test-2"]]
+)
+def test_files_that_are_one_split(names, tmp_path):
+    for name, row in zip(names, ROWS, strict=False):
+        write(tmp_path / f"{name}.jsonl", as_lines([row]))
+    assert len(load(tmp_path, num_eval=1)) == 1
+    write(tmp_path / "alone" / "train_test.jsonl", as_lines(ROWS))
+    assert len(load(tmp_path / "alone")) == 3
+
+
+@pytest.mark.parametrize(
+    ("shards", "missing"),
+    [
+        ([(0, 3), (2, 3)], "x-00001-of-00003.jsonl' is missing"),
+        ([(0, 3), (1, 3)], "x-00002-of-00003.jsonl' is missing"),
+        ([(1, 3), (2, 3)], "x-00000-of-00003.jsonl' is missing"),
+        ([(0, 2), (1, 2), (2, 3)], "x-00000-of-00003.jsonl' is missing"),
+        ([(0, 1), (0, 2), (1, 2)], "x-.*.jsonl' are shards of 1 and of 2: keep"),
+        ([(0, 2), (1, 2)], ""),
+        ([(1, 2), (2, 2)], ""),  # also counted from 1
+    ],
+)
+def test_a_missing_shard(shards, missing, tmp_path):
+    for index, (number, total) in enumerate(shards):
+        name = f"x-{number:05}-of-{total:05}.jsonl"
+        write(tmp_path / name, as_lines([{"id": index, "text": "t"}]))
+    for path in (tmp_path, tmp_path / "*.jsonl"):
+        if missing:
+            with pytest.raises(ValueError, match=missing):
+                load(path)
+        else:
+            assert len(load(path)) == len(shards)
+    # What is asked for by name is read.
+    assert len(load(tmp_path / name)) == 1
+
+
+def test_a_glob_of_some_shards(tmp_path):
+    for number in range(3):
+        write(tmp_path / f"x-0000{number}-of-00003.jsonl", as_lines([{"text": "t"}]))
+    assert len(load(tmp_path / "x-0000[01]-*.jsonl")) == 2
+
+
+def test_shards_of_other_ends(tmp_path):
+    """As older sets of the hub end their names, and as some files are compressed."""
+    for number in range(2):
+        name = f"train-0000{number}-of-00002-{number}c91cd5f7a5f5b3e.jsonl"
+        write(tmp_path / "a" / name, as_lines([{"text": "t"}]))
+    assert len(load(tmp_path / "a")) == 2
+    (tmp_path / "a" / name).unlink()
+    with pytest.raises(ValueError, match=r"train-00001-of-00002.jsonl' is missing"):
+        load(tmp_path / "a")
+    row = as_lines([{"text": "t"}])
+    write(tmp_path / "b" / "x-00000-of-00002.jsonl", row)
+    write(tmp_path / "b" / "x-00001-of-00002.jsonl.gz", gzip.compress(row))
+    assert len(load(tmp_path / "b")) == 2
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("train.jsonl", "train.csv"),
+        ("train.jsonl", "train.jsonl.gz"),
+        ("a/train.json.zst", "a/train.parquet"),
+        ("train.jsonl", "train (1).jsonl"),
+        ("train.jsonl", "train(2).jsonl"),
+        ("train.jsonl", "train copy.jsonl"),
+        ("train.jsonl", "train copy 2.jsonl"),
+        ("train.jsonl", "train - Copy.jsonl"),
+        ("train.jsonl", "train - Copy (2).jsonl"),
+        ("train.jsonl", "Copy of train.jsonl"),
+        ("train.jsonl", "train (1).jsonl.gz"),
+    ],
+)
+def test_files_that_would_be_read_twice(first, second, tmp_path):
+    write(tmp_path / "rows" / first, b"")
+    write(tmp_path / "rows" / second, b"")
+    for path in (tmp_path / "rows", tmp_path / "rows" / "**" / "*"):
+        with pytest.raises(ValueError, match="the same rows") as error:
+            files.find_files(str(path))
+        assert repr(str(tmp_path / "rows" / first)) in str(error.value)
+        assert repr(str(tmp_path / "rows" / second)) in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def test_files_of_other_names_are_read_once(tmp_path):
+    names = ["a.v1.jsonl", "a.v2.jsonl", "b/a.v1.csv", "c (1).csv", "c (2).csv"]
+    for name in names:
+        write(tmp_path / name, b"")
+    assert len(files.find_files(str(tmp_path))) == len(names)
+
+
+@pytest.mark.parametrize("cell", ["null", "NULL", "<NA>", "#N/A", "", "NaN", "nan"])
+def test_cells_that_stand_for_nothing(cell, tmp_path):
+    for suffix, delimiter in ((".csv", ","), (".tsv", "\t")):
+        content = delimiter.join(("question", "answer\nq", f"{cell}\n")).encode()
+        path = write(tmp_path / f"rows{suffix}", content)
+        with pytest.raises(ValueError, match=rf"rows{suffix}:2: .*answer=None is miss"):
+            load(path)
+
+
+@pytest.mark.parametrize("cell", ["NA", "none", "no", "nil", "None of them", "#"])
+def test_cells_that_are_words(cell, tmp_path):
+    path = write(tmp_path / "rows.csv", f"question,answer\nq,{cell}\n".encode())
+    assert [e.answer for e in load(path)] == [cell]
+
+
+@pytest.mark.parametrize(
+    "cell", ["#REF!", "#DIV/0!", "#VALUE!", "#NAME?", "#NUM!", "#NULL!"]
+)
+def test_errors_of_a_spreadsheet(cell, tmp_path):
+    path = write(tmp_path / "rows.csv", f"question,answer\nq,a\nq,{cell}\n".encode())
+    with pytest.raises(ValueError, match=r"rows.csv:3: answer=.* an error of") as error:
+        load(path)
+    assert repr(cell) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "line", ["sep=,", "sep=;", '"sep=,"', "SEP=,", "sep=", "sep=\t"]
+)
+def test_the_separator_that_a_spreadsheet_writes(line, tmp_path):
+    path = write(tmp_path / "rows.csv", f"{line}\nquestion,answer\nq,a\n".encode())
+    with pytest.raises(ValueError, match=r"(?i)rows.csv:1 is 'sep=.*remove the line"):
+        load(path)
+
+
+NO_ROWS = {
+    "pandas": {"question": {"0": "p", "1": "q"}, "answer": {"0": "a", "1": "b"}},
+    "pandas, a row": {"question": {"0": "q"}, "answer": {"0": "a"}},
+    "pandas, some": {"question": {"3": "q", "7": "q"}, "answer": {"3": "a", "7": "b"}},
+    "pandas, index": {str(i): row for i, row in enumerate(ROWS)},
+    "pandas, split": {"columns": ["text"], "index": [0, 1], "data": [["a"], ["b"]]},
+    "pandas, table": {"schema": {"fields": []}, "data": ROWS},
+    "columns": {"question": ["p", "q"], "answer": ["a", "b"]},
+    "columns of numbers": {"question": ["p", "q"], "answer": [1, None]},
+    "columns of chats": {"messages": [[{"role": "user", "content": "q"}]] * 2},
+    "data": {"data": ROWS},
+    "any name": {"problems": ROWS},
+    "splits": {"train": ROWS, "test": ROWS[:1]},
+    "SQuAD": {"version": "1.1", "data": ROWS},
+}
+
+
+@pytest.mark.parametrize("case", NO_ROWS)
+def test_an_object_that_is_no_row(case, tmp_path):
+    content = json.dumps(NO_ROWS[case]).encode()
+    path = write(tmp_path / "rows.json", content)
+    message = r"rows.json:1 is one object, not rows: give a list .*orient='records'"
+    for end in (b"", b"\n\n"):
+        write(path, content + end)
+        with pytest.raises(ValueError, match=message) as error:
+            load(path)
+        assert "\n" not in str(error.value)
+    # A line of several is a row, and so is an element of a list.
+    for many in (content + b"\n" + content, b"[" + content + b"]"):
+        assert next(readers.iter_rows([str(write(path, many))])).values == NO_ROWS[case]
+
+
+TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+SHARED = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": TURNS},
+        {"conversations": SHARED},
+        {"prompt": TURNS[:1], "chosen": TURNS[1:], "rejected": TURNS[1:]},
+        {"chosen": TURNS, "rejected": TURNS},
+        {"question": "q", "choices": ["a", "b"], "answer": "b"},
+        {"question": "q", "answer": "b", "data": [{"x": 1}, {"x": 2}]},
+        {
+            "question": {"stem": "q", "choices": [{"label": "A", "text": "a"}]},
+            "answerKey": "A",
+        },
+        {"context": "c", "question": "q", "answers": {"text": ["c"]}},
+        {"question": "q", "choices": {"0": "a", "1": "b"}, "answer": "b"},
+        {"body": {"text": "q"}, "solutions": [{"value": "a"}]},
+        {"text": "t"},
+        {"question": ["q"], "answer": ["a"]},
+        {"body": {}},
+        {},
+    ],
+    ids=str,
+)
+def test_an_object_that_is_the_only_row(row, tmp_path):
+    path = write(tmp_path / "rows.jsonl", as_lines([row]))
+    assert [r.values for r in readers.iter_rows([str(path)])] == [row]
+
+
+def test_kinds_in_words():
+    class HTTPError2:
+        pass
+
+    assert readers.kind_of(uuid.UUID(int=1)) == "UUID"
+    assert readers.kind_of(pathlib.PurePosixPath("a")) == "Pure Posix Path"
+    assert readers.kind_of(HTTPError2()) == "HTTPError2"
 
 
 def test_classes_have_names(tmp_path):

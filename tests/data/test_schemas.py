@@ -127,6 +127,11 @@ FORMS = [
         asked("Hi", "Yes"),
     ),
     (
+        {"prompt": json.dumps(CHAT[:1]), "chosen": json.dumps(CHAT[1:])},
+        "preference",
+        asked("Hi", "Yes"),
+    ),
+    (
         {"prompt": "Hi", "chosen": "\n\nHuman: Hi\n\nAssistant: Yes"},
         "preference",
         asked("Hi", "Yes"),

@@ -56,7 +56,7 @@ def test_plain_rows(tmp_path):
         ),
         Example(id="train-1", text="Once ."),
     ]
-    assert load(config, "eval") == [Example(id="eval-0", question="q0", answer="yes")]
+    assert load(config, "eval") == [Example(id="eval-2", question="q0", answer="yes")]
 
 
 def test_the_last_rows_are_held_out(tmp_path):
@@ -192,6 +192,37 @@ def test_held_out_rows_are_those_that_datasets_draws(tmp_path):
     config.num_train = 47
     with pytest.raises(ValueError, match=r"num_train=47: .* use 1 to 46"):
         load(config)
+
+
+@pytest.mark.parametrize("seed", [-1, 0, 1])
+def test_an_id_belongs_to_a_row_for_ever(tmp_path, seed):
+    config = jsonl(tmp_path, plain(9), num_eval=3, holdout_seed=seed)
+    for split in ("train", "eval"):
+        examples = load(config, split)
+        assert [e.id for e in examples] == [
+            e.question.replace("q", f"{split}-") for e in examples
+        ]
+        assert len(examples) == {"train": 6, "eval": 3}[split]
+    # What another seed held out has no label.
+    labels = [{"id": f"train-{n}", "answer": f"a{n}"} for n in range(6)]
+    config.labels = write(tmp_path / "labels.jsonl", labels)
+    for example in load(config):
+        number = int(example.question[1:])
+        assert example.answer == (f"a{number}" if number < 6 else "")
+    # Held-out rows from elsewhere have numbers of their own.
+    config.labels = ""
+    config.eval_path = write(tmp_path / "dev.jsonl", plain(2))
+    config.num_train, config.num_eval = 6, 0
+    assert all(e.id == e.question.replace("q", "train-") for e in load(config))
+    assert [e.id for e in load(config, "eval")] == ["eval-0", "eval-1"]
+
+
+def test_numbers_of_rows_go_on_over_files(tmp_path):
+    for name, num in (("a", 2), ("b", 3)):
+        write(tmp_path / f"{name}.jsonl", plain(num))
+    config = DataConfig(path=str(tmp_path), num_eval=1)
+    assert [e.id for e in load(config)] == [f"train-{n}" for n in range(4)]
+    assert [e.id for e in load(config, "eval")] == ["eval-4"]
 
 
 @pytest.mark.parametrize(
