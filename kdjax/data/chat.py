@@ -8,7 +8,6 @@ another way than it wrote them when they were the last ones is refused.
 """
 
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -108,28 +107,29 @@ class ChatEncoder:
         turns = [learnt_turns(example, self._config) for example in examples]
         if self._config.chat_loss == "each":  # the last one alone, of `examples`
             turns = [indices[-1:] for indices in turns]
+        messages = [self._messages(example) for example in examples]
         rendered = self._template.render(
-            [self._messages(example) for example in examples],
-            tools=[self._encoder.escape(example.tools) for example in examples],
-            beginnings=[
-                [
-                    beginning
-                    for index in indices
-                    for beginning in (
-                        Beginning(index, True),
-                        Beginning(index + 1, False),
-                    )
-                ]
-                for indices in turns
-            ],
+            messages,
+            tools=[self._escape(example, example.tools) for example in examples],
+            beginnings=[_beginnings(indices) for indices in turns],
             names=[example.name for example in examples],
         )
-        return [
+        composed = [self._is_composed(chat) for chat in rendered]
+        tokens = [
             self._last_turn(example)
-            if self._is_composed(indices, chat)
+            if is_composed
             else self._tokens(example, indices, chat)
-            for example, indices, chat in zip(examples, turns, rendered, strict=True)
+            for example, indices, chat, is_composed in zip(
+                examples, turns, rendered, composed, strict=True
+            )
         ]
+        whole = [number for number, part in enumerate(composed) if not part]
+        self._check_written(
+            [examples[number] for number in whole],
+            [messages[number] for number in whole],
+            [turns[number] for number in whole],
+        )
+        return tokens
 
     def prompt_ids(self, chats: Sequence[Sequence[Message]]) -> list[list[int]]:
         """Return the ids of messages and of what asks for the assistant's turn."""
@@ -145,7 +145,7 @@ class ChatEncoder:
                 self._messages(example)[:index]
                 for example, index in zip(examples, number, strict=True)
             ],
-            tools=[self._encoder.escape(example.tools) for example in examples],
+            tools=[self._escape(example, example.tools) for example in examples],
             generation_prompt=True,
             names=[example.name for example in examples],
         )
@@ -168,34 +168,71 @@ class ChatEncoder:
     def _messages(self, example: Example) -> list[Message]:
         """Return the messages with their reasoning as the config says, marked."""
         messages = [apply_think(m, self._config.think) for m in example.messages]
-        return [self._encoder.escape(message) for message in messages]
+        return [self._escape(example, message) for message in messages]
 
-    def _check_written(self, example: Example, text: str, num_messages: int) -> None:
-        """Check that the text of a chat leaves out no message, call or tool.
+    def _escape(self, example: Example, value: Any) -> Any:
+        try:
+            return self._encoder.escape(value)
+        except ValueError as error:
+            raise ValueError(f"example {example.name}: {error}") from None
 
-        What a template makes of the assistant's own texts is not checked.
+    def _check_written(
+        self,
+        examples: Sequence[Example],
+        chats: Sequence[Sequence[Message]],
+        turns: Sequence[Sequence[int]],
+        *,
+        generation_prompt: bool = False,
+    ) -> None:
+        """Check that texts of chats leave out no message, call, tool or reasoning.
+
+        A word is put into each of them, and what has lost its word is not written. What
+        a template makes of the content of assistants is not checked; where it fails on
+        a word, or writes turns in another way, it has read it.
+
+        Args:
+          examples: of the chats, with their tools.
+          chats: messages of each.
+          turns: of each chat that are learnt, which have their calls and reasoning.
+          generation_prompt: what asks for the assistant's turn ends the texts.
 
         Raises:
-          ValueError: it does.
+          ValueError: one leaves out something.
         """
-        lost = next((t for t in example.tools if not _is_written(t, text)), None)
-        what = "" if lost is None else f"the tool {_function_name(lost)!r}"
-        for index, message in enumerate(self._messages(example)[:num_messages]):
-            calls = message.get("tool_calls") or ()
-            if not all(_is_written(call, text) for call in calls):
-                what = f"the tool calls of message {index}"
-            content = message.get("content")
-            if message["role"] != "assistant" and isinstance(content, str):
-                content = content.strip()
-                if content not in text and not _is_quoted(content, text):
-                    what = f"message {index}, of the role {message['role']!r}"
-        if what:
-            raise ValueError(
-                f"example {example.name}: {self._file()} does not write {what}: use a "
-                "template that does, or data without it"
-            )
+        marked = [
+            _mark(chat, self._escape(example, example.tools), indices)
+            for example, chat, indices in zip(examples, chats, turns, strict=True)
+        ]
+        in_turns = [
+            indices if any(mark.turn is not None for mark in chat.marks) else ()
+            for chat, indices in zip(marked, turns, strict=True)
+        ]
+        rendered = self._template.render_or_none(
+            [chat.messages for chat in marked],
+            tools=[chat.tools for chat in marked],
+            generation_prompt=generation_prompt,
+            beginnings=[_beginnings(indices) for indices in in_turns],
+        )
+        for example, chat, indices, result in zip(
+            examples, marked, in_turns, rendered, strict=True
+        ):
+            try:
+                spans = self._spans(example, indices, result) if result else []
+            except ValueError:  # not so without the words
+                result = None
+            if result is None:
+                continue
+            texts: dict[int | None, str] = {None: result.text}
+            for index, (start, stop) in zip(indices, spans, strict=True):
+                texts[index] = result.text[start:stop]
+            for mark in chat.marks:
+                if mark.word not in texts[mark.turn]:
+                    raise ValueError(
+                        f"example {example.name}: {self._file()} does not write "
+                        f"{mark.lost}"
+                    )
 
-    def _is_composed(self, turns: Sequence[int], rendered: Rendered) -> bool:
+    def _is_composed(self, rendered: Rendered) -> bool:
         """Return True if the one turn is not written after what asks for it.
 
         Templates of models that reason end what asks for a turn with <think>, and take
@@ -210,11 +247,11 @@ class ChatEncoder:
         messages = self._messages(example)
         [before] = self._template.render(
             [messages[:index]],
-            tools=[self._encoder.escape(example.tools)],
+            tools=[self._escape(example, example.tools)],
             generation_prompt=True,
             names=[example.name],
         )
-        self._check_written(example, before.text, index)
+        self._check_written([example], [messages[:index]], [()], generation_prompt=True)
         content = messages[index].get("content")
         if not isinstance(content, str) or messages[index].get("tool_calls"):
             raise ValueError(
@@ -226,8 +263,8 @@ class ChatEncoder:
         if reasoning:
             content = think.join_think(reasoning, content)
         if before.text.rstrip().endswith(think.OPEN):
-            content = content.lstrip().removeprefix(think.OPEN).lstrip()
-            if think.CLOSE not in content:
+            content = think.after_opening(content)
+            if content is None:
                 raise ValueError(
                     f"example {example.name}: {self._file()} asks for reasoning "
                     f"(<think>), and message {index} has none: give it "
@@ -255,7 +292,6 @@ class ChatEncoder:
     ) -> ChatTokens:
         """Find the tokens of the learnt turns of a rendered chat."""
         spans = self._spans(example, turns, rendered)
-        self._check_written(example, rendered.text, len(example.messages))
         borders = [border for span in spans for border in span]
         ids, ends = self._encode(example, rendered.text, borders)
         mask = np.zeros(len(ids) + 1, bool)
@@ -289,7 +325,6 @@ class ChatEncoder:
                 f"{len(assistant)} of the assistant: repair its generation blocks"
             )
         spans = []
-        messages = example.messages
         pairs = zip(rendered.beginnings[::2], rendered.beginnings[1::2], strict=True)
         for index, ((common, start), (stop, length)) in zip(turns, pairs, strict=True):
             if stop < length:  # what ends a chat, not a turn, differs
@@ -305,13 +340,6 @@ class ChatEncoder:
                 mark_start, mark_stop = marks[assistant.index(index)]
                 start = max(start, mark_start)
                 stop = min(stop, self._with_end(text, mark_stop))
-            calls = messages[index].get("tool_calls") or ()
-            if not all(_is_written(call, text[start:stop]) for call in calls):
-                raise ValueError(
-                    f"example {example.name}: {self._file()} does not write the tool "
-                    f"calls of message {index} in its turn: use a template that does, "
-                    "or data without them"
-                )
             spans.append((start, stop))
         return spans
 
@@ -353,24 +381,95 @@ class ChatEncoder:
         return chat_template.template_file(self._tokenizer)
 
 
-def _function_name(value: Any) -> str:
+class _Mark(NamedTuple):
+    """A word in a chat, which a template writes if it writes what has the word."""
+
+    word: str
+    lost: str  # what has the word, and the remedy where it is not written
+    turn: int | None = None  # message in whose turn it is to be written
+
+
+class _Marked(NamedTuple):
+    """A chat with marks."""
+
+    messages: Sequence[Message]
+    tools: Sequence[Any]
+    marks: list[_Mark]
+
+
+def _mark(
+    messages: Sequence[Message], tools: Sequence[Any], turns: Sequence[int]
+) -> _Marked:
+    """Put marks into the tools, calls and contents of a chat, and learnt reasoning."""
+    marks: list[_Mark] = []
+
+    def new(lost: str, turn: int | None = None) -> str:
+        marks.append(_Mark(f"kdjax{len(marks)}mark", lost, turn))
+        return marks[-1].word
+
+    remedy = "use a template that does, or data without it"
+    marked_tools = [
+        _with_word(tool, new(f"the tool {_name(tool)!r}: {remedy}")) for tool in tools
+    ]
+    marked = []
+    for index, message in enumerate(messages):
+        changed = dict(message)
+        turn = index if index in turns else None
+        where = f"of message {index}" + (" in its turn" if turn is not None else "")
+        content = message.get("content")
+        if message["role"] == "assistant":
+            thought = message.get("reasoning_content")
+            if turn is not None and isinstance(thought, str) and thought.strip():
+                lost = (
+                    f"the reasoning_content {where}: write it into the content as "
+                    "<think>...</think>, use data.think='strip', or another template"
+                )
+                changed["reasoning_content"] = _with_word(thought, new(lost, turn))
+        elif isinstance(content, str) and content.strip():
+            lost = f"message {index}, of the role {message['role']!r}: {remedy}"
+            changed["content"] = _with_word(content, new(lost))
+        if calls := message.get("tool_calls"):
+            lost = f"the tool calls {where}: {remedy}"
+            changed["tool_calls"] = [_with_word(c, new(lost, turn)) for c in calls]
+        marked.append(changed)
+    return _Marked(marked, marked_tools, marks)
+
+
+def _with_word(value: Any, word: str) -> Any:
+    """Return a text with a word in it; or a tool, or a call of one.
+
+    A call has it in its name and arguments: some templates write an id for the name.
+    """
+    if isinstance(value, str):
+        middle = len(value) // 2
+        return value[:middle] + word + value[middle:]
+    if not isinstance(value, Mapping):
+        return value
+    if value.get("function"):
+        return {**value, "function": _with_word(value["function"], word)}
+    changed = {**value, "name": _with_word(_name(value), word)}
+    arguments = value.get("arguments")
+    if isinstance(arguments, str):
+        changed["arguments"] = _with_word(arguments, word)
+    elif isinstance(arguments, Mapping):
+        changed["arguments"] = {**arguments, word: word}
+    return changed
+
+
+def _name(value: Any) -> str:
     """Return the name of a tool, or of a tool that is called; "" for other forms."""
-    function = value.get("function", value) if isinstance(value, Mapping) else None
+    function = value.get("function") or value if isinstance(value, Mapping) else None
     name = function.get("name") if isinstance(function, Mapping) else None
     return name if isinstance(name, str) else ""
 
 
-def _is_written(value: Any, text: str) -> bool:
-    """Return True if a text has the name of a tool, or of a tool that is called."""
-    return _function_name(value) in text
-
-
-def _is_quoted(content: str, text: str) -> bool:
-    """Return True if a text has a content as JSON has it between quotes."""
-    return any(
-        json.dumps(content, ensure_ascii=is_ascii)[1:-1] in text
-        for is_ascii in (True, False)
-    )
+def _beginnings(turns: Sequence[int]) -> list[Beginning]:
+    """Return the beginnings of a chat that end before its turns, and after them."""
+    return [
+        beginning
+        for index in turns
+        for beginning in (Beginning(index, True), Beginning(index + 1, False))
+    ]
 
 
 class MissingTurnError(ValueError):
@@ -415,18 +514,24 @@ def learnt_turns(example: Example, config: DataConfig) -> list[int]:
     These are all `assistant_turns`, or the last one with `chat_loss="last"`.
 
     Raises:
-      ValueError: as `assistant_turns`, or there is no reasoning where the config needs
-        it.
+      ValueError: as `assistant_turns`, or one ends within its reasoning, or there is no
+        reasoning where the config needs it.
     """
     turns = assistant_turns(example)
-    if config.think == "require":
-        for index in turns if config.chat_loss == "all" else turns[-1:]:
-            if not has_reasoning(example.messages[index]):
-                raise MissingTurnError(
-                    f"example {example.name}: message {index} of the assistant has no "
-                    "<think>...</think>, which data.think='require' needs: leave it "
-                    "out (data.on_missing='drop'), or use 'keep'"
-                )
+    for index in turns if config.chat_loss == "all" else turns[-1:]:
+        message = example.messages[index]
+        if is_cut_off(message, config.think):
+            raise MissingTurnError(
+                f"example {example.name}: message {index} of the assistant ends within "
+                "its reasoning, as of a model that was cut off: write it to its end, "
+                "leave it out (data.on_missing='drop'), or give it weight 0"
+            )
+        if config.think == "require" and not has_reasoning(message):
+            raise MissingTurnError(
+                f"example {example.name}: message {index} of the assistant has no "
+                "<think>...</think>, which data.think='require' needs: leave it "
+                "out (data.on_missing='drop'), or use 'keep'"
+            )
     return turns[-1:] if config.chat_loss == "last" else turns
 
 
@@ -436,6 +541,22 @@ def has_reasoning(message: Message) -> bool:
     if message.get("reasoning_content"):
         return True
     return isinstance(content, str) and think.has_think(content)
+
+
+def is_cut_off(message: Message, policy: str) -> bool:
+    """Return True if an assistant's message ends within its reasoning.
+
+    It opens reasoning and never closes it, or nothing follows its `reasoning_content`;
+    or, where the policy is not "keep", the reasoning in its content.
+    """
+    content = message.get("content") or ""
+    if message.get("tool_calls") or not isinstance(content, str):
+        return False
+    if think.is_cut_off(content, anywhere=policy == "strip"):
+        return True
+    apart = message.get("reasoning_content")
+    reasons = apart if policy == "keep" else has_reasoning(message)
+    return bool(reasons) and not think.strip_think(content).strip()
 
 
 def apply_think(message: Message, policy: str) -> Message:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -22,6 +22,11 @@ from kdjax.data.think import OPEN
 SECONDS = 20.0  # longest time for the texts of one request
 MAX_CHARS = 2**24  # longest text
 _NUM_CHATS = 64  # of one request
+_QUESTION, _ANSWER = "Hello", "Goodbye"
+_CHAT = (
+    {"role": "user", "content": _QUESTION},
+    {"role": "assistant", "content": _ANSWER},
+)
 _SCRIPT = pathlib.Path(__file__).with_name("template_process.py")
 
 
@@ -90,7 +95,40 @@ class ChatTemplate:
           ValueError: the template fails, or needs more than it may; with its file, and
             the chat's name.
         """
-        requests = [
+        requests = self._requests(chats, tools, generation_prompt, beginnings)
+        results: list[Rendered] = []
+        for number, result in enumerate(self._rendered(requests)):
+            if isinstance(result, str):
+                where = f"example {names[number]}: " if names else ""
+                raise ValueError(
+                    f"{where}{template_file(self._tokenizer)} fails: {result}: "
+                    f"{self._remedy(requests[number])}"
+                )
+            results.append(result)
+        return results
+
+    def render_or_none(
+        self,
+        chats: Sequence[Sequence[Mapping[str, Any]]],
+        *,
+        tools: Sequence[Sequence[Mapping[str, Any]]] | None = None,
+        generation_prompt: bool = False,
+        beginnings: Sequence[Sequence[Beginning]] | None = None,
+    ) -> list[Rendered | None]:
+        """Render chats, as `render`; None where the template fails."""
+        requests = self._requests(chats, tools, generation_prompt, beginnings)
+        results = self._rendered(requests)
+        return [None if isinstance(result, str) else result for result in results]
+
+    def _requests(
+        self,
+        chats: Sequence[Sequence[Mapping[str, Any]]],
+        tools: Sequence[Sequence[Mapping[str, Any]]] | None,
+        generation_prompt: bool,
+        beginnings: Sequence[Sequence[Beginning]] | None,
+    ) -> list[dict[str, Any]]:
+        """Make what the process is asked for, of each chat."""
+        return [
             {
                 "messages": [_without_none(message) for message in chat],
                 "tools": list(tools[number]) or None if tools else None,
@@ -100,39 +138,67 @@ class ChatTemplate:
             }
             for number, chat in enumerate(chats)
         ]
-        results: list[Rendered] = []
+
+    def _rendered(self, requests: list[dict[str, Any]]) -> Iterator[Rendered | str]:
+        """Yield the answers of the process, or its error in one line."""
         for start in range(0, len(requests), _NUM_CHATS):
-            group = requests[start : start + _NUM_CHATS]
-            for number, answer in enumerate(self._answers(group), start):
+            for answer in self._answers(requests[start : start + _NUM_CHATS]):
                 if error := answer.get("error"):
-                    where = f"example {names[number]}: " if names else ""
-                    raise ValueError(
-                        f"{where}{template_file(self._tokenizer)} fails: "
-                        f"{' '.join(error.split())[:300]}: repair the template or the "
-                        "messages that it does not take"
-                    )
+                    yield " ".join(error.split())[:300]
+                    continue
                 beginning = [tuple(lengths) for lengths in answer["beginnings"]]
                 spans = [tuple(span) for span in answer["spans"]]
-                results.append(Rendered(answer["text"], spans, beginning))
-        return results
+                yield Rendered(answer["text"], spans, beginning)
+
+    def _remedy(self, request: dict[str, Any]) -> str:
+        """Return what helps where the template fails: what it does not fail without."""
+        messages, lacking = _with_arguments(request["messages"])
+        if lacking and self._takes(request | {"messages": messages}):
+            return f"{lacking} without arguments: give it some, {{}} for none"
+        started = [begin for begin in request["beginnings"] if begin.num_messages]
+        changed = request | {"beginnings": started}
+        if started != request["beginnings"] and self._takes(changed):
+            return (
+                "the chat begins with the assistant, and the template does not ask for "
+                "a turn before any message: give it a user's message first, or have "
+                "that turn read and not learnt (its weight 0, or data.chat_loss='last')"
+            )
+        return "repair the template or the messages that it does not take"
+
+    def _takes(self, request: dict[str, Any]) -> bool:
+        return "error" not in self._answers([request])[0]
+
+    def check_prompts(self) -> None:
+        """Check that a user's message is followed by what asks for an answer.
+
+        Some templates write nothing there, and answers right after the message.
+
+        Raises:
+          ValueError: the template writes it before answers, and not in prompts.
+        """
+        [asked] = self.render([_CHAT[:1]], generation_prompt=True)
+        [alone] = self.render([_CHAT[:1]])
+        [whole] = self.render([_CHAT])
+        end = asked.text.partition(_QUESTION)[2]
+        between = whole.text.partition(_QUESTION)[2].partition(_ANSWER)[0]
+        if asked.text == alone.text and between.removeprefix(end).strip():
+            raise ValueError(
+                f"{template_file(self._tokenizer)} ignores add_generation_prompt: "
+                "prompts would end without what begins an answer: write it there "
+                "under {% if add_generation_prompt %}, or use data.chat_template=False"
+            )
 
     @functools.cached_property
     def asks_for_reasoning(self) -> bool:
         """True if what asks for the assistant's turn opens its reasoning."""
-        chat = [{"role": "user", "content": "Hello"}]
-        [rendered] = self.render([chat], generation_prompt=True)
+        [rendered] = self.render([_CHAT[:1]], generation_prompt=True)
         return rendered.text.rstrip().endswith(OPEN)
 
     @functools.cached_property
     def turn_end_id(self) -> int | None:
         """Id of the token that ends an assistant's turn; None where no token does."""
-        word = "Goodbye"
-        chat = [
-            {"role": "user", "content": "Hello"},
-            {"role": "assistant", "content": word},
-        ]
-        [rendered] = self.render([chat])
-        after = rendered.text.rpartition(word)[2]
+        [rendered] = self.render([_CHAT])
+        after = rendered.text.rpartition(_ANSWER)[2]
         ids = self._tokenizer.encode(after.lstrip(), add_special_tokens=False)
         added = self._tokenizer.added_tokens_decoder
         return ids[0] if ids and ids[0] in added else None
@@ -180,6 +246,27 @@ def template_file(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _without_none(message: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in message.items() if value is not None}
+
+
+def _with_arguments(
+    messages: Sequence[Mapping[str, Any]],
+) -> tuple[list[Mapping[str, Any]], str]:
+    """Return messages whose tool calls all have arguments, and the first that lacks."""
+    lacking = ""
+    changed = []
+    for index, message in enumerate(messages):
+        calls = []
+        for call in message.get("tool_calls") or ():
+            function = call.get("function", call) if isinstance(call, Mapping) else None
+            if isinstance(function, Mapping) and "arguments" not in function:
+                lacking = lacking or f"message {index} calls {function.get('name')!r}"
+                function = {**function, "arguments": {}}
+                call = (
+                    {**call, "function": function} if "function" in call else function
+                )
+            calls.append(call)
+        changed.append({**message, "tool_calls": calls} if calls else message)
+    return changed, lacking
 
 
 class _Process:

@@ -1,8 +1,17 @@
-"""Reasoning of a model between <think> and </think>, before its answer."""
+"""Reasoning of a model between marks, <think> and </think>, before its answer."""
 
 import re
 
 OPEN, CLOSE = "<think>", "</think>"
+# Closing mark -> opening mark; those of other models are read, and never written.
+_MARKS = {
+    CLOSE: OPEN,
+    "</thinking>": "<thinking>",
+    "<|end_of_thought|>": "<|begin_of_thought|>",
+}
+_CLOSING = re.compile("|".join(map(re.escape, _MARKS)))
+_OPENING = re.compile("|".join(map(re.escape, _MARKS.values())))
+_OPENING_LINE = re.compile(rf"^[ \t]*(?:{_OPENING.pattern})", re.MULTILINE)
 
 
 def split_think(text: str) -> tuple[str | None, str]:
@@ -15,16 +24,17 @@ def split_think(text: str) -> tuple[str | None, str]:
       The reasoning, without its marks, None where there is none or it has no end; and
       the text without any reasoning.
     """
-    before, close, after = text.partition(CLOSE)
-    if not close:
-        head, opening, _ = text.partition(OPEN)
-        return None, head.rstrip() if opening else text
-    head, _, reasoning = before.rpartition(OPEN)
-    _, rest = split_think(after)
-    answer = rest.lstrip()
-    if head.strip():
-        answer = f"{head.rstrip()}\n{answer}"
-    return reasoning.strip(), answer
+    reasoning, parts, start = None, [], 0
+    for close in _CLOSING.finditer(text):
+        head, _, thought = text[start : close.start()].rpartition(_MARKS[close[0]])
+        if head.strip():
+            parts.append(head.strip() if start else head.rstrip())
+        reasoning = thought.strip() if reasoning is None else reasoning
+        start = close.end()
+    rest = text[start:]
+    if opening := _OPENING.search(rest):
+        rest = rest[: opening.start()].rstrip()
+    return reasoning, "\n".join([*parts, rest.lstrip() if start else rest])
 
 
 def has_think(text: str) -> bool:
@@ -33,9 +43,26 @@ def has_think(text: str) -> bool:
     return bool(reasoning)
 
 
+def is_cut_off(text: str, *, anywhere: bool = False) -> bool:
+    """Return True if a text opens reasoning that it never closes.
+
+    Args:
+      text: of a model.
+      anywhere: also where the mark is not the first of its line, as in a text about it.
+    """
+    last = _CLOSING.split(text)[-1]
+    return bool((_OPENING if anywhere else _OPENING_LINE).search(last))
+
+
 def strip_think(text: str) -> str:
     """Return a text without its reasoning and its marks."""
     return split_think(text)[1]
+
+
+def after_opening(text: str) -> str | None:
+    """Return a text as it follows <think>; None if it does not close it."""
+    text = text.lstrip().removeprefix(OPEN).lstrip()
+    return text if CLOSE in text else None
 
 
 def join_think(reasoning: str, answer: str) -> str:

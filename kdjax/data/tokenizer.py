@@ -27,7 +27,7 @@ from kdjax.data import templates
 
 # Characters that Unicode keeps out of texts. The first stands between those of a
 # special token that is text, the others around the number of one that is a token.
-BREAK, _START, _END = "\ufdd0", "\ufdd1", "\ufdd2"
+BREAK, _START, _END = _MARKS = "\ufdd0", "\ufdd1", "\ufdd2"
 
 
 def load(path: str | Path) -> PreTrainedTokenizerBase:
@@ -241,11 +241,19 @@ class TextEncoder:
         """Mark the special tokens in a text, or in all texts of a value.
 
         Lists, tuples and dicts have the values of their items marked.
+
+        Raises:
+          ValueError: a text has a character that marks are made of.
         """
-        if self._pattern is None:
-            return value
         if isinstance(value, str):
-            if not self._pattern.search(value):
+            for mark in _MARKS:
+                if mark in value:
+                    raise ValueError(
+                        f"a text has the character U+{ord(mark):04X}, which Unicode "
+                        "keeps out of texts and kdjax marks special tokens with: take "
+                        "it out of the data"
+                    )
+            if self._pattern is None or not self._pattern.search(value):
                 return value
             return self._pattern.sub(lambda match: BREAK.join(match[0]), value)
         if isinstance(value, Mapping):

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Int32
 from transformers import PreTrainedTokenizerBase
 
 from kdjax.config import DataConfig
-from kdjax.data import chat_template, templates
+from kdjax.data import chat_template, templates, think
 from kdjax.data.chat import ChatEncoder, ChatTokens
 from kdjax.data.example import Example
 from kdjax.data.templates import Text
@@ -240,12 +240,18 @@ def escape(
     """Mark the special tokens in users' texts as text, unless `parse_special`.
 
     `prompt_ids` and segments read the marks, which most texts do not need.
+
+    Raises:
+      ValueError: a text has a character that marks are made of.
     """
     encoder = TextEncoder(tokenizer, parse_special=config.parse_special)
     names = ("question", "choices", "answer", "rationale", "counterfactuals", "text")
     escaped = []
     for example in examples:
-        texts = {name: encoder.escape(getattr(example, name)) for name in names}
+        try:
+            texts = {name: encoder.escape(getattr(example, name)) for name in names}
+        except ValueError as error:
+            raise ValueError(f"example {example.name}: {error}") from None
         same = all(text is getattr(example, name) for name, text in texts.items())
         escaped.append(example if same else replace(example, **texts))
     return escaped
@@ -311,6 +317,8 @@ def _tokenize(
     if not items:
         return [], counts
     chat = config.chat_template
+    if chat and any(text.prompt for *_, text in items):
+        items = _after_prompts(items, views, tokenizer, config)
     prompts = prompt_ids([i[2].prompt for i in items], tokenizer, config)
     end_id = tokenizer.eos_token_id
     if chat and (turn_end_id := chat_template.load(tokenizer, config).turn_end_id):
@@ -361,6 +369,37 @@ def _tokenize(
         segments.append(segment)
     logger.info("views %s: %s", views, counts)
     return segments, counts
+
+
+def _after_prompts(
+    items: list[tuple[Example, int, Text]],
+    views: tuple[str, ...],
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+) -> list[tuple[Example, int, Text]]:
+    """Return the texts as they follow prompts of the chat template.
+
+    Raises:
+      ValueError: the template does not ask for an answer, or it opens reasoning that a
+        target does not close.
+    """
+    template = chat_template.load(tokenizer, config)
+    template.check_prompts()
+    if not template.asks_for_reasoning:
+        return items
+    after = []
+    for example, view, text in items:
+        target = think.after_opening(text.target) if text.prompt else text.target
+        if target is None:
+            raise ValueError(
+                f"example {example.name}, view {views[view]!r}: "
+                f"{chat_template.template_file(tokenizer)} asks for reasoning "
+                "(<think>), and the target has none: set data.template_kwargs so that "
+                "none is asked for, use method.name='chat' with reasoning, or "
+                "data.chat_template=False"
+            )
+        after.append((example, view, text._replace(target=target)))
+    return after
 
 
 def _tokenize_chats(

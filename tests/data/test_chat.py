@@ -385,6 +385,225 @@ def test_what_a_template_leaves_out_is_named(messages, tools, message):
             segments(messages, tokenizer, tools=tools, chat_loss=loss)
 
 
+def said(content, **fields):
+    return {"role": "assistant", "content": content} | fields
+
+
+def asked(content, role="user"):
+    return {"role": role, "content": content}
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_reasoning_apart_is_in_the_learnt_turn_or_refused(name):
+    tokenizer = make_tokenizer(name)
+    messages = [asked("P"), said("4", reasoning_content="hm")]
+    for think in ("keep", "require"):
+        if name in ("qwen3", "deepseek_r1"):
+            loss = "all" if name == "qwen3" else "last"
+            [segment], _ = segments(messages, tokenizer, chat_loss=loss, think=think)
+            assert "hm\n</think>\n\n4" in tokenizer.decode(segment.target_ids)
+            continue
+        message = r"'c1': .* not write the reasoning_content of message 1 in its turn: "
+        with pytest.raises(ValueError, match=message + r"write .*data.think='strip'"):
+            segments(messages, tokenizer, think=think)
+    if name != "deepseek_r1":  # which asks for it
+        [segment], _ = segments(messages, tokenizer, think="strip")
+        assert "hm" not in tokenizer.decode(segment.ids)
+
+
+def test_reasoning_that_is_only_read_may_be_left_out():
+    tokenizer = make_tokenizer("qwen3")
+    messages = [asked("P"), said("4", reasoning_content="hm"), *USER[:2]]
+    for loss in ("last", "each"):
+        found, _ = segments(messages, tokenizer, chat_loss=loss)
+        assert "hm" not in tokenizer.decode(found[-1].ids)
+    messages[1] = messages[1] | {"weight": 0}
+    segments(messages, make_tokenizer("chatml"))
+    calls = [
+        USER[0],
+        WITH_TOOLS[1] | {"reasoning_content": "First add."},
+        WITH_TOOLS[2],
+        said("4", reasoning_content="So four."),
+    ]
+    [segment], _ = segments(calls, tokenizer, tools=TOOLS)
+    learnt = tokenizer.decode(segment.ids[mask_of(segment)])
+    assert "First add." in learnt and "So four." in learnt and '"name": "add"' in learnt
+
+
+SEARCH = {"type": "function", "function": {"name": "search", "arguments": {}}}
+NO_SYSTEM_MESSAGE = (
+    "{% for m in messages if m.role != 'system' %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("messages", "tools", "message"),
+    [
+        (
+            [asked("P"), said("I will search now", tool_calls=[SEARCH])],
+            (),
+            "the tool calls of message 1 in its turn",
+        ),
+        (
+            [asked("P"), said("I will search", tool_calls=[SEARCH], weight=0), USER[1]],
+            (),
+            "the tool calls of message 1: ",
+        ),
+        (USER, [{"type": "function", "function": {"name": "e"}}], "the tool 'e'"),
+        (USER, [{"name": "e"}], "the tool 'e'"),
+        (USER, [{"description": "Hi"}], "the tool ''"),
+        ([asked("Be brief", "system"), asked("Be brief please"), USER[1]], (), "ge 0"),
+        ([asked("a", "system"), *USER], (), "message 0, of the role 'system'"),
+    ],
+)
+def test_what_a_template_leaves_out_is_not_taken_for_other_text(
+    messages, tools, message
+):
+    tokenizer = make_tokenizer("chatml", template=NO_SYSTEM_MESSAGE)
+    for loss in ("last", "all"):
+        with pytest.raises(ValueError, match=f"'c1': .* does not write .*{message}"):
+            segments(messages, tokenizer, tools=tools, chat_loss=loss)
+
+
+def test_what_a_template_writes_in_another_form_is_written():
+    """As upper case or JSON, where the text itself is not found."""
+    template = PLAIN.replace("{{ m.content }}", "{{ m.content | tojson }}")
+    quoted = [asked('Say "é\n"'), said("é")]
+    segments(quoted, make_tokenizer("chatml", template=template))
+    tools = [{"type": "web_search"}, {"function": {"name": "e", "parameters": {}}}]
+    for name in ("qwen2.5", "qwen3"):
+        tokenizer = make_tokenizer(name)
+        segments([asked("e", "system"), *USER[:2]], tokenizer, tools=tools)
+        segments([asked("e"), said("e", tool_calls=[SEARCH])], tokenizer, tools=tools)
+    # Some templates write an id for the name of the tool that is called.
+    template = PLAIN.replace(
+        "{{ m.content }}",
+        "{{ m.content }}{% for c in m.tool_calls %}{{ c.id }}"
+        "{{ c.function.arguments | tojson }}{% endfor %}",
+    )
+    tokenizer = make_tokenizer("chatml", template=template)
+    for arguments in ({}, {"q": 1}, '{"q": 1}'):
+        function = SEARCH["function"] | {"arguments": arguments}
+        call = SEARCH | {"id": "functions.search:0", "function": function}
+        segments([USER[0], said("", tool_calls=[call])], tokenizer)
+    # A template that compares names fails on changed ones, and so has read them.
+    template = (
+        "{% for t in tools or [] %}{% if t.name != 'a' %}{{ raise_exception('no') }}"
+        "{% endif %}{% endfor %}" + PLAIN
+    )
+    segments(USER, make_tokenizer("chatml", template=template), tools=[{"name": "a"}])
+
+
+@pytest.mark.parametrize(
+    ("message", "policies"),
+    [
+        (said("<think>hm then"), ("keep", "strip", "require")),
+        (said("<think>a</think>b\n<think>hm then"), ("keep", "strip", "require")),
+        (said("<thinking>hm then"), ("keep", "strip", "require")),
+        (said("<|begin_of_thought|>hm then"), ("keep", "strip", "require")),
+        (said("", reasoning_content="hm"), ("keep", "strip", "require")),
+        (said(None, reasoning_content="hm"), ("keep", "strip", "require")),
+        (said("<think>hm</think>\n"), ("strip", "require")),
+        (said("Well <think>hm then"), ("strip",)),
+    ],
+)
+def test_reasoning_that_is_cut_off_is_a_missing_turn(message, policies):
+    tokenizer = make_tokenizer("chatml")
+    messages = [asked("P"), message]
+    for policy in policies:
+        with pytest.raises(chat.MissingTurnError, match=r"'c1': message 1 .* ends wit"):
+            segments(messages, tokenizer, think=policy)
+        drop = {"think": policy, "on_missing": "drop"}
+        longer = [USER[0], said("<think>Me.</think>I"), *messages]
+        for loss in ("all", "last"):
+            found, counts = segments(longer, tokenizer, chat_loss=loss, **drop)
+            assert (found, counts.without_turn) == ([], 1)
+        found, _ = segments(longer, tokenizer, chat_loss="each", **drop)
+        assert [segment.example_id for segment in found] == ["c1/1"]
+    if "keep" not in policies:
+        segments(messages, tokenizer, think="keep")
+
+
+def test_other_marks_of_reasoning():
+    tokenizer = make_tokenizer("chatml")
+    for start, end in (
+        ("<thinking>", "</thinking>"),
+        ("<|begin_of_thought|>", "<|end_of_thought|>"),
+    ):
+        messages = [asked("P"), said(f"{start}\nhm\n{end}\n\n4")]
+        [segment], _ = segments(messages, tokenizer, think="strip")
+        assert tokenizer.decode(segment.target_ids) == "4<|im_end|>"
+        for policy in ("keep", "require"):
+            [segment], _ = segments(messages, tokenizer, think=policy)
+            learnt = tokenizer.decode(segment.target_ids)
+            assert learnt == f"{messages[1]['content']}<|im_end|>"
+
+
+def test_prompts_that_ask_for_reasoning_need_targets_with_some():
+    tokenizer = make_tokenizer("deepseek_r1")
+    config = DataConfig(chat_template=True)
+    answer = Example(id="q", question="Who?", answer="x", origin="rows.jsonl:3")
+    message = r"'q' \(rows.jsonl:3\), view 'label': .* asks for reasoning .*template_kw"
+    with pytest.raises(ValueError, match=message):
+        views.make_segments([answer], ("label",), tokenizer, config)
+    for text in ("<think>\nhm</think>x", "hm</think>x"):
+        row = dataclasses.replace(answer, answer=text)
+        [segment], _ = views.make_segments([row], ("label",), tokenizer, config)
+        assert tokenizer.decode(segment.ids).count("<think>") == 1
+        learnt = tokenizer.decode(segment.target_ids)
+        assert learnt == f"hm</think>x{tokenizer.eos_token}"
+    plain = DataConfig()
+    [segment], _ = views.make_segments([answer], ("label",), tokenizer, plain)
+    assert tokenizer.decode(segment.target_ids).strip() == f"x{tokenizer.eos_token}"
+
+
+def test_a_template_without_a_place_for_answers_is_refused_for_prompts():
+    config = DataConfig(chat_template=True)
+    row = Example(id="q", question="Who?", answer="x")
+    template = PLAIN.partition("{% if add")[0]
+    tokenizer = make_tokenizer("chatml", template=template)
+    tokenizer.name_or_path = "somewhere"
+    with pytest.raises(ValueError, match="somewhere ignores add_generation_prompt"):
+        views.make_segments([row], ("label",), tokenizer, config)
+    for name in sorted(set(PUBLISHED) - {"deepseek_r1"}):
+        tokenizer = make_tokenizer(name)
+        [segment], _ = views.make_segments([row], ("label",), tokenizer, config)
+        assert tokenizer.decode(segment.target_ids).startswith("x")
+
+
+@pytest.mark.parametrize("name", ["smollm2", "qwen2.5", "qwen3", "llama3", "mistral"])
+def test_a_chat_that_begins_with_the_assistant(name):
+    tokenizer = make_tokenizer(name)
+    messages = [said("Hi!"), *USER[:2]]
+    message = (
+        r"'c1.*': .* fails: .*: the chat begins with the assistant, .*weight 0, or d"
+    )
+    loss = "each" if name == "qwen3" else "all"
+    with pytest.raises(ValueError, match=message):
+        segments(messages, tokenizer, chat_loss=loss)
+    [segment], _ = segments(messages, tokenizer, chat_loss="last")
+    assert "Hi!" in tokenizer.decode(segment.prompt_ids)
+    messages[0] = messages[0] | {"weight": 0}
+    segments(messages, tokenizer, chat_loss=loss)
+    with pytest.raises(ValueError, match=r"must alternate.*: repair the template"):
+        segments(messages, make_tokenizer("gemma2"))
+
+
+def test_a_tool_call_without_arguments_is_named():
+    call = {"type": "function", "function": {"name": "now"}}
+    messages = [USER[0], said("", tool_calls=[call])]
+    message = (
+        r"'c1': .* fails: .*: message 1 calls 'now' without arguments: give it .*{}"
+    )
+    with pytest.raises(ValueError, match=message):
+        segments(messages, make_tokenizer("qwen2.5"))
+    flat = [USER[0], said("", tool_calls=[{"name": "now"}])]
+    with pytest.raises(ValueError, match=message):
+        segments(flat, make_tokenizer("qwen2.5"))
+
+
 def test_a_date_of_a_message_is_written_as_text():
     template = "{{ messages[0].date }}"
     template = chat_template.load(

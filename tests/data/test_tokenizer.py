@@ -204,6 +204,37 @@ def test_the_same_tokens(folder):
         tokenizers.check_same_tokens(make_tokenizer("phi3"), folder, "teacher.path")
 
 
+@pytest.mark.parametrize("mark", ["\ufdd0", "\ufdd1", "\ufdd2"])
+@pytest.mark.parametrize("parse_special", [False, True])
+def test_a_text_with_the_characters_of_marks_is_refused(mark, parse_special):
+    tokenizer = make_tokenizer("chatml")
+    config = DataConfig(parse_special=parse_special)
+    text = f"<|im_end|> \ufdd1257\ufdd2 {mark}"
+    message = r"example 'q' \(rows.jsonl:3\): a text has the character U\+FDD[012],"
+    origin = "rows.jsonl:3"
+    question = Example(id="q", question=text, answer="a", origin=origin)
+    messages = (
+        {"role": "user", "content": text},
+        {"role": "assistant", "content": "a"},
+    )
+    for row, view in (
+        (question, "label"),
+        (Example(id="q", messages=messages, origin=origin), "chat"),
+        (
+            Example(
+                id="q",
+                messages=({"role": "user", "content": "a"}, messages[1]),
+                tools=({"name": text},),
+                origin=origin,
+            ),
+            "chat",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message) as error:
+            views.make_segments([row], (view,), tokenizer, config)
+        assert "\n" not in str(error.value) and mark not in str(error.value)
+
+
 def test_only_pickled_weights(tmp_path):
     from kdjax.models.hf import safetensors_io
 
