@@ -326,6 +326,7 @@ class MixtureConfig:
     eval_paths: tuple[str, ...] = ()  # data.eval_path of each
     schemas: tuple[str, ...] = choice((), SCHEMAS)  # data.schema of each
     columns: tuple[str, ...] = ()  # data.columns of each
+    answer_kinds: tuple[str, ...] = choice((), ANSWER_KINDS)  # data.answer_kind of each
     rationales: tuple[str, ...] = ()  # data.rationales of each
     eval_rationales: tuple[str, ...] = ()  # data.eval_rationales of each
     counterfactuals: tuple[str, ...] = ()  # data.counterfactuals of each
@@ -442,11 +443,11 @@ class CacheConfig:
     # draws per target token, temperature and round (sampled)
     num_draws: int = number(50, at_least=1, at_most=65535)
     # independent rounds; epoch e uses round e mod it (sampled)
-    num_rounds: int = positive(1)
-    # declared: exact log Z for each
-    temperatures: tuple[float, ...] = positive((1.0, 2.0))
+    num_rounds: int = counted(1, at_most=2**16 - 1)
+    # declared, at most 64 different ones: exact log Z for each
+    temperatures: tuple[float, ...] = number((1.0, 2.0), above=0, at_most=10**9)
     # records (example, view) per shard; 0 = from shard_mib
-    shard_size: int = non_negative(0)
+    shard_size: int = counted(0, at_most=2**22)
     # of a shard, MiB, as estimated; fewer where that makes less than 64 shards of at
     # least 512 records
     shard_mib: int = positive(32)
@@ -623,7 +624,7 @@ class EvalConfig:
     max_new_tokens: int = positive(32)  # per generated answer
     # keys and values while answers are generated, in decoders; "compute" = train.dtype
     cache_dtype: str = choice("compute", CACHE_DTYPES)
-    num_bins: int = positive(10)  # bins of the expected calibration error
+    num_bins: int = counted(10, at_most=2**20)  # bins of the expected calibration error
 
 
 @dataclass(kw_only=True, slots=True)

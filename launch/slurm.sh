@@ -159,8 +159,15 @@ run_job() {
   # 143: a signal came, and the step is saved. The same job goes on from it, unless Slurm
   # has queued it again already, as it does when a node is lost.
   if [ "$code" = 143 ]; then
-    [[ $(scontrol show job "$SLURM_JOB_ID") =~ Restarts=([0-9]+) ]] || true
-    [ "${BASH_REMATCH[1]:-}" != "${SLURM_RESTART_COUNT:-0}" ] || scontrol requeue "$SLURM_JOB_ID"
+    local try
+    for try in 1 2 3 4 5; do # slurmctld may be too busy to answer
+      if [[ $(scontrol show job "$SLURM_JOB_ID") =~ Restarts=([0-9]+) ]]; then
+        [ "${BASH_REMATCH[1]}" = "${SLURM_RESTART_COUNT:-0}" ] || break
+        scontrol requeue "$SLURM_JOB_ID" && break
+      fi
+      echo "slurm.sh: job $SLURM_JOB_ID is not queued again (try $try of 5)" >&2
+      sleep "$try"
+    done
   fi
   exit "$code"
 }

@@ -104,6 +104,8 @@ def test_a_former_name_is_an_error_that_says_the_new_one(
         ("method", "label_weight", 1.5, "label_weight=1.5"),
         ("method", "tail", "guess", "bucket"),
         ("cache", "temperatures", (2.0,), "lacks 1.0"),
+        ("cache", "temperatures", (1.0, 2.0, 2.0), "3 values, 2 of them different"),
+        ("cache", "temperatures", tuple(map(float, range(1, 66))), "at most 64"),
         ("cache", "k", 0, "cache.k=0"),
         ("data", "source", "csv", "jsonl"),
         ("data", "num_train", 0, "num_train=0"),

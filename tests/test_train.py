@@ -18,7 +18,8 @@ from kdjax.evaluation.scorer import Scorer, score_teacher
 from kdjax.experiment.run import open_run
 from kdjax.models import hf, lm
 from kdjax.parallel import distributed
-from kdjax.runtime import locks
+from kdjax.pipeline import distill
+from kdjax.runtime import limits, locks
 from kdjax.teacher import build
 from kdjax.teacher import cache as cache_lib
 from kdjax.training.checkpoint import Checkpoints
@@ -215,6 +216,13 @@ def test_a_cache_of_another_teacher_is_refused(taught, tmp_path):
     config.teacher.path = str(tmp_path / "other")
     with pytest.raises(ValueError, match="is not the teacher that"):
         train.run(config, tmp_path / "run")
+    # Nothing is labelled before it is noticed.
+    cache = shutil.copytree(config.cache.path, tmp_path / "cache")
+    shutil.rmtree(cache / "train")
+    config.cache.path = str(cache)
+    with pytest.raises(ValueError, match="is not the teacher that"):
+        train.run(config, tmp_path / "run")
+    assert not (cache / "train").exists()
 
 
 def test_another_divergence_trains_and_is_named():
@@ -320,6 +328,24 @@ def test_errors_come_before_any_step(taught, tmp_path, changes, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         train.run(helpers.changed(taught(), **changes), tmp_path)
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("limit", "most", "cache", "message"),
+    [
+        ("MAX_SHARDS", 2, {"shard_size": 1}, r"a cache has at most 2: raise cache.sh"),
+        ("MAX_PAIRS", 99, {"num_draws": 50, "kind": "sampled"}, r"at most 99 are st"),
+        ("MAX_DENSE", 99, {"kind": "dense"}, r"use cache.kind='top_k'"),
+    ],
+)
+def test_a_cache_that_could_not_be_read_is_not_labelled(
+    limit, most, cache, message, taught, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(limits, limit, most)
+    config = helpers.changed(taught(cache_of=""), cache=cache)
+    with pytest.raises(ValueError, match=message):
+        distill.open_experiment(config, tmp_path)
+    assert not list(tmp_path.glob("config*"))
 
 
 def test_another_tokenizer_is_refused(taught, tmp_path):

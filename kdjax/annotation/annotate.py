@@ -129,6 +129,9 @@ def _annotate_locally(
     one goes on with the same.
     """
     model = backends.Local(config, path)
+    for item in own_items:
+        if item.key not in done:
+            model.check(Work(item, files, config.annotate))
 
     def length(item: Item) -> int:
         return len(item.example.question) + sum(map(len, item.example.choices))

@@ -15,7 +15,12 @@ import jax.numpy as jnp
 
 from kdjax.annotation import prompts
 from kdjax.annotation.prompts import Messages
-from kdjax.annotation.requests import CONTRASTIVE_METHODS, Completion, Request
+from kdjax.annotation.requests import (
+    CONTRASTIVE_METHODS,
+    Completion,
+    Request,
+    Work,
+)
 from kdjax.config import AnnotateConfig, Config, DataConfig, T5Config
 from kdjax.data import loader, think, views
 from kdjax.data import tokenizer as tokenizers
@@ -98,6 +103,23 @@ class Local:
         has_contrasts = self._annotate.method in CONTRASTIVE_METHODS
         return not (has_contrasts or isinstance(self._model.shape, T5Config))
 
+    def check(self, work: Work) -> None:
+        """Check that all prompts of an item fit, however long the texts in them become.
+
+        Raises:
+          ValueError: a prompt too long for the model.
+        """
+        written = 0
+        while request := work.request:
+            self._tokens(request, request.messages, written=written)
+            if request.contrast is not None:
+                self._tokens(request, request.contrast)
+            written += request.max_new_tokens
+            nothing = Completion(
+                text="", finish_reason="length", prompt_tokens=0, new_tokens=0
+            )
+            work.take(nothing)
+
     def __call__(
         self, requests: Sequence[Request], on_finish: Callable[[int, Completion], None]
     ) -> None:
@@ -127,8 +149,16 @@ class Local:
             ),
         )
 
-    def _tokens(self, request: Request, messages: Messages) -> list[int]:
-        """Tokenise a prompt as the model reads it."""
+    def _tokens(
+        self, request: Request, messages: Messages, *, written: int = 0
+    ) -> list[int]:
+        """Tokenise a prompt as the model reads it.
+
+        Args:
+          request: its step.
+          messages: of the prompt.
+          written: tokens that texts of earlier steps may still add to it.
+        """
         if self._chat is not None:
             [ids] = self._chat.prompt_ids([messages])
         else:
@@ -141,10 +171,12 @@ class Local:
         if isinstance(shape, T5Config):
             return loader.with_end(ids, shape.eos_id)
         limit = lm.max_prompt_length(shape, request.max_new_tokens)
-        if len(ids) > limit:
+        if len(ids) + written > limit:
+            what = "may have up to" if written else "has"
             raise ValueError(
-                f"example {request.id!r}: its {request.step} prompt has {len(ids)} "
-                f"tokens, {limit} fit before {request.max_new_tokens} new ones: lower "
+                f"example {request.id!r}: its {request.step} prompt {what} "
+                f"{len(ids) + written} tokens, {max(0, limit)} fit before "
+                f"{request.max_new_tokens} new ones: lower "
                 f"annotate.max_new_tokens={self._annotate.max_new_tokens} (or the "
                 "limit of the step) or annotate.num_demonstrations="
                 f"{self._annotate.num_demonstrations}"

@@ -203,6 +203,7 @@ def _requests(
         return
     [pair] = prompts.draw(files.requests, 1, *where, "request")
     drawn["request"] = pair["name"]
+    worked = _draw_critiques(files, config, *where)
     draft = (yield request("draft", few_shot(item.answer))).text.strip()
     criticism = yield request(
         "critique",
@@ -210,7 +211,7 @@ def _requests(
             example,
             draft,
             pair["critique"],
-            _draw_critiques(files, config, *where),
+            worked,
             conclude=config.conclude,
         ),
     )

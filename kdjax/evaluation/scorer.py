@@ -61,10 +61,8 @@ class Scorer:
         # A run without held-out examples can still generate.
         self._tokens = self._plan(data.evaluation) if data.evaluation else None
         self._choices = None
-        if "label" in data.eval_views and any(e.choices for e in data.eval_examples):
-            self._choices = views.choice_segments(
-                data.eval_examples, data.tokenizer, config.data
-            )
+        if _has_choices(data):
+            self._choices = _choice_segments(config, data)
             self._choice_plan = self._plan(self._choices.segments)
         self._score = step.make_score_step(
             model.graphdef,
@@ -301,14 +299,16 @@ class Scorer:
 
     def _make_generator(self, decoding: Decoding) -> Generator:
         """Make a generator of the model's texts."""
-        model = self._model
+        model, cache_dtype = self._model, self._config.evaluation.cache_dtype
+        if isinstance(model.shape, T5Config):  # a teacher beside a decoder
+            cache_dtype = "compute"
         return Generator(
             model.shape,
             model.graphdef,
             decoding,
             batch_size=sharding.divisible_rows(_BATCH_SIZE, self._mesh),
             mesh=self._mesh,
-            cache_dtype=self._config.evaluation.cache_dtype,
+            cache_dtype=cache_dtype,
         )
 
     def _with_end(self, prompt_ids: Sequence[list[int]]) -> Sequence[list[int]]:
@@ -349,26 +349,88 @@ def _make_plan(
     )
 
 
-def check_evaluation(run: Run, shape: Shape) -> None:
-    """Check that held-out examples fit, and that their prompts leave room for answers.
+def _has_choices(data: Data) -> bool:
+    """Return True if the choices of held-out examples are scored."""
+    return "label" in data.eval_views and any(e.choices for e in data.eval_examples)
 
-    Args:
-      run: evaluation settings, held-out examples and segments, devices.
-      shape: of the model that answers.
 
-    Raises:
-      ValueError: they do not.
-    """
-    parts = [
+def _choice_segments(config: Config, data: Data) -> views.ChoiceSegments:
+    """Make the segments of the choices of held-out examples."""
+    choices = views.choice_segments(data.eval_examples, data.tokenizer, config.data)
+    if not choices.segments:
+        raise ValueError(
+            f"data.on_long={config.data.on_long!r} leaves no held-out example with all "
+            f"its choices within data.max_target={config.data.max_target}: raise it"
+        )
+    return choices
+
+
+def _parts(run: Run) -> list[tuple[Config, Data]]:
+    """Return config and data of each source of a run."""
+    return [
         (source.config, data)
         for source, (_, data) in zip(
             mixture.sources(run.config), run.data.parts, strict=True
         )
     ] or [(run.config, run.data)]
-    for config, data in parts:
+
+
+def check_scores(run: Run, shape: Shape) -> None:
+    """Check that held-out examples, and all their choices, fit into rows.
+
+    Args:
+      run: evaluation settings, held-out examples and segments, devices.
+      shape: of the model that scores them.
+
+    Raises:
+      ValueError: they do not.
+    """
+    shapes = shape, run.student.shape
+    for config, data in _parts(run):
         if data.evaluation:
-            shapes = shape, run.student.shape
             _make_plan(config, data.evaluation, shapes, run.mesh)
+        if _has_choices(data):
+            choices = _choice_segments(config, data).segments
+            _make_plan(config, choices, shapes, run.mesh)
+
+
+def check_teacher_scores(run: Run, shape: Shape) -> None:
+    """Check that a run's teacher can be scored when the student is trained.
+
+    Args:
+      run: as in `check_scores`.
+      shape: of the teacher.
+
+    Raises:
+      ValueError: its parameters do not divide over the mesh, or examples do not fit.
+    """
+    try:
+        make_model(shape, run.mesh, dtype=run.config.train.dtype)
+        if isinstance(shape, T5Config) != isinstance(run.student.shape, T5Config):
+            check_scores(run, shape)  # in rows of another kind
+    except ValueError as error:
+        raise ValueError(f"the teacher, which is evaluated too: {error}") from None
+
+
+def check_evaluation(run: Run, shape: Shape) -> None:
+    """Check that held-out examples fit, and that their prompts leave room for answers.
+
+    Args:
+      run: as in `check_scores`.
+      shape: of the model that answers.
+
+    Raises:
+      ValueError: they do not.
+    """
+    cache_dtype = run.config.evaluation.cache_dtype
+    if cache_dtype != "compute" and isinstance(run.student.shape, T5Config):
+        raise ValueError(
+            f"evaluation.cache_dtype={cache_dtype!r}: the student is an "
+            "encoder-decoder model, which has a cache of the compute dtype: use "
+            "evaluation.cache_dtype='compute'"
+        )
+    check_scores(run, shape)
+    for config, data in _parts(run):
         num_new = config.evaluation.max_new_tokens
         limit = max_prompt_length(shape, num_new)
         most = prompts_lib.max_prompt_length(config, data)

@@ -12,6 +12,7 @@ from kdjax.experiment import methods, mixture
 from kdjax.models import t5
 from kdjax.models.decoder_shape import check_shape
 from kdjax.models.hf import families
+from kdjax.runtime import limits
 from kdjax.storage import urls
 
 
@@ -96,8 +97,14 @@ def _check_layer_map(config: Config) -> None:
 
 
 def _check_temperatures(config: Config) -> None:
-    """Check that the cache declares those of training, and 1.0."""
+    """Check that the cache declares those of training, and 1.0, each once."""
     declared = config.cache.temperatures
+    if len(set(declared)) < len(declared) or len(declared) > limits.MAX_TEMPERATURES:
+        raise ValueError(
+            f"cache.temperatures={declared} are {len(declared)} values, "
+            f"{len(set(declared))} of them different: give at most "
+            f"{limits.MAX_TEMPERATURES}, each once"
+        )
     temperatures = methods.temperatures(config.method)
     for t in temperatures if methods.has_soft_terms(config.method) else ():
         if t not in declared:

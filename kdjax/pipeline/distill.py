@@ -7,6 +7,7 @@ from typing import Any
 from kdjax.config import Config
 from kdjax.evaluation.scorer import (
     check_evaluation,
+    check_teacher_scores,
     make_scorer,
     not_measured,
     score_records,
@@ -155,7 +156,9 @@ def open_experiment(config: Config, folder: pathlib.Path) -> Run:
     sharding.local_rows(run.mesh, num_rows)
     check_evaluation(run, shape)
     if has_teacher(config) and not elsewhere:
-        check_teacher(config, shape, teacher_shape(config, run.tokenizer))
+        teacher = teacher_shape(config, run.tokenizer)
+        check_teacher(config, shape, teacher)
+        check_teacher_scores(run, teacher)
     trainable.frozen_paths(run.student.abstract, config.optim.freeze)
     build.check(run)
     workdir_lib.claim(folder, config)

@@ -82,8 +82,11 @@ def check(run: Run) -> None:
         if "train" in todo:
             check_can_label(run)
     elif todo:
-        rows = _rows(config, teacher_shape(config, run.tokenizer))
+        _check_not_in_store(config, todo)
+        teacher = teacher_shape(config, run.tokenizer)
+        rows = _rows(config, teacher)
         for split in todo:
+            label.check(splits[split], _manifest(run, split, teacher), config.cache)
             try:
                 loader.BatchPlan(splits[split], batch_size=1, shuffle=False, **rows)
             except ValueError as error:
@@ -208,13 +211,10 @@ def ensure(run: Run) -> dict[str, Cache]:
         )
         splits = {name: of for name, of in splits.items() if name not in todo}
         todo = {}
-    if todo and urls.is_url(config.cache.path):
-        raise ValueError(
-            f"cache.path={config.cache.path!r} is not labelled for {sorted(todo)}: "
-            "caches in a store are read alone there; fill one in a --workdir "
-            "(kdjax.label --workdir=gs://BUCKET/FOLDER), and name FOLDER/cache"
-        )
+    if finished := set(splits) - set(todo):
+        _check_teacher(config, workdir, teacher_path, finished)
     if todo:
+        _check_not_in_store(config, todo)
         with contextlib.ExitStack() as stack:
             for split in todo:
                 path = folder(config, workdir, split)
@@ -222,11 +222,18 @@ def ensure(run: Run) -> dict[str, Cache]:
                     workdir_lib.hold(path, name="cache", remedy="another cache.path")
                 )
             _build(run, teacher_path, todo)
-    if finished := set(splits) - set(todo):
-        _check_teacher(config, workdir, teacher_path, finished)
     for split in finished if distributed.is_main() else ():
         locks.clear(folder(config, workdir, split))
     return {split: _open(run, split, segments) for split, segments in splits.items()}
+
+
+def _check_not_in_store(config: Config, todo: Iterable[str]) -> None:
+    if urls.is_url(config.cache.path):
+        raise ValueError(
+            f"cache.path={config.cache.path!r} is not labelled for {sorted(todo)}: "
+            "caches in a store are read alone there; fill one in a --workdir "
+            "(kdjax.label --workdir=gs://BUCKET/FOLDER), and name FOLDER/cache"
+        )
 
 
 def _open(run: Run, split: str, segments: Sequence[Segment]) -> cache_lib.TeacherCache:
@@ -279,6 +286,26 @@ def _kind(run: Run, split: str) -> tuple[str, int]:
     return "dense" if whole else "top_k", min(config.cache.k, len(run.tokenizer))
 
 
+def _manifest(run: Run, split: str, teacher: Shape) -> cache_lib.Manifest:
+    """Describe the cache of a split, but for its content and its teacher's weights."""
+    config, data = run.config, run.data
+    vocab_size = label_vocab_size(run.student.shape, teacher, data.tokenizer)
+    kind, k = _kind(run, split)
+    names = data.eval_views if split == "eval" else data.views
+    return cache_lib.Manifest(
+        kind=kind,
+        k=vocab_size if kind == "dense" else k,
+        num_rounds=config.cache.num_rounds if kind == "sampled" else 0,
+        vocab_size=vocab_size,
+        temperatures=tuple(map(float, config.cache.temperatures)),
+        tokenizer_fingerprint=tokenizers.fingerprint(data.tokenizer),
+        teacher_path=config.teacher.path or "teacher",
+        teacher_fingerprint="",
+        data=f"{config.data.source} {config.data.path} {split} {'+'.join(names)}",
+        dtype=config.train.dtype,
+    )
+
+
 def _build(run: Run, teacher_path: str, todo: dict[str, Sequence[Segment]]) -> None:
     config, data = run.config, run.data
     # Each process labels its own shards on its own devices.
@@ -292,15 +319,7 @@ def _build(run: Run, teacher_path: str, todo: dict[str, Sequence[Segment]]) -> N
     check_ids("teacher", model.shape, data.max_id, data.tokenizer)
     vocab_size = label_vocab_size(run.student.shape, model.shape, data.tokenizer)
     placed = jax.sharding.NamedSharding(mesh, sharding.BATCH_SPEC)
-    base = cache_lib.Manifest(
-        kind="top_k",
-        k=0,
-        vocab_size=vocab_size,
-        temperatures=tuple(map(float, settings.temperatures)),
-        tokenizer_fingerprint=tokenizers.fingerprint(data.tokenizer),
-        teacher_path=config.teacher.path or "teacher",
-        teacher_fingerprint=hf.fingerprint(teacher_path),
-    )
+    teacher_fingerprint = hf.fingerprint(teacher_path)
 
     @functools.cache  # splits of one kind share what was compiled
     def label_step(k: int | None) -> Any:
@@ -321,19 +340,14 @@ def _build(run: Run, teacher_path: str, todo: dict[str, Sequence[Segment]]) -> N
         num_tokens = int(table.loss_lengths.sum())
         # Shards of a killed run over other examples are refused, not mixed in.
         content = hashlib.blake2b(table.keys.tobytes(), digest_size=16)
-        kind, k = _kind(run, split)
-        names = data.eval_views if split == "eval" else data.views
-        manifest = dataclasses.replace(
-            base,
-            kind=kind,
-            k=vocab_size if kind == "dense" else k,
-            num_rounds=settings.num_rounds if kind == "sampled" else 0,
-            data=f"{config.data.source} {config.data.path} {split} {'+'.join(names)}",
-            content=content.hexdigest(),
-            dtype=config.train.dtype,
-        )
+        manifest = _manifest(run, split, model.shape)
         shard_size = label.records_per_shard(segments, manifest, settings)
-        manifest = dataclasses.replace(manifest, shard_size=shard_size)
+        manifest = dataclasses.replace(
+            manifest,
+            teacher_fingerprint=teacher_fingerprint,
+            content=content.hexdigest(),
+            shard_size=shard_size,
+        )
         with progress(
             num_tokens, f"label {split}", is_main=distributed.is_main()
         ) as advance:
@@ -344,7 +358,7 @@ def _build(run: Run, teacher_path: str, todo: dict[str, Sequence[Segment]]) -> N
                 settings,
                 functools.partial(
                     _place_and_run,
-                    label_step(k if kind == "top_k" else None),
+                    label_step(manifest.k if manifest.kind == "top_k" else None),
                     params,
                     placed,
                 ),

@@ -97,7 +97,7 @@ def encode(record: Record, coder: IdCoder, *, temperatures: tuple[float, ...]) -
         record.log_z.shape[1],
         record.ids.shape[2] if record.kind == "sampled" else 0,
     )
-    _check_limits(sizes, dense=record.kind == "dense")
+    check_size(sizes, dense=record.kind == "dense")
     log_z_TS = record.log_z
     if record.kind == "sampled":
         parts = _pack_draws(record, coder)
@@ -143,11 +143,16 @@ def read_sizes(data: bytes) -> Sizes:
     if len(data) < _HEADER.size:
         raise ValueError(f"{len(data)} bytes are no record")
     sizes = Sizes(*_HEADER.unpack_from(data))
-    _check_limits(sizes)
+    check_size(sizes)
     return sizes
 
 
-def _check_limits(sizes: Sizes, *, dense: bool = True) -> None:
+def check_size(sizes: Sizes, *, dense: bool = True) -> None:
+    """Check that a record of these sizes is one that is stored.
+
+    Raises:
+      ValueError: it is too large.
+    """
     num_tokens, num_pairs, num_temperatures, num_rounds = sizes
     num_values = num_tokens * max(num_pairs, 2 * num_temperatures + 2)
     limit = limits.MAX_DENSE if dense else limits.MAX_PAIRS
@@ -157,7 +162,8 @@ def _check_limits(sizes: Sizes, *, dense: bool = True) -> None:
     if num_values > limit:
         raise ValueError(
             f"a record of {num_tokens} target tokens with {num_values} numbers, at "
-            f"most {limit} are stored of one: lower data.max_target or cache.k"
+            f"most {limit} are stored of one: lower data.max_target, cache.k or "
+            "cache.num_draws, or use cache.kind='top_k'"
         )
 
 
@@ -170,7 +176,7 @@ def decode(
       ValueError: the bytes are no such record, or beyond the limits.
     """
     sizes = read_sizes(data)
-    _check_limits(sizes, dense=kind == "dense")
+    check_size(sizes, dense=kind == "dense")
     num_tokens, num_pairs, num_temperatures, num_rounds = sizes
     if (kind == "sampled") != (num_rounds > 0):
         raise ValueError(f"{num_rounds} rounds of draws in a record of kind {kind!r}")

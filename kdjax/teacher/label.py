@@ -19,7 +19,8 @@ from kdjax.config import CacheConfig
 from kdjax.data import loader
 from kdjax.data.segments import as_segments
 from kdjax.data.views import Segment
-from kdjax.teacher import cache, sampling
+from kdjax.runtime import limits
+from kdjax.teacher import cache, codec, sampling
 from kdjax.teacher.codec import Record
 
 _FEWEST_RECORDS, _FEWEST_SHARDS = 512, 64
@@ -56,6 +57,38 @@ def records_per_shard(
     record_bytes = _RECORD_BYTES + token_bytes * int(lengths.sum()) / num_records
     fitting = int(config.shard_mib * 2**20 / record_bytes)
     return max(1, min(fitting, max(_FEWEST_RECORDS, num_records // _FEWEST_SHARDS)))
+
+
+def check(
+    segments: Sequence[Segment], manifest: cache.Manifest, config: CacheConfig
+) -> None:
+    """Check that a cache of these segments would be one that can be read.
+
+    Args:
+      segments: to label.
+      manifest: of the cache, without shards.
+      config: of the shards.
+
+    Raises:
+      ValueError: too many shards, or a record that is too large.
+    """
+    codec.check_size(
+        codec.Sizes(
+            num_tokens=int(as_segments(segments).loss_lengths.max(initial=0)),
+            num_pairs=manifest.k,
+            num_temperatures=len(manifest.temperatures),
+            num_rounds=manifest.num_rounds,
+        ),
+        dense=manifest.kind == "dense",
+    )
+    size = records_per_shard(segments, manifest, config)
+    num_shards = -(-len(_distinct(segments)) // size)
+    if num_shards > limits.MAX_SHARDS:
+        raise ValueError(
+            f"{num_shards} shards of {size} records each, a cache has at most "
+            f"{limits.MAX_SHARDS}: raise cache.shard_size, or where it is 0 "
+            "cache.shard_mib"
+        )
 
 
 def shards(

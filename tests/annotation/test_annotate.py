@@ -376,6 +376,24 @@ def test_a_prompt_too_long_names_its_example(places, tmp_path):
         annotate.annotate(config(places, data={"chat_template": True}), tmp_path / "c")
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_critiques": 8}, "num_critiques=8: the prompt files have 7"),
+        ({"max_draft_tokens": 1850}, r"prompt may have up to \d+ tokens"),
+        ({"max_critique_tokens": 1990}, "its critique prompt may have up to"),
+        ({"max_draft_tokens": 500, "max_critique_tokens": 1300}, "its revision prompt"),
+    ],
+)
+def test_later_steps_are_checked_before_the_first_text(
+    fields, message, places, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(backends.Local, "__call__", lambda *_: pytest.fail("a text"))
+    fields = {"method": "critique_revision", "num_critiques": 1} | fields
+    with pytest.raises(ValueError, match=message):
+        annotate.annotate(config(places, **fields), tmp_path)
+
+
 def test_no_annotation_setting_keeps_a_training_run_from_resuming(places):
     changed = config(places, method="zero_shot", seed=5)
     assert resume.differences(config(places), changed) == []
@@ -397,6 +415,9 @@ class Mock:
     is_continuous = False
 
     def __init__(self, config, path):
+        pass
+
+    def check(self, work):
         pass
 
     def __call__(self, requests, on_finish):

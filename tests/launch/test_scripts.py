@@ -20,13 +20,16 @@ from tests.launch import jobset_schema
 LAUNCH = helpers.ROOT / "launch"
 SCRIPTS = ("slurm.sh", "tpu_vm.sh", "sky.sh", "gke.py")
 STAND_IN = """#!/usr/bin/env bash
+set -e
 printf '%s\\0' "$(basename "$0")" "$@" >> "$NOTES"
 echo >> "$NOTES"
 case "$(basename "$0") $*" in
   sbatch*) grep -ac "^sbatch" "$NOTES" ;;
   "scontrol show hostnames"*) printf 'n1\\nn2\\n' ;;
   "scontrol show node n1") echo "NodeName=n1 NodeAddr=10.0.0.1 NodeHostName=n1" ;;
-  "scontrol show job"*) echo "JobId=1 Requeue=1 Restarts=${RESTARTS:-0} BatchFlag=1" ;;
+  "scontrol show job"*)
+    [ "$(grep -ac job "$NOTES")" -gt "${FAILURES:-0}" ]
+    echo "JobId=1 Requeue=1 Restarts=${RESTARTS:-0} BatchFlag=1" ;;
   *queued-resources\\ describe*) sed -n 1p "$NOTES.states"; sed -i 1d "$NOTES.states" ;;
   kubectl*) cat > "$NOTES.input" ;;
   python*) exit "${PYTHON_CODE:-0}" ;;
@@ -229,6 +232,8 @@ def test_a_job_that_saved_is_queued_again(stand_ins):
     assert in_job(stand_ins, code=143, **again)[-1][1] == "show"
     again["SLURM_RESTART_COUNT"] = "1"
     assert in_job(stand_ins, code=143, **again)[-1][1] == "requeue"
+    calls = in_job(stand_ins, code=143, PYTHON_CODE="143", FAILURES="1")
+    assert [call[1] for call in calls[-3:]] == ["show", "show", "requeue"]
     calls = in_job(stand_ins, code=1, PYTHON_CODE="1")
     assert calls[-1][0] == "python"
 

@@ -266,8 +266,10 @@ def test_finished_runs_are_read_from_a_store(decoder_run, memory):
     assert set(build.ensure(run)) == {"train", "eval"}
     longer = helpers.changed(other, data={"num_train": 25})
     helpers.shutil.rmtree(build.folder(longer, workdir, "train"))
-    with pytest.raises(ValueError, match=r"caches in a store are read alone there"):
-        build.ensure(helpers.open_run(longer, workdir.parent / "other"))
+    longer_run = helpers.open_run(longer, workdir.parent / "other")
+    for refuse in (build.check, build.ensure):
+        with pytest.raises(ValueError, match=r"caches in a store are read alone ther"):
+            refuse(longer_run)
 
 
 def test_outputs_of_the_cache_command_are_local(monkeypatch):
