@@ -513,7 +513,9 @@ def test_reasoning_that_is_cut_off_is_a_missing_turn(message, policies):
     tokenizer = make_tokenizer("chatml")
     messages = [asked("P"), message]
     for policy in policies:
-        with pytest.raises(chat.MissingTurnError, match=r"'c1': message 1 .* ends wit"):
+        with pytest.raises(
+            chat.MissingTurnError, match=r"'c1': message 1 .* ends with"
+        ):
             segments(messages, tokenizer, think=policy)
         drop = {"think": policy, "on_missing": "drop"}
         longer = [USER[0], said("<think>Me.</think>I"), *messages]

@@ -268,7 +268,7 @@ def test_finished_runs_are_read_from_a_store(decoder_run, memory):
     helpers.shutil.rmtree(build.folder(longer, workdir, "train"))
     longer_run = helpers.open_run(longer, workdir.parent / "other")
     for refuse in (build.check, build.ensure):
-        with pytest.raises(ValueError, match=r"caches in a store are read alone ther"):
+        with pytest.raises(ValueError, match=r"caches in a store are read alone there"):
             refuse(longer_run)
 
 
