@@ -1,50 +1,23 @@
 """Schemas: rows of published and usual forms as examples."""
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from kdjax.config import SCHEMAS, DataConfig
+from kdjax.data import chat_rows
 from kdjax.data.answers import AnswerReader, Choices, check_count, parse_choices
 from kdjax.data.columns import (
     ColumnMap,
     Fields,
-    check_text,
     describe_names,
     is_missing,
     show,
 )
 from kdjax.data.example import Example
-from kdjax.data.readers import ClassName, Row, Values, kind_of, parse_json
+from kdjax.data.readers import ClassName, Row, Values
 
-Message = Mapping[str, Any]
-
-ROLES = ("system", "developer", "user", "assistant", "tool")
-_SPEAKERS = {  # of ShareGPT -> roles
-    **dict.fromkeys(("human", "user"), "user"),
-    **dict.fromkeys(("gpt", "assistant", "chatgpt", "model", "bot"), "assistant"),
-    "system": "system",
-    **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
-}
-_REASONING = ("reasoning_content", "reasoning", "thinking")  # one of them
-# Beside role and content, what a turn of ShareGPT may have.
-_MEMBERS = ("weight", "name", "tool_calls", "tool_call_id", *_REASONING)
-# Members of turns that would be lost -> what to write instead.
-_UNREAD = {
-    "function_call": "write it as tool_calls",
-    **dict.fromkeys(("tools", "functions"), "give them in a column tools"),
-    **dict.fromkeys(("image", "images", "audio", "video"), "texts alone are read"),
-    **dict.fromkeys(
-        ("train", "loss", "mask", "trainable", "training"),
-        "say by weight, 1 or 0, what is learnt",
-    ),
-}
 _BY_PLACE = ("text", "index", "number")  # kinds of answers without labels
-# Columns that may be the reply to messages that end with a user's.
-_REPLIES = ("response", "completion", "output", "answer", "reply", "target", "chosen")
-_SHORT = 20  # characters of a prompt that a reply may begin with by chance
-_PREAMBLES: tuple[list[str], ...] = ([], ["system"], ["developer"])
 # Columns that may name the right one of the choices in a column `answers`.
 _KEYS = ("label", "answer", "correct", "correct_answer", "gold", "target", "answer_idx")
 _GSM8K = re.compile(r"(^|\n)####[^\n]*\d[^\n]*\s*$")
@@ -386,35 +359,21 @@ class Schema:
 
     def _chat_of(self, fields: Fields, question: str, answer: str) -> Example:
         """Make an example of a question and an answer that is a chat too."""
-        messages: list[Message] = []
+        messages: list[chat_rows.Message] = []
         if question and answer:
             if system := fields.optional_text("system"):
                 messages.append({"role": "system", "content": system})
-            messages += _turns(question, answer)
-        tools = _tools(fields)
-        asked = _question_of(messages, tools)
+            messages.append({"role": "user", "content": question})
+            messages.append({"role": "assistant", "content": answer})
+        tools = chat_rows.parse_tools(fields)
+        asked = chat_rows.question_of(messages, tools)
         return self._example(fields, messages=tuple(messages), tools=tools, **asked)
 
     def _sharegpt(self, fields: Fields) -> Example:
         """Convert a row of conversations {from, value}."""
-        turns = fields.get("conversations")
-        messages = []
-        for number, turn in enumerate(_list(fields, turns, "conversations")):
-            where = f"conversations[{number}]"
-            if not isinstance(turn, Mapping):
-                raise fields.error(f"{where} is {kind_of(turn)}, not an object")
-            if "role" in turn:
-                messages.append(turn)
-                continue
-            speaker = turn.get("from")
-            if not isinstance(speaker, str) or speaker not in _SPEAKERS:
-                raise fields.error(
-                    f"{where} is from {show(speaker)}: known are {list(_SPEAKERS)}"
-                )
-            rest = {n: v for n, v in turn.items() if n in (*_MEMBERS, *_UNREAD)}
-            role = _SPEAKERS[speaker]
-            messages.append({"role": role, "content": turn.get("value"), **rest})
-        return self._chat(fields, messages, "conversations")
+        name = "conversations"
+        turns = _list(fields, fields.get(name), name)
+        return self._chat(fields, chat_rows.from_sharegpt(fields, turns, name), name)
 
     def _messages(self, fields: Fields) -> Example:
         """Convert a row of messages {role, content}, and perhaps tools."""
@@ -422,7 +381,7 @@ class Schema:
         return self._chat(fields, value, "messages")
 
     def _chat(self, fields: Fields, value: list[Any], name: str) -> Example:
-        messages = _check_turns(fields, value, name)
+        messages = chat_rows.check_turns(fields, value, name)
         system = fields.optional_text("system")
         if messages and system and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": system})
@@ -431,12 +390,12 @@ class Schema:
                 f"system={show(system)} differs from the chat's own system message: "
                 "leave one of them out"
             )
-        _check_ends(fields, messages, name)
-        if not any(_is_reply(message) for message in messages):
+        chat_rows.check_ends(fields, messages, name)
+        if not any(chat_rows.is_reply(message) for message in messages):
             fields.require(name, None, "give it a reply of the assistant")
             messages = []
-        tools = _tools(fields)
-        asked = _question_of(messages, tools)
+        tools = chat_rows.parse_tools(fields)
+        asked = chat_rows.question_of(messages, tools)
         return self._example(fields, messages=tuple(messages), tools=tools, **asked)
 
     def _preference(self, fields: Fields) -> Example:
@@ -448,25 +407,25 @@ class Schema:
             raise fields.error(
                 "label=False: its completion is not wanted: leave such rows out"
             )
-        preferred = _transcript(fields, fields.get(name), name)
-        prompt = _transcript(fields, fields.values.get("prompt"), "prompt")
+        preferred = chat_rows.parse_text(fields, fields.get(name), name)
+        prompt = chat_rows.parse_text(fields, fields.values.get("prompt"), "prompt")
         if isinstance(preferred, str) and not isinstance(prompt, list | tuple):
             remedy = f"{name} is text without a prompt: give one, or messages"
             prompt = fields.require("prompt", prompt, remedy)
             question = "" if prompt is None else fields.as_text(prompt, "prompt")
             answer = fields.as_text(preferred, name)
-            _check_reply(fields, name, question, answer)
+            chat_rows.check_reply(fields, name, question, answer)
             return self._chat_of(fields, question, answer)
         if isinstance(preferred, str):
             preferred = [{"role": "assistant", "content": preferred}]
         if isinstance(prompt, str) and not is_missing(prompt):
             prompt = [{"role": "user", "content": prompt}]
         given = [] if is_missing(prompt) else _list(fields, prompt, "prompt")
-        before = _check_turns(fields, given, "prompt")
-        turns = _check_turns(fields, _list(fields, preferred, name), name)
+        before = chat_rows.check_turns(fields, given, "prompt")
+        turns = chat_rows.check_turns(fields, _list(fields, preferred, name), name)
         if not turns or (given and not before):  # left out
             return self._chat(fields, [], name)
-        own = _without_prompt(turns, before)
+        own = chat_rows.without_prompt(turns, before)
         if own is None and any(message["role"] == "user" for message in turns):
             raise fields.error(
                 f"{name} does not begin with the column prompt, but has turns of a "
@@ -474,10 +433,10 @@ class Schema:
             )
         start = before if own is None else turns[: len(turns) - len(own)]
         own = turns if own is None else own
-        if not any(map(_is_reply, own)):
+        if not any(map(chat_rows.is_reply, own)):
             fields.require(name, None, "give it a reply of the assistant")
             return self._chat(fields, [], name)
-        return self._chat(fields, [*map(_as_read, start), *own], name)
+        return self._chat(fields, [*map(chat_rows.as_read, start), *own], name)
 
 
 # Private methods, so that this table is the only list of schemas.
@@ -631,6 +590,10 @@ def _question(fields: Fields, name: str = "question") -> str:
     return f"{fields.as_text(context, 'context')}\n{question}"
 
 
+def _list(fields: Fields, value: Any, name: str) -> list[Any]:
+    return [] if value is None else fields.as_list(value, name)
+
+
 def _counterfactuals(fields: Fields, choices: tuple[str, ...]) -> tuple[str, ...]:
     value = fields.values.get("counterfactuals")
     if is_missing(value):
@@ -645,222 +608,3 @@ def _counterfactuals(fields: Fields, choices: tuple[str, ...]) -> tuple[str, ...
             "per choice other than the answer"
         )
     return tuple(texts)
-
-
-def _turns(question: str, answer: str) -> list[Message]:
-    return [
-        {"role": "user", "content": question},
-        {"role": "assistant", "content": answer},
-    ]
-
-
-def _list(fields: Fields, value: Any, name: str) -> list[Any]:
-    return [] if value is None else fields.as_list(value, name)
-
-
-def _transcript(fields: Fields, value: Any, name: str) -> Any:
-    """Return the messages of a text that has some.
-
-    They are JSON, as in a cell of a table, or "Human: ... Assistant: ...".
-    """
-    if not isinstance(value, str):
-        return value
-    if re.match(r"\s*\[\s*\{\s*\"(role|content)\"", value):
-        return fields.as_list(value, name)
-    parts = re.split(r"(?:^|\n\n)\s*(Human|Assistant):", value)
-    if parts[0].strip() or "Assistant" not in parts[1::2]:
-        return value
-    roles = {"Human": "user", "Assistant": "assistant"}
-    turns = zip(parts[1::2], parts[2::2], strict=True)
-    messages = [{"role": roles[who], "content": text.strip()} for who, text in turns]
-    while messages and not messages[-1]["content"]:  # what asks for the next turn
-        messages.pop()
-    return messages
-
-
-def _check_reply(fields: Fields, name: str, question: str, answer: str) -> None:
-    """Raise ValueError for a reply that repeats its prompt, or names a column."""
-    if len(question) > _SHORT and answer.startswith(question):
-        raise fields.error(f"{name} begins with the prompt: give the reply alone")
-    if answer in fields.values:
-        raise fields.error(
-            f"{name}={answer!r} is the name of a column: say data.columns={name}="
-            "COLUMN, of the reply's text"
-        )
-
-
-def _as_read(message: Message) -> Message:
-    """Return a message of a prompt: the assistant's are not learnt."""
-    is_learnt = message["role"] == "assistant" and "weight" not in message
-    return {**message, "weight": 0} if is_learnt else message
-
-
-def _check_ends(fields: Fields, messages: list[Message], name: str) -> None:
-    """Raise ValueError for a chat whose beginning or end stands in other columns."""
-    roles = [m["role"] for m in messages if m["role"] not in ("system", "developer")]
-    if not roles or name not in ("messages", "conversations"):
-        return
-    lost = ""
-    if roles[-1] != "assistant":
-        lost = next((other for other in _REPLIES if fields.has(other)), "")
-    if roles[0] == "assistant" and fields.has("prompt"):
-        lost = "prompt"
-    if lost:
-        raise fields.error(
-            f"{name} seems to go with the column {lost}: put it into the messages, or "
-            "give both as prompt and completion"
-        )
-
-
-def _without_prompt(
-    turns: list[Message], prompt: list[Message]
-) -> list[Message] | None:
-    """Return the turns after a prompt that they repeat; None if they do not.
-
-    An own system turn may come before it.
-    """
-    start = turns
-    if turns and turns[0]["role"] == "system" and prompt[:1] != turns[:1]:
-        start = turns[1:]
-    is_repeated = start[: len(prompt)] == prompt
-    return start[len(prompt) :] if is_repeated else None
-
-
-def _is_reply(message: Message) -> bool:
-    is_empty = is_missing(message["content"]) and not message.get("tool_calls")
-    return message["role"] == "assistant" and not is_empty
-
-
-def _check_turns(fields: Fields, turns: list[Any], name: str) -> list[Message]:
-    """Check the turns of a chat; [] for one that has an empty turn and is left out."""
-    messages = [_message(fields, turn, f"{name}[{i}]") for i, turn in enumerate(turns)]
-    return [] if None in messages else [m for m in messages if m is not None]
-
-
-def _message(fields: Fields, value: Any, where: str) -> dict[str, Any] | None:
-    """Check a turn of a chat; what is null in it is left out.
-
-    Returns:
-      The turn; None if it is empty, and the chat is to be left out.
-    """
-    if not isinstance(value, Mapping):
-        raise fields.error(f"{where} is {kind_of(value)}, not an object: give a role")
-    message = {name: v for name, v in value.items() if v is not None}
-    role, content = message.get("role"), message.get("content")
-    if isinstance(role, ClassName):
-        role = str(role)
-    if role not in ROLES:
-        raise fields.error(f"{where} has the role {show(role)}: use one of {ROLES}")
-    calls = message.get("tool_calls")
-    for name, remedy in _UNREAD.items():
-        if name in message:
-            raise fields.error(
-                f"{where}.{name}={show(message[name])} would be lost: {remedy}"
-            )
-    for name in _REASONING[1:]:
-        if name in message:
-            message.setdefault("reasoning_content", message.pop(name))
-    for name in ("name", "tool_call_id", "reasoning_content"):
-        if name in message:
-            message[name] = fields.as_text(message[name], f"{where}.{name}")
-    weight = message.get("weight", 1)
-    if isinstance(weight, bool) or weight not in (0, 1):
-        raise fields.error(
-            f"{where}.weight={show(weight)}: use 1, or 0 for a turn that is not learnt"
-        )
-    if isinstance(content, list):
-        content = _join_parts(fields, content, where)
-    if is_missing(content) and role == "assistant" and calls:
-        content = content or ""
-    elif is_missing(content) and role != "tool":
-        remedy = "give each turn a text, or leave the turn out"
-        fields.require(f"{where}.content", content, remedy)
-        return None
-    content = "" if content is None else fields.as_text(content, f"{where}.content")
-    message |= {"role": role, "content": content}
-    if not calls:
-        message.pop("tool_calls", None)
-    else:
-        calls = fields.as_list(calls, f"{where}.tool_calls")
-        message["tool_calls"] = [_tool_call(fields, call, where) for call in calls]
-        _check_json(fields, message["tool_calls"], f"{where}.tool_calls")
-    return message
-
-
-def _join_parts(fields: Fields, parts: list[Any], where: str) -> str:
-    """Join the parts of a content, which must be texts."""
-    texts = []
-    for part in parts:
-        if isinstance(part, Mapping) and part.get("type", "text") == "text":
-            texts.append(fields.as_text(part.get("text"), f"{where}.content"))
-        else:
-            raise fields.error(
-                f"{where}.content has the part {show(part)}: only parts of the type "
-                "'text' are read"
-            )
-    return "".join(texts)
-
-
-def _tool_call(fields: Fields, call: Any, where: str) -> dict[str, Any]:
-    """Check a call of a tool; arguments that are the text of an object become it."""
-    function = call.get("function") if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise fields.error(
-            f"{where} has the tool call {show(call)}: give it a function with a name"
-        )
-    function = {name: v for name, v in function.items() if v is not None}
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        if is_missing(arguments) or arguments.strip() == "null":
-            arguments = {}
-        else:
-            name = f"{fields.where}: the arguments of {where}.tool_calls"
-            arguments = parse_json(arguments, name)
-    if arguments is not None and not isinstance(arguments, Mapping):
-        raise fields.error(
-            f"{where} has the arguments {show(arguments)} of a tool call: give an "
-            "object, or the text of one"
-        )
-    if arguments is not None:
-        function["arguments"] = _without_nulls(arguments)
-    return {n: v for n, v in call.items() if v is not None} | {"function": function}
-
-
-def _without_nulls(value: Any) -> Any:
-    """Return a value without members that are null, as columns have for others."""
-    if isinstance(value, Mapping):
-        return {n: _without_nulls(v) for n, v in value.items() if v is not None}
-    if isinstance(value, list | tuple):
-        return [_without_nulls(item) for item in value]
-    return value
-
-
-def _tools(fields: Fields) -> tuple[Message, ...]:
-    value = fields.values.get("tools")
-    if is_missing(value):
-        return ()
-    tools = fields.as_list(value, "tools")
-    if not all(isinstance(tool, Mapping) for tool in tools):
-        raise fields.error(f"tools={show(value)}: give a list of JSON schemas")
-    _check_json(fields, tools, "tools")
-    return tuple(_without_nulls(tools))
-
-
-def _check_json(fields: Fields, value: Any, name: str) -> None:
-    """Check that all texts of a value are Unicode."""
-    check_text(json.dumps(value, ensure_ascii=False, default=str), fields.error, name)
-
-
-def _question_of(messages: list[Message], tools: Sequence[Message]) -> dict[str, str]:
-    """Return question and answer of a chat of one question and one answer.
-
-    What the system says stands before the question.
-    """
-    roles = [message["role"] for message in messages]
-    if roles[-2:] != ["user", "assistant"] or roles[:-2] not in _PREAMBLES:
-        return {}
-    is_more = any(m.get("reasoning_content") or m.get("tool_calls") for m in messages)
-    if tools or is_more or any(m.get("weight") == 0 for m in messages):
-        return {}
-    *texts, answer = (message["content"] for message in messages)
-    return {"question": "\n".join(texts), "answer": answer}
