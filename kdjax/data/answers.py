@@ -9,7 +9,8 @@ from kdjax.data.letters import letter, letter_index
 from kdjax.data.readers import ClassName, kind_of
 
 MAX_CHOICES = 100
-_LABELS = ("label", "id", "key", "letter")  # members that may be a choice's label
+_LABELS = ("id", "key", "letter")  # members that may be a choice's label, too
+_ONE_LETTER = re.compile("[A-Za-z]")
 _OWN_LETTER = re.compile(r"\s*\(?([A-Za-z])[.):]")
 
 
@@ -75,15 +76,22 @@ def parse_choices(fields: Fields, value: Any, name: str = "choices") -> Choices:
 
 
 def _label_name(fields: Fields, value: dict[str, Any], name: str) -> str:
-    """Return the member that is the label of a choice; "" where there is none."""
-    members = [m for m, v in value.items() if m != "text" and not is_missing(v)]
-    if label := next((m for m in _LABELS if m in members), ""):
-        return label
-    if members:
-        raise fields.error(
-            f"{name} has the members {members}, of which none is a label: name it "
-            f"one of {list(_LABELS)}, or give a list of texts"
-        )
+    """Return the member that is the label of a choice; "" where there is none.
+
+    Other members than `label` are one if they are letters.
+    """
+    if not is_missing(value.get("label")):
+        return "label"
+    for member, label in value.items():
+        labels = label if isinstance(label, list) else [label]
+        texts = [item.strip() for item in labels if isinstance(item, str)]
+        if member != "text" and texts and all(map(_ONE_LETTER.fullmatch, texts)):
+            if member in _LABELS:
+                return member
+            raise fields.error(
+                f"{name} has the member {member!r} with letters: name it 'label', or "
+                "give a list of texts"
+            )
     return ""
 
 
@@ -142,6 +150,8 @@ class AnswerReader:
         """
         if self._kind in ("index", "number"):
             choices = choices._replace(labels=())
+            if isinstance(value, str):
+                value = re.sub(r"^\s*(\d+)\.0+\s*$", r"\1", value)  # of pandas
         texts = choices.texts
         kinds = _readings(fields, name, value, choices)
         if self._kind != "auto":
@@ -215,8 +225,8 @@ def _readings(
     # Two small letters are rather a word, such as "at".
     is_word = re.fullmatch("[a-z]{2}", stripped)
     label = None if is_word else letter_index(stripped)
-    is_number = re.fullmatch(r"([0-9]{1,9})(\.0+)?", stripped)
-    number = int(is_number[1]) if is_number else None
+    is_number = re.fullmatch("[0-9]{1,9}", stripped)
+    number = int(stripped) if is_number else None
     readings: dict[str, int | None] = {
         "text": _index(texts, text, stripped),
         "label": _index(labels, text, stripped) if labels else label,

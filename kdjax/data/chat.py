@@ -226,7 +226,7 @@ class ChatEncoder:
             for index, (start, stop) in zip(indices, spans, strict=True):
                 texts[index] = result.text[start:stop]
             for mark in chat.marks:
-                if mark.word not in texts[mark.turn]:
+                if mark.word not in texts[mark.turn].lower():
                     raise ValueError(
                         f"example {example.name}: {self._file()} does not write "
                         f"{mark.lost}"
@@ -408,8 +408,9 @@ def _mark(
         return marks[-1].word
 
     remedy = "use a template that does, or data without it"
+    without = f"{remedy} (data.columns='tools=' leaves the column out)"
     marked_tools = [
-        _with_word(tool, new(f"the tool {_name(tool)!r}: {remedy}")) for tool in tools
+        _with_word(tool, new(f"the tool {_name(tool)!r}: {without}")) for tool in tools
     ]
     marked = []
     for index, message in enumerate(messages):
@@ -441,8 +442,8 @@ def _with_word(value: Any, word: str) -> Any:
     A call has it in its name and arguments: some templates write an id for the name.
     """
     if isinstance(value, str):
-        middle = len(value) // 2
-        return value[:middle] + word + value[middle:]
+        place = min(len(value) // 2, 20)  # a template may cut long ones
+        return value[:place] + word + value[place:]
     if not isinstance(value, Mapping):
         return value
     if value.get("function"):

@@ -25,11 +25,9 @@ _UNREAD = {
     "function_call": "write it as tool_calls",
     **dict.fromkeys(("tools", "functions"), "give them in a column tools"),
     **dict.fromkeys(("image", "images", "audio", "video"), "texts alone are read"),
-    **dict.fromkeys(
-        ("train", "loss", "mask", "trainable", "training"),
-        "say by weight, 1 or 0, what is learnt",
-    ),
 }
+# Members that say of an assistant's turn whether it is learnt -> what means that it is.
+_IS_LEARNT = {"train": 1, "trainable": 1, "training": 1, "loss": 1, "mask": 0}
 # Columns that may be the reply to messages that end with a user's.
 _REPLIES = ("response", "completion", "output", "answer", "reply", "target", "chosen")
 _SHORT = 20  # characters of a prompt that a reply may begin with by chance
@@ -53,7 +51,8 @@ def from_sharegpt(fields: Fields, value: list[Any], name: str) -> list[Any]:
             raise fields.error(
                 f"{where} is from {show(speaker)}: known are {list(_SPEAKERS)}"
             )
-        rest = {n: v for n, v in turn.items() if n in (*_MEMBERS, *_UNREAD)}
+        members = (*_MEMBERS, *_UNREAD, *_IS_LEARNT)
+        rest = {n: v for n, v in turn.items() if n in members}
         role = _SPEAKERS[speaker]
         messages.append({"role": role, "content": turn.get("value"), **rest})
     return messages
@@ -68,7 +67,7 @@ def parse_text(fields: Fields, value: Any, name: str) -> Any:
         return value
     if re.match(r"\s*\[\s*\{\s*\"(role|content)\"", value):
         return fields.as_list(value, name)
-    parts = re.split(r"(?:^|\n\n)\s*(Human|Assistant):", value)
+    parts = re.split(r"\n\n(Human|Assistant):", value)
     if parts[0].strip() or "Assistant" not in parts[1::2]:
         return value
     roles = {"Human": "user", "Assistant": "assistant"}
@@ -83,7 +82,8 @@ def check_reply(fields: Fields, name: str, question: str, answer: str) -> None:
     """Raise ValueError for a reply that repeats its prompt, or names a column."""
     if len(question) > _SHORT and answer.startswith(question):
         raise fields.error(f"{name} begins with the prompt: give the reply alone")
-    if answer in fields.values:
+    text = fields.values.get(answer)
+    if isinstance(text, str) and " " in text.strip():
         raise fields.error(
             f"{name}={answer!r} is the name of a column: say data.columns={name}="
             "COLUMN, of the reply's text"
@@ -153,13 +153,21 @@ def _message(fields: Fields, value: Any, where: str) -> dict[str, Any] | None:
         raise fields.error(f"{where} has the role {show(role)}: use one of {ROLES}")
     calls = message.get("tool_calls")
     for name, remedy in _UNREAD.items():
-        if name in message:
+        if message.get(name):
             raise fields.error(
                 f"{where}.{name}={show(message[name])} would be lost: {remedy}"
             )
+    for name, value in _IS_LEARNT.items():
+        is_other = name in message and bool(message[name]) != bool(value)
+        if is_other and role == "assistant" and "weight" not in message:
+            raise fields.error(
+                f"{where}.{name}={show(message[name])} would be lost: say by weight, 1 "
+                "or 0, what is learnt"
+            )
     for name in _REASONING[1:]:
-        if name in message:
-            message.setdefault("reasoning_content", message.pop(name))
+        reasoning = message.pop(name, None)
+        if isinstance(reasoning, str) and not message.get("reasoning_content"):
+            message["reasoning_content"] = reasoning
     for name in ("name", "tool_call_id", "reasoning_content"):
         if name in message:
             message[name] = fields.as_text(message[name], f"{where}.{name}")
@@ -222,7 +230,8 @@ def _tool_call(fields: Fields, call: Any, where: str) -> dict[str, Any]:
             "object, or the text of one"
         )
     if arguments is not None:
-        function["arguments"] = _without_nulls(arguments)
+        is_padded = fields.is_padded and not isinstance(function["arguments"], str)
+        function["arguments"] = _without_nulls(arguments) if is_padded else arguments
     return {n: v for n, v in call.items() if v is not None} | {"function": function}
 
 
@@ -248,7 +257,8 @@ def parse_tools(fields: Fields) -> tuple[Message, ...]:
     if not all(isinstance(tool, Mapping) for tool in tools):
         raise fields.error(f"tools={show(value)}: give a list of JSON schemas")
     _check_json(fields, tools, "tools")
-    return tuple(_without_nulls(tools))
+    is_padded = fields.is_padded and not isinstance(value, str)
+    return tuple(_without_nulls(tools) if is_padded else tools)
 
 
 def _check_json(fields: Fields, value: Any, name: str) -> None:

@@ -30,6 +30,7 @@ NAMES = (
     "tools",
     "prompt",
     "chosen",
+    "completion",
     "rejected",
 )
 _ABSENT = object()
@@ -40,7 +41,7 @@ def parse_mapping(text: str) -> dict[str, tuple[str, ...]]:
     """Parse `data.columns`: "question=stem, choices=A|B|C, answer=answers.text.0".
 
     Returns:
-      Name -> columns of the data; several make a list.
+      Name -> columns of the data; several make a list, none leaves out its own.
 
     Raises:
       ValueError: no such name, one that occurs twice, or no column for it.
@@ -48,8 +49,8 @@ def parse_mapping(text: str) -> dict[str, tuple[str, ...]]:
     mapping: dict[str, tuple[str, ...]] = {}
     for item in filter(None, map(str.strip, text.split(","))):
         name, _, paths = (part.strip() for part in item.partition("="))
-        columns = tuple(path.strip() for path in paths.split("|"))
-        if name not in NAMES or not all(columns):
+        columns = tuple(path.strip() for path in paths.split("|")) if paths else ()
+        if name not in NAMES or "=" not in item or not all(columns):
             raise ValueError(
                 f"data.columns={text!r}: {item!r} is not NAME=COLUMN, with a NAME of "
                 f"{list(NAMES)} and a COLUMN of the data such as question.stem"
@@ -80,6 +81,9 @@ class ColumnMap:
         for column in {c for paths in self._mapping.values() for c in paths}:
             values.pop(column if column in row.values else column.split(".")[0], None)
         for name, paths in self._mapping.items():
+            if not paths:
+                values.pop(name, None)
+                continue
             cells = [self._look_up(row, path) for path in paths]
             while len(cells) > 1 and is_missing(cells[-1]):
                 cells.pop()  # of a question with fewer choices
@@ -179,6 +183,7 @@ class Fields:
         """
         self.values: Values = row.values
         self.where = row.where
+        self.is_padded = row.is_padded
         self._drop = drop
         self._name = default_id
         self.id = self._name = id_text(row.values.get("id"), self.error) or default_id
@@ -241,7 +246,10 @@ class Fields:
             remedy = "write it as text, or choose another column by data.columns"
             if isinstance(value, dict | list) and name in NAMES:
                 part = "MEMBER" if isinstance(value, dict) else "0"
-                remedy = f"choose a part of it by data.columns={name}={name}.{part}"
+                remedy = (
+                    f"choose a part of it by data.columns={name}={name}.{part}, or "
+                    f"leave it out by {name}="
+                )
             raise self.error(
                 f"{name}={show(value)} is {kind_of(value)}, not text: {remedy}"
             )

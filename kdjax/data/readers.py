@@ -28,12 +28,16 @@ Values = Mapping[str, Any]
 Decoder = Callable[[Any, str], Any]
 
 
+_PADDED = ("parquet", "arrow")  # formats whose objects have all members of all rows
+
+
 class Row(NamedTuple):
     """A row of a file."""
 
     file: str
     number: int  # its line, or its index from 1 in files without lines
     values: Values
+    is_padded: bool = False  # its objects have a null for each member of others
 
     @property
     def where(self) -> str:
@@ -82,7 +86,7 @@ def iter_rows(paths: Sequence[str], fallback: str = "") -> Iterator[Row]:
         number = 0
         try:
             for number, values in READERS[file.format](file):
-                yield Row(path, number, values)
+                yield Row(path, number, values, file.format in _PADDED)
         except DAMAGES as error:
             raise describe_damage(f"{path}:{number + 1}", error) from error
 

@@ -15,12 +15,13 @@ from kdjax.data.columns import (
     show,
 )
 from kdjax.data.example import Example
+from kdjax.data.letters import letter_index
 from kdjax.data.readers import ClassName, Row, Values
 
 _BY_PLACE = ("text", "index", "number")  # kinds of answers without labels
 # Columns that may name the right one of the choices in a column `answers`.
 _KEYS = ("label", "answer", "correct", "correct_answer", "gold", "target", "answer_idx")
-_GSM8K = re.compile(r"(^|\n)####[^\n]*\d[^\n]*\s*$")
+_GSM8K = re.compile(r"(^|\n)####[^\n]*\S[^\n]*\s*$")
 # Columns that may be choices, where there is no column `choices`.
 _CHOICES = re.compile(
     r"(answer|possible|multiple)?_?"
@@ -75,15 +76,20 @@ class Schema:
             self._name = detect(row)
         drop = self._config.on_missing == "drop"
         fields = Fields(row, default_id, drop=drop)
-        is_read = "choices" in COLUMNS[self._name] or not fields.has("choices")
-        if not is_read and parse_choices(fields, row.values["choices"]).texts:
-            raise fields.error(
-                f"it has choices, which data.schema={self._name!r} does not read: take "
-                "them out, or use data.schema='plain'"
-            )
         if self._detected:
-            _check_other_names(fields, COLUMNS[self._name])
+            self._check_columns(fields)
         return _CONVERTERS[self._name](self, fields)
+
+    def _check_columns(self, fields: Fields) -> None:
+        """Raise ValueError for columns that the schema, which was seen, leaves out."""
+        choices = fields.values.get("choices")
+        is_read = "choices" in COLUMNS[self._name] or not _is_list(choices)
+        if not is_read and parse_choices(fields, choices).texts:
+            raise fields.error(
+                f"it has choices, which the schema {self._name!r} does not read: name "
+                f"data.schema={self._name!r} to leave them out, or 'plain' to read them"
+            )
+        _check_other_names(fields, COLUMNS[self._name])
 
     def _example(self, fields: Fields, **values: Any) -> Example:
         return Example(id=fields.id, origin=fields.where, **values)
@@ -351,7 +357,8 @@ class Schema:
                 "history is not read: write its turns and this one as messages"
             )
         question = fields.text("instruction")
-        if question and (more := fields.optional_text("input")):
+        more = fields.optional_text("input") or fields.optional_text("context")
+        if question and more:
             question = f"{question}\n{more}"
         answer = fields.text("output", number=True)
         self._check_free(fields, answer, question)
@@ -365,7 +372,12 @@ class Schema:
                 messages.append({"role": "system", "content": system})
             messages.append({"role": "user", "content": question})
             messages.append({"role": "assistant", "content": answer})
-        tools = chat_rows.parse_tools(fields)
+        # A column of this name may be about other tools.
+        value = fields.values.get("tools")
+        is_read = isinstance(value, str) and value.lstrip().startswith("[")
+        if isinstance(value, list | tuple):
+            is_read = all(isinstance(tool, Mapping) for tool in value)
+        tools = chat_rows.parse_tools(fields) if is_read else ()
         asked = chat_rows.question_of(messages, tools)
         return self._example(fields, messages=tuple(messages), tools=tools, **asked)
 
@@ -385,7 +397,7 @@ class Schema:
         system = fields.optional_text("system")
         if messages and system and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": system})
-        elif messages and system and messages[0]["content"] != system:
+        elif messages and system and messages[0]["content"].strip() != system.strip():
             raise fields.error(
                 f"system={show(system)} differs from the chat's own system message: "
                 "leave one of them out"
@@ -403,9 +415,10 @@ class Schema:
         name = "chosen"
         if name not in fields.values and "completion" in fields.values:
             name = "completion"
-        if fields.values.get("label") is False:
+        label = fields.values.get("label", True)
+        if name == "completion" and str(label).lower() in ("false", "0"):
             raise fields.error(
-                "label=False: its completion is not wanted: leave such rows out"
+                f"label={label!r}: its completion is not wanted: leave such rows out"
             )
         preferred = chat_rows.parse_text(fields, fields.get(name), name)
         prompt = chat_rows.parse_text(fields, fields.values.get("prompt"), "prompt")
@@ -414,7 +427,8 @@ class Schema:
             prompt = fields.require("prompt", prompt, remedy)
             question = "" if prompt is None else fields.as_text(prompt, "prompt")
             answer = fields.as_text(preferred, name)
-            chat_rows.check_reply(fields, name, question, answer)
+            if self._detected:
+                chat_rows.check_reply(fields, name, question, answer)
             return self._chat_of(fields, question, answer)
         if isinstance(preferred, str):
             preferred = [{"role": "assistant", "content": preferred}]
@@ -458,11 +472,11 @@ _CONVERTERS: dict[str, Callable[[Schema, Fields], Example]] = {
 
 # Columns that a schema reads, where there are some.
 _PLAIN = (
-    *("id", "context", "question", "choices", "answer"),
+    *("id", "system", "context", "question", "choices", "answer"),
     *("rationale", "counterfactuals", "text"),
 )
 _KEYED = (
-    *("id", "context", "question", "question_stem"),
+    *("id", "system", "context", "question", "question_stem"),
     *("choices", "answerKey", "rationale"),
 )
 COLUMNS = {
@@ -470,10 +484,10 @@ COLUMNS = {
     "commonsense_qa": _KEYED,
     "arc": _KEYED,
     "openbookqa": _KEYED,
-    "mmlu": ("id", "context", "question", "choices", "answer", "rationale"),
-    "gsm8k": ("id", "context", "question", "answer"),
-    "squad": ("id", "context", "question", "answers"),
-    "alpaca": ("id", "system", "instruction", "input", "output", "tools"),
+    "mmlu": ("id", "system", "context", "question", "choices", "answer", "rationale"),
+    "gsm8k": ("id", "system", "context", "question", "answer"),
+    "squad": ("id", "system", "context", "question", "answers"),
+    "alpaca": ("id", "system", "instruction", "input", "context", "output", "tools"),
     "sharegpt": ("id", "system", "conversations", "tools"),
     "messages": ("id", "system", "messages", "tools"),
     "preference": ("id", "system", "prompt", "chosen", "completion", "tools"),
@@ -521,7 +535,7 @@ def candidates(values: Values) -> list[str]:
         names.append("sharegpt")
     if "messages" in values:
         names.append("messages")
-    if "chosen" in values or ("prompt" in values and "completion" in values):
+    if "chosen" in values or (not names and {"prompt", "completion"} <= values.keys()):
         names.append("preference")
     if not names and ("text" in values or "question" in values or "answer" in values):
         names.append("plain")  # texts, or what names the missing column
@@ -531,26 +545,46 @@ def candidates(values: Values) -> list[str]:
 def _check_no_choices(fields: Fields, answer: str, question: str) -> None:
     """Raise ValueError for choices that nobody would see beside a free answer."""
     names = [n for n in fields.values if n not in COLUMNS["plain"]]
-    single = [name for name in names if _CHOICE.fullmatch(name)]
+    letter = _LETTER.fullmatch(answer.strip())
+    if letter and re.search(rf"\b{letter[1]}\b[).:]", question):
+        letter = None  # of a choice in the question
+    place = letter_index(letter[1]) if letter else None
     lists = [
         name
         for name in names
-        if _CHOICES.fullmatch(name) and not is_missing(fields.values[name])
+        if _is_list(value := fields.values[name])
+        and (_CHOICES.fullmatch(name) or (place is not None and place < len(value)))
     ]
-    if len(single) > 1 or lists:
-        columns = lists[0] if lists else "|".join(single)
+    columns = lists[:1]
+    if not lists:
+        named = [n for n in names if _is_text(fields.values[n])]
+        columns = [name for name in named if _CHOICE.fullmatch(name)]
+        first = columns[0].lower() if columns else ""
+        if len(first) == 1 and first not in ("a", "f", "1", "0"):
+            columns = []
+        if place is not None and not columns:
+            columns = [n for n in named if re.search(r"[ _-]?[a-jA-J1-9]$", n)]
+            columns = columns if place < len(columns) else []
+    if lists or len(columns) > 1:
         raise fields.error(
-            f"it has no choices, but columns {lists[:1] or single}: say "
-            f"data.columns=choices={columns}, or name the data.schema to leave them out"
+            f"it has no choices, but columns {columns}: say data.columns=choices="
+            f"{'|'.join(columns)}, or name the data.schema to leave them out"
         )
-    letter = _LETTER.fullmatch(answer.strip())
-    others = [name for name in names if name not in ("instruction", "output", "input")]
-    if letter and others and not re.search(rf"\b{letter[1]}\b[).:]", question):
-        raise fields.error(
-            f"its answer {answer!r} seems to name a choice, and it has none: say "
-            f"data.columns=choices=COLUMN or A|B|C, of {others}, or name the "
-            "data.schema if it is a free answer"
-        )
+
+
+def _is_list(value: Any) -> bool:
+    """Return True for several texts or objects, or the text of a JSON list."""
+    if isinstance(value, str):
+        return value.lstrip().startswith("[") and value.strip() != "[]"
+    if isinstance(value, Mapping):
+        return len(value) > 1
+    is_list = isinstance(value, list | tuple) and len(value) > 1
+    return is_list and all(isinstance(item, str | Mapping) for item in value)
+
+
+def _is_text(value: Any) -> bool:
+    """Return True for a text that is no number."""
+    return isinstance(value, str) and re.fullmatch(r"\s*[-\d.,]*\s*", value) is None
 
 
 # Names that columns of some data have -> the name that schemas read; "" = none.
@@ -566,13 +600,20 @@ def _check_other_names(fields: Fields, columns: Sequence[str]) -> None:
     """Raise ValueError for a column that is read under another name alone."""
     for name, value in fields.values.items():
         other = _OTHER_NAMES.get(name.lower())
-        if other is None or name in columns or is_missing(value) or value in ([], {}):
+        if other is None or name in columns or is_missing(value):
             continue
+        if not value or value in ("[]", "{}"):
+            continue
+        if other == "context" and not (isinstance(value, str) and " " in value.strip()):
+            continue  # a number, or an address
         if other == "":
             raise fields.error(
                 f"{name} is not read, texts alone are: name the data.schema to leave "
                 "it out"
             )
+        messages = fields.values.get("messages")
+        if other == "system" and str(value) in str(messages):
+            continue  # which begin with it
         if other in columns and not fields.has(other):
             raise fields.error(
                 f"it has no {other}, but {name}: say data.columns={other}={name}, or "
@@ -581,13 +622,15 @@ def _check_other_names(fields: Fields, columns: Sequence[str]) -> None:
 
 
 def _question(fields: Fields, name: str = "question") -> str:
-    """Return a question after its context, where there is one."""
+    """Return a question after what the system says, and its context, if any."""
     question, context = fields.text(name), fields.values.get("context")
+    if not question:
+        return ""
     if isinstance(context, list | tuple) and all(isinstance(t, str) for t in context):
         context = "\n".join(context)
-    if is_missing(context) or not question:
-        return question
-    return f"{fields.as_text(context, 'context')}\n{question}"
+    context = "" if is_missing(context) else fields.as_text(context, "context")
+    texts = (fields.optional_text("system"), context, question)
+    return "\n".join(filter(None, texts))
 
 
 def _list(fields: Fields, value: Any, name: str) -> list[Any]:

@@ -136,7 +136,7 @@ def _dataset_rows(split: Any, where: str) -> Iterator[Row]:
     number = 0
     try:
         for number, values in rows:
-            yield Row(where, number, values)
+            yield Row(where, number, values, is_padded=True)
     except readers.DAMAGES as error:
         raise readers.describe_damage(f"{where}:{number + 1}", error) from error
 

@@ -11,7 +11,6 @@ _MARKS = {
 }
 _CLOSING = re.compile("|".join(map(re.escape, _MARKS)))
 _OPENING = re.compile("|".join(map(re.escape, _MARKS.values())))
-_OPENING_LINE = re.compile(rf"^[ \t]*(?:{_OPENING.pattern})", re.MULTILINE)
 
 
 def split_think(text: str) -> tuple[str | None, str]:
@@ -48,10 +47,10 @@ def is_cut_off(text: str, *, anywhere: bool = False) -> bool:
 
     Args:
       text: of a model.
-      anywhere: also where the mark is not the first of its line, as in a text about it.
+      anywhere: also where it does not begin with the mark, as a text about it.
     """
-    last = _CLOSING.split(text)[-1]
-    return bool((_OPENING if anywhere else _OPENING_LINE).search(last))
+    last = _CLOSING.split(text)[-1].lstrip()
+    return bool(_OPENING.search(last) if anywhere else _OPENING.match(last))
 
 
 def strip_think(text: str) -> str:

@@ -418,7 +418,7 @@ REFUSED = {
         "a.csv",
         b"question,Antwort 1,Antwort 2,answer\nq,w,x,B\n",
         {},
-        r":2.*'B' seems to name a choice.*of \['Antwort 1', 'Antwort 2'\]",
+        r":2.*choices=Antwort 1\|Antwort 2",
     ),
     "choices up to J": (
         "a.csv",
@@ -436,7 +436,7 @@ REFUSED = {
         "a.jsonl",
         lines({**QA, "answer": "B", "antworten": ["fridge", "oven"]}),
         {},
-        r":1.*'B' seems to name a choice.*of \['antworten'\]",
+        ":1.*data.columns=choices=antworten",
     ),
     "choices beside an instruction": (
         "a.jsonl",
@@ -456,7 +456,7 @@ REFUSED = {
             {**MC, "choices": [{"tag": "B", "text": "a"}, {"tag": "A", "text": "b"}]}
         ),
         {},
-        r":1.*members \['tag'\], of which none is a label",
+        ":1.*the member 'tag' with letters: name it 'label'",
     ),
     "a passage": (
         "a.jsonl",
@@ -525,10 +525,10 @@ REFUSED = {
         ":1.*messages seems to go with the column prompt",
     ),
     "a completion that is not wanted": (
-        "a.jsonl",
-        lines({"prompt": "q", "completion": "a", "label": False}),
+        "a.csv",
+        b"prompt,completion,label\nq,a,False\n",
         {},
-        ":1.*label=False",
+        ":2.*label='False'",
     ),
     "a reply that repeats its prompt": (
         "a.jsonl",
@@ -543,7 +543,7 @@ REFUSED = {
     ),
     "the name of the reply's column": (
         "a.jsonl",
-        lines({"prompt": "q", "chosen": "response_b", "response_b": "a"}),
+        lines({"prompt": "q", "chosen": "response_b", "response_b": "It is."}),
         {},
         ":1.*chosen='response_b' is the name of a column",
     ),
@@ -563,7 +563,7 @@ REFUSED = {
         "a.jsonl",
         lines({**QA, "answer": "So.\n#### 2"}, {**MC, "answer": "So.\n#### 2"}),
         {},
-        ":2.*it has choices, which data.schema='gsm8k' does not read",
+        ":2.*it has choices, which the schema 'gsm8k' does not read",
     ),
     "a mark within a line": (
         "a.jsonl",
@@ -1066,11 +1066,87 @@ READ = {
         {},
         ["x"],
     ),
-    "a heading as an answer": (
+    "GSM8K with a word": (
         "a.jsonl",
-        lines({**QA, "answer": "So.\n#### Summary"}),
+        lines({**QA, "answer": "So.\n#### yes"}),
         {},
-        ["So.\n#### Summary"],
+        ["yes"],
+    ),
+    "letters as free answers": (
+        "a.jsonl",
+        lines({**QA, "answer": "C", "category": "vitamins", "level": "easy"}),
+        {},
+        ["C"],
+    ),
+    "numbers under letters": (
+        "a.csv",
+        b"question,a,b,answer\nq,1,2,3\n",
+        {},
+        ["3"],
+    ),
+    "options of another kind": (
+        "a.jsonl",
+        lines({**QA, "options": [], "choice": "x", "multiple_choice": False}),
+        {},
+        ["fridge"],
+    ),
+    "numbers as texts of choices": (
+        "a.jsonl",
+        lines({**QA, "choices": ["0.5", "1.0", "2.0"], "answer": "1.0"}),
+        {},
+        ["1.0"],
+    ),
+    "members of choices that are no labels": (
+        "a.jsonl",
+        lines(
+            {
+                **QA,
+                "choices": [
+                    {"id": "u-1", "text": "x", "score": 1},
+                    {"id": "u-2", "text": "y", "score": 0},
+                ],
+                "answer": "B",
+            }
+        ),
+        {},
+        ["y"],
+    ),
+    "a column that is left out": (
+        "a.jsonl",
+        lines({**QA, "context": {"title": ["a"], "sentences": [["x"]]}}),
+        {"columns": "context="},
+        ["fridge"],
+    ),
+    "choices of an API": (
+        "a.jsonl",
+        lines({"instruction": "i", "output": "o", "choices": [{"index": 0}]}),
+        {},
+        ["o"],
+    ),
+    "empty members of turns": (
+        "a.jsonl",
+        with_messages(
+            {**CHAT[0], "images": [], "train": False},
+            {
+                **CHAT[1],
+                "function_call": {},
+                "reasoning": {"effort": "low"},
+                "loss": True,
+            },
+        ),
+        {},
+        ["Yes", "Yes"],
+    ),
+    "a prompt that its reply begins with": (
+        "a.jsonl",
+        lines(
+            {
+                "prompt": "def add(first, second):",
+                "chosen": "def add(first, second): return first + second",
+            }
+        ),
+        {"schema": "preference"},
+        ["def add(first, second): return first + second"],
     ),
     "an empty history": (
         "a.jsonl",

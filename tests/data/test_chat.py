@@ -500,7 +500,7 @@ def test_what_a_template_writes_in_another_form_is_written():
     ("message", "policies"),
     [
         (said("<think>hm then"), ("keep", "strip", "require")),
-        (said("<think>a</think>b\n<think>hm then"), ("keep", "strip", "require")),
+        (said("<think>a</think>b\n<think>hm then"), ("strip",)),
         (said("<thinking>hm then"), ("keep", "strip", "require")),
         (said("<|begin_of_thought|>hm then"), ("keep", "strip", "require")),
         (said("", reasoning_content="hm"), ("keep", "strip", "require")),

@@ -142,9 +142,19 @@ FORMS = [
         {"messages": (CHAT[0], {**CHAT[1], "weight": 0}, *CHAT)},
     ),
     (
+        {"instruction": "Hi", "output": "Yes", "context": "A.", "tools": "hammer"},
+        "alpaca",
+        asked("Hi\nA.", "Yes"),
+    ),
+    (
+        {"system": "Be brief.", "question": "q", "answer": "a"},
+        "plain",
+        {"question": "Be brief.\nq", "answer": "a"},
+    ),
+    (
         {"instruction": "Hi", "output": "Yes", "tools": [{"name": "f", "x": None}]},
         "alpaca",
-        {"messages": tuple(CHAT), "tools": ({"name": "f"},)},
+        {"messages": tuple(CHAT), "tools": ({"name": "f", "x": None},)},
     ),
     (
         {"messages": [CHAT[0], {**CHAT[1], "reasoning": "So."}]},
@@ -239,6 +249,17 @@ def test_columns_are_described_whatever_their_names(tmp_path):
     schema.describe(row).encode()
 
 
+def test_nulls_of_columns_are_left_out_of_calls(tmp_path):
+    call = {"function": {"name": "f", "arguments": {"a": 1, "b": None}}}
+    message = {"role": "assistant", "content": "", "tool_calls": [call]}
+    row = readers.Row("a", 1, {"messages": [CHAT[0], message]})
+    for is_padded, expected in ((False, {"a": 1, "b": None}), (True, {"a": 1})):
+        schema = schemas.Schema(DataConfig())
+        example = schema.example(row._replace(is_padded=is_padded), "x")
+        [found] = example.messages[1]["tool_calls"]
+        assert found["function"]["arguments"] == expected
+
+
 def test_every_schema_has_a_converter():
     assert set(SCHEMAS) == {"auto", *schemas._CONVERTERS}
 
@@ -297,10 +318,11 @@ def test_mappings_of_columns():
     assert columns.parse_mapping("") == {}
     mapping = columns.parse_mapping("question = Q text ,choices=a|b.c")
     assert mapping == {"question": ("Q text",), "choices": ("a", "b.c")}
+    assert columns.parse_mapping("tools=, id=a") == {"tools": (), "id": ("a",)}
     for text, message in {
         "what=x": "'what=x' is not NAME=COLUMN",
         "question": "'question' is not NAME=COLUMN",
-        "question=": "is not NAME=COLUMN",
+        "=Q": "is not NAME=COLUMN",
         "choices=a|": "is not NAME=COLUMN",
         "id=a,id=b": "maps 'id' twice",
     }.items():

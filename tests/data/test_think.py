@@ -38,8 +38,9 @@ def test_a_text_is_reasoning_and_answer(text, reasoning, answer):
         ("a</think>4", False, False),
         ("<think>a", True, True),
         (" \n<think>\na", True, True),
-        ("<think>a</think>b\n<think>c", True, True),
+        ("<think>a</think>\n<think>c", True, True),
         ("The mark <think> opens it.", False, True),
+        ("Write:\n<think>\nSo.", False, True),
     ],
 )
 def test_reasoning_without_an_end(text, is_cut_off, has_open):
