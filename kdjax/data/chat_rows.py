@@ -81,7 +81,10 @@ def parse_text(fields: Fields, value: Any, name: str) -> Any:
 def check_reply(fields: Fields, name: str, question: str, answer: str) -> None:
     """Raise ValueError for a reply that repeats its prompt, or names a column."""
     if len(question) > _SHORT and answer.startswith(question):
-        raise fields.error(f"{name} begins with the prompt: give the reply alone")
+        raise fields.error(
+            f"{name} begins with the prompt: give the reply alone, or say by "
+            "data.schema='preference' that it is one"
+        )
     text = fields.values.get(answer)
     if isinstance(text, str) and " " in text.strip():
         raise fields.error(
@@ -170,7 +173,8 @@ def _message(fields: Fields, value: Any, where: str) -> dict[str, Any] | None:
             message["reasoning_content"] = reasoning
     for name in ("name", "tool_call_id", "reasoning_content"):
         if name in message:
-            message[name] = fields.as_text(message[name], f"{where}.{name}")
+            text = fields.as_text(message[name], f"{where}.{name}", number=True)
+            message[name] = text
     weight = message.get("weight", 1)
     if isinstance(weight, bool) or weight not in (0, 1):
         raise fields.error(

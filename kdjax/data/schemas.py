@@ -144,7 +144,8 @@ class Schema:
     def _check_free(self, fields: Fields, answer: str, question: str) -> None:
         """Raise ValueError for a free answer that rather names a choice."""
         if self._detected:
-            _check_no_choices(fields, answer, question)
+            others = {n: v for n, v in fields.values.items() if n not in _READ}
+            _check_no_choices(fields, others, answer, question)
 
     def _answer(
         self, fields: Fields, name: str = "answer", *, choices: Any = ((), ())
@@ -495,6 +496,9 @@ COLUMNS = {
 }
 
 
+_READ = {name for names in COLUMNS.values() for name in names} - {"answers"}
+
+
 def detect(row: Row) -> str:
     """Return the schema that a row's columns are of.
 
@@ -542,22 +546,30 @@ def candidates(values: Values) -> list[str]:
     return names
 
 
-def _check_no_choices(fields: Fields, answer: str, question: str) -> None:
-    """Raise ValueError for choices that nobody would see beside a free answer."""
-    names = [n for n in fields.values if n not in COLUMNS["plain"]]
+def _check_no_choices(
+    fields: Fields, others: Values, answer: str, question: str
+) -> None:
+    """Raise ValueError for choices that nobody would see beside a free answer.
+
+    Args:
+      fields: of the row.
+      others: its columns that no schema reads.
+      answer: of the row.
+      question: of the row.
+    """
     letter = _LETTER.fullmatch(answer.strip())
     if letter and re.search(rf"\b{letter[1]}\b[).:]", question):
         letter = None  # of a choice in the question
     place = letter_index(letter[1]) if letter else None
     lists = [
         name
-        for name in names
-        if _is_list(value := fields.values[name])
+        for name, value in others.items()
+        if _is_list(value)
         and (_CHOICES.fullmatch(name) or (place is not None and place < len(value)))
     ]
     columns = lists[:1]
     if not lists:
-        named = [n for n in names if _is_text(fields.values[n])]
+        named = [name for name, value in others.items() if _is_text(value)]
         columns = [name for name in named if _CHOICE.fullmatch(name)]
         first = columns[0].lower() if columns else ""
         if len(first) == 1 and first not in ("a", "f", "1", "0"):
