@@ -30,7 +30,7 @@ _VARIABLES = ("KDJAX_COORDINATOR", "KDJAX_NUM_PROCESSES", "KDJAX_PROCESS_ID")
 # Variables with the number of processes that a scheduler has started for one command.
 _SCHEDULERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 # JAX's own heartbeats only end processes that the channel did not: it aborts them.
-_JAX_HEARTBEATS = 2
+_JAX_HEARTBEATS = 3
 _LOOKS, _LOOK_SECONDS = 30, 2.0  # at files that a host may see late
 _link: link.Link | None = None
 _coordinator = ""  # host:port
